@@ -1,0 +1,9342 @@
+"""hotrepl: talk to a running Python process, look around in it, and change it while it runs.
+
+One file, standard library only, CPython 3.6 and newer and PyPy3. Copy it beside your program.
+
+    import hotrepl                                  # in the program
+    hotrepl.start(locals=globals())
+
+    python hotrepl.py connect                       # in another terminal; or: nc localhost 1337
+
+SECURITY. A REPL is a back door by design: who gets in can do whatever this process can. By
+default only 127.0.0.1 is bound and only processes of your own user (or root) are let in; other
+addresses want a token, TLS or ssh. The README has the table.
+
+AT THE PROMPT. All Python, plus names where they are free: doc, help, server_print, bg, fg, jobs,
+halt, reload, patch, main_thread, stacks, follow; `obj?`, `obj??`, `_`, `await`. Ctrl+C interrupts,
+Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
+
+HOW IT WORKS. A daemon thread accepts connections. Each REPL connection gets a thread with its own
+console; all consoles share one namespace, the dict given to `start`. What a session's thread
+prints goes to its client, what any other thread prints goes where it always went. The REPL channel
+is plain text, so netcat is a full client. A second connection, the control channel, carries what
+must not wait behind the text: completions, interrupts. The server says exactly when it waits for
+input, so the client never guesses. Nothing runs and nothing is changed for a program's own
+output while nobody is connected.
+
+WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
+displayhook and unraisablehook, os.get_terminal_size and getpass.getpass are stand-ins;
+sys.last_type, last_value, last_traceback (and last_exc) are set by an exception in a session;
+logging's record factory is ours while somebody follows. From start to stop: names in the
+namespace, where they are free; one atexit callback; SIGURG's handler, where it was free and
+start ran in the main thread. For the rest of the process: one fork handler (3.6: os.fork
+itself). linecache keeps the last 1,000 inputs that define something.
+
+LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
+runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
+a control message 1 MiB. On Windows there is no readline and no fork.
+
+CONTENTS
+     1. Imports, version, exports
+     2. Constants and errors
+     3. Wire protocol                  bytes <-> checked messages and turn marks
+     4. Thread streams                 each thread prints to its own session
+     5. Interrupts                     raise in another thread, never at a wrong moment
+     6. Consoles                       choose and adapt a console; run a block; complete
+     7. Jobs                           background callables and their outcomes
+     8. Hot patching                   change old objects in place, or change nothing
+     9. Session tools                  the names a user finds at the prompt
+    10. Access                         who may come in: peer identity, token, first bytes; audit
+    11. Sessions                       one console from hello to goodbye
+    12. Control channel                answer commands, one method each
+    13. Server                         listeners, start and stop as one transaction, fork
+    14. Client                         a terminal at one end, two sockets at the other
+    15. Command line                   argv -> exit code
+
+Founded on the REPL server of unpythonic (Juha Jeronen), after Swank. Further sources are named in
+the README. SPDX-License-Identifier: MIT; the text is at the end.
+"""
+
+# === 1. Imports, version, exports ============================================
+# Only what start() needs. All else (argparse, ast, asyncio, code, ctypes, inspect, json,
+# logging, readline, ssl, traceback, ...) is imported in the functions that use it, so that
+# a program which starts a server and is never visited pays for none of it.
+
+import _imp
+import atexit
+import bisect
+import builtins
+import collections
+import errno
+import functools
+import gc
+import io
+import itertools
+import keyword
+import operator
+import os
+import re
+import select
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import types
+import weakref
+from contextlib import ExitStack, contextmanager, suppress
+
+__version__ = "0.1.0"
+__all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "ReloadReport",
+           "ReloadError", "async_raise", "Job"]
+
+
+class Logger:
+    """A logger of that name, as in logging; does nothing while the program has not imported that.
+
+    So nobody can listen, and importing it would take longer than all else that start() needs.
+    """
+
+    def __init__(self, name):
+        self._name = name
+        self._logger = None       # logging's own, once there is one; set by whoever logs first
+
+    def __getattr__(self, method):
+        if self._logger is None:
+            if "logging" not in sys.modules:
+                return _no_log
+            import logging
+            self._logger = logging.getLogger(self._name)
+            self._logger.addHandler(logging.NullHandler())
+        return getattr(self._logger, method)
+
+
+def _no_log(*args, **options):
+    """Log nothing, enable nothing."""
+
+
+log = Logger("hotrepl")
+
+
+# === 2. Constants and errors =================================================
+# What more than one section needs to agree on.
+
+DEFAULT_BIND = "127.0.0.1"
+DEFAULT_PORT = 1337
+DEFAULT_CONTROL_PORT = 8128
+
+RECEIVE_BYTES = 65536             # how much one recv asks for
+INPUT_LIMIT_BYTES = 16 << 20      # the longest line or block that a session accepts
+MESSAGE_LIMIT_BYTES = 1 << 20     # the longest body of a control message
+CHUNK_BYTES = 65536               # printed text is sent in pieces of about this size ...
+FLUSH_INTERVAL_S = 0.008          # ... or after this time, whichever comes first
+COMPLETION_TIMEOUT_S = 2.0        # how long an object's own __dir__ may take
+OUTCOME_LIMIT = 30000             # characters of a text in the reply to Outcome
+NOTE_NAME = "server-%d-%s.note"   # in the runtime folder; by these the client finds servers
+STOP_TIMEOUT_S = 1.0              # how long stop() waits for the threads of its sessions
+CLOSE_TIMEOUT_S = 0.2             # how long a closed connection waits for the peer to close it too
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+# For send, since a program may let SIGPIPE end it; PyPy 7.3 has no name for it.
+NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
+
+CONTROL_SUFFIX = ".control"       # unix sockets: the control channel's is beside the REPL channel's
+TOKEN_SUFFIX = ".token"           # and so is the file with the token, where there is one
+TOKEN_PROMPT = b"token: "         # instead of the first line, where the server can't tell who comes
+
+
+_MISSING = type("_MISSING", (), {"__repr__": lambda self: "<missing>"})()  # None is a value
+
+
+class ProtocolError(Exception):
+    """The peer sent something that the protocol does not allow."""
+
+
+class ReloadError(RuntimeError):
+    """A reload was refused or rolled back; the process is as it was before."""
+
+
+def shorten(value, width=60):
+    """Return `value` as one line of at most `width` characters, for messages."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
+def token_path(address):
+    """Return the path of the file that holds the token of the server at `address`, as in Server."""
+    if isinstance(address, str):
+        return address + TOKEN_SUFFIX
+    return os.path.join(runtime_folder(), "token-%d" % address[1])
+
+
+def runtime_folder():
+    """Return the path of this user's own folder for small files, made if need be, mode 0700.
+
+    PermissionError: it is a link, another user's or open to others, who may have left something.
+    """
+    path = _runtime_folders()[0]
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    _check_private(path)
+    return path
+
+
+def runtime_files(pattern):
+    """Return the paths of the files of this user's processes whose name is like `pattern`.
+
+    Also of those with another environment than ours: a service has no XDG_RUNTIME_DIR.
+    """
+    import fnmatch
+    found = []
+    for folder in _runtime_folders():
+        with suppress(OSError):   # there is none, or it is a trap
+            _check_private(folder)
+            found += [os.path.join(folder, name)
+                      for name in fnmatch.filter(os.listdir(folder), pattern)]
+    return found
+
+
+def _runtime_folders():
+    """Return where this user's folder can be; the first is for what this process writes.
+
+    A folder that somebody chose for XDG_RUNTIME_DIR, not systemd, is the only one.
+    """
+    uid, chosen = effective_uid(), os.environ.get("XDG_RUNTIME_DIR", "")
+    # Not tempfile's choice: its import takes longer than all of start().
+    places = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
+    temporary = os.path.join(next(filter(os.path.isdir, places), "/tmp"), "hotrepl-%d" % uid)
+    usual = "/run/user/%d" % uid
+    is_ours = os.path.isabs(chosen) and os.path.isdir(chosen) and os.stat(chosen).st_uid == uid
+    if not is_ours:
+        return [temporary, os.path.join(usual, "hotrepl")]
+    return [os.path.join(chosen, "hotrepl")] + [temporary] * (chosen.rstrip("/") == usual)
+
+
+def _check_private(path):
+    info = os.lstat(path)
+    is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
+    if not stat.S_ISDIR(info.st_mode) or (is_open and os.name == "posix"):
+        raise PermissionError(
+            errno.EPERM, "%s is no folder that only we may open (mode %o, uid %d); remove it or "
+            "set XDG_RUNTIME_DIR to a folder of your own" % (path, info.st_mode, info.st_uid))
+
+
+def namespaces():
+    """Return what tells containers apart that share files: numbers of processes, ports differ."""
+    try:
+        return [os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net")]
+    except OSError:
+        return []
+
+
+def process_mark(pid):
+    """Return a text that no other process has which gets the number `pid` later; "" if unknown."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rpartition(")")[2].split()[19]     # when it began, see proc(5)
+    except OSError:
+        return ""
+
+
+def effective_uid():
+    """Return the effective uid of this process; 0 where the system has none."""
+    return getattr(os, "geteuid", int)()
+
+
+def write_private(path, content):
+    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all."""
+    new = "%s.%s" % (path, os.urandom(8).hex())
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(new, flags, 0o600), "wb") as file:
+            file.write(content)
+        os.replace(new, path)
+    except BaseException:
+        if os.path.lexists(new):
+            os.unlink(new)
+        raise
+
+
+def carry(tls, inner):
+    """Carry bytes between the TLS connection `tls` and the socket `inner` to the end; close both.
+
+    A TLS connection bears one thread at a time; what talks through the other end of `inner` has
+    several. Blocks; shutting down either socket ends it.
+    """
+    with tls, inner:
+        tls.setblocking(False)
+        inner.setblocking(False)
+        ways = [_Way(tls, inner), _Way(inner, tls)]
+        while not ways[-1].is_over:
+            ways = [way for way in ways if not way.is_over]
+            waits = [way.step() for way in ways]
+            if None not in waits:
+                _wait(waits)
+        inner.close()
+        drain(tls)
+
+
+def _wait(waits):
+    """Block until one of the (socket, selectors' event) happens."""
+    with selectors.DefaultSelector() as selector:
+        for sock in {sock for sock, _ in waits}:
+            selector.register(sock, sum({event for each, event in waits if each is sock}))
+        selector.select()
+
+
+def drain(sock):
+    """Wait a moment for a peer that was told goodbye: unread input would make that a reset."""
+    try:
+        socket.socket.settimeout(sock, CLOSE_TIMEOUT_S)
+        for _ in range(64):
+            if not socket.socket.recv(sock, RECEIVE_BYTES):   # of TLS what it is does not matter
+                break
+    except OSError:
+        pass
+
+
+class _Way:
+    """One direction of `carry`."""
+
+    def __init__(self, source, target):
+        self.source = source
+        self.target = target
+        self.is_over = False
+        self._data = b""          # received and not sent yet
+
+    def step(self):
+        """Receive or send once; return None, or the (socket, event) to wait for."""
+        import ssl
+        tls = self.source if isinstance(self.source, ssl.SSLSocket) else self.target
+        try:
+            if self._data:
+                self._data = self._data[self.target.send(self._data):]
+            else:
+                self._data = self.source.recv(RECEIVE_BYTES)
+                if not self._data:
+                    self._end()
+        except ssl.SSLWantReadError:
+            return tls, selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            return tls, selectors.EVENT_WRITE
+        except BlockingIOError:
+            return ((self.target, selectors.EVENT_WRITE) if self._data
+                    else (self.source, selectors.EVENT_READ))
+        except OSError:
+            self._end()
+
+    def _end(self):
+        self.is_over, self._data = True, b""
+        try:
+            if hasattr(self.target, "unwrap"):
+                self.target.unwrap()
+        except (OSError, ValueError):
+            pass                  # it has said goodbye and does not wait for the answer
+        shut_down(self.target, socket.SHUT_WR)
+
+
+def shut_down(sock, how=socket.SHUT_RDWR):
+    """Shut down a socket, from any thread; one that is gone already is as good."""
+    try:
+        socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
+    except OSError:
+        pass
+
+
+def take_all(items):
+    """Take items out of a deque from its left until it is empty; others may do so too."""
+    while True:
+        try:
+            yield items.popleft()
+        except IndexError:
+            return
+
+
+# === 3. Wire protocol ========================================================
+# Bytes <-> checked messages and marks; no socket, no thread, so every class here can
+# be fed one byte at a time in a test. Two rules. On the control channel a message is
+# 0xFF "v01" "l" LENGTH ";" BODY, the body one JSON object in UTF-8. On the REPL channel
+# all is UTF-8 text but for marks that begin with 0xFF, a byte that UTF-8 never has;
+# they are telnet's own commands (RFC 854, RFC 885), so a telnet client agrees with us.
+# A literal 0xFF in what a program prints is doubled, as in telnet, for a client that
+# asked for marks; any other client gets the bytes as they are.
+
+IAC = b"\xff"
+GO_AHEAD = IAC + b"\xf9"          # server: it waits; all since the last newline is the prompt
+END_OF_FILE = IAC + b"\xec"       # client: end of file for whatever reads now; server: goodbye
+INTERRUPT = IAC + b"\xf4"         # client: as Ctrl+C (telnet's Interrupt Process)
+BEGIN, END = IAC + b"\xfa", IAC + b"\xf0"   # enclose a block, or name a stream
+CTRL_D = b"\x04"                  # client without a secret, as telnet: at a line's start, the same
+NO_ECHO = IAC + b"\xfb\x01"       # server: the next answer is a secret (WILL ECHO, RFC 857)
+BLOCK_KIND = b"b"                 # client: BEGIN "b" lines END, one unit of several lines
+SECRET_KIND = b"s"                # client: BEGIN "s" secret END, what PairWithSession has to show
+NOTE_KIND = b"n"                  # server: BEGIN "n" lines END, to be shown above the prompt
+STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
+                "value": b"v", "traceback": b"t"}     # what is displayed, not printed
+
+Command = collections.namedtuple("Command", "name fields doc")
+
+COMMANDS = [  # fields: name -> (types, is it required)
+    Command("DescribeServer", {}, "What the server is: its prompts, version and commands."),
+    Command("Authenticate", {"token": (str, True)},
+            "Show the token, where the server wants one; must come first."),
+    Command("PairWithSession", {"id": (int, True), "secret": (str, False)},
+            "Bind this control connection to REPL session `id`; the commands below need it. "
+            "`secret` is what the session's client sent on the REPL channel; without one, both "
+            "connections must be the same user's."),
+    Command("TurnMarks", {"streams": (bool, False)},
+            "From now on end every wait for input with 0xFF 0xF9; with `streams` also mark "
+            "where stdout, stderr, the prompt, a displayed value and a traceback begin."),
+    Command("TabComplete", {"text": (str, True), "state": (int, True)},
+            "Completion number `state` of the word `text`, or null, as readline counts."),
+    Command("Complete", {"line": (str, True), "cursor": (int, False)},
+            "All completions at once: `start`, `matches`, `hint`."),
+    Command("KeyboardInterrupt", {"turn": (int, False), "answered": (bool, False)},
+            "Interrupt the evaluation, or the wait for input. `turn` is the number of turn marks "
+            "that the client has seen, `answered` whether it has answered the last: an "
+            "evaluation that is over meanwhile is not interrupted, nor is the next."),
+    Command("Background", {"turn": (int, False)},
+            "Turn the evaluation into a background job; the session goes on with a new prompt."),
+    Command("Where", {}, "What the evaluation is doing: `where`, a line of text, or null."),
+    Command("Terminal", {"columns": (int, True), "lines": (int, True), "colours": (bool, True)},
+            "The client is a terminal of this size that shows colours or not."),
+    Command("Outcome", {},
+            "How the last input ended: `state` (running, waiting for input, done, background), and "
+            "`value` (its repr), `exception` (type, message, traceback) or `exit` (a SystemExit's "
+            "status); long texts are cut."),
+]
+
+
+def encode_message(message):
+    """Return `message`, a JSON-serialisable dict, as the bytes of one control message."""
+    import json
+    body = json.dumps(message).encode("utf-8")
+    return IAC + b"v01l%d;" % len(body) + body
+
+
+class MessageDecoder:
+    """Control messages out of a stream of bytes."""
+
+    HEADER = re.compile(rb"\xffv01l([0-9]{1,19});")
+    HEADER_BYTES = 24             # no header lacks its end that is longer
+
+    def __init__(self):
+        self._buffer = b""        # what came in and is no complete message yet
+
+    def feed(self, data):
+        """Yield the bodies that `data` completes: dicts, or a ProtocolError in place of a bad one.
+
+        Junk between messages is skipped up to the next header. A length over the limit raises
+        ProtocolError: after that the stream can't be followed.
+        """
+        self._buffer += data
+        body = self._next_body()
+        while body is not None:
+            yield _parse_body(body)
+            body = self._next_body()
+
+    def _next_body(self):
+        header = self.HEADER.search(self._buffer)
+        if header is None:        # its beginning may have come
+            self._buffer = self._buffer[-self.HEADER_BYTES:]
+            return None
+        length = int(header.group(1))
+        if length > MESSAGE_LIMIT_BYTES:
+            raise ProtocolError("message of %d bytes, expected at most %d"
+                                % (length, MESSAGE_LIMIT_BYTES))
+        self._buffer = self._buffer[header.start():]
+        begin = header.end() - header.start()
+        if len(self._buffer) < begin + length:
+            return None
+        body, self._buffer = self._buffer[begin:begin + length], self._buffer[begin + length:]
+        return body
+
+
+def _parse_body(body):
+    import json
+    try:
+        message = json.loads(body.decode("utf-8"), parse_int=_parse_int)
+        if isinstance(message, dict):
+            return message
+        return ProtocolError("expected a JSON object, found %s" % shorten(message))
+    except (ValueError, RecursionError) as exc:
+        return ProtocolError("body is no JSON in UTF-8: %s" % shorten(str(exc)))
+
+
+def _parse_int(digits):
+    """Return a JSON number; int() of a million digits would hold up every thread for seconds."""
+    if len(digits) > 100:
+        raise ValueError("a number of %d digits" % len(digits))
+    return int(digits)
+
+
+def check_request(request):
+    """Return the Command that the dict `request` names; ProtocolError says what is wrong."""
+    name = request.get("command")
+    command = next((each for each in COMMANDS if each.name == name), None)
+    if command is None:
+        raise ProtocolError("unknown command %s, expected one of %s"
+                            % (shorten(name), ", ".join(each.name for each in COMMANDS)))
+    for field, (kind, is_required) in command.fields.items():
+        _check_field(request, name, field, kind, is_required)
+    return command
+
+
+def _check_field(request, name, field, kind, is_required):
+    value = request.get(field)
+    if value is None and not is_required:
+        return
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ProtocolError("%s: field %r is %s, expected %s"
+                            % (name, field, shorten(value), kind.__name__))
+
+
+class MarkDecoder:
+    """Split the bytes of a REPL channel into data and marks; the same on both ends.
+
+    `feed` returns a list of (kind, bytes): "data"; "turn", "eof", "interrupt", "timing",
+    "no echo" (each with no bytes); "block" (what stood between BEGIN and END); "overlong" (a
+    block over the limit, which was dropped). Other telnet negotiation is swallowed.
+    """
+
+    SIMPLE = {0xF9: "turn", 0xEC: "eof", 0xF4: "interrupt"}
+    NEGOTIATION = range(0xFB, 0xFF)   # WILL, WONT, DO, DONT: one more byte follows
+    NEGOTIATED = {NO_ECHO: "no echo",
+                  b"\xff\xfd\x06": "timing"}   # DO TIMING-MARK (RFC 860): telnet waits
+    TEXT = re.compile(rb"(?:[^\xff]+|\xff\xff)+")
+
+    def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
+        self._limit_bytes = limit_bytes
+        self._rest = b""          # the beginning of a mark whose end has not come yet
+        self._block = None        # bytearray of the block that is being received
+        self._is_dropping = False  # that block is over the limit
+
+    def feed(self, data):
+        """Return what `data` completes, in order."""
+        events, at = [], 0
+        data, self._rest = self._rest + data, b""
+        while at < len(data):
+            take = self._take_plain if self._block is None else self._take_block
+            at = take(data, at, events)
+        return events
+
+    def is_plain(self, data):
+        """Return whether `feed(data)` would give just `data`."""
+        return self._block is None and not self._rest and IAC not in data
+
+    # Each of these takes what stands in `data` at `at`, and returns where the rest begins.
+
+    def _take_plain(self, data, at, events):
+        if data.find(IAC, at) < 0:
+            events.append(("data", data[at:]))
+            return len(data)
+        text = self.TEXT.match(data, at)
+        if text:
+            events.append(("data", text.group().replace(IAC + IAC, IAC)))
+            return text.end()
+        left = len(data) - at
+        if left < 2 or (data[at + 1] in self.NEGOTIATION and left < 3):
+            self._rest = data[at:]
+            return len(data)
+        return self._take_mark(data, at, events)
+
+    def _take_mark(self, data, at, events):
+        kind, mark = data[at + 1], data[at:at + 3]
+        if kind in self.SIMPLE:
+            events.append((self.SIMPLE[kind], b""))
+        elif mark[:2] == BEGIN:
+            self._block, self._is_dropping = bytearray(), False
+        elif kind in self.NEGOTIATION:
+            if mark in self.NEGOTIATED:
+                events.append((self.NEGOTIATED[mark], b""))
+            return at + 3
+        elif kind < 0xF0:         # no command of telnet's: a stray byte that is no text
+            events.append(("data", IAC))
+            return at + 1
+        return at + 2
+
+    def _take_block(self, data, at, events):
+        found = data.find(END, at)
+        end = found if found >= 0 else len(data) - data.endswith(IAC)
+        self._block += data[at:end]
+        if len(self._block) > self._limit_bytes:
+            self._block, self._is_dropping = bytearray(), True
+        if found < 0:
+            self._rest = data[end:]
+            return len(data)
+        events.append(("overlong", b"") if self._is_dropping else ("block", bytes(self._block)))
+        self._block = None
+        return found + len(END)
+
+
+class InputDecoder:
+    """What a user sends to a session, out of the bytes of its REPL channel.
+
+    `ready` is a deque of (kind, text): "line" and "block" (text without the line's end), "eof",
+    "interrupt", "timing", "invalid" (text says what was wrong). After `close` it ends with "eof".
+    """
+
+    def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
+        self.ready = collections.deque()
+        self.secret = b""         # of the session, if its client sent one; the first counts
+        self._limit_bytes = limit_bytes
+        self._marks = MarkDecoder(limit_bytes)
+        self._pieces = []         # of the line that is being received; empty: none is
+        self._length = 0          # of all pieces, in bytes; -1: over the limit, to be dropped
+
+    def feed(self, data):
+        """Take `data` apart; what it completes is appended to `ready`."""
+        if (data.endswith(b"\n") and len(data) <= self._limit_bytes and not self._pieces
+                and self._marks.is_plain(data) and CTRL_D not in data and b"\0" not in data):
+            return self._take_whole_lines(data)
+        for kind, payload in self._marks.feed(data):
+            if kind == "data":
+                self._take_lines(payload)
+            elif kind == "block":
+                self._take_block(payload)
+            elif kind == "overlong":
+                self._refuse("block")
+            elif kind != "no echo":
+                self.ready.append((kind, ""))
+
+    def close(self):
+        """End the stream: a last line without a newline counts, then it is end-of-file."""
+        if any(self._pieces):
+            self._end_line()
+        self.ready.append(("eof", ""))
+
+    def _take_whole_lines(self, data):
+        """Take what nearly always comes, complete lines of text, at once."""
+        try:
+            lines = data.decode("utf-8").split("\n")
+        except UnicodeDecodeError:    # find the line that is wrong
+            return self._take_lines(data)
+        del lines[-1]
+        self.ready.extend([("line", line[:-1] if line.endswith("\r") else line)
+                           for line in lines])
+
+    def _take_lines(self, data):
+        if data[:1] == b"\0" and self._pieces and self._pieces[-1].endswith(b"\r"):
+            data = b"\n" + data[1:]
+        first, *more = data.replace(b"\r\0", b"\n").split(b"\n")   # RFC 854: Return alone
+        self._add_piece(first)
+        for piece in more:
+            self._end_line()
+            self._add_piece(piece)
+
+    def _add_piece(self, piece):
+        while piece.startswith(CTRL_D) and not (self._pieces or self.secret):
+            self.ready.append(("eof", ""))
+            piece = piece[1:]
+        if self._length < 0 or not piece:
+            return
+        self._pieces.append(piece)
+        self._length += len(piece)
+        if self._length > self._limit_bytes:
+            self._pieces, self._length = [b""], -1
+
+    def _end_line(self):
+        line, is_dropped = b"".join(self._pieces), self._length < 0
+        self._pieces, self._length = [], 0
+        if is_dropped:
+            self._refuse("line")
+        else:
+            self._append_text("line", line[:-1] if line.endswith(b"\r") else line)
+
+    def _take_block(self, payload):
+        if payload[:1] == BLOCK_KIND:     # other kinds are for later versions
+            self._append_text("block", payload[1:])
+        elif payload[:1] == SECRET_KIND:
+            self.secret = self.secret or payload[1:]
+
+    def _append_text(self, kind, data):
+        try:
+            self.ready.append((kind, data.decode("utf-8")))
+        except UnicodeDecodeError as exc:
+            self.ready.append(("invalid", "input is no UTF-8: %s; nothing was run" % exc.reason))
+
+    def _refuse(self, what):
+        self.ready.append(("invalid", "a %s of over %d bytes was dropped; send less at once"
+                           % (what, self._limit_bytes)))
+
+
+# === 4. Thread streams =======================================================
+# Each thread prints to its own session; a thread that has none prints where it always did.
+# While a session is open, sys.stdin, sys.stdout, sys.stderr and sys.displayhook are stand-ins.
+# A stand-in is a threading.local, because print() then finds the right `write` by a lookup
+# in C: for a host thread that is its own stream's method, and nothing of ours runs. A
+# session's stream is io.TextIOWrapper, also C; Python runs once for each CHUNK_BYTES. What
+# is printed less often than that is sent by the Flusher, one thread in a process.
+# The stand-ins are set when the first session opens, and leave with the last. Followers see,
+# while there are any, what the program's threads print.
+
+STREAM_NAMES = ("stdin", "stdout", "stderr")
+_here = threading.local()         # .evaluator: the one whose thread this is
+
+
+def current_evaluator():
+    """Return the Evaluator whose thread this is, or None in a thread of the program's."""
+    return getattr(_here, "evaluator", None)
+
+
+def current_session():
+    """Return the session whose thread this is, or None in a thread of the program's."""
+    evaluator = current_evaluator()
+    return None if evaluator is None else evaluator.session
+
+
+class StandIn:
+    """What takes the place of something in `sys` or `os` and knows what it stands for."""
+
+    is_thread_stream = True       # by these two another copy of this file knows it, and ...
+    is_retired = False            # ... that its time is over: `default` is to be had instead
+
+    def retire(self, is_retired=True):
+        """Have whoever finds this put back too late use what it stands for, or no longer."""
+        self.is_retired = is_retired
+
+
+class ThreadStream(threading.local, StandIn):
+    """Stand for a sys stream; every attribute is that of the calling thread's own stream.
+
+    Instances are made by `thread_stream`, which adds a property for each attribute.
+    """
+
+    _FAST = ("write", "flush", "readline")    # found without a property, by a lookup in C
+    _OWN = _FAST + ("target", "default", "life")      # the rest of what a thread's slots hold
+
+    def __init__(self, default, life):
+        self._use(default).update(default=default, life=life)     # runs in each thread
+
+    def _use(self, stream):
+        slots = self.__dict__
+        slots["target"] = stream
+        for name in self._FAST:
+            method = getattr(_NOWHERE if stream is None else stream, name, None)
+            if method is not None:
+                slots[name] = method
+        return slots
+
+    def retire(self, is_retired=True):
+        self.__dict__["life"].is_retired = is_retired
+
+    @property
+    def is_retired(self):
+        return self.__dict__["life"].is_retired
+
+    def __setattr__(self, name, value):
+        setattr(self.target, name, value)
+        _forward(type(self), name)
+
+    def __iter__(self):
+        return iter(self.target)
+
+    def __next__(self):
+        return next(self.target)
+
+    def __enter__(self):
+        return self.target.__enter__()
+
+    def __exit__(self, *args):
+        return self.target.__exit__(*args)
+
+    def __repr__(self):
+        return repr(self.target)
+
+
+class _Nowhere:
+    """Takes what a thread prints whose stream is None, as it would print nothing without us."""
+
+    def write(self, text):
+        return len(text)
+
+    def flush(self):
+        pass
+
+
+_NOWHERE = _Nowhere()
+
+
+def thread_stream(default):
+    """Return a stand-in for the stream `default`, which may be None."""
+    kind = _kinds.get(type(default))
+    if kind is None:              # making a class costs more than all else a session needs
+        kind = _kinds[type(default)] = _make_kind(default)
+    return kind(default, types.SimpleNamespace(is_retired=False))
+
+
+_kinds = {}                       # type of a stream -> the class of its stand-in
+
+
+def _make_kind(default):
+    kind = type("ThreadStream", (ThreadStream,), {})
+    for name in set(dir(io.TextIOWrapper)).union(dir(default)):
+        if not name.startswith("__"):
+            _forward(kind, name)
+    io.TextIOBase.register(kind)
+    return kind
+
+
+def _forward(kind, name):
+    if name not in ThreadStream._OWN and not hasattr(kind, name):
+        setattr(kind, name, property(
+            lambda self: getattr(self.target, name),
+            lambda self, value: setattr(self.target, name, value),
+            lambda self: delattr(self.target, name)))
+
+
+class ThreadHook(StandIn):
+    """Stand for sys.displayhook: in a session's thread the session displays the value."""
+
+    NOTEBOOKS = ("IPython.", "ipykernel.")    # whose hooks show a value to their own user
+
+    def __init__(self, default):
+        self.default = default
+        self._is_for_all = not (default is sys.__displayhook__        # a program's own
+                                or type(default).__module__.startswith(self.NOTEBOOKS))
+
+    def __call__(self, value):
+        evaluator = current_evaluator()
+        if evaluator is None or self._is_for_all:
+            return self.default(value)
+        return evaluator.display(value)
+
+
+class ThreadTerminalSize(StandIn):
+    """Stand for os.get_terminal_size, which shutil and rich ask: a session's is its client's."""
+
+    def __init__(self, default):
+        self.default = default
+
+    def __call__(self, *args):
+        session = current_session()
+        if session is None or not session.is_terminal:
+            return self.default(*args)
+        return os.terminal_size(session.terminal_size)
+
+
+class ThreadGetpass(StandIn):
+    """Stand for getpass.getpass, which asks /dev/tty: in a session's thread the client is asked."""
+
+    def __init__(self, default):
+        self.default = default
+
+    def __call__(self, prompt="Password: ", *args, **options):
+        evaluator = current_evaluator()
+        if evaluator is None:
+            return self.default(prompt, *args, **options)
+        return evaluator.ask_secret(prompt)
+
+
+RESEND_S = 0.01
+
+
+class ThreadUnraisable(StandIn):
+    """Stand for sys.unraisablehook: a session's interrupt that Python drops is sent once more.
+
+    It drops what arrives in a destructor, or in the callback of a weak reference.
+    """
+
+    def __init__(self, default):
+        self.default = default
+
+    def __call__(self, unraisable):
+        session = current_session()
+        if session is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            return self.default(unraisable)
+        # A moment later, when this call is over: what arrives in here is dropped too.
+        timer = threading.Timer(RESEND_S, session.interrupt, (session.turn, True))
+        timer.daemon = True
+        timer.start()
+
+
+class StreamRouter:
+    """The stand-ins of this process, counted by open sessions."""
+
+    MAKERS = (  # (module, name in it, what makes the stand-in)
+        ("sys", "stdin", thread_stream), ("sys", "stdout", thread_stream),
+        ("sys", "stderr", thread_stream), ("sys", "displayhook", ThreadHook),
+        ("os", "get_terminal_size", ThreadTerminalSize), ("getpass", "getpass", ThreadGetpass),
+        *([("sys", "unraisablehook", ThreadUnraisable)] if sys.version_info >= (3, 8) else []))
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._users = 0           # open sessions; guarded by _lock
+        self._ours = {}           # name in sys -> our newest stand-in; guarded by _lock
+        # (name, stand-in) after its time; guarded by _lock. They must live on: print() holds no
+        # reference to sys.stdout, so a thread that prints just now would crash without it.
+        self._kept = collections.deque(maxlen=256)
+
+    def acquire(self):
+        """Set the stand-ins unless they are there; each call wants one `release`."""
+        for module, _, _ in self.MAKERS:      # under the lock it would wait for other imports
+            __import__(module)
+        with self._lock:
+            self._install()
+            self._users += 1
+
+    def release(self):
+        """Undo one `acquire`; after the last, sys has its own streams again."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._uninstall()
+                FLUSHER.stop()
+
+    def bind(self, streams):
+        """Give the calling thread `streams`, a dict of name -> stream, behind sys's stand-ins.
+
+        Also puts back in front a stand-in that the program has replaced since: its new stream
+        is then what the other threads print to.
+        """
+        with self._lock:
+            if self._users:
+                self._install()
+            for name in STREAM_NAMES:
+                for each in _stand_ins(_standing(sys, name)):
+                    if each is self._ours.get(name):
+                        streams[name].bind(each._use(streams[name].text))
+
+    @contextmanager
+    def lent(self, make_stream):
+        """Within this the calling thread has `make_stream(name, its own stream)` in sys.
+
+        No lock is taken: it may run in a signal handler.
+        """
+        lent = [(each, each.target, name) for name, each in list(self._ours.items())
+                if name in STREAM_NAMES]
+        for each, own, name in lent:
+            each._use(make_stream(name, own))
+        try:
+            yield
+        finally:
+            for each, own, name in lent:
+                each._use(own)
+
+    def is_bound(self):
+        """Return whether sys has still our stand-ins, without waiting for anybody."""
+        ours = self._ours
+        try:
+            return (sys.stdout is ours.get("stdout") and sys.stderr is ours.get("stderr")
+                    and sys.stdin is ours.get("stdin")
+                    and sys.displayhook is ours.get("displayhook"))
+        except AttributeError:    # somebody has deleted one
+            return False
+
+    def original(self, name):
+        """Return what sys.`name` is to the threads of the program."""
+        value = _standing(sys, name)
+        while getattr(type(value), "is_thread_stream", False):
+            value = value.default
+        return value
+
+    def forget(self):
+        """In a forked child: put everything back without waiting for locks or threads."""
+        self._lock = threading.Lock()
+        self._users = 0
+        self._uninstall()
+
+    def _install(self):
+        for module, name, make in self.MAKERS:
+            module = __import__(module)
+            value = _without_retired(_standing(module, name))
+            if self._ours.get(name) not in _stand_ins(value):
+                if name in self._ours:
+                    self._ours[name].retire()     # it may come back, as of a redirection
+                    self._kept.append((name, self._ours[name]))
+                self._ours[name] = self._revive(name, value) or make(value)
+                setattr(module, name, self._ours[name])
+
+    def _revive(self, name, default):
+        for each in self._kept:
+            if each[0] == name and each[1].default is default:
+                self._kept.remove(each)
+                each[1].retire(False)
+                return each[1]
+        return None
+
+    def _uninstall(self):
+        for name, stand_in in self._ours.items():
+            stand_in.retire()
+            self._kept.append((name, stand_in))
+        self._ours = {}
+        for module, name in [(sys.modules[module], name) for module, name, _ in self.MAKERS
+                             if module in sys.modules]:
+            setattr(module, name, _without_retired(_standing(module, name)))
+
+
+def _standing(module, name):
+    """Return what `module` has under `name`, or began with where that was deleted."""
+    return getattr(module, name, getattr(module, "__%s__" % name, None))
+
+
+def _without_retired(value):
+    """Return what `value` stands for, if it is a stand-in that somebody put back too late."""
+    while _stand_ins(value) and value.is_retired:
+        value = value.default
+    return value
+
+
+def _stand_ins(value):
+    """Return the chain of stand-ins that begins with `value`: ours, and those of other copies."""
+    chain = []
+    while getattr(type(value), "is_thread_stream", False):
+        chain.append(value)
+        value = value.default
+    return chain
+
+
+class SessionStream(io.BufferedIOBase):
+    """The bytes end of a session's stdout or stderr: encoded text comes in, `sink` takes it on.
+
+    `text` is the text stream over it. The thread that prints is the session's own; the Flusher
+    may flush meanwhile. `sink.send(data)` blocks while the client is slow; `sink.tick(flush)`
+    calls `flush` and sends what it can without blocking.
+    """
+
+    def __init__(self, kind, sink, guard, errors, flusher=None):
+        super().__init__()
+        self.kind = kind          # "stdout" or "stderr"
+        self.sink = sink          # replaced when an evaluation goes to the background
+        self._guard = guard       # Interrupts of the thread that prints
+        self._flusher = flusher   # None: send at each write, as stderr does
+        self._earlier = None      # a stream whose text goes out before ours
+        self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
+        self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
+                                     write_through=flusher is None)
+        self.text._CHUNK_SIZE = CHUNK_BYTES
+
+    def bind(self, slots):
+        """Take over `slots`, the calling thread's part of a stand-in."""
+        self._slots = slots
+        slots["close"] = _no_close
+        self.rearm()
+
+    def precede_by(self, stream):
+        """Send what was printed to `stream` before what is printed here, as it happened."""
+        self._earlier = stream
+
+    def rearm(self):
+        """Stop the Flusher's visits until the next text is printed."""
+        if self._flusher is not None:
+            self._flusher.unwatch(self)
+            self._slots["write"] = self._write_first
+
+    def _write_first(self, text):
+        self._guard.shield(self._flusher.watch, self)
+        self._slots["write"] = self.text.write    # from here on print() runs in C
+        return self.text.write(text)
+
+    def tick(self):
+        """Send what was printed so far, as far as that does not block; called by the Flusher."""
+        self.sink.tick(self.text.flush)
+
+    def write(self, data):
+        if self._earlier is not None:
+            self._earlier.text.flush()
+        if threading.get_ident() == self._guard.ident:
+            self._guard.shield(self.sink.send, bytes(data), self.kind)
+        else:
+            self.sink.send(bytes(data), self.kind)
+        return len(data)
+
+    def write_as(self, kind, write, text):
+        """Call `write(text)`; what arrives here meanwhile is of another kind than ours."""
+        if not getattr(self.sink, "has_streams", False):
+            return write(text)
+        own = self.kind
+        self._guard.shield(self._set_kind, kind)
+        try:
+            write(text)
+        finally:
+            self._guard.shield(self._set_kind, own)
+
+    def _set_kind(self, kind):
+        with self.sink.lock:      # the Flusher is not at it
+            self.text.flush()
+            self.kind = kind
+
+    def writable(self):
+        return True
+
+    def close(self):
+        """Do nothing: a session's streams live as long as the session."""
+
+    def isatty(self):
+        return _is_terminal()
+
+
+def _no_close():
+    """Stand for close() where a program would close the stream that its session talks through."""
+
+
+def _is_terminal():
+    session = current_session()
+    return session is not None and session.is_terminal
+
+
+class SessionInput(io.TextIOBase):
+    """A session's stdin: each line is asked from its client.
+
+    `ask()` blocks and returns one line with its newline, or "" at end-of-file.
+    """
+
+    encoding, errors, mode, name = "utf-8", "strict", "r", "<session>"
+
+    def __init__(self, ask):
+        super().__init__()
+        self.text = self
+        self._ask = ask
+        self._rest = ""           # of a line that was read in parts
+
+    def bind(self, slots):
+        """Take over `slots`, the calling thread's part of a stand-in."""
+        slots["close"] = _no_close
+
+    def readable(self):
+        return True
+
+    def readline(self, size=-1):
+        line, self._rest = self._rest or self._ask(), ""
+        if size is not None and 0 <= size < len(line):
+            line, self._rest = line[:size], line[size:]
+        return line
+
+    def read(self, size=-1):
+        if size is not None and size >= 0:
+            return self.readline(size)
+        return "".join(iter(self.readline, ""))
+
+    def close(self):
+        """Do nothing: site's exit() closes sys.stdin, and only the session is to end."""
+
+    def isatty(self):
+        return _is_terminal()
+
+
+class Flusher:
+    """Send what was printed and not sent, a moment later: one thread, asleep when nobody prints.
+
+    A stream is watched from its first write in an evaluation to the evaluation's end. The thread
+    stays awake for a while after that: waking it costs more than a short evaluation.
+    """
+
+    IDLE_TICKS = 12
+
+    def __init__(self):
+        self._watched = set()     # streams to visit at each tick
+        self._is_asleep = False   # written by the thread, read by `watch`
+        self._lock = threading.Lock()     # guards _thread
+        self._wake = threading.Semaphore(0)
+        self._thread = None
+
+    def watch(self, stream):
+        """Begin to call `stream.tick()` every FLUSH_INTERVAL_S; from any thread, does not block."""
+        self._watched.add(stream)
+        if self._is_asleep:
+            self._wake.release()
+        elif self._thread is None:
+            self._start()
+
+    def unwatch(self, stream):
+        """Stop visiting `stream`."""
+        self._watched.discard(stream)
+
+    def stop(self):
+        """End the thread; the next `watch` starts another."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+            self._wake.release()
+        if thread is not None:
+            thread.join(STOP_TIMEOUT_S)
+
+    def forget(self):
+        """In a forked child: the thread is gone."""
+        self.__init__()
+
+    def _start(self):
+        with self._lock:
+            if self._thread is None:
+                self._wake = threading.Semaphore(0)
+                self._thread = threading.Thread(target=self._run, name="hotrepl flusher",
+                                                args=(self._wake,), daemon=True)
+                try:
+                    self._thread.start()
+                except RuntimeError:      # no more threads, or the program is ending
+                    self._thread = None   # the next write tries again; the evaluation's end flushes
+
+    def _run(self, wake):
+        idle_ticks = 0
+        while self._thread is threading.current_thread():
+            time.sleep(FLUSH_INTERVAL_S)
+            for stream in list(self._watched):
+                stream.tick()
+            idle_ticks = 0 if self._watched else idle_ticks + 1
+            if idle_ticks > self.IDLE_TICKS:
+                self._is_asleep = True
+                if not self._watched:     # else it came just before the line above
+                    wake.acquire()
+                self._is_asleep = False
+                idle_ticks = 0
+
+
+# What follows carries text from threads that must never wait to one that may: no lock but bare
+# ones, since the writer may be a signal handler in the middle of another write, and no more text
+# than BACKLOG_LIMIT characters, since the reader may be as slow as its client.
+
+BACKLOG_LIMIT = 1 << 18
+
+
+class Backlog:
+    """Text that was written and not yet taken, from any thread to one."""
+
+    def __init__(self):
+        self._items = collections.deque()     # (stream kind, text)
+        self._length = 0          # of all texts, about
+        self._dropped = 0         # newlines in what was dropped since the last `take`
+
+    def put(self, kind, text):
+        """Append `text`, or count its lines where there is too much already; never blocks."""
+        if self._length > BACKLOG_LIMIT:
+            self._dropped += text.count("\n")
+            return
+        self._length += len(text)
+        self._items.append((kind, text))
+
+    def take(self):
+        """Return what was put since the last time, a list of (stream kind, text)."""
+        items = [self._items.popleft() for _ in range(len(self._items))]
+        self._length -= sum(len(text) for _, text in items)
+        if self._dropped:
+            items.append(("stderr", "... %d lines dropped\n" % self._dropped))
+            self._dropped = 0
+        return items
+
+
+class Relay(io.TextIOBase):
+    """A text stream into a Backlog; back to the thread's own stream once `is_open()` is false."""
+
+    encoding, errors = "utf-8", "backslashreplace"
+
+    def __init__(self, kind, backlog, default, is_open):
+        super().__init__()
+        self._kind = kind         # "stdout" or "stderr"
+        self._backlog = backlog
+        self._default = default   # the stream of the thread that prints here for a while
+        self._is_open = is_open
+
+    def write(self, text):
+        if not self._is_open():
+            return self._default.write(text)
+        self._backlog.put(self._kind, text)
+        return len(text)
+
+    def writable(self):
+        return True
+
+    def isatty(self):
+        return _is_terminal()
+
+
+class Follower:
+    """Passes on what the program's threads print and log, in whole lines, by a thread of its own.
+
+    `send(text)` may block. Of a line that was drawn again and again (a progress bar) the last
+    state counts.
+    """
+
+    def __init__(self, evaluator, send):
+        self.evaluator = evaluator        # whose log records are not passed on to itself
+        self._send = send
+        self._backlog = Backlog()
+        self._begun = {}          # thread ident -> the line that it has not ended yet
+        self._wake = threading.Lock()     # released when there is something to send
+        self._is_open = True
+        threading.Thread(target=self._run, name="hotrepl follower", daemon=True).start()
+
+    def note(self, text):
+        """Take what the calling thread has written; never blocks."""
+        ident = threading.get_ident()
+        head, newline, rest = (self._begun.pop(ident, "") + text).rpartition("\n")
+        if rest:
+            self._begun[ident] = rest[-BACKLOG_LIMIT:]
+        if newline:
+            lines = [line.rstrip("\r").rpartition("\r")[2] for line in head.split("\n")]
+            self._backlog.put("stdout", "\n".join(lines) + "\n")
+            self._wake_up()
+
+    def close(self):
+        """Send nothing more; from any thread."""
+        self._is_open = False
+        self._wake_up()
+
+    def _wake_up(self):
+        try:
+            self._wake.release()
+        except RuntimeError:      # it is awake
+            pass
+
+    def _run(self):
+        self._wake.acquire()
+        while True:
+            self._wake.acquire()
+            if not self._is_open:
+                return
+            time.sleep(FLUSH_INTERVAL_S)
+            text = "".join(text for _, text in self._backlog.take())
+            if text:
+                self._send(text)
+
+
+class Followers:
+    """The Followers of this process, and what they need of it while there are any.
+
+    Printed text is seen by the stand-ins: a property of the class comes before what a thread's
+    slots hold, so it works for all threads at once and is nothing once it is gone. Log records
+    are seen where they are made: a handler of the root logger would change what the program does,
+    since logging.lastResort and basicConfig() look whether there is one.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._all = ()            # replaced as a whole; guarded by _lock
+        self._make_record = None  # logging's record factory before ours; guarded by _lock
+
+    def add(self, follower):
+        """Let `follower` see all that is printed and logged from now on."""
+        import logging
+        with self._lock:
+            self._all += (follower,)
+            if len(self._all) == 1:
+                ThreadStream.write = property(self._teed_write)
+                self._make_record = logging.getLogRecordFactory()
+                logging.setLogRecordFactory(self._on_record)
+
+    def remove(self, follower):
+        """Undo `add`; again is harmless."""
+        with self._lock:
+            is_last = self._all == (follower,)
+            self._all = tuple(each for each in self._all if each is not follower)
+            if is_last:
+                self._uninstall()
+        follower.close()
+
+    def forget(self):
+        """In a forked child: there are no sessions."""
+        self._lock = threading.Lock()
+        if self._all:
+            self._all = ()
+            self._uninstall()
+
+    def _uninstall(self):
+        import logging
+        del ThreadStream.write
+        if logging.getLogRecordFactory() == self._on_record:
+            logging.setLogRecordFactory(self._make_record)
+
+    def _teed_write(self, stand_in):
+        write = stand_in.__dict__["write"]
+        if current_evaluator() is not None:
+            return write
+
+        def teed(text):
+            written = write(text)
+            caller = sys._getframe().f_back       # None: the interpreter prints what it dies of
+            if caller is None or caller.f_globals.get("__name__") != "logging":   # has a record
+                self._note(text)
+            return written
+        return teed
+
+    def _on_record(self, name, *args, **kwargs):
+        record = self._make_record(name, *args, **kwargs)
+        if name is not None:      # None: makeLogRecord() fills it in later
+            self._note(_format_record(record))
+        return record
+
+    def _note(self, text):
+        own = current_evaluator()
+        for each in self._all:
+            if each.evaluator is not own:
+                each.note(text)
+
+
+def _format_record(record):
+    import logging
+    try:
+        return logging.Formatter(logging.BASIC_FORMAT).format(record) + "\n"
+    except Exception as exc:      # arguments that don't fit: the program's handlers say more
+        return "%s:%s:%s (%s)\n" % (record.levelname, record.name, record.msg, exc)
+
+
+FLUSHER = Flusher()
+ROUTER = StreamRouter()
+FOLLOWERS = Followers()
+
+
+# === 5. Interrupts ===========================================================
+# KeyboardInterrupt in another thread, at no wrong moment. An asynchronous exception lands
+# between any two bytecodes, also in a handler or after the evaluation it was meant for. So
+# an Interrupts is open only while its thread evaluates; closing cancels what is pending; and
+# where our own code writes in the middle of an evaluation (`shield`), a request is kept and
+# raised on the way out. In the middle of Python's own import machinery it would leave a lock
+# held without which nobody in the process can import: there it waits too; and, before 3.12, for
+# a thread that is being started, which would get it.
+# Requests come from any thread, the rest runs in the owner's.
+
+IS_PYPY = sys.implementation.name == "pypy"
+PATIENCE_ROUNDS = 20              # how often an interrupt waits for a better moment ...
+PATIENCE_PAUSE_S = 0.0005         # ... and how long each time
+IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import in it
+ARRIVAL_S = 0.1                   # PyPy: what has not arrived after this is sent again
+
+_ON_THEIR_WAY = {}                # PyPy: ident of a thread -> (exception class, when to send again)
+
+
+def async_raise(thread, exception=KeyboardInterrupt):
+    """Raise the class `exception` in `thread` (a threading.Thread or its ident), asynchronously.
+
+    It arrives when that thread next runs Python code: a blocking call in C returns first.
+    ValueError: no such thread. TypeError: not an exception class. Source: CPython's C API,
+    PyThreadState_SetAsyncExc; on PyPy `__pypy__.thread._raise_in_thread`.
+    """
+    if not (isinstance(exception, type) and issubclass(exception, BaseException)):
+        raise TypeError("expected an exception class, found %s" % shorten(exception))
+    ident = thread.ident if isinstance(thread, threading.Thread) else thread
+    if not isinstance(ident, int):
+        raise TypeError("expected a thread that was started, or its ident, found %s"
+                        % shorten(thread))
+    if not IS_PYPY and ident not in sys._current_frames():    # PyPy finds out by itself
+        raise ValueError("no thread with ident %d is running" % ident)
+    _set_async_exception(ident, exception)
+
+
+def _set_async_exception(ident, exception):
+    """Make `exception` pending in the thread `ident`, or nothing where it is None."""
+    if exception is None and not IS_PYPY:
+        import ctypes
+        exception = ctypes.py_object()    # NULL
+    _async_raiser()(ident, exception)
+
+
+@functools.lru_cache(None)        # an import statement leaves behind what PyPy's collector calls
+def _async_raiser():              # later, in any thread; an interrupt that lands there is lost
+    if IS_PYPY:
+        from __pypy__ import thread
+        return thread._raise_in_thread
+    import ctypes
+    kind = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_ulong, ctypes.py_object)
+    return kind(("PyThreadState_SetAsyncExc", ctypes.pythonapi))
+
+
+def _send(ident, exception, forbidden, spares_imports=False, spares_starts=False):
+    """Raise the class `exception` in the thread `ident`, when that next looks for it.
+
+    Return False, and do nothing, where this is no moment for it: that thread runs a code object of
+    the set `forbidden` now, or lines of the import machinery, or with `spares_imports` is anywhere
+    in an import, or with `spares_starts` starts a thread; or it has moved on while we looked.
+    """
+    if IS_PYPY:                   # 7.3.11 dies of a look at the frames of a thread that is running
+        return _send_on_pypy(ident, exception)
+    frame = sys._current_frames().get(ident)
+    if frame is None:             # it has ended
+        return True
+    if (frame.f_code in forbidden or _is_in_machinery(frame, spares_imports)
+            or spares_starts and _is_starting_thread(frame)):
+        return False
+    # Functions in C alone, which hold the interpreter lock throughout: between two lines of Python
+    # that thread could run, and be elsewhere.
+    frames = itertools.islice(iter(sys._current_frames, None), 1)
+    found = map(functools.partial(operator.is_, frame), map(operator.itemgetter(ident), frames))
+    calls = itertools.compress([(ident, exception)], found)
+    try:
+        return bool(list(itertools.starmap(_async_raiser(), calls)))
+    except KeyError:              # it has ended just now
+        return True
+
+
+def _is_in_machinery(frame, is_wide):
+    """Return whether an exception here could leave a lock of Python's import machinery locked.
+
+    Then nobody in the process could import any more. It takes and releases them in Python code,
+    and 3.13 looks for exceptions only a step later than it seems, maybe on the way out. `is_wide`:
+    also in a module that is being imported: who waits for it would get the half of it.
+    """
+    machinery = "<frozen importlib._bootstrap>"
+    if frame.f_code.co_filename == machinery:
+        return True
+    # 3.13 looks for a module under the lock for all imports.
+    name = "_find_and_load" if is_wide else "_find_spec"
+    while frame is not None:
+        if frame.f_code.co_name == name and frame.f_code.co_filename == machinery:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_starting_thread(frame):
+    """Return whether an exception here could go to a thread that is being started.
+
+    Before 3.12 a new thread has its maker's ident until it first runs, and then who waits for it
+    in Thread.start() would wait for ever. It is in `_limbo` until it has its own.
+    """
+    while frame is not None and sys.version_info < (3, 12) and threading._limbo:
+        if frame.f_code is _THREAD_START:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_THREAD_START = threading.Thread.start.__code__
+
+
+def _send_on_pypy(ident, exception):
+    arrives_s = _ON_THEIR_WAY.get(ident, (None, 0.0))[1]
+    if time.monotonic() >= arrives_s:
+        exception = _noting_arrival(exception)
+        _ON_THEIR_WAY[ident] = exception, time.monotonic() + ARRIVAL_S
+        with suppress(ValueError):    # the thread has ended just now
+            _set_async_exception(ident, exception)
+    return True
+
+
+def _cancel(ident):
+    """Take back what `_send` sent, if it has not arrived. PyPy can't: there it arrives here."""
+    if not IS_PYPY:
+        _set_async_exception(ident, None)
+        try:                      # CPython looks for one all the time until one has arrived: slow,
+            _set_async_exception(threading.get_ident(), _Arrival)     # and 3.11 can't trace a call
+            _checkpoint()
+        except _Arrival:
+            pass
+    elif ident == threading.get_ident():
+        try:
+            while ident in _ON_THEIR_WAY:
+                _land(ident)
+        except BaseException:     # that is what has arrived
+            pass
+
+
+def _free_import_lock():
+    """Release the lock for all imports where this thread, which imports nothing now, left it.
+
+    PyPy raises an exception where it likes, also between taking the lock and seeing to its release.
+    """
+    with suppress(RuntimeError):  # it is another's
+        while _imp.lock_held():
+            _imp.release_lock()
+
+
+class _Arrival(BaseException):
+    """What arrives where it was sent from."""
+
+
+def _checkpoint():
+    """Do nothing, in Python: CPython looks for asynchronous exceptions at each call."""
+
+
+def _land(ident):
+    """Have what was sent to this thread arrive: CPython looks for it at each call, like this."""
+    if ident in _ON_THEIR_WAY:    # PyPy looks for it now and then, but after this at once
+        _set_async_exception(ident, _ON_THEIR_WAY[ident][0])
+
+
+@functools.lru_cache(None)
+def _noting_arrival(kind):
+    """Return what to raise on PyPy for the class `kind`: one of that, noted when it arrives."""
+    def __new__(cls, *_):
+        _ON_THEIR_WAY.pop(threading.get_ident(), None)
+        return kind()
+    return type(kind.__name__, (kind,), {"__new__": __new__})
+
+
+class Interrupts:
+    """The door for asynchronous exceptions into one thread.
+
+    It is due from the moment an input is awaited, open while that is evaluated, and closed when
+    it has failed or all is done. A request finds it open and is raised, due and is raised when
+    it opens, closed and is dropped.
+    """
+
+    CLOSED, DUE, OPEN = range(3)
+
+    def __init__(self):
+        self.ident = None         # of the thread that owns this; set once by `adopt`
+        self._lock = threading.Lock()
+        self._state = self.CLOSED  # guarded by _lock, as is all below
+        self._evaluation = 0      # how many have ended, or were given up by `withdraw`
+        self._is_shielded = False
+        self._was_sent = False    # an exception was made pending since `_open` ...
+        self._sent_s = 0.0        # ... the last one then
+        self._kept = None         # an exception class to raise when it is safe
+
+    def adopt(self):
+        """Make the calling thread the owner."""
+        self.ident = threading.get_ident()
+
+    def expect(self):
+        """Get ready for an input: from here on a request is for what it evaluates."""
+        self._set(self.DUE)
+
+    def close(self):
+        """Turn interrupts off, and forget those that have not arrived; can be repeated."""
+        self._set(self.CLOSED)
+
+    def request(self, exception=KeyboardInterrupt):
+        """Interrupt what the owner evaluates, or is about to; from any thread."""
+        _async_raiser()           # loaded by now: to import under a lock is to wait for all imports
+        for _ in range(PATIENCE_ROUNDS):
+            with self._lock:
+                if self._take(exception):
+                    return
+                evaluation = self._evaluation
+            time.sleep(PATIENCE_PAUSE_S)
+        threading.Thread(target=self._request_later, args=(exception, evaluation),
+                         name="hotrepl interrupt", daemon=True).start()
+
+    def withdraw(self):
+        """Take back a request that has not arrived: Ctrl+Z after a Ctrl+C that changed nothing."""
+        with self._lock:
+            self._evaluation += 1
+            self._kept = None
+            if self._was_sent:
+                self._cancel()
+
+    def run(self, function, *args):
+        """Return what `function` returns, called with interrupts on. They are off afterwards."""
+        try:
+            try:
+                self._open()
+                value = function(*args)
+                self._set(self.DUE)       # one input can be evaluated in several parts
+                return value
+            except BaseException:
+                self.close()
+                raise
+        except BaseException:
+            self.close()          # an interrupt can land on the lines above, but not two
+            raise
+
+    def shield(self, function, *args):
+        """Call `function` in an evaluation, whole: an interrupt is raised after it, or before."""
+        if self._is_shielded or self._state != self.OPEN:     # only the owner opens it
+            return function(*args)
+        try:
+            self._is_shielded = True
+            with self._lock:      # what was being requested has been sent now ...
+                _land(self.ident)     # ... and lands here at the latest ...
+        finally:
+            try:
+                self._is_shielded = True
+                function(*args)   # ... and even then the call is made
+            finally:
+                with self._lock:  # one that is being requested is kept by now
+                    self._is_shielded = False
+        if self._kept is not None and self._state == self.OPEN:
+            self._raise_kept()
+        return None
+
+    def _request_later(self, exception, evaluation):
+        """Interrupt that evaluation when it has got on: an import can wait long for another."""
+        is_over, end = False, time.monotonic() + IMPORT_PATIENCE_S
+        while not is_over:
+            time.sleep(PATIENCE_PAUSE_S)
+            with self._lock:
+                is_over = (self._evaluation != evaluation
+                           or self._take(exception, is_patient=time.monotonic() < end))
+
+    def _take(self, exception, is_patient=True):
+        """Raise, keep or drop the exception; False: none of these, since it is no moment for it."""
+        if self._state == self.CLOSED:
+            pass
+        elif self._state == self.DUE or self._is_shielded:
+            self._kept = exception
+        elif IS_PYPY and self._was_sent and time.monotonic() < self._sent_s + ARRIVAL_S:
+            return self.ident in _ON_THEIR_WAY    # else `run` is on its way out with one, maybe
+        else:
+            self._sent_s = time.monotonic()
+            spares_imports = is_patient and exception is SystemExit   # the user does not ask for it
+            is_sent = _send(self.ident, exception, self.OURS, spares_imports, is_patient)
+            self._was_sent = self._was_sent or is_sent
+            if IS_PYPY:
+                threading.Thread(target=self._send_again, args=(exception, self._evaluation),
+                                 name="hotrepl interrupt", daemon=True).start()
+            return is_sent
+        return True
+
+    def _send_again(self, exception, evaluation):
+        """PyPy loses one now and then, in a loop that computes: send until it has arrived."""
+        is_lost = True
+        while is_lost:
+            time.sleep(ARRIVAL_S / 10)
+            with self._lock:
+                is_lost = (self._evaluation == evaluation and self._state == self.OPEN
+                           and self.ident in _ON_THEIR_WAY)
+                if is_lost:       # this waits ARRIVAL_S from one to the next
+                    _send_on_pypy(self.ident, exception)
+
+    def _open(self):
+        with self._lock:
+            self._state = self.OPEN
+        if self._kept is not None:
+            self._raise_kept()
+
+    def _raise_kept(self):
+        kept, self._kept = self._kept, None
+        raise kept
+
+    def _set(self, state):
+        with self._lock:
+            if self._state != self.DUE or state != self.DUE:
+                self._kept = None
+            self._evaluation += state == self.CLOSED
+            self._state = state
+            if self._was_sent:
+                self._cancel()
+
+    def _cancel(self):
+        self._was_sent = False
+        _cancel(self.ident)
+        _free_import_lock()
+
+    OURS = {each.__code__ for each in (close, run, shield, _open, _raise_kept, _set, _cancel)}
+
+
+# === 6. Consoles =============================================================
+# The first of imacropy, MacroPy, mcpyrate and the standard library that imports and can be
+# made is the console of a session. Importing any of the first three changes the import system,
+# so a miss is taken back: sys.meta_path, sys.path_hooks and sys.modules are as before.
+# All are InteractiveConsole underneath; ConsoleMixin puts our half in front: it runs code
+# with interrupts on, shows exceptions to the session alone, runs whole blocks, answers `obj?`.
+
+CONSOLES = [                      # (modules to import, class in the last, below which Python)
+    (("imacropy.console",), "MacroConsole", (3, 9)),  # later ones import, but expand no macro
+    (("macropy.activate", "macropy.core.console"), "MacroConsole", (3, 9)),
+    (("mcpyrate.repl.console",), "MacroConsole", (4,)),
+]
+
+
+def make_console(namespace, evaluator, console_class=None):
+    """Return a console for `evaluator` over `namespace`; of `console_class`, or the best there is.
+
+    Runs in the evaluator's thread. A `console_class` that can't be made raises what it raises; of
+    the others, a miss is logged and the next is tried.
+    """
+    from code import InteractiveConsole
+    if console_class is not None:
+        return _adapt(console_class)(namespace, evaluator)
+    for modules, name, below in CONSOLES:
+        if sys.version_info < below:
+            missed = modules, tuple(sys.path)
+            if missed in _missed:
+                continue
+            console = _try_console(modules, name, namespace, evaluator)
+            if console is not None:
+                return console
+            _missed.add(missed)
+    return _adapt(InteractiveConsole)(namespace, evaluator)
+
+
+_missed = set()                   # (modules, sys.path) that made no console
+
+
+def _try_console(modules, name, namespace, evaluator):
+    with _import_lock:
+        before = _ImportState()
+        try:
+            for module in modules:
+                __import__(module)
+            return _adapt(getattr(sys.modules[module], name))(namespace, evaluator)
+        except Exception as exc:      # not only ImportError: MacroPy may raise TypeError
+            before.restore()
+            log.debug("no console from %s: %s", module, shorten(str(exc)))
+        finally:
+            before.restore_streams()  # mcpyrate imports colorama, which wraps them
+
+
+_import_lock = threading.RLock()  # one console is tried at a time: a miss takes back its imports
+
+
+class _ImportState:
+    """What an import of a console may leave behind."""
+
+    def __init__(self):
+        self._streams = sys.stdout, sys.stderr
+        self._modules = set(sys.modules)
+        self._lists = [(each, list(each)) for each in (sys.meta_path, sys.path_hooks)]
+
+    def restore(self):
+        """Take back a miss."""
+        for live, before in self._lists:
+            live[:] = before
+        for name in set(sys.modules) - self._modules:
+            if name.split(".")[0] in ("imacropy", "macropy", "mcpyrate"):
+                del sys.modules[name]
+
+    def restore_streams(self):
+        sys.stdout, sys.stderr = self._streams
+
+
+def _adapt(base):
+    if base not in _adapted:
+        _adapted[base] = type("SessionConsole", (ConsoleMixin, base), {})
+    return _adapted[base]
+
+
+_adapted = {}                     # class of a console -> ours over it
+
+
+class ConsoleMixin:
+    """What a session adds to a console class; stands before it in the bases."""
+
+    def __init__(self, namespace, evaluator):
+        self.evaluator = evaluator
+        self.serial = next(_serials)  # among the consoles of the process, and ...
+        self.inputs = 0           # how many inputs were run: both number their file names
+        self.source = ""          # what runs now, for its traceback
+        super().__init__(namespace)   # imacropy's runs code already
+        self._is_plain = self._has_plain_compiler() and not self._overrides("push", "runsource")
+        if hasattr(getattr(self, "compile", None), "compiler"):
+            self.compile.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
+
+    def run_line(self, line):
+        """Run `line`, or keep it until more come; return whether the console wants more."""
+        if not self.buffer:
+            self._begin_input()
+        self.source = "\n".join(self.buffer + [line])
+        return self._with_known_source(self._run_line, line)
+
+    def _run_line(self, line):
+        if not self.buffer and line.rstrip().endswith("?") and self._answer(line):
+            return False
+        code_objects = self._compile_quickly(self.source)
+        if not code_objects:
+            return self.push(line)
+        self.resetbuffer()
+        self._run_all(code_objects)
+        return False
+
+    def run_block(self, source):
+        """Run `source`, any number of statements, as one unit; show the last one's value."""
+        self._begin_input()
+        self.source = source.rstrip() + "\n"
+        self._with_known_source(self._run_source, self.source)
+
+    def _run_source(self, source):
+        try:
+            body, last = _split_block(source, self.filename, self._flags())
+        except (SyntaxError, ValueError, OverflowError, RecursionError):
+            self.showsyntaxerror(self.filename)
+            return
+        if self._overrides("runsource"):  # it expands macros
+            with self.evaluator.showing_last_value(last is not None):
+                self.runsource(source, self.filename, "single")
+            return
+        for tree in (body, last):
+            if tree is not None and not self._run_tree(tree):
+                return
+
+    def runsource(self, source, filename="<input>", symbol="single"):
+        """As InteractiveInterpreter's; a comment that ends in a question is none to the console."""
+        if source.endswith("?") and source.strip() != "macros?":
+            source += " "
+        return bool(super().runsource(source, filename, symbol))
+
+    def _has_plain_compiler(self):
+        from codeop import CommandCompiler
+        return type(getattr(self, "compile", None)) is CommandCompiler
+
+    def _overrides(self, *names):
+        """Return whether our class brings own methods of these names, other than code's."""
+        from code import InteractiveConsole
+        after = type(self).__mro__[type(self).__mro__.index(ConsoleMixin) + 1:]
+        return any(vars(base)[name] is not getattr(InteractiveConsole, name)
+                   for base in after for name in names if name in vars(base))
+
+    def _compile_quickly(self, source):
+        """Return code objects to run one after the other, or () where the console has to see it.
+
+        CommandCompiler, as which the console knows incomplete and wrong input, compiles up to
+        three times; what is complete and right takes one.
+        """
+        if not self._is_plain:
+            return ()
+        try:
+            # "single" would display a value within the evaluation: a debugger that steps out of
+            # an expression must not step into our display.
+            flags = self.compile.compiler.flags
+            if "__future__" in source:
+                return ()         # the compiler remembers what is imported
+            if ";" in source and "await" not in source:   # which runs on its loop as a whole
+                return self._compile_several(source, flags)
+            mode = "single" if _STATEMENT.match(source) else "eval"
+            return (compile(source, self.filename, mode, flags, True),)
+        except (SyntaxError, ValueError, OverflowError):
+            return ()             # the console tells incomplete from wrong
+
+    def _compile_several(self, source, flags):
+        """Return the code objects of `a; b; c`, each expression on its own."""
+        import ast
+        tree = compile(source, self.filename, "single", flags | ast.PyCF_ONLY_AST, True)
+        return [compile(ast.Expression(each.value), self.filename, "eval", flags, True)
+                if isinstance(each, ast.Expr) else
+                compile(ast.Interactive([each]), self.filename, "single", flags, True)
+                for each in tree.body]
+
+    def _begin_input(self):
+        self.inputs += 1
+        self.filename = "<hotrepl %d:%d>" % (self.serial, self.inputs)
+
+    def _with_known_source(self, function, argument):
+        """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
+        import linecache
+        filename = self.filename
+        linecache.cache[filename] = _lines_entry(filename, self.source)
+        try:
+            return function(argument)
+        finally:
+            if filename not in _remembered:
+                linecache.cache.pop(filename, None)
+
+    def _run_tree(self, tree):
+        mode = "exec" if type(tree).__name__ == "Module" else "eval"
+        try:
+            code_object = compile(tree, self.filename, mode, self._flags(), True)
+        except (SyntaxError, ValueError, OverflowError, RecursionError):
+            self.showsyntaxerror(self.filename)
+            return False
+        return self.runcode(code_object)
+
+    def _flags(self):
+        return getattr(self.compile.compiler, "flags", 0) & ~_INTERACTIVE_FLAGS
+
+    def runcode(self, code_object):
+        """Run `code_object` with interrupts on; show what it raises, but for SystemExit."""
+        return self._run_all([code_object])
+
+    def _run_all(self, code_objects):
+        try:
+            for each in code_objects:
+                self._remember_source(each)
+                self.evaluator.run_code(each, self.locals)
+            return True
+        except SystemExit:
+            raise
+        except BaseException:
+            self.showtraceback()
+            return False
+
+    def _remember_source(self, code_object):
+        for each in code_object.co_consts:
+            if type(each) is types.CodeType:  # a function or class may outlive this input
+                return remember_source(code_object.co_filename, self.source)
+
+    def showtraceback(self):
+        """Show the exception that is being handled, without the frames of this file."""
+        kind, value, frames = sys.exc_info()
+        while frames is not None and frames.tb_frame.f_code.co_filename == _THIS_FILE:
+            frames = frames.tb_next
+        BaseException.with_traceback(value, frames)   # 3.12: pdb.pm() begins there
+        self.evaluator.show_exception(kind, value, frames)
+
+    def showsyntaxerror(self, filename=None, **options):
+        """Show the SyntaxError that is being handled, without any frames."""
+        kind, value, _ = sys.exc_info()
+        self.evaluator.show_exception(kind, value, None)
+
+    def write(self, data):
+        self.evaluator.streams["stderr"].text.write(data)
+
+    def raw_input(self, prompt=""):
+        return input(prompt)
+
+    def _answer(self, line):
+        """Show what `obj?` or `obj??` asks for; return False if `line` is no such question."""
+        match = re.match(r"\s*(?!macros\?)([^?#=]+?)\s*(\?\??)\s*$", line)
+        try:
+            code_object = compile(match.group(1), self.filename, "eval") if match else None
+        except SyntaxError:
+            code_object = None
+        if code_object is None:
+            return False
+        try:
+            self.evaluator.answer(code_object, self.locals, match.group(2) == "??")
+        except BaseException:
+            self.showtraceback()
+        return True
+
+
+_serials = itertools.count(1)
+ALLOW_AWAIT = 0x2000 if sys.version_info >= (3, 8) else 0     # ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+_THIS_FILE = ConsoleMixin.run_line.__code__.co_filename
+_INTERACTIVE_FLAGS = 0x200 | 0x4000       # codeop's: don't imply dedent, allow incomplete input
+
+
+_STATEMENT = re.compile(           # what begins, or is, certainly no expression
+    r"\s*(?:(?:import|from|def|class|for|if|while|with|try|async|del|return|raise|assert|global|"
+    r"pass|@)\b|[^()#'\"]*[^=!<>:]=[^=]|$)")
+
+
+def _split_block(source, filename, flags):
+    """Return (tree of all but the last expression, tree of that); either may be None."""
+    import ast
+    tree = compile(source, filename, "exec", flags | ast.PyCF_ONLY_AST, True)
+    last = None
+    if tree.body and isinstance(tree.body[-1], ast.Expr):
+        last = ast.Expression(tree.body.pop().value)
+    return (tree if tree.body else None), last
+
+
+def remember_source(filename, source):
+    """Let tracebacks and inspect.getsource find the lines of what was typed; the last 1,000."""
+    import linecache
+    linecache.cache[filename] = _lines_entry(filename, source)
+    _remembered[filename] = None
+    if len(_remembered) > 1000:
+        linecache.cache.pop(_remembered.popitem(last=False)[0], None)
+
+
+def _lines_entry(filename, source):
+    # 3.11, 3.12: below a line without its end a traceback's marks stand one place too far right.
+    return len(source), None, (source.rstrip("\n") + "\n").splitlines(True), filename
+
+
+_remembered = collections.OrderedDict()   # file names that stay in linecache, the oldest first
+
+
+# Completion looks, and runs nothing: no property, no `__getattr__`, no import, no call; the one
+# exception is an object's own `__dir__`. It holds no lock and changes nothing but a cache of
+# folder listings, so its thread may be abandoned or interrupted at any bytecode.
+
+Completions = collections.namedtuple("Completions", "start matches hint")
+
+_TOKEN = r"""(?sx)
+    (?P<comment> \#[^\n]* )
+  | (?P<string> (?P<prefix>[rbuftRBUFT]{0,2}) (?P<quote>(?P<triple>\"{3}|'{3})|"|')
+        (?P<body>(?: \\. | (?!(?P=quote)) (?(triple). | [^\\\n]) )* \\?) (?P<end>(?P=quote))? )
+  | (?P<name> [^\W\d]\w* )
+  | (?P<number> \d[\w.]* )
+  | (?P<space> (?: [^\S\n] | \\\n )+ )
+  | (?P<other> [=!<>:]= | . )
+"""
+_STRING_WITHOUT_WARNING = r"""(?s)[bB]?[rR].*|(?:[^\\]|\\[\\'"abfnrtvxuU\n])*"""
+_WORDS_ALONE = "False None True break continue else except finally lambda pass return try yield"
+_BEFORE_LIMIT = 20000  # characters of earlier lines that are searched for open brackets
+_NAMES_LIMIT = 100000  # an object that lists more than this has an endless `__dir__`
+_LISTINGS_LIMIT = 256
+_LISTINGS = {}  # (folder, mtime in ns): its modules; no lock, since each use is one dict operation
+
+# Descriptors whose `__get__` is the interpreter's own: no property, nothing that a user wrote.
+_BINDABLE = (types.FunctionType, staticmethod, type(str.join), type(object.__init__),
+             types.GetSetDescriptorType, types.MemberDescriptorType,
+             type(dict.__dict__["fromkeys"]))
+_class_mro = type.__dict__["__mro__"].__get__  # unlike `cls.__mro__` and vars(cls), these two
+_class_dict = type.__dict__["__dict__"].__get__  # run nothing of a metaclass
+
+
+def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None):
+    """All completions at `cursor`: any of `matches` can replace `line[start:cursor]`; `hint` is how
+    to call the function whose parenthesis was just opened, or None.
+
+    `before` holds the earlier lines of an unfinished input; names in the dict `overlay` hide those
+    in `namespace`. Any thread may call; a user's `__dir__` can make it last. Raises no Exception.
+    """
+    cursor = len(line) if cursor is None else max(0, min(cursor, len(line)))
+    if not line[:cursor].rpartition("\n")[2].strip():
+        return Completions(cursor, [], None)  # here Tab means indentation
+    try:
+        text = before.rstrip("\n")[-_BEFORE_LIMIT:] + "\n" + line[:cursor]
+        scope = collections.ChainMap(overlay or {}, namespace, vars(builtins))
+        place = _Place(text, line[cursor:], scope)
+        matches, hint = place.find()
+        return Completions(cursor - len(place.word), _cut(matches, limit), hint)
+    except Exception:  # unfinished code and odd objects are the normal case: nothing to complete
+        return Completions(cursor, [], None)
+
+
+def _cut(matches, limit):
+    """Return so many of `matches` as a message holds too; their common beginning is that of all."""
+    sizes = itertools.accumulate(6 * len(match) + 4 for match in matches)  # in JSON, at most
+    fitting = sum(1 for size in sizes if size < MESSAGE_LIMIT_BYTES // 2)
+    if fitting < len(matches) or limit < len(matches):
+        ends = {min(matches), max(matches)}
+        matches = [match for match in matches if match not in ends]
+        matches = sorted(ends) + matches[:max(0, min(limit, fitting) - len(ends))]
+    return matches
+
+
+def complete_word(namespace, text):
+    """The completions of a dotted word, each with all of `text` in it, as readline counts `state`.
+
+    Unlike in rlcompleter callables get no "(": to know them, it evaluates every attribute.
+    """
+    found = complete(namespace, text)
+    return [text[:found.start] + match for match in found.matches]
+
+
+class _Place:
+    """What stands left of the cursor, and what fits there; where nothing does, an Exception."""
+
+    def __init__(self, text, rest, scope):
+        self.rest = rest  # the text right of the cursor
+        self.scope = scope  # a ChainMap: overlay, namespace, builtins
+        self.tokens = ["\n"]  # that, then what is left of the word, without space and comments
+        self.word = self.quote = self.prefix = ""  # what to replace; its string's quote and prefix
+        self.opened = []  # for each open bracket: [index in tokens, commas, {names before "="}]
+        self.first = 1  # index of the statement's first token
+        for found in re.finditer(_TOKEN, text):
+            self._add(found.lastgroup, found.group())
+        if found.lastgroup == "string" and not found.group("end"):
+            self.word, self.quote, self.prefix = found.group("body", "quote", "prefix")
+        elif found.lastgroup == "name":
+            self.word = found.group()
+        if found.lastgroup in ("comment", "number") or found.group("triple") or "\n" in self.word:
+            raise LookupError("nothing is completed in a comment, a number or a long string")
+        if self.word or self.quote:
+            self.tokens.pop()
+
+    def _add(self, kind, token):
+        if kind in ("comment", "space") or token == "\n" and self.opened:
+            return
+        if token in ("(", "[", "{"):
+            self.opened.append([len(self.tokens), 0, set()])
+        elif token in (")", "]", "}"):
+            del self.opened[-1:]
+        elif self.opened:
+            self.opened[-1][1] += token == ","
+            self.opened[-1][2].update(self.tokens[-1:] if token == "=" else ())
+        elif token in ("\n", ";", ":"):
+            self.first = len(self.tokens) + 1
+        self.tokens.append(token)
+
+    def find(self):
+        """The matches and the hint."""
+        last, end = self.tokens[-1], len(self.tokens) - 1
+        if self.quote:
+            return self._in_string(), None
+        if self.tokens[self.first:self.first + 1] in (["import"], ["from"]):
+            return self._importable(self.tokens[self.first], self.tokens[self.first + 1:]), None
+        if last == ".":
+            return _select(_attribute_names(self._value(end)), self.word), None
+        if not self.word and _ends_operand(last):
+            return [], None
+        if not self.word and last == "[":
+            with suppress(LookupError, ValueError):
+                keys = _keys(self._value(end), "")
+                return sorted(map(repr, keys)) or self._names(), None
+        called = self._called()
+        if not self.word and last == "(" and called is not _MISSING:
+            return [], _hint(self.tokens[end - 1], called)
+        return self._keyword_arguments(called) + self._names(), None
+
+    def _in_string(self):
+        """The keys that fit after `d["`, or file names, spelled for this kind of string."""
+        quote, ending = self.quote, ""
+        typed = _constant(self.prefix.strip("fFtT") + quote + self.word + quote)
+        if self.tokens[-1] == "[" and _ends_operand(self.tokens[-2]):
+            found = _keys(self._value(len(self.tokens) - 1), typed)
+            ending = "" if self.rest.startswith(quote) else quote + "]"
+        else:
+            found = _files(typed)
+        if "r" in self.prefix.lower():
+            return sorted(text + ending for text in found if quote not in text)
+        return sorted(_escape(text, quote) + ending for text in found)
+
+    def _value(self, end):
+        """The object named by the tokens before `end`: a dotted name, with constant subscripts."""
+        token = self.tokens[end - 1]
+        if token == "]":
+            is_negative = self.tokens[end - 3] == "-"
+            begin, key = end - 3 - is_negative, self._atom(self.tokens[end - 2])
+            if self.tokens[begin] == "[":
+                return _item(self._value(begin), -key if is_negative else key)
+        elif self.tokens[end - 2] == ".":
+            return _lookup(self._value(end - 2), token)
+        return self._atom(token)
+
+    def _atom(self, token):
+        if token.isidentifier():
+            return self.scope[token]
+        return _constant(token) if token[-1] in "\"'" else int(token)
+
+    def _importable(self, keyword, given):
+        """Modules, or names in one, after an import statement's keyword and the tokens given."""
+        if "import" in given:
+            module = self._absolute("".join(given[:given.index("import")]))
+            fits = given[-1] in ("import", "(", ",")
+            return _select(_names_in_module(module), self.word) if fits else []
+        package = "".join(given).rpartition(",")[2]
+        follow = keyword == "from" and package and "import".startswith(self.word)
+        if package.strip(".") and not package.endswith("."):
+            return ["import "] if follow else []
+        modules = _select(_submodules(self._absolute(package)), self.word)
+        return ["import "] + modules if follow and self.word and not package.strip(".") else modules
+
+    def _absolute(self, module):
+        """The module's full name; a leading dot means the namespace's `__package__`."""
+        import importlib.util
+        name = module.rstrip(".") or module
+        package = self.scope["__package__"] if name.startswith(".") else None
+        return importlib.util.resolve_name(name, package)
+
+    def _called(self):
+        """What the innermost open parenthesis calls; _MISSING if it is none or can't be told."""
+        end = self.opened[-1][0] if self.opened else 0
+        if self.tokens[end] == "(" and self.tokens[end - 2] not in ("def", "class"):
+            try:
+                called = self._value(end)
+                return called if callable(called) else _MISSING
+            except Exception:  # the names can still be completed
+                pass
+        return _MISSING
+
+    def _keyword_arguments(self, called):
+        """`name=` for each keyword that the call can still take, where an argument begins."""
+        signature = _signature(called) if self.tokens[-1] in ("(", ",") else None
+        if signature is None:
+            return []
+        _, commas, given = self.opened[-1]
+        parameters = list(signature.parameters.values())
+        positional = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+        taken = given.union(positional[:commas - len(given)])
+        return [p.name + "=" for p in parameters if p.name.startswith(self.word)
+                and p.name not in taken and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+    def _names(self):
+        """The names and keywords that continue the word; without a word, the user's own names."""
+        found = _select(itertools.chain(*self.scope.maps[:3 if self.word else 2]), self.word)
+        words = [word if word in _WORDS_ALONE.split() else word + " "
+                 for word in keyword.kwlist if self.word and word.startswith(self.word)]
+        return sorted(found + [word for word in words if word not in found])
+
+
+def _ends_operand(token):
+    """Whether a subscript, a call or an operator can follow `token`."""
+    is_name = token.isidentifier() and not keyword.iskeyword(token)
+    return is_name or token[-1] in "\"')]}" or token[0].isdigit()
+
+
+def _constant(token):
+    """The value of a string; not of one that the parser would warn of: filters are process-wide."""
+    import ast
+    if not re.fullmatch(_STRING_WITHOUT_WARNING, token):
+        raise LookupError("a doubtful escape sequence")
+    return ast.literal_eval(token)
+
+
+def _keys(mapping, typed):
+    if type(mapping) is not type(os.environ):
+        if _find(type(mapping), "__getitem__") is not dict.__getitem__:
+            raise LookupError("to list this mapping could run code")
+        mapping = dict.keys(mapping)
+    return [key for key in list(mapping) if type(key) is str and key.startswith(typed)]
+
+
+def _files(typed):
+    """The paths that begin with `typed`, folders with a separator; OSError for the unreadable."""
+    path = os.path.expanduser(typed)
+    name = os.path.basename(path)
+    head = path[:len(path) - len(name)]
+    return [head + found + (os.sep if os.path.isdir(head + found) else "")
+            for found in os.listdir(head or ".")
+            if found.startswith(name) and (name or not found.startswith("."))]
+
+
+def _escape(text, quote):
+    text = repr('"' + text)[2:-1]  # with a '"' in it, repr uses "'" for its quotes
+    return text if quote == "'" else text.replace("\\'", "'").replace('"', '\\"')
+
+
+def _item(value, key):
+    """`value[key]` of what finds its items as dict, list or tuple do; no `__missing__`."""
+    getter = _find(type(value), "__getitem__")
+    is_sequence = getter is list.__getitem__ or getter is tuple.__getitem__
+    is_dict = getter is dict.__getitem__ and _is_exactly(key, str, bytes, int)
+    if is_sequence and type(key) is int or is_dict and dict.__contains__(value, key):
+        return getter(value, key)
+    raise LookupError("to look this up could run code")
+
+
+def _lookup(value, name):
+    """`value.name` as the language defines it, or LookupError where that would run a user's code.
+
+    inspect.getattr_static doesn't tell where it found something, and so whether it is to be bound.
+    """
+    kind, is_class = type(value), issubclass(type(value), type)
+    on_kind = _find(kind, name)
+    own = _find(value, name) if is_class else _instance_dict(value).get(name, _MISSING)
+    if own is _MISSING or _find(type(on_kind), "__set__") is not _MISSING:
+        return _bind(on_kind, value, kind)
+    return _bind(own, None, value) if is_class else own
+
+
+def _find(kind, name):
+    """What the class `kind` or the first of its bases has under `name`, unbound."""
+    for base in _class_mro(kind):
+        if name in _class_dict(base):
+            return _class_dict(base)[name]
+    return _MISSING
+
+
+def _instance_dict(value):
+    holder = _find(type(value), "__dict__")
+    is_native = _is_exactly(holder, types.GetSetDescriptorType, types.MemberDescriptorType)
+    found = holder.__get__(value) if is_native else None
+    return found if type(found) is dict else {}
+
+
+def _bind(found, value, kind):
+    if type(found) is classmethod:  # in 3.9 to 3.12 its own `__get__` evaluates a property in it
+        found, value = found.__func__, kind
+    if _is_exactly(found, *_BINDABLE):
+        return found.__get__(value, kind)
+    if found is _MISSING or _find(type(found), "__get__") is not _MISSING:
+        raise LookupError("to look this up could run code")
+    return found
+
+
+def _is_exactly(value, *kinds):
+    return any(type(value) is kind for kind in kinds)  # `in` could run a metaclass's `__eq__`
+
+
+def _attribute_names(value):
+    """What its own `__dir__` says if that works, else the names in its classes and `__dict__`."""
+    kind = type(value)
+    own = _find(kind, "__dir__")
+    try:
+        if own is not object.__dir__ and own is not _find(type, "__dir__"):
+            return list(itertools.islice(own.__get__(value, kind)(), _NAMES_LIMIT))
+    except Exception:  # whatever the user's code raises
+        pass
+    bases = _class_mro(value if issubclass(kind, type) else kind)
+    return itertools.chain(_instance_dict(value), *map(_class_dict, bases))
+
+
+def _select(names, word):
+    """Those that continue `word`, sorted; `_private`, `__special__` ones if asked for or alone."""
+    found = {name for name in list(names)  # a copy in one step: other threads may change a dict
+             if type(name) is str and name.startswith(word) and name.isidentifier()}
+    for hidden in ("_", "__"):
+        if hidden.startswith(word):
+            shown = [name for name in found if not name.startswith(hidden)]
+            if shown:
+                return sorted(shown)
+    return sorted(found)
+
+
+def _hint(name, called):
+    """The call as one would write it, and the first line of its doc."""
+    try:
+        doc = _lookup(called.__func__ if type(called) is types.MethodType else called, "__doc__")
+    except LookupError:
+        doc = None
+    lines = [line.strip() for line in doc.splitlines() if line.strip()] if type(doc) is str else []
+    shows_call = bool(lines) and lines[0].startswith(name + "(")  # as C code's doc often does
+    signature = _signature(called)
+    if signature is not None:
+        call = name.strip("]") + str(signature).replace("Ellipsis", "...")
+    else:
+        call = lines[0] if shows_call else name + "(...)"
+    return "\n".join([call] + lines[shows_call:][:1])
+
+
+def _signature(called):
+    """Its inspect.Signature without what has a user's repr; None if none can be had safely."""
+    import functools
+    import inspect
+    call = _find(type(called), "__call__")
+    if _find(type(called), "__getattr__") is not _MISSING:
+        return None
+    if type(call) is types.FunctionType and type(call.__code__) is types.CodeType:
+        if type(called) is not functools.partial:  # PyPy's is written in Python
+            called = types.MethodType(call, called)
+    try:
+        found = inspect.signature(called)
+    except Exception:
+        return None
+    return found.replace(return_annotation=found.empty, parameters=[
+        p.replace(default=_plain(p.default), annotation=_plain(p.annotation))
+        for p in found.parameters.values()])
+
+
+def _plain(value):
+    """A default or an annotation; `...` for it if its text could be a user's code or long."""
+    is_plain = _is_exactly(value, type, type(None), bool, int, float, str, bytes)
+    return value if is_plain or _find(type(value), "__module__") == "typing" else ...
+
+
+def _names_in_module(module):
+    """What a module offers: asked if it is loaded, else read from its source; and submodules."""
+    loaded = sys.modules.get(module)
+    names = _names_in_source(module) if loaded is None else _attribute_names(loaded)
+    return itertools.chain(names, _submodules(module))
+
+
+def _submodules(package):
+    """The names of a package's modules, of all modules for "", with nothing imported."""
+    prefix = package + "." if package else ""
+    known = [*sys.modules, *sys.builtin_module_names]
+    names = {name[len(prefix):] for name in known if type(name) is str and name.startswith(prefix)}
+    return names.union(*map(_modules_in, _search_path(package)))
+
+
+def _search_path(package):
+    """The folders in which the modules of a package are looked for."""
+    if package in sys.modules:
+        path = _instance_dict(sys.modules[package]).get("__path__", ())
+    elif package:
+        parent, _, name = package.rpartition(".")
+        path = [os.path.join(folder, name) for folder in _search_path(parent)]
+    else:
+        path = sys.path
+    return [folder for folder in list(path) if type(folder) is str]
+
+
+def _modules_in(folder):
+    """The modules in a folder or an archive, listed again when it has changed."""
+    import pkgutil
+    try:
+        key = os.path.abspath(folder), os.stat(folder or ".").st_mtime_ns
+    except (OSError, ValueError):
+        return ()
+    if key not in _LISTINGS:
+        found = tuple(module.name for module in pkgutil.iter_modules([key[0]]))
+        if len(_LISTINGS) >= _LISTINGS_LIMIT:
+            _LISTINGS.clear()
+        _LISTINGS[key] = found
+    return _LISTINGS.get(key, ())  # another thread may have cleared it
+
+
+def _names_in_source(module):
+    """The names that a module which is not loaded binds at its top level, if it has a source."""
+    import ast
+    import tokenize
+    parent, _, name = module.rpartition(".")
+    stems = [os.path.join(folder, name) for folder in _search_path(parent)]
+    paths = [stem + ending for stem in stems for ending in (os.sep + "__init__.py", ".py")]
+    with tokenize.open(next(filter(os.path.isfile, paths), os.devnull)) as stream:
+        source = re.sub(r"\\[^\n]", "..", stream.read())  # the parser warns of doubtful escapes
+    pending = [ast.parse(source)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name.partition(".")[0]
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif not isinstance(node, ast.expr) or isinstance(node, (ast.Tuple, ast.List, ast.Starred)):
+            pending.extend(ast.iter_child_nodes(node))
+
+
+# === 7. Jobs =================================================================
+# A job is a thread with an outcome that can be fetched later, from any session.
+# The table is one for the process, so that a job started in one session is known in all.
+# An errand is a call that another thread makes for a session, which waits for it: the main
+# thread, or that of an event loop. What the call prints comes back with it (section 4), so that
+# a slow client holds up nobody. The other end may be a signal handler, in the middle of anything:
+# bare locks only, which no thread holds while it does something else.
+
+class Job(threading.Thread):
+    """A callable that runs in the background, and what became of it."""
+
+    def __init__(self, function, *args, **kwargs):
+        name = getattr(function, "__name__", None) or type(function).__name__
+        super().__init__(name="hotrepl job %s" % name, daemon=True)
+        self.number = 0           # set by the table; 0: not in it
+        self.state = "running"    # then "done" or "failed"; written by the job's own thread
+        self.value = None         # what the callable returned
+        self.exception = None     # or raised
+        self.output = JobOutput()  # what an evaluation printed since it went to the background
+        self.started = time.monotonic()   # of an Evaluator: the input that it runs
+        self.ended = None
+        self._call = (function, args, kwargs)
+
+    def run(self):
+        function, args, kwargs = self._call
+        try:
+            self.value, self.state = function(*args, **kwargs), "done"
+        except BaseException as exc:      # its outcome, whatever it is; fg() raises it
+            self.exception, self.state = exc, "failed"
+        finally:
+            self.ended = time.monotonic()
+            del self._call
+
+    def outcome(self):
+        """Return the value, or raise the exception; the job itself while it runs."""
+        if self.state == "running":
+            return self
+        if self.exception is not None:
+            raise self.exception
+        return self.value
+
+    def __repr__(self):
+        if not self.number:       # a session's thread
+            return super().__repr__()
+        seconds = (self.ended or time.monotonic()) - self.started
+        return "<job %d %s: %s, %.0f s>" % (self.number, self.name[len("hotrepl job "):],
+                                            self.state, seconds)
+
+
+class JobOutput:
+    """The newest LIMIT_BYTES of what a job printed; takes the place of a connection."""
+
+    LIMIT_BYTES = 1 << 20
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._data = bytearray()  # guarded by _lock
+
+    def send(self, data, stream="stdout"):
+        """Keep `data`, and drop the oldest where it is too much."""
+        with self._lock:
+            self._data += data
+            del self._data[:-self.LIMIT_BYTES]
+
+    def tick(self, flush):
+        flush()
+
+    def __str__(self):
+        with self._lock:
+            return self._data.decode("utf-8", "replace")
+
+
+class JobTable:
+    """The jobs of this process by number."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._jobs = collections.OrderedDict()    # number -> Job; guarded by _lock
+        self._last = 0            # number given last; guarded by _lock
+
+    def add(self, job):
+        """Give `job` a number and return it."""
+        with self._lock:
+            self._last += 1
+            job.number = self._last
+            self._jobs[job.number] = job
+        return job
+
+    def find(self, job):
+        """Return the Job that `job` is, or is the number of; ValueError if there is none."""
+        if isinstance(job, Job):
+            return job
+        with self._lock:
+            found = self._jobs.get(job)
+            known = ", ".join(map(str, self._jobs)) or "none"
+        if found is None:
+            raise ValueError("no job %s, there are: %s" % (shorten(job), known))
+        return found
+
+    def drop(self, job):
+        """Forget a job whose outcome was fetched."""
+        with self._lock:
+            self._jobs.pop(job.number, None)
+
+    def all(self):
+        """Return the jobs whose outcome nobody fetched yet, the oldest first."""
+        with self._lock:
+            return JobList(self._jobs.values())
+
+
+class JobList(list):
+    """A list of jobs that shows one a line."""
+
+    def __repr__(self):
+        return "\n".join(map(repr, self)) or "no jobs"
+
+
+JOBS = JobTable()
+TICK_S = 0.02                     # how often who waits for an errand looks around
+
+
+class Errand:
+    """A call that another thread makes for the one that waits for it."""
+
+    def __init__(self, function, *args):
+        self.evaluator = current_evaluator()      # for whom it is
+        self.is_abandoned = False  # nobody waits any more; written by who waited
+        self.task = None          # where it is a coroutine's: what to cancel; written by its loop
+        self._call = function, args
+        self._value = self._exception = None      # the outcome; written by who runs it
+        self._printed = Backlog()
+        self._unclaimed = threading.Lock()        # who acquires it runs the call, or cancels it
+        self._unfinished = threading.Lock()       # held until the outcome is known
+        self._unfinished.acquire()
+
+    def has_begun(self):
+        """Return whether somebody runs it, or nobody will."""
+        return self._unclaimed.locked()
+
+    def claim(self):
+        """Return True to one caller only: it is to run the call, or nobody is."""
+        return self._unclaimed.acquire(False)
+
+    def run(self, shared=()):
+        """Make the call; exceptions of the classes `shared` are raised here as well."""
+        function, args = self._call
+        try:
+            with self.printing():
+                self._value = function(*args)
+        except BaseException as exc:
+            self._exception = exc
+            if isinstance(exc, shared):
+                raise
+        finally:
+            self.finish()
+
+    def fail(self, exception):
+        """Let `wait` raise `exception`, in place of the call."""
+        self._exception = exception
+        self.finish()
+
+    async def run_coroutine(self):
+        """As `run`, for a coroutine function, as a task on an event loop; `finish` is to follow."""
+        function, args = self._call
+        try:
+            self._value = await self.in_steps(function, *args)
+        except BaseException as exc:      # SystemExit too: it would end the program's loop
+            self._exception = exc
+
+    async def in_steps(self, function, *args):
+        """Await what the coroutine function returns; each step of it prints for who waits."""
+        return await _Steps(function(*args), self.printing)
+
+    @contextmanager
+    def printing(self):
+        """Within this the calling thread prints for who waits, as long as somebody does."""
+        before, _here.evaluator = current_evaluator(), self.evaluator
+        try:
+            with ROUTER.lent(self._relay):
+                yield
+        finally:
+            _here.evaluator = before
+
+    def finish(self, *_):
+        """Let `wait` return."""
+        self._unfinished.release()
+
+    def wait(self, tick=None):
+        """Return the value, or raise the exception; print what was printed.
+
+        `tick(self)` is called now and then; what it raises ends the wait, as an interrupt does.
+        """
+        while not self.has_ended():
+            self._print()
+            if tick is not None:
+                tick(self)
+        self._print()
+        if self._exception is None:
+            return self._value
+        try:
+            raise self._exception
+        finally:
+            self._exception = None        # its frames hold us
+
+    def has_ended(self):
+        """Wait for the outcome, but not for long; return whether it is there."""
+        if self._unfinished.acquire(True, TICK_S):
+            self._unfinished.release()    # for whoever asks next
+            return True
+        return False
+
+    def abandon(self):
+        """Wait no more: it is cancelled unless it has begun; return whether it goes on."""
+        self.is_abandoned = True
+        return not self.claim() and self._unfinished.locked()
+
+    def _relay(self, kind, own):
+        if kind == "stdin":
+            return SessionInput(_refuse_to_ask)
+        return Relay(kind, self._printed, own, lambda: not self.is_abandoned)
+
+    def _print(self):
+        for kind, text in self._printed.take():
+            getattr(sys, kind).write(text)
+
+
+def _refuse_to_ask():
+    raise OSError("only the session's own thread can ask its client for input")
+
+
+class _Steps:
+    """An awaitable that runs each step of a coroutine within `around()`."""
+
+    def __init__(self, coroutine, around):
+        self._coroutine = coroutine
+        self._around = around
+
+    def __await__(self):
+        return self
+
+    __iter__ = __await__
+
+    def __next__(self):
+        return self.send(None)
+
+    def send(self, value):
+        with self._around():
+            return self._coroutine.send(value)
+
+    def throw(self, *exc_info):
+        with self._around():
+            return self._coroutine.throw(*exc_info)
+
+    def close(self):
+        with self._around():
+            self._coroutine.close()
+
+
+class MainThread:
+    """Makes calls in the main thread, which a signal sends there from whatever it does.
+
+    SIGURG is ignored where nobody wants it (signal(7)), so it harms nobody who missed us. Python
+    runs the handler between two bytecodes; it wakes the main thread from sleep and select, which
+    go on afterwards (PEP 475). Tk's main loop needs an event besides, to come back to Python.
+    """
+
+    SIGNAL = getattr(signal, "SIGURG", None)
+
+    def __init__(self):
+        self._lock = threading.RLock()    # guards _users and the handler
+        self._users = 0           # servers that run
+        self._missing = ""        # why it can't work, if so
+        self._before = None       # the handler before ours
+        self._waiting = collections.deque()       # errands that nobody has begun
+        self._running = []        # those that have, innermost last; only in the main thread
+        self._waker = None        # the thread that wakes Tk last
+
+    def install(self):
+        """Take the signal if it is free and this is the main thread."""
+        with self._lock:
+            self._users += 1
+            if not self._is_installed():
+                self._missing = self._install()
+
+    def uninstall(self):
+        """Undo one `install`; after the last, give the signal back and fail what waits."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+        for errand in take_all(self._waiting):
+            if errand.claim():
+                errand.fail(RuntimeError(
+                    "the server was stopped before the main thread came to it"))
+        if threading.current_thread() is threading.main_thread():
+            self._restore()
+        elif self._is_installed():
+            restore = Errand(self._restore)
+            self._waiting.append(restore)
+            end = time.monotonic() + STOP_TIMEOUT_S
+            while not restore.has_ended() and time.monotonic() < end:
+                self._send_signal(restore)
+
+    def call(self, function, *args):
+        """Return what `function` returns in the main thread; see main_thread()."""
+        if threading.current_thread() is threading.main_thread():
+            return function(*args)
+        if not self._is_installed():
+            raise RuntimeError("main_thread() can't work: "
+                               + (self._missing or "the program has taken SIGURG since start()"))
+        errand = Errand(function, *args)
+        try:
+            self._waiting.append(errand)
+            self._send_signal(errand)
+            return errand.wait(self._send_signal)
+        finally:
+            self._leave(errand)
+
+    def forget(self):
+        """In a forked child: no server runs."""
+        self._lock, self._users = threading.RLock(), 0
+        if self._is_installed():
+            try:
+                self._restore()
+            except ValueError:    # a thread other than the main one forked
+                pass
+        self._waiting.clear()
+        self.__init__()
+
+    def _install(self):
+        """Take the signal; return why it can't be taken, or "". """
+        if self.SIGNAL is None or not hasattr(signal, "pthread_kill"):
+            return "this system has no signal for it"
+        if threading.current_thread() is not threading.main_thread():
+            return "start() was not called in the main thread, which alone can take a signal"
+        handler = signal.getsignal(self.SIGNAL)
+        if handler not in (signal.SIG_DFL, signal.SIG_IGN):
+            return "the program has a handler of its own for SIGURG: %s" % shorten(handler)
+        self._before = signal.signal(self.SIGNAL, self._on_signal)
+        return ""
+
+    def _is_installed(self):
+        return self.SIGNAL is not None and signal.getsignal(self.SIGNAL) == self._on_signal
+
+    def _restore(self):
+        with self._lock:
+            if self._is_installed() and not self._users:
+                signal.signal(self.SIGNAL, self._before)
+
+    def _send_signal(self, errand):
+        """Have the main thread look at what waits, unless it has begun `errand`.
+
+        Again and again: a signal that comes just before the main thread enters a wait in C does
+        not end that wait.
+        """
+        if errand.has_begun():
+            return
+        signal.pthread_kill(threading.main_thread().ident, self.SIGNAL)
+        root = getattr(sys.modules.get("tkinter"), "_default_root", None)
+        if root is not None and (self._waker is None or not self._waker.is_alive()):
+            self._waker = threading.Thread(target=_wake_tk, args=(root,), daemon=True,
+                                           name="hotrepl waker of Tk")
+            self._waker.start()
+
+    def _on_signal(self, signum, frame):
+        """Make the calls that wait, one after the other; the next one inside a running call only
+        where nobody waits for that any more (it may be a window's main loop)."""
+        if self._running and not self._running[-1].is_abandoned:
+            return
+        for errand in take_all(self._waiting):
+            if errand.claim():
+                self._running.append(errand)
+                try:
+                    errand.run(KeyboardInterrupt)     # somebody stops the program
+                finally:
+                    del self._running[-1:]        # a fork in the call has emptied it
+        _wake_asyncio()
+
+    def _leave(self, errand):
+        if not errand.abandon():
+            return
+        print("hotrepl: the call has begun and goes on in the main thread", file=sys.stderr)
+        for waiting in list(self._waiting)[:1]:       # it may run now
+            self._send_signal(waiting)
+
+
+def _wake_tk(root):
+    """Give Tk's main loop, if it runs, an event; threaded Tcl takes calls from any thread."""
+    try:
+        root.tk.call("list")
+    except Exception as exc:      # RuntimeError: it doesn't run; TclError: the window is gone
+        log.debug("Tk: %s", exc)
+
+
+def _wake_asyncio():
+    """Have the calling thread's loop, if one runs, look at what a signal handler scheduled."""
+    loop = sys.modules["asyncio"]._get_running_loop() if "asyncio" in sys.modules else None
+    if loop is not None:
+        loop.call_soon_threadsafe(int)
+
+
+class OwnLoop:
+    """An asyncio loop in a thread of its own, for a session whose program has none."""
+
+    def __init__(self):
+        self._ready = threading.Event()
+        self.loop = None          # set by the thread
+        self._end = None          # a future of the loop
+        self._error = None        # why there is no loop; set by the thread
+        self._thread = threading.Thread(target=self._run, name="hotrepl loop", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._error is not None:
+            raise RuntimeError("no event loop could be made") from self._error
+
+    def close(self):
+        """Cancel its tasks and end; waits for that up to STOP_TIMEOUT_S."""
+        self.loop.call_soon_threadsafe(self._end.cancel)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _run(self):
+        try:
+            import asyncio
+            asyncio.run(self._live())  # novm
+        except BaseException as exc:      # CancelledError: it is closed
+            self._error = exc
+        finally:
+            self._ready.set()
+
+    async def _live(self):
+        import asyncio
+        self.loop = asyncio.get_event_loop()
+        self._end = self.loop.create_future()
+        self._ready.set()
+        await self._end
+
+
+def run_on_loop(loop, function, *args):
+    """Return the result of a coroutine function, called and awaited on an asyncio loop.
+
+    A KeyboardInterrupt cancels the task and waits for its end; a second one only leaves.
+    """
+    def begin():
+        if errand.claim():
+            errand.task = loop.create_task(errand.run_coroutine())
+            errand.task.add_done_callback(errand.finish)
+
+    def check(_=None):
+        if not loop.is_running():
+            raise RuntimeError("the session's event loop %s; start(loop=...) names another"
+                               % ("is closed" if loop.is_closed() else "does not run"))
+
+    check()
+    errand = Errand(function, *args)
+    try:
+        loop.call_soon_threadsafe(begin)
+        return errand.wait(check)
+    except (KeyboardInterrupt, SystemExit) as exc:
+        if errand.claim() or errand.has_ended():
+            raise                 # never begun, or its own exception
+        loop.call_soon_threadsafe(lambda: errand.task.cancel())
+        if isinstance(exc, SystemExit):
+            raise
+        return _wait_cancelled(errand, check)
+    finally:
+        errand.abandon()
+
+
+def _wait_cancelled(errand, check):
+    import asyncio
+    try:
+        if not errand.has_ended():
+            print("hotrepl: waiting for the task to end; Ctrl+C again leaves it", file=sys.stderr)
+        return errand.wait(check)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def run_by(runner, function, *args):
+    """Return what `runner` makes of a coroutine, called in a thread of its own.
+
+    So whatever it waits in, a KeyboardInterrupt ends the wait here.
+    """
+    errand = Errand(lambda: runner(errand.in_steps(function, *args)))
+    errand.claim()
+    try:
+        threading.Thread(target=errand.run, name="hotrepl coroutine", daemon=True).start()
+        return errand.wait()
+    finally:
+        errand.abandon()
+
+
+MAIN = MainThread()
+
+
+# === 8. Hot patching =========================================================
+# Three ideas carry it. *Units*: the statements of the source that runs now are
+# compared with those on disk; only what changed is executed, one statement
+# after the other, in the real namespace of the module. *Folding*: what a
+# statement defines goes into the object that the name had before: the old
+# function gets the new code, the old class the new attributes, so whoever holds
+# the old object has the new behaviour. Where that is impossible, an old
+# function forwards to the new one, instances and references of a class move
+# over, and the report says so. *Journal*: each change in place is noted with
+# what takes it back.
+# Runs in the thread that calls it, one transaction at a time; other threads go
+# on and see each function either old or new. May use: section 2.
+
+# Set only if absent: reloading this file must not forget what runs.
+_noted = globals().setdefault("_noted", {})  # module name -> _Noted; guarded by _reload_lock
+_patches = globals().setdefault("_patches", [])  # of _Patch, newest last; guarded by the same
+_reload_lock = globals().setdefault("_reload_lock", threading.RLock())
+_loaded_at = globals().setdefault("_loaded_at", time.time())
+_paths = globals().setdefault("_paths", weakref.WeakKeyDictionary())  # module -> _file_of() it
+
+_Noted = collections.namedtuple("_Noted", "module data is_sure cached")  # cached: code in its .pyc
+_COMPILE_ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError)  # the last two: too deep
+
+
+def reload(module=None, *, everything=False, dry_run=False):
+    """Make the file on disk the running program, or change nothing; return a ReloadReport.
+
+    `module` is a module or its name; without it, every loaded module below the program's own
+    folder whose source changed is reloaded, all in one transaction. Only statements that changed
+    are executed, unless `everything`. With `dry_run` nothing changes and the report says what
+    would. Raises ReloadError (with the cause) when a file can't be read or compiled, or when its
+    code raises. May be called in any thread; waits for a reload that runs in another one.
+    """
+    with _reload_lock:
+        plans = [_Plan(each) for each in (
+            _own_modules() if module is None else [_as_module(module)])]
+        if module is None and not everything:
+            plans = [plan for plan in plans if plan.may_be_edited]
+        transaction = _Transaction(ReloadReport(is_qualified=module is None))
+        transaction.prepare(plans, everything)
+        if dry_run:
+            transaction.foretell()
+        else:
+            transaction.commit()
+        return transaction.report
+
+
+Stale = collections.namedtuple("Stale", "name reason count")
+
+
+class ReloadReport:
+    """What a reload did, or with dry_run would do; prints as a short list."""
+
+    def __init__(self, is_qualified=False):
+        self.changed = []  # names that ran anew (a statement without a name: its first line)
+        self.added = []  # names that are new
+        self.removed = []  # names that the new source no longer defines
+        self.not_run_again = []  # unchanged statements that read something which changed
+        self.stale = []  # Stale(name, reason, count of live objects): what still runs old code
+        self.unsaved = []  # dry_run only: what is alive and in no file, or otherwise in it
+        self.notes = []  # sentences on how it was done
+        self._is_qualified = is_qualified  # names carry their module
+
+    def __repr__(self):
+        lines = []
+        for title in ("changed", "added", "removed", "not_run_again", "unsaved"):
+            if getattr(self, title):
+                lines.append("%s: %s" % (title.replace("_", " "), ", ".join(getattr(self, title))))
+        lines += ["stale: %s: %s (%d live)" % entry for entry in self.stale]
+        lines += ["note: " + note for note in self.notes]
+        return "\n".join(lines) or "nothing changed"
+
+    def add(self, title, module, names):
+        """Append `names` of a module to one list of the report, each once."""
+        entries = getattr(self, title)
+        for name in names:
+            name = "%s.%s" % (module.__name__, name) if self._is_qualified else name
+            if name not in entries:
+                entries.append(name)
+
+
+# --- Units: what runs now, what is on disk, and what to execute ---
+
+class _Plan:
+    """One module of a reload: the source that runs, the source on disk, what to execute."""
+
+    def __init__(self, module):
+        self.module = module
+        self.space = module.__dict__
+        self.path = _source_path(module)
+        try:
+            with open(self.path, "rb") as file:
+                self.data = file.read()
+        except OSError as exc:
+            raise ReloadError("can't read the source of %r (%s); nothing was changed"
+                              % (module.__name__, exc)) from exc
+        self.noted = _noted_source(module) or _Noted(weakref.ref(module), self.data, False, None)
+        self.new = self.old = None  # _Source; old is None where nobody knows what runs
+        self.pairs = {}  # index of a new unit -> index of the same unit in old
+        self.same = {}  # the reverse, for the units that do not run again
+        self.changed = []  # indexes of the new units that differ, or depend on what does
+        self.run = []  # indexes of the new units to execute, in order
+        self.guards = []  # changed statements that run now, or that the script's end is made of
+        self.before = {}  # name -> value before this reload, for each name that units in run bind
+        self.live = []  # functions from this file that were alive before
+
+    @property
+    def may_be_edited(self):
+        return self.noted.data != self.data or not self.noted.is_sure
+
+    def compare(self, everything, report):
+        """Find the old source, decide which units of the new one to execute, compile those."""
+        self.old = self._find_old()
+        if self.old is not None:
+            self.pairs = self.old.pair_with(self.new)
+        elif not everything:
+            report.notes.append("everything in %s was executed: the file was edited before the "
+                                "source that ran could be noted" % self.module.__name__)
+        units = self.new.units
+        changed = {j for j in range(len(units)) if j not in self.pairs}
+        self._add_dependents(changed)
+        self.changed = sorted(changed)
+        self.run = list(range(len(units))) if everything else self.changed
+        self._keep_out_what_runs()
+        for j in self.run + self.guards:
+            units[j].code  # compiles it
+        left = set(self.pairs).difference(self.run)
+        self.same = {self.pairs[j]: j for j in left}
+
+    def _keep_out_what_runs(self):
+        """Take out of run what would start the script, or the loop at its top level, once more."""
+        units, last = self.new.units, len(self.new.units)
+        for frame in _top_frames(self.module) if self.old is not None else ():
+            last = max([j for j, i in self.pairs.items()
+                        if self.old.first_line(i) <= frame.f_lineno], default=-1)
+        self.guards = [j for j in self.run if j > last and not units[j].is_harmless or (
+            units[j].is_main_guard and self.module.__name__ == "__main__")]
+        self.run = [j for j in self.run if j not in self.guards]
+
+    def _find_old(self):
+        """Return the source that runs, if what is alive and the .pyc of back then agree with it."""
+        noted = self.noted
+        try:
+            source = _Source(noted.data, self.path, self.new)
+            if noted.is_sure or (noted.cached in (None, source.code)
+                                 and source.agrees_with(self.live) and (self.live or noted.cached)):
+                return source
+        except _COMPILE_ERRORS:
+            pass  # it was edited, and broken, before it was noted
+        source = _CachedSource(noted.cached) if noted.cached is not None else None
+        return source if source and source.agrees_with(self.live) else None
+
+    def _add_dependents(self, run):
+        """Add the units which must run again because what they are made with changed."""
+        units, size = self.new.units, -1
+        while size != len(run):
+            size = len(run)
+            names = _bound_by(units[j] for j in run) | self.gone_names()
+            for j, unit in enumerate(units):
+                rebinds = unit.binds & unit.reads
+                if j in run:  # to wrap f again, start from f itself
+                    run.update(k for k in range(j if rebinds else 0) if units[k].binds & rebinds)
+                elif unit.decorators & names or rebinds and rebinds & _bound_by(
+                        units[k] for k in run if k < j) or self._is_dataclass_on(names, unit):
+                    run.add(j)  # `@changed def f`, or `f = wrap(f)` below a changed f
+
+    def _is_dataclass_on(self, names, unit):
+        """Tell whether a unit defines a dataclass, which takes over the fields of changed bases."""
+        return bool(unit.reads & names) and any(
+            type(node).__name__ == "ClassDef" and _Names(node.bases).reads & names
+            and _dataclass_fields(self.space.get(node.name)) for node in unit.nodes)
+
+    def gone_names(self):
+        """Return the names that the old source bound and the new one doesn't."""
+        names = self.new.names
+        return set() if "*" in names else self.old_names() - names - {"*"}
+
+    def old_names(self):
+        if self.old is not None:
+            return self.old.names
+        return {name for name, value in self.space.items() if self._is_from_file(value)}
+
+    def _is_from_file(self, value):
+        """Tell whether a value surely came from this file, where its old source isn't known."""
+        return (_is_definition(value) and value.__module__ == self.module.__name__
+                and not _has_console_code(value))
+
+    def removed(self):
+        """Return the names to take away."""
+        return sorted(name for name in self.gone_names() if name in self.space and (
+            name not in _IMPORT_NAMES or name == "__doc__" and self.space[name] is not None))
+
+    def keeps_old(self, name, j):
+        """Tell how unit j may settle `name`: True: leave the old value, None: don't fold, False."""
+        last = max(k for k, unit in enumerate(self.new.units) if name in unit.binds)
+        if last > j and last not in self.run:
+            return True  # a later unit, which does not run again, has the last word
+        olds = [i for i, unit in enumerate(self.old.units if self.old else ())
+                if name in unit.binds]
+        return None if olds and olds[-1] in self.same else False
+
+    def changed_names(self):
+        """Return (names with a new value, names of definitions changed in place)."""
+        values, definitions = set(), set()
+        for name, before in self.before.items():
+            now = self.space.get(name, _MISSING)
+            if now is before and callable(now):
+                definitions.add(name)
+            elif before is _MISSING or before is not now and not (  # it may have been deleted again
+                    type(now) is type(before) and isinstance(now, _PLAIN_TYPES) and now == before):
+                values.add(name)
+        return values, definitions
+
+    def not_run_again(self, values, definitions):
+        """Return the titles of units left alone that read `values` or call `definitions`."""
+        left = sorted(self.same.values())
+        read = [j for j in left if not self.new.units[j].is_main_guard and (
+            self.new.units[j].reads & values or self.new.units[j].calls & definitions)]
+        return [self.new.units[j].title for j in sorted(set(read + self.guards))]
+
+
+class _Source:
+    """A source text cut into units: the top-level statements; those that share a line are one.
+
+    With `newer`, the units of that source in front of the first line that differs and behind the
+    last one are taken over: to parse, compile and examine them costs more than all else here.
+    """
+
+    def __init__(self, data, path, newer=None):
+        import importlib.util
+        self.path = path
+        self.lines = importlib.util.decode_source(data).split("\n")
+        self.starts, self.units = [], []  # index of the first line of each unit
+        self._code = self._tops = None
+        if newer is None or not self._share(newer):
+            self._cut(0, len(self.lines))
+
+    def _cut(self, start, end):
+        """Append the units in a span of lines."""
+        import ast
+        text = "\n" * start + "\n".join(self.lines[start:end]) + "\n"
+        groups = []
+        for node in compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True).body:
+            if node.col_offset > 0 and groups:
+                groups[-1].append(node)  # it follows a semicolon
+            else:
+                groups.append([node])
+        starts = [_first_line(nodes[0]) - 1 for nodes in groups]
+        for nodes, first, last in zip(groups, starts, starts[1:] + [end]):
+            self.starts.append(first)
+            self.units.append(_Unit(nodes, "\n".join(self.lines[first:last]).rstrip(), self))
+
+    def _share(self, newer):
+        """Take over units of `newer`; return False if what is left is no whole statements."""
+        ours, theirs = self.lines, newer.lines
+        head = len(os.path.commonprefix([ours, theirs]))  # of lists it compares the items
+        tail = len(os.path.commonprefix([ours[head:][::-1], theirs[head:][::-1]]))
+        ends = newer.starts[1:] + [len(theirs)]
+        first = bisect.bisect(ends, head)
+        last = max(first, bisect.bisect_left(newer.starts, len(theirs) - tail))
+        shift = len(ours) - len(theirs)
+        middle = (ends[first - 1] if first else 0,
+                  newer.starts[last] + shift if last < len(newer.starts) else len(ours))
+        self.starts, self.units = newer.starts[:first], newer.units[:first]
+        try:
+            self._cut(*middle)
+        except SyntaxError:
+            self.starts, self.units = [], []
+            return False
+        self.starts += [start + shift for start in newer.starts[last:]]
+        self.units += newer.units[last:]
+        return True
+
+    @property
+    def names(self):
+        """The names that the units bind, also by a docstring."""
+        return _bound_by(self.units) | {"__doc__" for unit in self.units[:1] if unit.is_constant}
+
+    @property
+    def code(self):
+        """The code object of the whole text."""
+        if self._code is None:
+            text = "\n".join(self.lines) + "\n"
+            self._code = compile(text, self.path, "exec", 0, True)
+        return self._code
+
+    def tops(self, unit):
+        """Return the code objects in a unit that was cut from this source, as an import has them.
+
+        3.11: compiled alone, a unit calls methods of imported modules by other instructions.
+        """
+        if self._tops is None:
+            self._tops = collections.defaultdict(list)
+            for nested in _nested_codes(self.code):
+                i = bisect.bisect(self.starts, nested.co_firstlineno - 1) - 1
+                self._tops[id(self.units[i])].append(nested)
+        return self._tops[id(unit)]
+
+    @property
+    def flags(self):
+        """What `from __future__` demands of the compiler."""
+        import __future__
+        return functools.reduce(int.__or__, (
+            getattr(__future__, alias.name).compiler_flag for unit in self.units
+            if "__future__" in unit.text for node in unit.nodes
+            if getattr(node, "module", None) == "__future__" for alias in node.names), 0)
+
+    @property
+    def definitions(self):
+        """{path: node} of the classes and functions in it, except those in functions."""
+        return dict(_definitions([node for unit in self.units for node in unit.nodes]))
+
+    def pair_with(self, new):
+        """Return {index of a unit in new: index of the same unit here}."""
+        pairs, taken = {}, set()
+        is_compiled_alike = self.flags == new.flags
+        for key in (id, _Unit.text_key, _Unit.dump):
+            free = collections.defaultdict(collections.deque)
+            for i, unit in enumerate(self.units):
+                if i not in taken:
+                    free[key(unit)].append(i)
+            for j, unit in enumerate(new.units):
+                if j not in pairs and free and free.get(key(unit)) and (
+                        is_compiled_alike or not unit.has_definitions):
+                    pairs[j] = free[key(unit)].popleft()
+                    taken.add(pairs[j])
+        return pairs
+
+    def first_line(self, i):
+        return self.starts[i] + 1
+
+    def at(self, line):
+        """Return (index of the unit at a line, how many lines it is below its own numbers)."""
+        i = max(bisect.bisect(self.starts, line - 1) - 1, 0)
+        return i, self.starts[i] - self.units[i].start if self.units else 0
+
+    def locate(self, live):
+        """Return (index of a unit, code in it) for a live function or class, code or None."""
+        name, line, code = _place_of(live)
+        i, shift = self.at(line)
+        return i, _best_match(code, [other for other in (self.units[i].codes if self.units else ())
+                                     if other.co_name == name
+                                     and other.co_firstlineno + shift == line])
+
+    def has_moved(self, line, new, j):
+        """Tell whether unit j of a new source may have other lines than the same one here."""
+        i, shift = self.at(line)
+        return shift != 0 or self.units[i] is not new.units[j]
+
+    def agrees_with(self, functions):
+        """Tell whether the functions that are alive were compiled from this source."""
+        for function in functions:
+            code = self.locate(function)[1]
+            if code is None or code != function.__code__ and (
+                    _behaviour(code) != _behaviour(function.__code__)):
+                return False
+        return True
+
+    def has(self, code):
+        """Tell whether some code in it does what `code` does; a reload compiles units alone."""
+        wholes = itertools.chain([self.code], (unit.code for unit in self.units))
+        return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
+                   for whole in wholes for _, other in _code_paths(_nested_codes(whole)))
+
+    def function_node(self, code):
+        """Return the node of a function, or None."""
+        i, shift = self.at(code.co_firstlineno)
+        return self.units[i].function_node(code, shift) if self.units else None
+
+
+class _CachedSource(_Source):
+    """The same from compiled code alone, for a file that was edited before it could be noted.
+
+    A unit of the new source is unchanged if its instructions, without line numbers, stand in the
+    compiled module one after the other.
+    """
+
+    def __init__(self, code):
+        self._steps = _steps(code)
+        self.units = [_CachedUnit(self._steps)]  # cut by pair_with
+
+    def first_line(self, i):
+        return self.units[i].line
+
+    @property
+    def definitions(self):
+        return {}
+
+    def pair_with(self, new):
+        wanted = collections.defaultdict(list)
+        for step in _steps(new.code):
+            wanted[bisect.bisect(new.starts, step.line - 1) - 1].append(step.key)
+        pairs, used, units = {}, set(), []
+        keys = [step.key for step in self._steps]
+        places = collections.defaultdict(list)
+        for at, key in enumerate(keys):
+            places[key].append(at)
+        for j in range(len(new.units)):
+            size = len(wanted[j])
+            for at in places[wanted[j][0]] if size else [0]:
+                if at not in used and keys[at:at + size] == wanted[j]:
+                    pairs[j] = len(units)
+                    units.append(_CachedUnit(self._steps[at:at + size]))
+                    used.update(range(at, at + size))
+                    break
+        rest = [step for at, step in enumerate(self._steps) if at not in used]
+        self.units = units + [_CachedUnit(rest)]
+        return pairs
+
+    def has_moved(self, line, new, j):
+        return True
+
+    def locate(self, live):
+        name, line, code = _place_of(live)
+        found = {id(other): i for i, unit in enumerate(self.units) for other in unit.codes
+                 if (other.co_name, other.co_firstlineno) == (name, line)}
+        code = _best_match(code, [other for unit in self.units for other in unit.codes
+                                  if id(other) in found])
+        return found.get(id(code)), code
+
+    def function_node(self, code):
+        return None
+
+
+class _CachedUnit:
+    """Steps of a compiled module."""
+
+    is_constant = False  # a docstring is bound by steps
+
+    def __init__(self, steps):
+        self.line = steps[0].line if steps else 0
+        self.binds = {step.key[1][1] for step in steps if step.key[0] == "STORE_NAME"}
+        self.tops = [step.code for step in steps if step.code]
+        self.codes = [code for _, code in _code_paths(self.tops)]
+
+    def defaults_of(self, code):
+        return ()  # nobody knows
+
+
+class _Unit:
+    """One top-level statement, or several on one line."""
+
+    def __init__(self, nodes, text, source=None):
+        self.nodes, self.text, self._source = nodes, text, source
+        self.start = _first_line(nodes[0]) - 1
+        names = _Names(nodes)
+        self.binds, self.reads = names.binds, names.reads
+        self.calls, self.decorators = names.calls, names.decorators
+        self._code = self._codes = self._dump = None
+
+    @property
+    def code(self):
+        """The code object of this unit alone, to be executed in the module's namespace."""
+        import ast
+        if self._code is None:
+            tree = ast.parse("")
+            tree.body = self.nodes
+            self._code = compile(tree, self._source.path, "exec", self._source.flags, True)
+        return self._code
+
+    @property
+    def tops(self):
+        return self._source.tops(self)
+
+    @property
+    def codes(self):
+        """The code objects of all functions and class bodies in it."""
+        if self._codes is None:
+            self._codes = [code for _, code in _code_paths(self.tops)]
+        return self._codes
+
+    def function_node(self, code, shift=0):
+        """Return the node of a function, whose lines are shifted, or None."""
+        import ast
+        for node in itertools.chain(*map(ast.walk, self.nodes)):
+            if (type(node).__name__ in ("FunctionDef", "AsyncFunctionDef", "Lambda")
+                    and getattr(node, "name", "<lambda>") == code.co_name
+                    and _first_line(node) + shift == code.co_firstlineno):
+                return node
+        return None
+
+    def defaults_of(self, code):
+        """Return the texts of the defaults of a lambda or an inner function."""
+        import ast
+        if "<lambda>" == code.co_name or code.co_flags & 0x10:  # CO_NESTED
+            return tuple(map(ast.dump, _default_nodes(self.function_node(code)).values()))
+        return ()
+
+    def text_key(self):
+        # 3.6, 3.7: where a long string comes first, its last line counts as the first one.
+        return self.text if self.nodes[0].col_offset >= 0 else self.dump()
+
+    def dump(self):
+        import ast
+        if self._dump is None:
+            self._dump = "\n".join(map(ast.dump, self.nodes))
+        return self._dump
+
+    @property
+    def is_constant(self):
+        """A docstring or another statement that does nothing."""
+        return all(type(node).__name__ == "Expr" and type(node.value).__name__ in
+                   ("Constant", "Str", "Ellipsis", "Num", "NameConstant") for node in self.nodes)
+
+    @property
+    def binds_at_its_end(self):
+        """One statement that binds its names when all else is done, and looks at no namespace."""
+        return len(self.nodes) == 1 and type(self.nodes[0]).__name__ in (
+            "FunctionDef", "AsyncFunctionDef", "ClassDef", "Assign") and (
+            not self.reads & {"dir", "exec", "locals", "vars"})
+
+    @property
+    def is_plain(self):
+        """Nothing but the definition of a function without decorators: nobody else can hold it."""
+        return not self.decorators and all(
+            type(node).__name__ in ("FunctionDef", "AsyncFunctionDef") for node in self.nodes)
+
+    @property
+    def has_definitions(self):
+        return "Def(" in self.dump() or "AnnAssign(" in self.dump()
+
+    @property
+    def is_harmless(self):
+        """Nothing but definitions, assignments and imports."""
+        return all(type(node).__name__ in (
+            "FunctionDef", "AsyncFunctionDef", "ClassDef", "Import", "ImportFrom", "Assign",
+            "AnnAssign") for node in self.nodes)
+
+    @property
+    def is_main_guard(self):
+        import ast
+        node = self.nodes[0]
+        test = ast.dump(node.test) if type(node).__name__ == "If" else ""
+        return "'__name__'" in test and "'__main__'" in test
+
+    @property
+    def title(self):
+        """The first line, for the report."""
+        line = self.text.split("\n")[0].strip()
+        return line if len(line) <= 60 else line[:57] + "..."
+
+
+class _Names:
+    """The names that nodes bind, read, call and decorate with while they are executed."""
+
+    def __init__(self, nodes):
+        self.binds, self.reads, self.calls, self.decorators = set(), set(), set(), set()
+        for node in nodes:
+            self._add(node)
+
+    def _add(self, node):
+        kind = type(node).__name__
+        if kind == "Name":
+            (self.reads if type(node.ctx).__name__ == "Load" else self.binds).add(node.id)
+        elif kind == "alias":
+            self.binds.add(node.asname or node.name.split(".")[0])
+        elif kind.endswith("Comp") or kind == "GeneratorExp":
+            self._add_scope(_executed_children(node))
+        else:
+            self._add_other(node, kind)
+
+    def _add_other(self, node, kind):
+        for field in ("name", "rest"):  # def, class, except ... as name, case {**rest}
+            if isinstance(getattr(node, field, None), str):
+                self.binds.add(getattr(node, field))
+        if kind == "Call":
+            self.calls |= _Names([node.func]).reads
+        elif kind == "AugAssign":
+            self.reads |= _Names([node.target]).binds
+        elif kind == "ClassDef":
+            self._add_scope(node.body)
+        if getattr(node, "decorator_list", None):
+            self.decorators |= _Names(node.decorator_list).reads
+        for child in _executed_children(node):
+            self._add(child)
+
+    def _add_scope(self, nodes):
+        inner = _Names(nodes)
+        self.reads |= inner.reads - inner.binds
+        self.calls |= inner.calls - inner.binds
+        self.decorators |= inner.decorators - inner.binds
+
+
+def _executed_children(node):
+    """Return the nodes in a node that are executed with it and in its scope."""
+    import ast
+    kind = type(node).__name__
+    if kind in ("FunctionDef", "AsyncFunctionDef", "Lambda"):
+        returns = getattr(node, "returns", None)
+        return [node.args] + getattr(node, "decorator_list", []) + ([returns] if returns else [])
+    if kind == "ClassDef":
+        return node.decorator_list + node.bases + node.keywords
+    return ast.iter_child_nodes(node)
+
+
+def _definitions(nodes, prefix=""):
+    """Yield (path, node) of classes and functions, also in classes, but not in functions."""
+    import ast
+    for node in nodes:
+        if hasattr(node, "decorator_list"):
+            yield prefix + node.name, node
+            if hasattr(node, "bases"):
+                yield from _definitions(node.body, prefix + node.name + ".")
+        elif hasattr(node, "body"):
+            yield from _definitions(ast.iter_child_nodes(node), prefix)
+
+
+def _head(node):
+    """Return texts for what makes a definition besides its body: decorators, bases, keywords."""
+    import ast
+    return [ast.dump(part) for part in getattr(node, "decorator_list", [])
+            + getattr(node, "bases", []) + getattr(node, "keywords", [])]
+
+
+def _first_line(node):
+    return min([node.lineno] + [line.lineno for line in getattr(node, "decorator_list", ())])
+
+
+def _bound_by(units):
+    return set().union(*[unit.binds for unit in units])
+
+
+# --- The transaction ---
+
+class _Journal:
+    """Changes made in place, each with what takes it back."""
+
+    def __init__(self):
+        self._undo = []  # callables, oldest first
+
+    def put(self, slot, value):
+        """Write `value` to a slot, a pair of (read, write); undo restores it if still ours."""
+        read, write = slot
+        before = read()
+        if before is not value:
+            self._undo.append(lambda: _is_same(read(), value) and write(before))
+            write(value)
+
+    def keep(self, slot):
+        """Have undo put back what is in a slot now, whoever writes to it."""
+        read, write = slot
+        before = read()
+        self._undo.append(lambda: read() is before or write(before))
+
+    def on_undo(self, function, *args):
+        self._undo.append(functools.partial(function, *args))
+
+    def undo(self):
+        """Take everything back, the newest first; return the errors, of which none stops it."""
+        errors = []
+        while self._undo:
+            try:
+                self._undo.pop()()
+            except Exception as exc:
+                errors.append(exc)
+        return errors
+
+
+def _is_same(a, b):
+    # PyPy makes a new tuple each time that __bases__ is read.
+    return a is b or type(a) is tuple and type(b) is tuple and a == b
+
+
+class _Transaction(_Journal):
+    """One reload (of several modules) or one patch: executes, folds, moves, and reports."""
+
+    def __init__(self, report):
+        super().__init__()
+        self.report = report
+        self.plans = []
+        self._known = {}  # id -> function or class that was alive before
+        self._folded = {}  # id of a new object -> (new, what stands for it from now on)
+        self._olds = set()  # ids of the old functions and classes that were folded into
+        self._moves = []  # (old class, new class, reason): instances and references go over
+        self._fills = []  # (class, attribute, factory): what its live instances lack
+        self._afterwards = []  # callables for the end of a success
+        self._old_codes = {}  # id of a code object that was replaced by another -> (name, code)
+        self._registries = []  # lists that what runs may add to
+        self._stuck = collections.Counter()  # (name, reason) -> functions left on old code
+        self._name, self._unit = None, None  # what is being settled, and the _Unit that binds it
+        self._nodes = {}, {}  # old and new {path: node} of the module at work
+        self._is_patch = False  # every new object counts as fresh then
+
+    def prepare(self, plans, everything):
+        """Read, compile and compare; nothing is changed yet."""
+        plan = None
+        try:
+            for plan in plans:
+                plan.new = _Source(plan.data, plan.path)
+                plan.new.code  # some errors show only where the whole is compiled
+            self.plans = plans = _in_dependency_order(plans)
+            self._known = {id(each): each for each in itertools.chain(
+                _functions_of(plans), _all_classes())}
+            for plan in plans:
+                plan.live = [each for each in self._known.values()
+                             if type(each) is types.FunctionType
+                             and each.__globals__ is plan.space
+                             and _is_in_file(each.__code__, plan)]
+                plan.compare(everything, self.report)
+        except _COMPILE_ERRORS as exc:
+            raise ReloadError("can't compile %s (%s); nothing was changed"
+                              % (plan.path, str(exc) or type(exc).__name__)) from exc
+
+    def foretell(self):
+        """Fill the report with what a commit would do, and with what is in no file."""
+        for plan in self.plans:
+            self._report_names(plan, plan.space)
+            bound = _bound_by(plan.new.units[j] for j in plan.run)
+            definitions = {name for name in bound if _is_definition(plan.space.get(name))}
+            self.report.add("not_run_again", plan.module,
+                            plan.not_run_again(bound - definitions, definitions))
+            self.report.add("unsaved", plan.module, _unsaved(plan))
+
+    def commit(self):
+        """Do it all; after an exception everything is as before and ReloadError is raised."""
+        import linecache
+        modules = dict(sys.modules)
+        lines = {plan.path: linecache.cache.pop(plan.path, None) for plan in self.plans}
+        self.on_undo(_forget_subclasses)  # the last thing, for an undo goes backwards
+        try:
+            for plan in self.plans:
+                self._execute(plan)
+            self._finish()
+        except BaseException as exc:
+            errors = self.undo()
+            _forget_new_modules(modules)
+            linecache.cache.update((path, entry) for path, entry in lines.items() if entry)
+            if not isinstance(exc, (Exception, SystemExit)):
+                raise
+            raise ReloadError("%s: %s; everything was put back%s" % (
+                type(exc).__name__, exc,
+                " except for %r" % (errors,) if errors else "")) from exc
+        for plan in self.plans:
+            linecache.cache.pop(plan.path, None)
+            _noted[plan.module.__name__] = _Noted(
+                weakref.ref(plan.module), plan.data, True, None)
+
+    def patch(self, old, new):
+        """Fold `new` into `old`; both go on living."""
+        self._is_patch = True
+        if isinstance(old, type):
+            self.on_undo(_forget_subclasses)
+        try:
+            (self.fold_class if isinstance(old, type) else self.fold_function)(old, new)
+            if self._moves:
+                raise TypeError("can't patch %r in place: %s; define a new class instead"
+                                % (old.__qualname__, self._moves[0][2]))
+            self._folded = {key: pair for key, pair in self._folded.items()
+                            if hasattr(type(pair[0]), "_member_map_")}
+            self._fill_instances()
+            self._redirect()
+            for function in self._afterwards:
+                function()
+        except BaseException:
+            self.undo()
+            raise
+
+    def _execute(self, plan):
+        """Run the changed units of one module, folding each name after its last binding."""
+        units, space = plan.new.units, plan.space
+        before = dict(space)
+        last = {name: j for j in plan.run for name in units[j].binds}
+        plan.before = {name: before.get(name, _MISSING)
+                       for name in (before if "*" in last else last)}
+        self._report_names(plan, before)
+        self._snapshot(plan)
+        self.on_undo(_restore_names, space, before, plan.before)
+        self._nodes = plan.old.definitions if plan.old else {}, plan.new.definitions
+        held = {}  # what statements bound and other threads shall not see, as it is not settled
+        for j in plan.run:
+            if units[j].is_constant and j > 0:
+                continue  # compiled alone, a string would become the docstring
+            befores = [] if units[j].is_plain else [
+                (items, _content(items)) for items in self._registries]
+            for name in set(held).difference(units[j].binds if units[j].binds_at_its_end else ()):
+                space[name] = held.pop(name)
+            exec(units[j].code, space, held if units[j].binds_at_its_end else space)
+            for name in sorted(units[j].binds):
+                if last[name] == j:
+                    self._settle(plan, name, j, held.pop(name, space.get(name, _MISSING)))
+            if units[j].has_definitions:
+                self._drop_doubles(befores)
+        space.update(held)
+
+    def _settle(self, plan, name, j, new):
+        """Give the name the object it had before, with the behaviour of the new one."""
+        old = plan.before.get(name, _MISSING)
+        if new is _MISSING:
+            return
+        keeps = plan.keeps_old(name, j)
+        if keeps:
+            new = old
+        elif old is not _MISSING and keeps is False:
+            self._name, self._unit = name, plan.new.units[j]
+            new = self.fold(old, new)
+        _entry(plan.space, name)[1](new)
+
+    def _drop_doubles(self, befores):
+        """Take out of lists what a definition that ran again added although its like is there."""
+        for items, before in befores:
+            now = _content(items)
+            if len(now) <= len(before):
+                continue
+            left, olds, news = collections.Counter(map(id, before)), [], []
+            for item in now:
+                (olds if left[id(item)] > 0 else news).append(item)
+                left[id(item)] -= 1
+            doubles = {id(new) for new in news if any(self._is_like(new, old) for old in olds)}
+            if doubles and len(doubles) == len(news) and len(olds) == len(before):
+                _replace_items(items, before)  # in this order: it may be a heap
+            elif doubles:
+                _replace_items(items, [item for item in now if id(item) not in doubles])
+
+    def _is_like(self, new, old, depth=4):
+        """Tell whether a new value is the old one made again: from the same parts."""
+        new = self.current(new)
+        if type(new) is int and new in self._folded:
+            new = id(self._folded[new][1])  # made by id()
+        if new is old or depth == 0 or self.current(type(new)) is not type(old):
+            return new is old
+        if isinstance(new, _PLAIN_TYPES):
+            return new == old
+        new, old = _parts(new), _parts(old)
+        return new is not None and len(new) == len(old) and all(
+            self._is_like(*pair, depth - 1) for pair in zip(new, old))
+
+    def _finish(self):
+        """Reach what the names do not lead to: closures, references, instances, line numbers."""
+        self._name = self._unit = None
+        for plan in self.plans:
+            self._update_live(plan)
+            for name in plan.removed():
+                self.put(_entry(plan.space, name), None if name == "__doc__" else _MISSING)
+                self.put(_entry(plan.space.get("__annotations__", {}), name), _MISSING)
+        self._move_classes()
+        self._fill_instances()
+        self._redirect()
+        for function in self._afterwards:
+            function()
+        for plan in self.plans:
+            self._report_results(plan)
+        self._report_dataclasses()
+        self._report_sleepers()
+        self.report.stale += [Stale(name, reason, count)
+                              for (name, reason), count in sorted(self._stuck.items())]
+
+    # Folding: the new object's behaviour goes into the old one.
+
+    def fold(self, old, new):
+        """Return what shall stand where `new` stands now: `old`, changed in place, if possible."""
+        if id(new) in self._folded:
+            return self._folded[id(new)][1]
+        if new is old or old is _MISSING or not self._is_fresh(new) or _holds(new, old):
+            return new
+        for fits, update in _FOLD_RULES:
+            if fits(old, new):
+                return update(self, old, new)
+        return new
+
+    def stands_for(self, old, new):
+        """Note that `old` has taken the place of `new`."""
+        self._olds.add(id(old))
+        if self._is_patch or not (self._unit and self._unit.is_plain):
+            self._folded[id(new)] = (new, old)  # someone may hold the new one
+
+    def current(self, value):
+        """Return what stands for a value now."""
+        return self._folded.get(id(value), (None, value))[1]
+
+    def _is_fresh(self, value, depth=3):
+        """Tell whether a function, a class or what wraps it was made by this transaction."""
+        if self._is_patch:
+            return True
+        if id(value) in self._known or id(value) in self._olds:
+            return False
+        if _is(value, type):
+            return value.__flags__ & _HEAP_TYPE != 0
+        if type(value) is types.FunctionType:
+            if any(value.__globals__ is plan.space for plan in self.plans):
+                return not value.__code__.co_filename.startswith("<")
+        elif self._unit and self._unit.decorators and _is_plain_instance(value):
+            return True
+        return depth > 0 and any(self._is_fresh(inner, depth - 1) for inner in _wrapped_by(value))
+
+    def fold_function(self, old, new):
+        """Give a function the behaviour of another one made from the same definition."""
+        self.stands_for(old, new)
+        if "registry" in vars(old) and "registry" in vars(new):
+            self._keep_registered(new, dict(old.registry))
+        attributes = dict(self._kept_attributes(old, new))
+        if old.__globals__ is new.__globals__ and (
+                old.__code__.co_freevars == new.__code__.co_freevars):
+            for cell, new_cell in zip(old.__closure__ or (), new.__closure__ or ()):
+                value = self.fold(_cell_value(cell), _cell_value(new_cell))
+                self.put(_cell(cell), value)
+                _set_cell(new_cell, value)
+            state = new.__code__, new.__defaults__, new.__kwdefaults__
+        else:
+            state = _forwarder(old, new)
+            # Later, else _redirect makes `old` of this reference.
+            self._afterwards.append(functools.partial(self._put_wrapped, old, new))
+        names = () if self._is_patch else ("__name__", "__qualname__", "__module__")
+        for name in names + _FUNCTION_ATTRIBUTES:
+            if hasattr(new, name):
+                self.put(_attribute(old, name), getattr(new, name))
+        self.put(_attribute(old, "__dict__"), attributes)
+        self._put_code(old, state)
+        return old
+
+    def _put_wrapped(self, old, new):
+        self.put(_entry(vars(old), "__wrapped__"), new)
+
+    def _kept_attributes(self, old, new):
+        """Yield the attributes for the old function: the new ones and those put from outside."""
+        path = new.__qualname__ if new.__qualname__ in self._nodes[1] else self._name
+        old_node, new_node = (nodes.get(path) for nodes in self._nodes)
+        if not self._is_patch and _head(old_node) == _head(new_node):
+            for name in set(vars(old)) - set(vars(new)) - {"__wrapped__"}:
+                yield name, vars(old)[name]
+        for name, value in vars(new).items():
+            yield name, self.fold(vars(old).get(name, _MISSING), value)
+
+    def _keep_registered(self, new, registry):
+        """singledispatch: implementations that other modules registered go on counting."""
+        spaces = [plan.space for plan in self.plans]
+
+        def register():
+            for cls, function in registry.items():
+                space = getattr(function, "__globals__", None)
+                if cls not in new.registry and not any(space is ours for ours in spaces):
+                    new.register(cls, function)
+        self._afterwards.append(register)
+
+    def _put_code(self, function, state):
+        before = function.__code__, function.__defaults__, function.__kwdefaults__
+        if _behaviour(before[0]) != _behaviour(state[0]):
+            self._old_codes[id(before[0])] = function.__qualname__, before[0]
+        self.on_undo(lambda: function.__code__ is state[0] and _swap(function, *before))
+        _swap(function, *state)
+
+    def forward(self, old, new):
+        """Let an old function call what the name is now: a callable of another kind."""
+        self._put_code(old, _forwarder(old, new))
+        self.put(_attribute(old, "__dict__"), dict(vars(old), __wrapped__=new))
+        return self._goes_on(old, new)
+
+    def _goes_on(self, old, new):
+        """Note that a new object takes the name although there was an old one."""
+        self._folded[id(new)] = (new, new)
+        self._olds.add(id(old))
+        return new
+
+    def replace(self, old, new, reason=None):
+        """A class can't become what it is now: instances and references move to the new one."""
+        self._moves.append((old, new, reason or "it was a %s and is a %s now" % tuple(
+            "class" if _is(each, type) else type(each).__name__ for each in (old, new))))
+        return self._goes_on(old, new)
+
+    def fold_class(self, old, new):
+        """Give a class the attributes and bases of a new version of it."""
+        self.stands_for(old, new)
+        if _forget_subclasses not in self._afterwards:
+            self._afterwards.append(_forget_subclasses)
+        reason = self._obstacle(old, new)
+        if reason is not None:
+            return self.replace(old, new, reason)
+        for function in _functions_in(new):
+            for cell in function.__closure__ or ():
+                if _cell_value(cell) is new:  # the __class__ that super() means
+                    self.put(_cell(cell), old)
+        if hasattr(new, "_member_map_"):
+            self._fold_members(old, new)
+        fields = _dataclass_fields(new)
+        for name in set(fields).difference(_dataclass_fields(old)):
+            self._fills.append((old, name, fields[name].default_factory))
+        self._fold_attributes(old, new)
+        if hasattr(old, "__abstractmethods__"):
+            self._afterwards.append(functools.partial(self._update_abstract, old))
+        return old
+
+    def _update_abstract(self, cls):
+        """Find anew which methods a class and those below it must still define."""
+        for sub in [cls] + cls.__subclasses__():
+            names = frozenset(name for base in sub.__mro__ for name in vars(base) if getattr(
+                getattr(sub, name, None), "__isabstractmethod__", False))
+            if names != getattr(sub, "__abstractmethods__", names):
+                self.put(_attribute(sub, "__abstractmethods__"), names)
+            if sub is not cls:
+                self._update_abstract(sub)
+
+    def _obstacle(self, old, new):
+        """Put the new bases on the old class; return a reason if it can't become the new one."""
+        if self.current(type(new)) is not type(old):
+            return "its metaclass changed from %s to %s" % (
+                type(old).__name__, type(new).__name__)
+        bases = tuple(map(self.current, new.__bases__))
+        if _slots(old) != _slots(new):
+            return "its %s changed" % (
+                "__slots__" if bases == old.__bases__ else "base classes and their layout")
+        try:
+            if bases != old.__bases__:
+                self.put(_attribute(old, "__bases__"), bases)
+        except TypeError as exc:
+            return "its base classes changed (%s)" % exc
+        if issubclass(old, tuple) and (
+                getattr(old, "_fields", None) != getattr(new, "_fields", None)):
+            count = len(_instances(old))
+            if count:
+                self._stuck[old.__qualname__, "existing tuples keep their old fields"] += count
+        return None
+
+    def _fold_attributes(self, old, new):
+        values, news = dict(vars(old)), dict(vars(new))
+        skips = set(_CLASS_SKIPS)
+        if self._is_patch:
+            skips |= {"__module__", "__qualname__"}
+        kept = self._kept_class_names(new)
+        for name, value in news.items():
+            if name not in skips and not isinstance(value, _SLOT_TYPES):
+                folded = self.fold(values.get(name, _MISSING), value)
+                if not (name in kept and name in values and folded is value):
+                    self.put(_attribute(old, name), folded)
+        for name in self._gone_attributes(old, values):
+            if name not in news and name not in skips and not isinstance(
+                    values[name], _SLOT_TYPES):
+                self.put(_attribute(old, name), _MISSING)
+
+    def _kept_class_names(self, new):
+        """Return the names whose statements in the class body are unchanged, as is their input."""
+        old_node, new_node = (nodes.get(new.__qualname__) for nodes in self._nodes)
+        if not hasattr(old_node, "bases") or not hasattr(new_node, "bases") or (
+                hasattr(new, "_member_map_")):
+            return set()
+        same = {_Unit([node], "").dump() for node in old_node.body}
+        units = [_Unit([node], "") for node in new_node.body]
+        changed = _bound_by(unit for unit in units if unit.dump() not in same).union(
+            *[plan.changed_names()[0] for plan in self.plans])
+        kept = _bound_by(unit for unit in units if unit.dump() in same
+                         and not unit.reads & changed) - changed
+        return {_mangled(name, new_node.name) for name in kept}
+
+    def _gone_attributes(self, old, values):
+        """Yield the attributes that the old definition made: by its body or its decorators."""
+        old_node, new_node = (nodes.get(old.__qualname__) for nodes in self._nodes)
+        names, is_generated = set(), True
+        if old_node is not None:
+            names = {_mangled(name, old_node.name) for name in _bound_by(
+                _Unit([node], "") for node in old_node.body)}
+            if "__eq__" in names and old.__hash__ is None:
+                names.add("__hash__")  # Python adds it to a class that has __eq__ alone
+            is_generated = _head(old_node) != _head(new_node)
+        for name, value in values.items():
+            is_dunder = name.startswith("__") and name.endswith("__")
+            if self._is_patch or name in names or name == "__annotations__" or (
+                    is_generated and not _has_console_code(value)
+                    and (is_dunder or old_node is None and any(_functions_in(value)))):
+                yield name
+
+    def _fold_members(self, old, new):
+        """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
+        olds = dict(old._member_map_)
+        for value, member in list(old._value2member_map_.items()):
+            if member._name_ not in olds and value in new._value2member_map_:
+                olds.setdefault(new._value2member_map_[value]._name_, member)  # A | B gets a name
+        for name, member in new._member_map_.items():
+            kept = olds.get(name)
+            if id(member) in self._folded:
+                continue  # an alias
+            if kept is not None and _same_payload(kept, member):
+                self._fold_member(kept, member)
+            else:
+                if kept is not None:
+                    self._stuck["%s.%s" % (old.__qualname__, name), (
+                        "a member of an enum mixed with a data type can't change its value; "
+                        "a new member took its name")] += 1
+                self._folded[id(member)] = (member, _adopt_member(old, member))
+        for kept, member in _combinations(old, new):
+            if id(kept) not in self._olds:
+                self._fold_member(kept, member)
+        for members in new._member_map_, new._value2member_map_:  # which the old class gets
+            members.update({key: self.current(member) for key, member in members.items()})
+        # For other threads, until _member_names_ is the new one, and then the map:
+        self.put(_attribute(old, "_member_map_"), dict(old._member_map_, **new._member_map_))
+
+    def _fold_member(self, kept, member):
+        self.put(_entry(vars(kept), "_inverted_"), _MISSING)  # 3.11: what ~ found last
+        for key, value in vars(member).items():
+            self.put(_entry(vars(kept), key), type(kept) if key == "__objclass__" else value)
+        self._olds.add(id(kept))
+        self._folded[id(member)] = (member, kept)
+
+    def fold_wrapper(self, old, new):
+        """staticmethod, classmethod, property: the old object, if it holds the right functions."""
+        names = ("__func__",) if hasattr(new, "__func__") else ("fget", "fset", "fdel")
+        before = [getattr(old, name) for name in names]
+        parts = [self.fold(part, getattr(new, name)) for name, part in zip(names, before)]
+        if any(part is not kept for part, kept in zip(parts, before)):
+            return type(new)(*parts)
+        if type(new) is property:
+            self.put(_attribute(old, "__doc__"), new.__doc__)
+        self.stands_for(old, new)
+        return old
+
+    def fold_partial(self, old, new):
+        self.on_undo(old.__setstate__, old.__reduce__()[2])
+        old.__setstate__((self.fold(old.func, new.func), new.args, new.keywords, vars(new)))
+        self.stands_for(old, new)
+        return old
+
+    def fold_lru_cache(self, old, new):
+        """The cache object wraps the old function for good; that function gets the new code."""
+        self._afterwards.append(old.cache_clear)
+        if self.fold(old.__wrapped__, new.__wrapped__) is not old.__wrapped__:
+            return new
+        if old.cache_info().maxsize != new.cache_info().maxsize:
+            self._stuck[self._name, "whoever holds the lru_cache object keeps its maxsize"] += 1
+            return new
+        self.put(_attribute(old, "__dict__"), {
+            key: self.current(value) for key, value in vars(new).items()})
+        self.stands_for(old, new)
+        return old
+
+    def unwrap(self, old, new):
+        """A cached function became a plain one: use the function that was in the cache object."""
+        self._afterwards.append(old.cache_clear)
+        return self.fold(old.__wrapped__, new)
+
+    def fold_instance(self, old, new):
+        """What a decorator that is a class has made of a function."""
+        self.stands_for(old, new)
+        for name in set(vars(old)) | set(vars(new)):
+            before, value = vars(old).get(name, _MISSING), vars(new).get(name, _MISSING)
+            self.put(_entry(vars(old), name), self.fold(before, value))
+        return old
+
+    # Reaching what the names do not lead to.
+
+    def _update_live(self, plan):
+        """Bring up to date what no name led to, such as a closure made earlier, or only moved."""
+        left = [live for live in plan.live + _classes_with_lines(self._known, plan)
+                if id(live) not in self._olds]
+        if plan.old is None:
+            places = [(live.__code__, live) for live in left if not isinstance(live, type)]
+            olds = {id(code): (_CachedUnit([]), live.__qualname__, code) for code, live in places}
+            self._update_changed(plan, places, list(olds.values()))
+            return
+        same, changed = plan.same, []
+        for live in left:
+            i, code = plan.old.locate(live)
+            if i not in same:
+                changed.append((code, live))
+            elif plan.old.has_moved(_place_of(live)[1], plan.new, same[i]):
+                self._renumber(live, code, plan.old.units[i], plan.new.units[same[i]])
+        self._update_changed(plan, changed, [
+            (unit, path, code) for i, unit in enumerate(plan.old.units) if i not in same
+            for path, code in _code_paths(unit.tops)] if changed else [])
+
+    def _renumber(self, live, code, old_unit, new_unit):
+        """Give what an unchanged statement defined its new line numbers."""
+        for other, moved in zip(old_unit.codes, new_unit.codes):
+            if other is code and isinstance(live, type):
+                self.put(_attribute(live, "__firstlineno__"), moved.co_firstlineno)
+            elif other is code and live.__code__.co_firstlineno != moved.co_firstlineno and (
+                    live.__code__.co_freevars == moved.co_freevars):
+                self._put_code(live, (moved, live.__defaults__, live.__kwdefaults__))
+
+    def _update_changed(self, plan, places, olds):
+        """Update functions, given as (old code, function), from what the executed units define.
+
+        `olds` is (unit, path, code) for all that the units had which these replace.
+        """
+        paths = {id(code): path for _, path, code in olds}
+        places = [(paths.get(id(code), function.__qualname__), code, function)
+                  for code, function in places if not isinstance(function, type)]
+        places = [place for place in places if not any(
+            place[0].startswith(old.__qualname__ + ".") for old, _, _ in self._moves)]
+        fresh = collections.defaultdict(list)
+        for function in _functions_of([plan]) if places else ():
+            if id(function) not in self._known:
+                fresh[id(function.__code__)].append(function)
+        units = [plan.new.units[j] for j in plan.run] if places else ()
+        news = [(unit, path, code) for unit in units for path, code in _code_paths(unit.tops)]
+        executed = {id(code): own for unit in units for code, (_, own) in zip(
+            unit.codes, _code_paths(_nested_codes(unit.code)))}  # see _Source.tops
+        pairs = _pair_codes(olds, news)
+        used = set(map(id, pairs.values()))
+        unclear = {path for _, path, code in news if id(code) not in used}
+        for path, old_code, function in places:
+            code = executed.get(id(pairs.get(id(old_code))))
+            self._update_function(plan, function, path, code, fresh.get(id(code), []),
+                                  path in unclear)
+        fresh.clear()  # else _redirect would find these references
+
+    def _update_function(self, plan, function, path, code, news, is_unclear):
+        is_local = "<locals>" in path
+        if len(news) == 1 and not is_local:
+            self.fold_function(function, news[0])
+        elif code is None:
+            if is_unclear:
+                self._stuck[path, "which of several in the new source it is can't be told"] += 1
+            elif is_local or function.__name__ == "<lambda>":
+                self._stuck[path, "the new source has no such function"] += 1
+        elif code.co_freevars != function.__code__.co_freevars:
+            if not news or is_local:
+                self._stuck[path, "the variables of the closure changed from (%s) to (%s)" % (
+                    ", ".join(function.__code__.co_freevars), ", ".join(code.co_freevars))] += 1
+        else:
+            try:
+                self._put_code(function, (code,) + _new_defaults(plan, function, code))
+            except ValueError:
+                self._stuck[path, "a new default of its parameters is known only where it is "
+                                  "defined"] += 1
+
+    def _move_classes(self):
+        """Move instances and subclasses from classes that can't change in place, or are new."""
+        for old, new, reason in self._moves:
+            stuck = 0
+            if isinstance(old, type) and isinstance(new, type):
+                stuck = self._move_instances({old: new})
+                for sub in old.__subclasses__():
+                    self._move_subclass(sub, old, new)
+            self._stuck[getattr(old, "__qualname__", self._name), reason] += stuck
+        discarded = {new: old for new, old in self._folded.values()
+                     if isinstance(new, type) and new is not old}
+        if discarded:
+            self._move_instances(discarded)
+
+    def _move_instances(self, moves):
+        """Change the classes of live objects; return how many refuse."""
+        count = 0
+        for instance in _instances(*moves):
+            try:
+                self.put(_attribute(instance, "__class__"), moves[type(instance)])
+            except TypeError:
+                count += 1
+        return count
+
+    def _move_subclass(self, sub, old, new):
+        bases = tuple(new if base is old else base for base in sub.__bases__)
+        try:
+            self.put(_attribute(sub, "__bases__"), bases)
+        except TypeError as exc:
+            self._stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
+
+    def _fill_instances(self):
+        """Give live instances of dataclasses the new fields that have a default factory."""
+        for cls, name, factory in self._fills:
+            for instance in _instances(*[c for c in _all_classes() if issubclass(c, cls)]):
+                if not hasattr(instance, name) and callable(factory):
+                    self.put(_attribute(instance, name), factory())
+                elif not hasattr(instance, name):
+                    self._stuck[cls.__qualname__, "existing instances lack the new field %r, "
+                                "which has no default" % name] += 1
+
+    def _redirect(self):
+        """Replace what was discarded, wherever a list, dict, set, cell or instance holds it.
+
+        So a registry that was filled anew holds the old object, once.
+        """
+        moves = {id(pair[0]): pair for pair in _held_elsewhere(
+            [pair for pair in self._folded.values() if pair[0] is not pair[1]])}
+        moves.update((id(old), (old, new)) for old, new, _ in self._moves)
+        for new, old in list(moves.values()):  # else a WeakValueDictionary would lose them
+            moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
+                         for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
+        sources = [source for source, _ in moves.values()]
+        tuples = []
+        for holder in self._holders(sources):
+            if type(holder) is tuple and holder is not sources:
+                tuples.append((holder, tuple(moves.get(id(item), (0, item))[1]
+                                             for item in holder)))
+            else:
+                _redirect_holder(self, holder, moves)
+        in_tuples = {id(pair[0]): pair for pair in tuples}
+        for holder in self._holders([pair[0] for pair in tuples]):
+            if type(holder) in _SEQUENCES + (set, dict):
+                _redirect_holder(self, holder, in_tuples)
+
+    def _holders(self, sources):
+        """Return what refers to one of `sources`, except for our own tables."""
+        ours = {id(table) for table in [
+            sources, self._known, self._folded, self._moves, vars(self)]
+                + [table for plan in self.plans for table in (plan.before, plan.live)]}
+        return [holder for holder in _referrers(sources) if id(holder) not in ours]
+
+    def _snapshot(self, plan):
+        """Note what the units to run can reach, to put it back.
+
+        Not more, because what other threads write meanwhile must not be put back.
+        """
+        units = [plan.new.units[j] for j in plan.run]
+        for unit in units:
+            self._keep_names(unit.code, plan.space)
+            if not _INDIRECT.isdisjoint(unit.code.co_names):
+                for space in [plan.space] + [vars(module) for module in _modules_named(
+                        plan.space, unit.code.co_names) if not _is_library_module(module.__name__)]:
+                    self.on_undo(_restore_names, space, dict(space), dict(space))
+        for found in _reachable(itertools.chain([plan.space.get("__annotations__")],
+                                                _values_read_by(units, plan.space))):
+            if type(found) is types.FunctionType:
+                self._keep_names(found.__code__, found.__globals__)
+            elif _is(found, type):
+                self.on_undo(_restore_class, found, dict(vars(found)))
+            elif _container_kind(found) and found is not plan.space:
+                self.on_undo(_restore_container, found, _content(found))
+                if _is(found, _SEQUENCES):
+                    self._registries.append(found)
+            for member in _members(type(found)):
+                self.keep(_member(found, member))
+
+    def _keep_names(self, code, space):
+        """Note the globals that code sets, and the attributes that it may set on modules."""
+        for name in _stored_names(code, "GLOBAL"):
+            self.keep(_entry(space, name))
+        modules = _modules_named(space, code.co_names)
+        for name in _stored_names(code, "ATTR") if modules else ():
+            for module in modules:
+                self.keep(_entry(vars(module), name))
+
+    # Reporting.
+
+    def _report_names(self, plan, space):
+        old_names = plan.old_names() | set(space)
+        for j in [j for j in plan.changed if j not in plan.guards]:
+            unit = plan.new.units[j]
+            names = unit.binds - {"*"}
+            if not names and not unit.is_constant:
+                self.report.add("changed", plan.module, [unit.title])
+            self.report.add("changed", plan.module, sorted(names & old_names))
+            self.report.add("added", plan.module, sorted(names - old_names))
+        self.report.add("removed", plan.module, plan.removed())
+
+    def _report_results(self, plan):
+        values, definitions = plan.changed_names()
+        self.report.add("not_run_again", plan.module, plan.not_run_again(values, definitions))
+        for name in sorted(values):
+            self.report.not_run_again += ["%s: from %s import %s" % (
+                module.__name__, plan.module.__name__, name) for module in _importers(plan, name)]
+
+    def _report_dataclasses(self):
+        """Name dataclasses that did not run again although a base class has more fields now."""
+        for cls in _all_classes():
+            fields = vars(cls).get("__dataclass_fields__")
+            if fields is not None and id(self.current(cls)) not in self._olds and any(
+                    id(base) in self._olds and set(_dataclass_fields(base)).difference(fields)
+                    for base in cls.__mro__):
+                self._stuck[cls.__qualname__, "a base class has new fields, and its own methods "
+                            "were made without them"] += len(_instances(cls))
+
+    def _report_sleepers(self):
+        """Count the running frames and suspended generators that finish on old code."""
+        codes = {id(each.__code__): (each.__qualname__, each.__code__)
+                 for plan in self.plans for each in plan.live}
+        codes.update(self._old_codes)
+        running = _running_frames()
+        sleeping = _suspended_frames([code for _, code in codes.values()], running)
+        for frames, reason in ((running, "a running frame finishes on the old code"),
+                               (sleeping, "a suspended generator or coroutine finishes on the "
+                                          "old code")):
+            alike = collections.defaultdict(list)     # a deep recursion has one code
+            for frame in frames:
+                alike[id(frame.f_code), id(frame.f_globals)].append(frame)
+            for first, *more in alike.values():
+                if self._is_old(first):
+                    name = getattr(first.f_code, "co_qualname", first.f_code.co_name)
+                    name = codes.get(id(first.f_code), (name,))[0]
+                    self._stuck[name, reason] += 1 + len(more)
+
+    def _is_old(self, frame):
+        """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
+        code = frame.f_code
+        return id(code) in self._old_codes or not code.co_name.endswith("comp>") and any(
+            frame.f_globals is plan.space and _is_in_file(code, plan) and not plan.new.has(code)
+            for plan in self.plans)
+
+
+# --- How a new object is folded into an old one: the first rule that fits ---
+
+_LRU_CACHE = type(functools.lru_cache()(len))
+if _LRU_CACHE is types.FunctionType:
+    _LRU_CACHE = type("_NoSuchType", (), {})  # PyPy: closures, which are folded as such
+
+
+def _both(*kinds):
+    return lambda old, new: type(old) is type(new) and type(new) in kinds
+
+
+def _is_class_pair(old, new):
+    return isinstance(old, type) and isinstance(new, type) and (
+        old.__qualname__ == new.__qualname__ and old.__module__ == new.__module__)
+
+
+def _is(value, kinds):
+    # isinstance() would ask the object for its __class__: a proxy's code, which may raise.
+    return issubclass(type(value), kinds)
+
+
+def _is_definition(value):
+    return _is(value, (type, types.FunctionType))
+
+
+_WRAPPERS = (types.FunctionType, types.MethodType, staticmethod, classmethod, property,
+             functools.partial, _LRU_CACHE)
+_FOLD_RULES = (
+    (_both(types.FunctionType), _Transaction.fold_function),
+    (_is_class_pair, _Transaction.fold_class),
+    (_both(staticmethod, classmethod, property), _Transaction.fold_wrapper),
+    (_both(functools.partial), _Transaction.fold_partial),
+    (_both(_LRU_CACHE), _Transaction.fold_lru_cache),
+    (lambda old, new: type(old) is _LRU_CACHE and type(new) is types.FunctionType,
+     _Transaction.unwrap),
+    (lambda old, new: type(old) is types.FunctionType and callable(new)
+     and not isinstance(new, type), _Transaction.forward),
+    (lambda old, new: type(old) is type(new) and _is_plain_instance(new),
+     _Transaction.fold_instance),
+    (lambda old, new: _is_definition(old) and callable(new), _Transaction.replace),
+)
+
+_FUNCTION_ATTRIBUTES = ("__doc__", "__type_params__") + (
+    ("__annotate__",) if hasattr(types.FunctionType, "__annotate__") else ("__annotations__",))
+_CLASS_SKIPS = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "_abc_registry", "_abc_cache",
+                "_abc_negative_cache", "_abc_negative_cache_version"}
+_SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
+_IS_PYPY = sys.implementation.name == "pypy"
+_SEQUENCES = (list, collections.deque)
+_CONTENTS = {  # by the type's own methods: what a subclass makes of them is not asked
+    collections.OrderedDict: lambda each: dict(collections.OrderedDict.items(each)),
+    dict: dict.copy,
+    type(os.environ): type(os.environ).copy,
+    list: list.copy,
+    collections.deque: lambda each: list(collections.deque.__iter__(each)),
+    set: lambda each: set(set.__iter__(each)),
+    bytearray: bytearray.copy}
+_REACH = 20000  # objects that are looked at to put them back
+_INDIRECT = {"globals", "locals", "vars", "__dict__", "setattr", "delattr", "exec"}  # set any name
+_IMPORT_NAMES = {*vars(types.ModuleType("")), "__annotations__", "__builtins__", "__cached__",
+                 "__file__", "__path__"}
+_PLAIN_TYPES = (int, float, complex, str, bytes, type(None))
+_CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
+
+
+# --- Slots: a place that can be read and written, for the journal ---
+
+def _entry(mapping, key):
+    def write(value):
+        if value is _MISSING:
+            mapping.pop(key, None)
+        else:
+            mapping[key] = value
+    return lambda: mapping.get(key, _MISSING), write
+
+
+def _attribute(obj, name):
+    # type's own methods, because enums refuse theirs; object's, because of frozen dataclasses.
+    is_class = isinstance(obj, type)
+    kind = type if is_class else object
+
+    def read():
+        if is_class and name != "__bases__":
+            return vars(obj).get(name, _MISSING)  # not what it inherits
+        return getattr(obj, name, _MISSING)
+
+    def write(value):
+        if value is _MISSING:
+            kind.__delattr__(obj, name)
+        else:
+            kind.__setattr__(obj, name, value)
+    return read, write
+
+
+def _member(obj, member):
+    def read():
+        try:
+            return member.__get__(obj)
+        except AttributeError:
+            return _MISSING
+
+    def write(value):
+        if value is _MISSING:
+            member.__delete__(obj)
+        else:
+            member.__set__(obj, value)
+    return read, write
+
+
+def _cell(cell):
+    return lambda: _cell_value(cell), functools.partial(_set_cell, cell)
+
+
+def _cell_value(cell):
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _set_cell(cell, value):
+    def outer(content):
+        def setter(value):
+            nonlocal content
+            if value is _MISSING:
+                del content
+            else:
+                content = value
+        return setter
+    if _cell_value(cell) is not value:
+        # 3.6: cell_contents can't be assigned, but a function over the cell can write it.
+        types.FunctionType(outer(None).__code__, globals(), "setter", None, (cell,))(value)
+
+
+# --- Functions ---
+
+def _swap(function, code, defaults, kwdefaults):
+    """Give a function its code and defaults so that no call gets some old and some new.
+
+    They are three attributes, and another thread may call between two assignments: meanwhile the
+    function forwards, whatever its defaults, to a complete copy of the new version.
+    """
+    if function.__defaults__ is not defaults or function.__kwdefaults__ is not kwdefaults:
+        whole = types.FunctionType(code, function.__globals__, function.__name__, defaults,
+                                   function.__closure__)
+        whole.__kwdefaults__ = kwdefaults
+        _assign_code(function, _forwarder(function, whole)[0])
+        function.__defaults__ = defaults
+        function.__kwdefaults__ = kwdefaults
+    _assign_code(function, code)
+
+
+def _assign_code(function, code):
+    if sys.version_info >= (3, 13) and (function.__code__.co_flags ^ code.co_flags) & _CODE_KINDS:
+        import warnings
+        with warnings.catch_warnings():  # 3.13 deprecates making a plain function async
+            warnings.simplefilter("ignore", DeprecationWarning)
+            function.__code__ = code
+    else:
+        function.__code__ = code
+
+
+def _forwarder(old, new):
+    """Return (code, defaults, kwdefaults) that make `old` call `new`, a constant in the code."""
+    is_async = bool(getattr(getattr(new, "__code__", None), "co_flags", 0) & 0x80)
+    code = _forwarder_template(len(old.__code__.co_freevars), is_async)
+    consts = tuple(new if const == _TARGET else const for const in code.co_consts)
+    if hasattr(code, "replace"):
+        code = code.replace(co_consts=consts)
+    else:
+        code = types.CodeType(  # 3.6, 3.7
+            code.co_argcount, code.co_kwonlyargcount, code.co_nlocals, code.co_stacksize,
+            code.co_flags, code.co_code, consts, code.co_names, code.co_varnames,
+            code.co_filename, code.co_name, code.co_firstlineno, code.co_lnotab,
+            code.co_freevars, code.co_cellvars)
+    return code, old.__defaults__, old.__kwdefaults__
+
+
+_TARGET = "target of forward_call"
+
+
+@functools.lru_cache(maxsize=None)
+def _forwarder_template(closure_size, is_async):
+    cells = ", ".join("cell%d" % i for i in range(closure_size))
+    source = ("def outer(%s):\n %sdef forward_call(*args, **kwargs):\n  if 0: (%s)\n"
+              "  target = %r\n  return %starget(*args, **kwargs)\n return forward_call\n" % (
+                  cells, "async " * is_async, cells or "0", _TARGET, "await " * is_async))
+    space = {}
+    exec(compile(source, "forward_call of " + __name__, "exec"), space)
+    return space["outer"](*[None] * closure_size).__code__
+
+
+def _is_from_console(function):
+    """Tell whether a function was typed at a prompt: its code is in no file."""
+    code = function.__code__
+    if code.co_name == "forward_call":
+        return any(map(_has_console_code, code.co_consts))
+    name = code.co_filename
+    return name.startswith("<") and name != "<string>" and not name.startswith("<frozen")
+
+
+def _has_console_code(value):
+    return any(map(_is_from_console, _functions_in(value)))
+
+
+def _wrapped_by(value):
+    """Return the callables inside a wrapper: a property, a partial, a closure, a method, ..."""
+    fields = _get_dict(value) if _is_plain_instance(value) else {}
+    inners = [getattr(value, name, None) if _is(value, _WRAPPERS) else fields.get(name)
+              for name in ("__wrapped__", "__func__", "fget", "fset", "fdel", "func")]
+    if type(value) is types.FunctionType:
+        inners += map(_cell_value, value.__closure__ or ())
+    return filter(callable, inners)
+
+
+def _get_dict(value):
+    try:
+        return object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+
+
+def _is_python_function(value):
+    # PyPy: functions that are built in have the same type, but another type of code.
+    return type(value) is types.FunctionType and isinstance(value.__code__, types.CodeType)
+
+
+def _functions_in(value, depth=4):
+    """Yield the Python functions which a class, a wrapper or a function consists of."""
+    if depth == 0:
+        return
+    if _is_python_function(value):
+        yield value
+    if _is(value, type):
+        inners = [inner for inner in vars(value).values() if not _is(inner, type)
+                  or inner.__qualname__.startswith(value.__qualname__ + ".")]
+    elif _is(value, _WRAPPERS):
+        inners = [inner for inner in _wrapped_by(value) if not _is(inner, type)]
+    else:
+        inners = ()
+    for inner in inners:
+        yield from _functions_in(inner, depth - 1)
+
+
+def _holds(new, old, depth=3):
+    """Tell whether a wrapper is made around `old`: folding it into `old` would never end."""
+    inners = [] if isinstance(new, type) else list(_wrapped_by(new))
+    return depth > 0 and any(inner is old or _holds(inner, old, depth - 1) for inner in inners)
+
+
+def _is_plain_instance(value):
+    return type(value).__flags__ & _HEAP_TYPE and not _is(value, (type, types.ModuleType)) and (
+        type(_get_dict(value)) is dict)
+
+
+# --- Classes ---
+
+def _slots(cls):
+    """Return the names of the slots of a class, and whether its instances have a dict."""
+    own = {name for name, value in vars(cls).items()
+           if isinstance(value, types.MemberDescriptorType)}
+    return own | {name for base in cls.__mro__ for name in ("__dict__", "__weakref__")
+                  if name in vars(base) and base.__flags__ & _HEAP_TYPE}
+
+
+def _own_bases(cls):
+    """Return the classes that a class consists of, but for those of libraries."""
+    return [base for base in cls.__mro__ if base.__flags__ & _HEAP_TYPE
+            and not _is_library_module(base.__module__)]
+
+
+def _members(cls):
+    """Return the descriptors of the slots that its instances have."""
+    return [value for base in _own_bases(cls) for value in vars(base).values()
+            if type(value) is types.MemberDescriptorType]
+
+
+def _all_classes():
+    """Return every class that has been made, from the tree of subclasses."""
+    found, todo = {}, [object]
+    while todo:
+        for cls in type.__subclasses__(todo.pop()):
+            if id(cls) not in found:
+                found[id(cls)] = cls
+                todo.append(cls)
+    return found.values()
+
+
+def _instances(*classes):
+    """Return the live objects whose class is exactly one of `classes`."""
+    return [obj for obj in gc.get_objects() if type(obj) in classes] if classes else []
+
+
+def _dataclass_fields(cls):
+    """Return {name: field} of a dataclass, of another value an empty dict."""
+    if not _is(cls, type) or "__dataclass_fields__" not in vars(cls) or (
+            "dataclasses" not in sys.modules):
+        return {}
+    return {field.name: field for field in sys.modules["dataclasses"].fields(cls)}
+
+
+def _forget_subclasses():
+    """Make every ABC and every singledispatch function ask anew what is a subclass of what."""
+    import abc
+    for cls in _all_classes():
+        if "_abc_impl" in vars(cls):
+            cls._abc_caches_clear()
+        elif "_abc_cache" in vars(cls):
+            cls._abc_cache.clear()  # 3.6, PyPy
+    abc.ABCMeta("_", (), {}).register(int)  # there the noes are dropped at the next registration
+    for function in _instances(types.FunctionType):
+        if hasattr(function, "_clear_cache") and function.__globals__ is vars(functools):
+            function._clear_cache()
+
+
+def _classes_with_lines(known, plan):
+    """3.13: return the classes of a module, which know their first line."""
+    return [cls for cls in known.values() if sys.version_info >= (3, 13)
+            and isinstance(cls, type) and cls.__module__ == plan.module.__name__
+            and "__firstlineno__" in vars(cls)]
+
+
+def _same_payload(kept, member):
+    """Tell whether an old enum member can stand for a new one: its data part can't change."""
+    base = getattr(type(member), "_member_type_", object)
+    return base is object or base.__eq__(kept, member) is True
+
+
+def _combinations(old, new):
+    """Yield (old, new) for values of a Flag that have no names, such as A | B, if still valid."""
+    import enum
+    for value, kept in list(old._value2member_map_.items() if issubclass(old, enum.Flag) else ()):
+        if value not in new._value2member_map_:
+            try:
+                made = new(value)
+            except ValueError:
+                continue
+            if type(made) is new and made._value_ == value:
+                yield kept, made
+
+
+def _adopt_member(cls, member):
+    """Return a new enum member as a member of the old class."""
+    try:
+        member.__class__ = cls
+        return member
+    except TypeError:  # up to 3.11, for members that are an int or str too
+        base = cls._member_type_
+        adopted = base.__new__(cls, *[member._value_] if isinstance(member._value_, base)
+                               else member._value_)
+        vars(adopted).update(vars(member), __objclass__=cls)
+        return adopted
+
+
+def _mangled(name, class_name):
+    if name.startswith("__") and not name.endswith("__"):
+        return "_%s%s" % (class_name.lstrip("_"), name)
+    return name
+
+
+# --- Namespaces and containers ---
+
+def _restore_names(space, before, bound):
+    """Put back the names which statements bound, and take away the new ones."""
+    for name, value in bound.items():
+        if value is not _MISSING:
+            space[name] = value
+    for name in set(space) - set(before):
+        del space[name]
+
+
+def _restore_class(cls, before):
+    now = dict(vars(cls))
+    for name in set(now) | set(before):
+        value = before.get(name, _MISSING)
+        if now.get(name, _MISSING) is not value and name not in _CLASS_SKIPS:
+            _attribute(cls, name)[1](value)
+
+
+def _container_kind(value):
+    return next((kind for kind in _CONTENTS if _is(value, kind)), None)
+
+
+def _content(container):
+    """Return a copy of what a container holds: a dict, list, set or bytearray."""
+    return _CONTENTS[_container_kind(container)](container)
+
+
+def _parts(value):
+    """Return what a value was made from, in a list, or None where that can't be seen."""
+    if type(value) is types.FunctionType:
+        return [value.__code__, value.__defaults__, *map(_cell_value, value.__closure__ or ())]
+    if type(value) is types.MethodType:
+        return [value.__func__, value.__self__]
+    if type(value) is functools.partial:
+        return [value.func, value.args, value.keywords]
+    if type(value) is weakref.ref:
+        return [value()]
+    content = () if _is(value, tuple) else _content(value) if _container_kind(value) else ()
+    parts = list(tuple.__iter__(value)) if _is(value, tuple) else [*content]
+    if type(content) is dict:
+        parts += content.values()
+    fields = _get_dict(value)
+    slots = [_member(value, member)[0]() for member in _members(type(value))]
+    is_known = _is(value, tuple) or _container_kind(value) or slots or _is_plain_instance(value)
+    return parts + slots + [*(fields or ()), *(fields or {}).values()] if is_known else None
+
+
+def _restore_container(container, before):
+    kind, now = _container_kind(container), _content(container)
+    if type(before) is dict:
+        for key in set(now) - set(before):
+            kind.__delitem__(container, key)
+        # Where a key was deleted, all go to the end, one after the other.
+        is_moved = [key for key in now if key in before] != list(before)
+        for key, value in before.items():
+            if is_moved:
+                kind.pop(container, key, None)
+            if is_moved or now[key] is not value:
+                kind.__setitem__(container, key, value)
+    elif kind is set:
+        set.intersection_update(container, before)
+        set.update(container, before)
+    elif len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
+        _replace_items(container, before)
+
+
+def _values_read_by(units, space):
+    """Yield the values that units may use; of modules, those which the unit names."""
+    for unit in units:
+        names = unit.reads.intersection(space)
+        yield from (space[name] for name in names)
+        for module in _modules_named(space, names):
+            yield from _values_of(vars(module), unit.code.co_names)
+
+
+def _modules_named(space, names):
+    """Return the modules that names in a namespace lead to, as in `package.module`."""
+    found, todo = {}, [space]
+    while todo:
+        for module in _values_of(todo.pop(), names):
+            if type(module) is types.ModuleType and module not in found:
+                found[module] = True
+                todo.append(vars(module))
+    return list(found)
+
+
+def _values_of(space, names):
+    return [space[name] for name in names if name in space]
+
+
+def _replace_items(items, others):
+    kind = _container_kind(items)
+    if kind is collections.deque:
+        kind.clear(items)
+        kind.extend(items, others)
+    else:
+        kind.__setitem__(items, slice(None), others)  # at once: nobody sees it without them
+
+
+def _reachable(values):
+    """Yield the containers, instances, classes and functions that code with `values` may use."""
+    todo = collections.deque(values)
+    seen = {}
+    while todo and len(seen) < _REACH:
+        value = todo.popleft()
+        if type(value) in _PLAIN_TYPES or id(value) in seen:
+            continue
+        seen[id(value)] = value
+        kind = _container_kind(value)
+        if kind or _is(value, (tuple, frozenset)):
+            todo.extend(itertools.islice(_items(value, kind), _REACH))
+        if _is_python_function(value):
+            todo.extend((vars(value), value.__defaults__, value.__kwdefaults__))
+            todo.extend(_cell_value(cell) for cell in value.__closure__ or ())
+            if not _is_library(value.__globals__.get("__file__")):
+                yield value
+                todo.extend(_read_by(value.__code__, value.__globals__))
+        elif _is(value, type):
+            own = _own_bases(value) + _own_bases(type(value))
+            yield from own
+            todo.extend(inner for cls in own for inner in vars(cls).values())
+        elif _is(value, _WRAPPERS + (types.BuiltinMethodType,)):
+            todo.extend(_wrapped_by(value))
+            todo.extend(getattr(value, name, None) for name in ("__self__", "args", "keywords"))
+        elif kind in (type(value), type(os.environ)):
+            yield value
+        elif kind or _is_data(value):
+            yield value
+            todo.extend((_get_dict(value), type(value)))
+
+
+def _items(value, kind):
+    if kind is None:
+        return (tuple if _is(value, tuple) else frozenset).__iter__(value)
+    content = () if kind is bytearray else _content(value)
+    return content.values() if type(content) is dict else content
+
+
+def _is_data(value):
+    """Tell whether the attributes of an object may be put back.
+
+    Of a library's objects only where they compare by value: the state of a lock, a queue or an
+    event loop is not ours, threads may have come to wait for it.
+    """
+    cls = type(value)
+    if _is_library_module(cls.__module__):
+        return cls.__eq__ is not object.__eq__ and type(_get_dict(value)) is dict
+    return not _is(value, types.ModuleType)
+
+
+def _read_by(code, space):
+    """Yield the global values that a code object, or one nested in it, names."""
+    yield from _values_of(space, code.co_names)
+    for module in _modules_named(space, code.co_names):
+        yield from _values_of(vars(module), code.co_names)
+    for nested in _nested_codes(code):
+        yield from _read_by(nested, space)
+
+
+def _stored_names(code, kind):
+    """Return the names that code assigns or deletes, where `kind` is GLOBAL or ATTR."""
+    import dis
+    names = {"STORE_" + kind, "DELETE_" + kind}
+    if not any(dis.opmap[name] in code.co_code for name in names):
+        return []  # most have none, and to look at each instruction costs
+    return [step.argval for step in dis.get_instructions(code) if step.opname in names]
+
+
+def _referrers(sources):
+    """Yield what refers to one of `sources`."""
+    if sources and _IS_PYPY:  # where one pass in Python costs less than one call of get_referrers
+        ids = set(map(id, sources))
+        yield from (obj for obj in gc.get_objects()
+                    if not ids.isdisjoint(map(id, gc.get_referents(obj))))
+    else:  # each reference in the heap is compared with each argument: fifty at a time
+        for start in range(0, len(sources), 50):
+            yield from gc.get_referrers(*sources[start:start + 50])
+
+
+def _held_elsewhere(pairs):
+    """Return the pairs whose first object something else may hold too."""
+    if not hasattr(sys, "getrefcount"):
+        return pairs  # PyPy can't count references
+    pairs = pairs + [(types.FunctionType(_held_elsewhere.__code__, {}), None)]  # nobody else's
+    counts = [sys.getrefcount(pair[0]) for pair in pairs]
+    return [pair for pair, count in zip(pairs[:-1], counts)
+            if count > counts[-1] or isinstance(pair[0], type) or weakref.getweakrefs(pair[0])]
+
+
+def _redirect_holder(journal, holder, moves):
+    """Replace in one holder what was moved; `moves` is {id: (object, its successor)}."""
+    if type(holder).__name__ == "cell":
+        value = _cell_value(holder)
+        if id(value) in moves:
+            journal.put(_cell(holder), moves[id(value)][1])
+    elif type(holder) in _SEQUENCES:
+        journal.on_undo(_restore_container, holder, holder.copy())
+        others = [item for item in holder if id(item) not in moves]
+        _replace_items(holder, [
+            moves.get(id(item), (0, item))[1] for item in list(holder)
+            if id(item) not in moves or not _is_in(moves[id(item)][1], others)])
+    elif _is(holder, set):
+        for item in [item for item in holder if id(item) in moves]:
+            holder.discard(item)
+            holder.add(moves[id(item)][1])
+            journal.on_undo(holder.add, item)
+    elif _is(holder, dict):
+        _redirect_dict(journal, holder, moves)
+    elif not _is(holder, (type, types.FunctionType, types.FrameType)) and (
+            type(getattr(holder, "__dict__", None)) is dict):
+        _redirect_dict(journal, vars(holder), moves)
+
+
+def _is_in(item, others):
+    return any(item is other or type(item) is type(other) is tuple and item == other
+               for other in others)
+
+
+def _redirect_dict(journal, holder, moves):
+    if "__module__" in holder and "__dict__" in holder:
+        return  # a class's own; changed only through the class
+    for key, value in list(holder.items()):
+        if id(key) in moves:
+            journal.put(_entry(holder, key), _MISSING)
+        if id(key) in moves or id(value) in moves:
+            journal.put(_entry(holder, moves.get(id(key), (0, key))[1]),
+                        moves.get(id(value), (0, value))[1])
+
+
+# --- Live code ---
+
+def _functions_of(plans):
+    """Return every live function whose globals are those of one of the modules."""
+    spaces = {id(plan.space): plan.space for plan in plans}
+    # get_referrers: a pass in C, five times as fast as one in Python, but not in PyPy.
+    found = gc.get_referrers(*spaces.values()) if spaces and not _IS_PYPY else gc.get_objects()
+    return [obj for obj in found
+            if type(obj) is types.FunctionType and id(obj.__globals__) in spaces]
+
+
+def _top_frames(module):
+    """Return the frames that run the top level of a module, such as the script's main loop."""
+    return [frame for frame in _running_frames() if frame.f_globals is vars(module)
+            and frame.f_code.co_name == "<module>"
+            and frame.f_code.co_filename == getattr(module, "__file__", None)]
+
+
+def _running_frames():
+    frames = []
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            frames.append(frame)
+            frame = frame.f_back
+    return frames
+
+
+def _suspended_frames(codes, running):
+    """Return the frames of suspended generators and coroutines, if one of `codes` makes such."""
+    if not any(code.co_flags & _CODE_KINDS for code in codes):
+        return []
+    kinds = {types.GeneratorType: "gi_frame", types.CoroutineType: "cr_frame",
+             types.AsyncGeneratorType: "ag_frame"}
+    running = set(map(id, running))
+    frames = [getattr(obj, kinds[type(obj)]) for obj in gc.get_objects() if type(obj) in kinds]
+    return [frame for frame in frames if frame is not None and id(frame) not in running]
+
+
+def _nested_codes(code):
+    return [const for const in code.co_consts if isinstance(const, types.CodeType)]
+
+
+def _code_paths(codes, prefix=""):
+    """Yield (path, code) for code objects and all in them; a path is like __qualname__."""
+    for code in codes:
+        path = prefix + code.co_name
+        yield path, code
+        is_function = code.co_flags & 1  # CO_OPTIMIZED, which class bodies are not
+        yield from _code_paths(_nested_codes(code), path + (".<locals>." if is_function else "."))
+
+
+def _pair_codes(olds, news):
+    """Return {id of an old code: the new one for it}; both are lists of (unit, path, code).
+
+    Where several have one path, those that do the same belong together; the others in order, but
+    only if as many are left on both sides. Those of one statement come first.
+    """
+    pairs, used = {}, set()
+    for in_statement, by_behaviour in ((1, 1), (1, 0), (0, 1), (0, 0)):
+        groups = collections.defaultdict(lambda: ([], []))
+        for side, entries in enumerate((olds, news)):
+            for unit, path, code in entries:
+                if id(code) not in used:
+                    groups[path, in_statement and frozenset(unit.binds),
+                           by_behaviour and (_behaviour(code), unit.defaults_of(code))
+                           ][side].append(code)
+        for ours, theirs in groups.values():
+            if by_behaviour or len(ours) == len(theirs):
+                pairs.update(zip(map(id, ours), theirs))
+                used.update(id(code) for pair in zip(ours, theirs) for code in pair)
+    return pairs
+
+
+def _place_of(live):
+    """Return (name, first line, code) of a function, or of a class (3.13), which has no code."""
+    if isinstance(live, type):
+        return live.__name__, live.__firstlineno__, None
+    return live.__code__.co_name, live.__code__.co_firstlineno, live.__code__
+
+
+def _best_match(code, codes):
+    """Return the one of `codes` that does what a live code object does, or None."""
+    for other in codes:
+        if len(codes) == 1 or code is None or _behaviour(other) == _behaviour(code):
+            return other
+    return None
+
+
+def _new_defaults(plan, function, code):
+    """Return (__defaults__, __kwdefaults__) for a live closure that gets new code.
+
+    A default whose text is the same keeps its value, a literal is evaluated; else ValueError.
+    """
+    import ast
+    olds = _default_nodes(plan.old.function_node(function.__code__) if plan.old else None)
+    news = _default_nodes(plan.new.function_node(code))
+    names = function.__code__.co_varnames[:function.__code__.co_argcount]
+    values = dict(zip(reversed(names), reversed(function.__defaults__ or ())),
+                  **function.__kwdefaults__ or {})
+    for name, node in news.items():
+        if name not in values or name in olds and ast.dump(olds[name]) != ast.dump(node):
+            values[name] = ast.literal_eval(node)
+    names = code.co_varnames[:code.co_argcount]
+    return (tuple(values[name] for name in names if name in news) or None,
+            {name: values[name] for name in news if name not in names} or None)
+
+
+def _default_nodes(node):
+    """Return {parameter: node of its default}."""
+    if node is None:
+        return {}
+    args = node.args
+    positional = [arg.arg for arg in getattr(args, "posonlyargs", []) + args.args]
+    found = dict(zip(reversed(positional), reversed(args.defaults)))
+    found.update((arg.arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)
+                 if default is not None)
+    return found
+
+
+def _behaviour(code):
+    """Return what a code object does, without its lines and file, to be compared."""
+    is_class = not code.co_flags & 1
+    consts = tuple(
+        _behaviour(const) if isinstance(const, types.CodeType)
+        else None if is_class and const == code.co_firstlineno  # 3.13: __firstlineno__
+        else _typed(const) for const in code.co_consts)
+    return (code.co_name, code.co_code, consts, code.co_names, code.co_varnames,
+            code.co_freevars, code.co_cellvars, code.co_flags, code.co_argcount,
+            code.co_kwonlyargcount)
+
+
+def _typed(const):
+    """Return a constant so that 1, 1.0 and True differ, also in tuples."""
+    if isinstance(const, (tuple, frozenset)):
+        return type(const), type(const)(map(_typed, const))
+    return type(const), repr(const) if isinstance(const, (float, complex)) else const
+
+
+_Step = collections.namedtuple("_Step", "key line code")  # key: (operation, argument)
+
+
+def _steps(code):
+    """Return a _Step for each instruction of a module's code, sorted by line.
+
+    By line, because what handles exceptions stands at the end (3.11). Without the `return None`.
+    """
+    import dis
+    lines, line, found = dict(dis.findlinestarts(code)), 0, []
+    for step in dis.get_instructions(code):
+        line = lines.get(step.offset) or line
+        if step.opname == "RETURN_VALUE":
+            found.pop()  # LOAD_CONST None
+        elif step.opname not in _SKIPPED_STEPS:
+            found.append((line, step))
+    found.sort(key=lambda pair: pair[0])
+    places = {step.offset: at for at, (_, step) in enumerate(found)}
+    offsets = sorted(places)
+
+    def argument(at, step):
+        if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
+            i = bisect.bisect_left(offsets, step.argval)
+            return (places[offsets[i]] if i < len(offsets) else len(found)) - at
+        is_code = isinstance(step.argval, types.CodeType)
+        return _behaviour(step.argval) if is_code else _typed(step.argval)
+    return [_Step((step.opname, argument(at, step)), line,
+                  step.argval if isinstance(step.argval, types.CodeType) else None)
+            for at, (line, step) in enumerate(found)]
+
+
+_SKIPPED_STEPS = {"EXTENDED_ARG", "NOP", "RESUME", "CACHE", "SETUP_ANNOTATIONS", "RETURN_CONST"}
+
+
+def _is_in_file(code, plan):
+    return code.co_name not in ("forward_call", "<module>") and (
+        code.co_filename in (plan.path, plan.module.__file__)
+        or os.path.abspath(code.co_filename) == plan.path)
+
+
+# --- Modules and their sources ---
+
+def note_sources(modules=None):
+    """Remember the source that each module of the program runs now.
+
+    The server calls it when a first client connects. Only modules not seen before are looked at;
+    each costs the reading of its file. May be called in any thread.
+    """
+    if not _reload_lock.acquire(False):
+        return  # a reload runs; it looks at its modules itself
+    try:
+        for module in _new_modules() if modules is None else modules:
+            noted = _noted_source(module)
+            if noted is not None:
+                _noted[module.__name__] = noted
+    finally:
+        _reload_lock.release()
+
+
+def _new_modules():
+    """Return the program's own modules, or none where nothing was imported since the last call."""
+    loaded = list(map(id, list(sys.modules.values())))
+    if loaded == _looked_at:
+        return []
+    _looked_at[:] = loaded
+    return _own_modules()
+
+
+_looked_at = []  # ids of the modules that were loaded when note_sources() looked last
+
+
+def _noted_source(module):
+    """Return the _Noted of a module, from its file if it is not known yet; None without a file."""
+    noted = _noted.get(module.__name__)
+    if noted is not None and noted.module() is module:
+        return noted
+    try:
+        with open(_source_path(module), "rb") as file:
+            stat = os.fstat(file.fileno())
+            # What was written after the process began, reload() checks against what is alive.
+            is_sure = max(stat.st_mtime, stat.st_ctime) < _process_start()
+            cached = None if is_sure else _cached_code(module)
+            return _Noted(weakref.ref(module), file.read(), is_sure, cached)
+    except (OSError, ReloadError):
+        return None
+
+
+def _cached_code(module):
+    """Return the code that a module runs, or that in its .pyc, whatever source it is from."""
+    for frame in _top_frames(module):
+        return frame.f_code
+    import importlib.util
+    import marshal
+    try:
+        with open(getattr(module, "__cached__", None), "rb") as file:
+            data = file.read()
+        if data[:4] == importlib.util.MAGIC_NUMBER:
+            return marshal.loads(data[12 if sys.version_info < (3, 7) else 16:])
+    except (OSError, TypeError, ValueError, EOFError):
+        pass
+    return None
+
+
+@functools.lru_cache(maxsize=None)
+def _process_start():
+    """Return when this process began, in seconds as time.time() has them."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime") as file:
+            uptime_s = float(file.read().split()[0])
+        return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
+    except (OSError, ValueError, IndexError, AttributeError):
+        return _loaded_at  # no /proc: when this file was loaded
+
+
+def _as_module(module):
+    if isinstance(module, str):
+        if module not in sys.modules:
+            raise ValueError("no module %r is loaded; import it first" % module)
+        module = sys.modules[module]
+    if not isinstance(module, types.ModuleType):
+        raise TypeError("expected a module or its name, not %r" % (module,))
+    return module
+
+
+def _file_of(module):
+    """Return the absolute path of a module's file, whatever os.chdir() the program calls later.
+
+    3.6-3.8: a script's is relative, but the folder of the script stands first in sys.path.
+    """
+    path = getattr(module, "__file__", None)
+    if not path or os.path.isabs(path):
+        return path
+    beside = [os.path.join(folder, os.path.basename(path)) for folder in sys.path[:1]
+              if module.__name__ == "__main__"]
+    for each in [path] + beside if module not in _paths else ():
+        if os.path.isfile(each):
+            _paths.setdefault(module, os.path.abspath(each))
+    return _paths.get(module) or os.path.abspath(path)
+
+
+def _source_path(module):
+    path = _file_of(module)
+    if path is None:
+        raise ReloadError("%r has no source file; use patch() for what lives in no file"
+                          % module.__name__)
+    if path.endswith(".pyc"):
+        import importlib.util
+        path = importlib.util.source_from_cache(path)
+    if not path.endswith((".py", ".pyw")) and module.__name__ != "__main__":
+        raise ReloadError("%r is not Python source: %s" % (module.__name__, path))
+    return os.path.abspath(path)
+
+
+def _own_modules():
+    """Return the loaded modules whose files are below the program's own folder."""
+    folder = _own_folder()
+    found = []
+    for name, module in list(sys.modules.items()):
+        path = getattr(module, "__file__", None)
+        if isinstance(module, types.ModuleType) and path and module.__name__ == name and (
+                path.endswith(".py") or name == "__main__") and not _is_library(path):
+            path = os.path.realpath(_file_of(module))
+            if path.startswith(folder + os.sep) and not _is_library(path):
+                found.append(module)
+    return found
+
+
+def _own_folder():
+    """Return the folder of the script, or the current one, above any package it is in."""
+    path = _file_of(sys.modules.get("__main__"))
+    if path and not _is_library(path):
+        path = os.path.realpath(path)
+    folder = os.getcwd() if not path or _is_library(path) else os.path.dirname(path)
+    while os.path.exists(os.path.join(folder, "__init__.py")):
+        folder = os.path.dirname(folder)
+    return os.path.realpath(folder)
+
+
+@functools.lru_cache(maxsize=None)
+def _is_library(path):
+    """Tell whether a file belongs to the standard library or is an installed package."""
+    if not path:
+        return False
+    parts = path.split(os.sep)
+    return ("site-packages" in parts or "dist-packages" in parts
+            or path.startswith(_library_folders()))
+
+
+@functools.lru_cache(maxsize=None)      # beside a thread that computes each lstat() can take 5 ms
+def _library_folders():
+    """Return where the standard library is, by both its names, each with a separator at its end."""
+    library = os.path.dirname(os.__file__)
+    return library + os.sep, os.path.realpath(library) + os.sep
+
+
+def _is_library_module(name):
+    module = sys.modules.get(name)
+    return _is_library(getattr(module, "__file__", None) or os.__file__)
+
+
+def _in_dependency_order(plans):
+    """Return the plans so that a module comes after those it imports; cycles as they come."""
+    by_name = {plan.module.__name__: plan for plan in plans}
+    ordered, seen = [], set()
+
+    def visit(plan):
+        if id(plan) not in seen:
+            seen.add(id(plan))
+            for name in sorted(_imports(plan.module, plan.data)):
+                if name in by_name:
+                    visit(by_name[name])
+            ordered.append(plan)
+    for plan in plans if len(plans) > 1 else ():
+        visit(plan)
+    return ordered or plans
+
+
+def _imports(module, data):
+    """Return the dotted names of what a source imports anywhere, with the names in modules."""
+    import ast
+    names = set()
+    package = (module.__package__ or "").split(".")
+    try:
+        tree = ast.parse(data)
+    except _COMPILE_ERRORS:
+        return names  # of another module, which is just being edited
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package[:len(package) - node.level + 1] if node.level else []
+            base = ".".join(parts + ([node.module] if node.module else []))
+            names.add(base)
+            names.update("%s.%s" % (base, alias.name) for alias in node.names)
+    return names
+
+
+def _importers(plan, name):
+    """Yield the program's modules which imported a name that has another value now."""
+    for module in _own_modules():
+        if module is not plan.module and name in vars(module) and (
+                vars(module)[name] is plan.before[name]):
+            noted = _noted_source(module)
+            imports = _imports(module, noted.data) if noted else ()
+            if any("%s.%s" % (plan.module.__name__, each) in imports for each in (name, "*")):
+                yield module
+
+
+def _forget_new_modules(before):
+    """Take the program's own modules out of sys.modules that a failed reload imported."""
+    own = {module.__name__ for module in _own_modules()}
+    for name in set(sys.modules) - set(before):
+        if name in own:
+            del sys.modules[name]
+
+
+def _unsaved(plan):
+    """Return what is defined in a live module and stands in no file, or otherwise in its own."""
+    found, known = set(), plan.new.names | plan.old_names()
+    stored = [{name for _, code in _code_paths([plan.new.code])
+               for name in _stored_names(code, kind)} for kind in ("GLOBAL", "ATTR")]
+    known |= stored[0]
+    for name, value in plan.space.items():
+        if name.startswith("__") or _is(value, types.ModuleType):
+            continue
+        if _is(value, type) and value.__module__ == plan.module.__name__:
+            found.update("%s.%s" % (name, key) for key, inner in vars(value).items()
+                         if _has_console_code(inner))
+        elif _has_console_code(value) or not known & {name, "*"} and (
+                getattr(value, "__module__", None) != __name__):
+            found.add(name)
+    same = set(plan.same.values())
+    nodes = [(node, j in same) for j, unit in enumerate(plan.new.units) for node in unit.nodes]
+    return sorted(found.union(_differing(plan, nodes, plan.space, *stored)))
+
+
+def _differing(plan, nodes, space, stored, stored_in_classes):
+    """Yield the names in a module or class whose one statement, which was executed, says otherwise.
+
+    Only of a definition and of a literal is it known what was made. Not what the module's own code
+    sets, such as a counter: names that it assigns or deletes by `global`, or as an attribute.
+    """
+    bound = collections.Counter(name for node, _ in nodes for name in _Names([node]).binds)
+    for node, is_same in nodes:
+        for name in _Names([node]).binds if is_same else ():
+            if bound[name] == 1 and name not in stored and not name.startswith("__"):
+                live = space.get(name, _MISSING)
+                if _is_otherwise(plan, node, live):
+                    yield name
+                elif hasattr(node, "bases") and not node.decorator_list and (
+                        type(live) is type and not issubclass(live, tuple)):
+                    inner = [(each, True) for each in node.body]
+                    for key in _differing(plan, inner, vars(live), *[stored_in_classes] * 2):
+                        yield "%s.%s" % (name, key)
+
+
+def _is_otherwise(plan, node, live):
+    """Tell whether a live value is surely not what a statement made."""
+    import ast
+    if hasattr(node, "decorator_list"):
+        if live is _MISSING or node.decorator_list:
+            return live is _MISSING
+        if hasattr(node, "bases"):
+            return not node.keywords and not node.bases and (
+                not _is(live, type) or live.__module__ != plan.module.__name__)
+        return type(live) is types.FunctionType and live.__globals__ is not plan.space
+    if type(node).__name__ not in ("Assign", "AnnAssign") or not all(
+            type(target).__name__ == "Name" for target in getattr(node, "targets", ())):
+        return False
+    try:
+        value = ast.literal_eval(node.value)
+        hash(value)  # a list or a dict is there to be changed
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return type(live) is not type(value) or _typed(live) != _typed(value)
+
+
+# --- patch ---
+
+def patch(old, new=None):
+    """Give the function or class `old` the behaviour of `new`, wherever it is held.
+
+    Returns a callable that puts back exactly what was. As a decorator, `@patch(m.step)`, it binds
+    the name to the patched `old`; then `unpatch(m.step)` takes the newest patch back. A name,
+    a module and a place in a class stay those of `old`. A pair that can't work is a TypeError and
+    changes nothing. May be called in any thread.
+    """
+    target = _patch_target(old)
+    forget = old.cache_clear if type(old) is _LRU_CACHE else bool
+    if new is None:
+        return lambda new: patch(old, new) and old
+    source = _patch_target(new)
+    _check_pair(target, source, old)
+    with _reload_lock:
+        transaction = _Transaction(ReloadReport())
+        transaction.patch(target, source)
+        forget()
+        entry = _Patch(target, transaction, forget)
+        _patches.append(entry)
+    return functools.partial(_undo_patch, entry)
+
+
+def unpatch(old):
+    """Take back the newest patch of `old`."""
+    target = _patch_target(old)
+    for entry in reversed(_patches):
+        if entry.target is target and not entry.is_undone:
+            return _undo_patch(entry)
+    raise ValueError("%r is not patched" % (old,))
+
+
+class _Patch:
+    """What it takes to undo a patch."""
+
+    def __init__(self, target, transaction, forget):
+        self.target, self.transaction, self.forget = target, transaction, forget
+        self.is_undone = False  # its turn comes when no newer patch of the target is left
+
+
+def _undo_patch(entry):
+    with _reload_lock:
+        entry.is_undone = True
+        entries = [other for other in _patches if other.target is entry.target]
+        while entries and entries[-1].is_undone:
+            newest = entries.pop()
+            newest.transaction.undo()
+            newest.forget()
+            _patches.remove(newest)
+
+
+def _patch_target(value):
+    """Return the function or class that a patch of `value` changes."""
+    if _is(value, (types.MethodType, staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property) and value.fget is not None:
+        value = value.fget
+    elif type(value) is _LRU_CACHE and hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    if type(value) is types.FunctionType:
+        return value
+    if _is(value, type) and value.__flags__ & _HEAP_TYPE:
+        return value
+    raise TypeError("expected a Python function, method or class, not %r, which is built in or "
+                    "no definition; to replace it, bind its name anew" % (value,))
+
+
+def _check_pair(old, new, shown):
+    if isinstance(old, type) is not isinstance(new, type):
+        raise TypeError("can't make %r behave like %r: patch a function with a function and a "
+                        "class with a class" % (shown, new))
+
+
+# === 9. Session tools ========================================================
+# The names a user finds at the prompt. They are put into the program's namespace only where
+# the name is free, and taken out again where they are still ours. Each is a plain function
+# that finds its session by the thread it runs in.
+
+def doc(obj):
+    """Print the docstring of `obj`, dedented, below its signature and its file and line."""
+    import inspect
+    print(_headline(obj))
+    print(inspect.getdoc(obj) or inspect.getcomments(_definition(obj)) or "no docstring")
+
+
+def server_print(*values, **options):
+    """Print to the stdout that the program had before hotrepl, from any thread."""
+    options.setdefault("file", ROUTER.original("stdout"))
+    print(*values, **options)
+
+
+def bg(function, *args, **kwargs):
+    """Call `function` in a background thread; return its Job at once. See fg() and jobs()."""
+    if not callable(function):
+        raise TypeError("expected a callable, found %s; write bg(lambda: ...)" % shorten(function))
+    job = JOBS.add(Job(function, *args, **kwargs))
+    job.start()
+    return job
+
+
+def fg(job):
+    """Return what a Job (or the job of that number) returned, or raise what it raised.
+
+    While it runs, return the job itself. An outcome that was fetched leaves jobs(); what an
+    evaluation printed after Ctrl+Z is printed now.
+    """
+    job = JOBS.find(job)
+    if job.state != "running":
+        JOBS.drop(job)
+        sys.stdout.write(str(job.output))
+    return job.outcome()
+
+
+def jobs():
+    """Return the list of background jobs that run or whose outcome nobody fetched."""
+    return JOBS.all()
+
+
+def main_thread(function, *args):
+    """Return what function(*args) returns, or raise what it raises, called in the main thread.
+
+    For what only the main thread may do: windows, plots, signal handlers. It is called between
+    two bytecodes of whatever the main thread does, as a signal handler is. What it prints comes
+    here. Ctrl+C gives up waiting; what has begun by then goes on.
+    """
+    if not callable(function):
+        raise TypeError("expected a callable, found %s; write main_thread(lambda: ...)"
+                        % shorten(function))
+    return MAIN.call(function, *args)
+
+
+def stacks():
+    """Print where every thread is, and every asyncio task where a loop is known; this one last."""
+    import traceback
+    own = threading.get_ident()
+    frames = sys._current_frames()
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    for ident in [each for each in known if each in frames and each != own]:
+        _print_stack(_thread_title(known[ident]), traceback.extract_stack(frames.pop(ident)))
+    for ident in [each for each in frames if each != own]:
+        _print_stack("unknown to threading, ident %d" % ident,
+                     traceback.extract_stack(frames[ident]))
+    session = current_session()
+    for task in [] if session is None else session.tasks():
+        _print_stack(_task_title(task), _await_chain(task.get_coro()))
+    _print_stack(_thread_title(known[own]), traceback.extract_stack(frames[own]))
+
+
+def _print_stack(title, summary):
+    from code import InteractiveConsole
+    import traceback
+    print(title + ":")
+    print("".join(traceback.format_list(
+        [each for each in summary if each.filename not in (
+            _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
+         and not each.name.startswith("_bootstrap")])) or "  only hotrepl's own code\n")
+
+
+def _thread_title(thread):
+    kind = ", daemon" if thread.daemon else ""
+    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+
+
+def _task_title(task):
+    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+
+
+def _await_chain(coroutine):
+    """Return the stack of a task: its coroutine, what that awaits, and so on."""
+    import traceback
+    frames = []
+    while coroutine is not None:
+        kind = next((each for each in ("cr", "gi", "ag")
+                     if hasattr(coroutine, each + "_frame")), "")
+        frame = getattr(coroutine, kind + "_frame", None)
+        if frame is not None:
+            frames.append((frame, frame.f_lineno))
+        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
+    return traceback.StackSummary.extract(frames)
+
+
+def follow(is_wanted=True):
+    """Show from now on what the program's own threads print and log; follow(False) ends it."""
+    session = current_session()
+    if session is None:
+        raise RuntimeError("follow() works at a session's prompt")
+    session.follow(is_wanted)
+
+
+def halt():
+    """End the server of this session once the last session is gone; the program goes on."""
+    session = current_session()
+    if session is None:
+        raise RuntimeError("halt() works at a session's prompt; elsewhere call the server's stop()")
+    session.server.halt()
+    print("the server ends when the last session is gone")
+
+
+class SessionHelp:
+    """Help as in an interactive Python: help(obj), or help() for the browser."""
+
+    def __repr__(self):
+        return "Type help() for interactive help, or help(object) for help about object."
+
+    def __call__(self, *args, **kwargs):
+        import pydoc
+        # With an output, pydoc asks no pager of the process's; with sys.stdin as input it
+        # asks by input(), which is the session's.
+        return pydoc.Helper(sys.stdin, sys.stdout)(*args, **kwargs)
+
+
+def _headline(obj):
+    import inspect
+    name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
+    try:
+        signature = str(inspect.signature(obj))
+    except (TypeError, ValueError):
+        signature = ""
+    try:
+        place = "%s:%d" % _find_source(obj)[:2]
+    except (TypeError, OSError):
+        place = "no source known"
+    return "%s%s  [%s]" % (name or type(obj).__name__, signature if name else " instance", place)
+
+
+def _definition(obj):
+    """Return what has source: `obj` with its wrappers off, or its class if it is an instance."""
+    import inspect
+    obj = inspect.unwrap(obj) if callable(obj) else obj
+    has_source = (inspect.isclass(obj) or inspect.isroutine(obj) or inspect.ismodule(obj)
+                  or inspect.iscode(obj) or inspect.isframe(obj) or inspect.istraceback(obj))
+    return obj if has_source else type(obj)
+
+
+def _find_source(obj):
+    """Return (file name, first line's number, lines) of what defines `obj`; TypeError, OSError."""
+    import inspect
+    definition = _definition(obj)
+    typed = _find_typed_class(definition) if inspect.isclass(definition) else None
+    if typed and any(function.__code__.co_filename == typed[0]
+                     for function in vars(definition).values() if hasattr(function, "__code__")):
+        return typed              # inspect would look in the file of the module
+    try:
+        lines, number = inspect.getsourcelines(definition)
+        return inspect.getsourcefile(definition), number, lines
+    except (TypeError, OSError):
+        if typed is None:
+            raise
+        return typed
+
+
+def _find_typed_class(kind):
+    """As _find_source, for a class that was typed at a prompt, or one of its name; else None."""
+    import inspect
+    import linecache
+    for filename in reversed(_remembered):
+        lines = linecache.getlines(filename)
+        for index, line in enumerate(lines):
+            if re.match(r"class\s+%s\b" % re.escape(kind.__name__), line):
+                return filename, index + 1, inspect.getblock(lines[index:])
+    return None
+
+
+def show_source(obj):
+    """Print the source of `obj` below its headline; the docstring where there is none."""
+    try:
+        source = "".join(_find_source(obj)[2])
+    except (TypeError, OSError):
+        return doc(obj)
+    print(_headline(obj))
+    print(source.rstrip())
+
+
+TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
+         "main_thread": main_thread, "stacks": stacks, "follow": follow,
+         "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch}
+
+
+class Guests:
+    """Our names in the program's namespaces, counted by servers; each only where it was free."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock
+
+    def enter(self, namespace):
+        """Put the tools into the dict `namespace` where their names are free."""
+        with self._lock:
+            self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
+            for name, tool in TOOLS.items():
+                namespace.setdefault(name, tool)
+
+    def leave(self, namespace):
+        """Take them out where they are still ours, after as many calls as of `enter`."""
+        with self._lock:
+            self._counts[id(namespace)] -= 1
+            if self._counts[id(namespace)]:
+                return
+            del self._counts[id(namespace)]
+            for name, tool in TOOLS.items():
+                if namespace.get(name) is tool:
+                    del namespace[name]
+
+
+GUESTS = Guests()
+
+
+# === 10. Access ==============================================================
+# Who may come in. The server shows each connection to its Door before a byte is read or sent.
+# On one machine the kernel says whose socket is at the other end, so the owner needs no password
+# and nobody else can have one. Where it can't say (another system, another machine), a token or
+# a client certificate does. FirstBytes turns away what passes the door with the owner's uid: the
+# requests of web pages in the owner's browser. Every doubt is a refusal. Nothing here keeps a
+# thread, a descriptor or a table; any thread may call it, also after a fork. The server lends its
+# netlink socket: beside a thread that computes, to make and close one takes 10 ms. Uses 2 and 3.
+# Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), getpeereid(3).
+
+ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
+ADMISSION_LIMIT = 16              # connections that may be proving themselves at once
+TOKEN_ATTEMPTS = 3
+TOKEN_LIMIT_BYTES = 1024          # what is read of a peer before its token has passed
+
+audit_log = Logger("hotrepl.audit")
+
+
+class Refused(Exception):
+    """A connection may not come in. The text is for our log; the peer is told nothing."""
+
+
+class Door:
+    """Who may connect to one server. Only `check_bind` changes it, before the first connection."""
+
+    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None):
+        self.allow_uids = frozenset(allow_uids or ())     # besides our effective uid and 0
+        self.token = _checked_token(token)    # bytes; None while nobody needs one
+        self.insecure = insecure              # everybody comes in
+        self.ssl_context = ssl_context        # None: plain text
+        if not all(type(uid) is int for uid in self.allow_uids):
+            raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
+                            % shorten(allow_uids))
+
+    def check_bind(self, *hosts):
+        """Raise ValueError if listening on one of `hosts`, numeric addresses, lets strangers in.
+
+        Makes a token where this system can't tell who connects and nothing else guards the door.
+        """
+        exposed = [host for host in hosts if not _is_loopback(host)]
+        is_guarded = self.token is not None or self.wants_certificate
+        if self.insecure:
+            self.warn(*hosts)
+        elif exposed and not is_guarded:
+            raise ValueError(
+                "other machines can reach %s; pass token=True, or an ssl_context with verify_mode "
+                "CERT_REQUIRED, or insecure=True to let everybody in; or bind to 127.0.0.1, come "
+                "through ssh" % exposed[0])
+        elif not is_guarded and not knows_local_peers():
+            self.token = make_token()
+
+    def warn(self, *places):
+        """Say what `insecure` means there."""
+        log.warning("insecure=True: whoever can connect to %s runs code in this process",
+                    " or ".join(places))
+
+    @property
+    def wants_certificate(self):
+        """Whether TLS lets only holders of a client certificate through."""
+        if self.ssl_context is None:
+            return False
+        import ssl
+        return self.ssl_context.verify_mode == ssl.CERT_REQUIRED
+
+    def check_peer(self, sock, netlink=None):
+        """Return the Peer at the other end of `sock`, or raise Refused. Does not block."""
+        if self.insecure:
+            peer = Peer(_address(_peer_name(sock)))
+            with suppress(Refused):       # only for the audit, and for who may pair
+                peer = identify(sock, netlink)
+            return peer
+        peer = identify(sock, netlink)
+        if peer.uid is None:
+            peer.needs_token = self.token is not None
+            if not (peer.needs_token or self.wants_certificate):
+                raise Refused("%s needs a token; pass token=True to have one" % peer)
+        elif peer.uid not in self.allow_uids | {effective_uid(), 0}:
+            raise Refused("%s may not connect; allow_uids would let it in" % peer)
+        return peer
+
+    def shake_hands(self, tls, peer, timeout_s=ADMISSION_TIMEOUT_S):
+        """Do the TLS handshake on the server's side, or raise Refused; blocks up to `timeout_s`."""
+        try:
+            tls.settimeout(timeout_s)     # ssl takes it as a deadline for the whole handshake
+            tls.do_handshake()
+            tls.settimeout(None)
+            subject = (tls.getpeercert() or {}).get("subject", ())
+        except (OSError, ValueError) as exc:
+            raise Refused("TLS handshake failed: %s" % exc) from exc
+        peer.certificate = ",".join("=".join(pair) for part in subject for pair in part)
+
+    def ask_token(self, sock, is_control, timeout_s=ADMISSION_TIMEOUT_S):
+        """Ask for the token; return the bytes that came after the right one. Blocks.
+
+        Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
+        """
+        asker, rest = (_TokenMessages if is_control else _TokenLines)(), b""
+        first_bytes = FirstBytes(is_control)
+        deadline, room = time.monotonic() + timeout_s, TOKEN_LIMIT_BYTES
+        try:
+            for _ in range(TOKEN_ATTEMPTS):
+                candidate = None
+                sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                sock.sendall(asker.question)
+                while candidate is None:
+                    if not rest:  # the deadline again each time: a byte now and then buys nothing
+                        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                        rest = sock.recv(room) if room else b""
+                        room -= len(rest)
+                        refusal = (first_bytes.feed(rest) if rest else "%d bytes instead of a token"
+                                   % (TOKEN_LIMIT_BYTES - room))
+                        if refusal:
+                            raise Refused(refusal)
+                    candidate, rest = asker.take(rest)
+                is_right = self.check_token(candidate)
+                sock.sendall(asker.answer(is_right))
+                if is_right:
+                    sock.settimeout(None)
+                    return rest
+        except (OSError, ProtocolError) as exc:
+            raise Refused("no token: %s" % exc) from exc
+        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS)
+
+    def check_token(self, candidate):
+        """Return whether `candidate`, from the wire, is the token, in constant time."""
+        import hmac
+        if isinstance(candidate, str):
+            candidate = candidate.encode("utf-8", "replace")
+        return (self.token is not None and isinstance(candidate, bytes)
+                and hmac.compare_digest(candidate, self.token))
+
+    def audit(self, event, **facts):
+        """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
+        level = 30 if event == "refused" else 20      # logging.WARNING, logging.INFO
+        if audit_log.isEnabledFor(level):
+            text = " ".join("%s=%r" % fact for fact in facts.items())
+            if self.token is not None:
+                text = text.replace(self.token.decode(), "[token]")
+            audit_log.log(level, "%s %s", event, text)
+
+    def audit_input(self, number, peer, source, event="input"):
+        """Log what is about to run, and raise the interpreter's own audit event (3.8, PEP 578).
+
+        An audit hook forbids by raising; then `source` must not run.
+        """
+        self.audit(event, session=number, peer=peer, source=source)
+        if hasattr(sys, "audit"):
+            sys.audit("hotrepl.exec", source, number)  # novm
+
+
+def _checked_token(token):
+    """Return start()'s `token` as bytes: True makes one, None and False mean none."""
+    if token is None or token is False:
+        return None
+    if token is True:
+        return make_token()
+    # In repr(), as the audit shows what was typed, these characters are themselves.
+    if not isinstance(token, str) or not re.match(r"[!#-&(-[\]-~]{16,512}\Z", token):
+        raise ValueError("token must be a str of 16 to 512 printable ASCII characters without a "
+                         "space, quote or backslash; pass token=True to have one made")
+    return token.encode("ascii")
+
+
+def make_token():
+    """Return a new secret of 256 random bits, as URL-safe ASCII bytes."""
+    import secrets
+    return secrets.token_urlsafe(32).encode("ascii")
+
+
+class _TokenLines:
+    """How the REPL channel asks: in words, and each line is an attempt, so that netcat will do."""
+
+    question = TOKEN_PROMPT
+
+    def __init__(self):
+        self._line = b""
+
+    def take(self, received):
+        """Return (candidate or None, what came after it)."""
+        line, newline, rest = (self._line + received).partition(b"\n")
+        self._line = b"" if newline else line
+        return (line.rstrip(b"\r") if newline else None), rest
+
+    def answer(self, is_right):
+        return b""                # the next question says that it was wrong
+
+
+class _TokenMessages:
+    """How the control channel asks: the first request must be Authenticate."""
+
+    question = b""
+
+    def __init__(self):
+        self._decoder = MessageDecoder()
+
+    def take(self, received):
+        for at in range(1, len(received) + 1):
+            for body in self._decoder.feed(received[at - 1:at]):
+                is_attempt = isinstance(body, dict) and body.get("command") == "Authenticate"
+                return (body.get("token") if is_attempt else None) or b"", received[at:]
+        return None, b""
+
+    def answer(self, is_right):
+        return encode_message({"status": "ok"} if is_right else {
+            "status": "failed", "reason": "expected Authenticate with the right token first"})
+
+
+class Peer:
+    """Who is at the other end of a connection."""
+
+    def __init__(self, address, uid=None, pid=None):
+        self.address = address    # "127.0.0.1:4711", "[::1]:4711" or "unix socket"
+        self.uid = uid            # None: can't be known
+        self.pid = pid            # of the process that connected; None: can't be known
+        self.certificate = ""     # whose TLS certificate was shown and verified
+        self.needs_token = False  # the Door's decision
+
+    @property
+    def host(self):
+        """The address without the port."""
+        return self.address.rpartition(":")[0]
+
+    def __str__(self):
+        return "%s uid %s%s%s" % (
+            self.address, "unknown" if self.uid is None else self.uid,
+            "" if self.pid is None else " pid %d" % self.pid,
+            self.certificate and " certificate %r" % self.certificate)
+
+    def __repr__(self):           # in the audit log
+        return repr(str(self))
+
+
+def identify(sock, netlink=None):
+    """Return the Peer of a connected socket, or raise Refused where it is certainly nobody.
+
+    Nobody is: a connection that is over; a socket whose process has closed it, which the kernel
+    shows as uid 0, inode 0; a local address whose socket this network namespace doesn't have.
+    `netlink` is what open_netlink() returns, where many are asked about.
+    """
+    theirs = _peer_name(sock)
+    address = _address(theirs)
+    try:
+        if address == "unix socket":
+            return Peer(address, *_unix_owner(sock))
+        ours = sock.getsockname()
+        uid, inode = tcp_owner(theirs, ours, netlink)
+        sock.getpeername()        # fails after a reset: the address may have been another's by now
+    except OSError as exc:
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            raise
+        raise Refused("%s was gone before it was identified" % address) from exc
+    if inode == 0 and (uid is not None or _is_loopback(theirs[0]) or theirs[0] == ours[0]):
+        raise Refused("%s belongs to no process that can be seen from here" % address)
+    return Peer(address, None if _is_ambiguous(uid) else uid)
+
+
+def _peer_name(sock):
+    try:
+        return sock.getpeername()
+    except OSError as exc:
+        raise Refused("it was gone at once") from exc
+
+
+def _address(name):
+    """Return what getpeername() says as one short text."""
+    if not isinstance(name, tuple):
+        return "unix socket"
+    return ("[%s]:%d" if ":" in name[0] else "%s:%d") % name[:2]
+
+
+def _unix_owner(sock):
+    """Return (uid, pid) of who connected to a unix socket; None for what the system can't say."""
+    if sys.platform.startswith("linux"):
+        option = getattr(socket, "SO_PEERCRED", 17)       # PyPy 7.3 has no name for it
+        pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, option, 12))
+        return (None if _is_ambiguous(uid) else uid), pid
+    import ctypes                 # macOS, BSD: one function for all, their socket options differ
+    uid, gid = ctypes.c_uint32(), ctypes.c_uint32()
+    try:
+        failed = ctypes.CDLL(None).getpeereid(sock.fileno(), ctypes.byref(uid), ctypes.byref(gid))
+    except (AttributeError, OSError, TypeError):
+        failed = True
+    return (None if failed else uid.value), None
+
+
+def _is_ambiguous(uid):
+    """Return whether `uid` is how a user namespace shows everyone whom it has no number for."""
+    if uid != 65534:
+        return False
+    try:
+        with open("/proc/self/uid_map") as table:
+            return table.read().split() != ["0", "0", "4294967295"]
+    except OSError:
+        return True
+
+
+def tcp_owner(theirs, ours, netlink=None):
+    """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
+
+    A miss counts only in a table that lists our own end: a kernel without tcp_diag and the empty
+    /proc of a sandbox say "no such socket" to everything.
+    """
+    for look_up in (functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs):
+        try:
+            owner = look_up(theirs, ours)
+            if owner or look_up(ours, theirs):
+                return owner or (None, 0)
+        except (OSError, AttributeError) as exc:      # a sandbox, or not Linux
+            if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
+                raise             # this tells nothing about the peer
+    return None, None
+
+
+# TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
+# sending half), CLOSE_WAIT, CLOSING. SYN_SENT is not: that would be somebody's next connection.
+_LIVE_STATES = (1, 4, 5, 8, 11)
+_MAPPED = b"\0" * 10 + b"\xff\xff"        # in front of an IPv4 address in IPv6 clothes
+
+
+def open_netlink():
+    """Return a socket to ask the kernel about sockets, for one thread, or raise OSError."""
+    if not hasattr(socket, "AF_NETLINK"):
+        raise OSError(errno.EAFNOSUPPORT, "no netlink on this system")
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
+    netlink.setblocking(False)    # the answer is there when sendto() returns
+    return netlink
+
+
+def owner_by_netlink(theirs, ours, netlink=None):
+    """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
+
+    Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer.
+    """
+    if netlink is None:
+        with open_netlink() as netlink:
+            return owner_by_netlink(theirs, ours, netlink)
+    ports, ends = struct.pack("!HH", theirs[1], ours[1]), (_packed(theirs[0]), _packed(ours[0]))
+    family = socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6
+    number = next(_queries) & 0xFFFFFFFF
+    query = struct.pack("=IHHII4BI4s16s16sIII",
+                        72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
+                        family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,   # inet_diag_req_v2
+                        ports, ends[0], ends[1], (theirs + (0, 0))[3], 0xFFFFFFFF, 0xFFFFFFFF)
+    netlink.sendto(query, (0, 0))
+    answer = _receive_answer(netlink, number)
+    kind, error = struct.unpack_from("=4xH10xi", answer)
+    if kind == 2 and error == -errno.ENOENT:      # NLMSG_ERROR
+        return None
+    if kind != 20:
+        raise OSError("sock_diag answered with message %d, error %d" % (kind, error))
+    family, state, their_ports, source, target, uid, inode = struct.unpack_from(
+        "=BB2x4s16s16s24xII", answer, 16)         # inet_diag_msg
+    # For want of the connection the kernel offers a listener on the peer's port: whoever comes
+    # from port 22 of another machine would be root.
+    if their_ports != ports or (_unmapped(source, family), _unmapped(target, family)) != ends:
+        return None
+    return uid, inode if state in _LIVE_STATES else 0
+
+
+_queries = itertools.count(1)     # their numbers
+
+
+def _receive_answer(netlink, number):
+    """Return the kernel's answer to the query of that number; skip answers that nobody took."""
+    while True:
+        answer, sender = netlink.recvfrom(512)
+        if sender[0] == 0 and struct.unpack_from("=8xI", answer.ljust(20, b"\0"))[0] == number:
+            return answer
+
+
+def owner_by_procfs(theirs, ours):
+    """Do what owner_by_netlink does by reading the kernel's tables as text, in milliseconds."""
+    ends = _packed(theirs[0]), _packed(ours[0])
+    for table, prefix in ("tcp", b""), ("tcp6", b"" if len(ends[0]) == 16 else _MAPPED):
+        wanted = " %s:%04X %s:%04X " % (_proc_hex(prefix + ends[0]), theirs[1],
+                                        _proc_hex(prefix + ends[1]), ours[1])
+        if os.path.exists("/proc/net/" + table) or table == "tcp":      # no IPv6, no tcp6
+            with open("/proc/net/" + table) as rows:
+                for row in rows:
+                    if wanted in row:
+                        _, _, _, state, _, _, _, uid, _, inode = row.split()[:10]
+                        return int(uid), int(inode) if int(state, 16) in _LIVE_STATES else 0
+    return None
+
+
+def _proc_hex(packed):
+    """Return an address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
+    return "".join("%08X" % word for word in struct.unpack("=%dI" % (len(packed) // 4), packed))
+
+
+def _packed(host):
+    """Return a numeric address as 4 or 16 bytes; IPv4 in IPv6 clothes as 4."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return _unmapped(socket.inet_pton(family, host.partition("%")[0]), family)
+
+
+def _unmapped(packed, family):
+    if family == socket.AF_INET:
+        return packed[:4]
+    return packed[12:] if packed.startswith(_MAPPED) else packed
+
+
+def _is_loopback(host):
+    packed = _packed(host)
+    return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
+
+
+def knows_local_peers():
+    """Find out by a socket of our own whether this system tells whose a socket is.
+
+    It listens only: that is in the same tables, and to connect to it would take longer.
+    """
+    try:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            uid, _ = tcp_owner(listener.getsockname(), ("0.0.0.0", 0))
+            return not (uid is None or _is_ambiguous(uid))
+    except OSError:
+        return False
+
+
+class FirstBytes:
+    """Finds out from its first line whether a connection speaks another protocol than ours.
+
+    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. It holds
+    nothing back: the lines before its decision are blank. On the control channel one byte decides:
+    there is no skipping to the first message, since a web page can put one into a request's body.
+    """
+
+    def __init__(self, is_control=False):
+        self.is_over = False
+        self._is_control = is_control
+        self._line = b""          # the first line that isn't blank; of a long one, both ends
+
+    def feed(self, received):
+        """Return what the connection speaks, as a text for the log, or None."""
+        if self.is_over:
+            return None
+        if self._is_control:
+            self.is_over = True
+            known = foreign_greeting(received) or "not a control message"
+            return None if received[:1] == IAC else known
+        line = self._line + received
+        line = line[re.match(_BLANK, line).end():]
+        is_ours = line.startswith(BEGIN)      # our client's secret
+        foreign = None if is_ours else foreign_greeting(line)
+        self.is_over = is_ours or foreign is not None or b"\n" in line or b"\r\0" in line
+        # A web page can make the URL in its request as long as it likes.
+        self._line = line if len(line) <= 2048 else line[:1024] + line[-1024:]
+        return foreign
+
+
+# Two words side by side are no Python, unless one is a keyword (`1and x` has one too).
+_NO_KEYWORD = (r"(?!\d*(?:%s)\b)" % "|".join(keyword.kwlist)).encode("ascii")
+
+# What no Python program starts with. A row decides at its last byte, so one that could also begin
+# an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
+# for long: the bytes are a stranger's. What a web page can have its browser send is HTTP even where
+# it is Python too (`GET / HTTP/1.1` divides): any method, a target that begins with a slash, CRLF.
+# Hence a method may have signs of a comment or a string (`#x`) only in a line that ends in CRLF.
+_GREETINGS = (
+    ("a TLS hello", rb"\x16\x03"),
+    ("an SSH banner", rb"SSH-\d\.\d+-"),
+    # RFC 9112: any method, any form of target. RTSP, SIP and ICAP look the same.
+    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|[\w*[][^\s#'\"]*)"
+                        rb"[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
+    ("an HTTP request", rb"[!#-'*+.^-z|~A-Z0-9-]+ /\S* HTTP/\d[\d.]*\r\n"),
+    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH) /[^\n]* HTTP/\d\.\d\r\n"),
+    ("an HTTP request",           # and one that is not valid
+     rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)[ \t]+HTTP/\d\.\d\r\n"),
+    ("an HTTP request", rb"GET /(?:[\w./-]*/)?\r?\n"),                # HTTP/0.9
+    ("a message with a header", rb"(?i:content-length): ?\d+\r?\n"),  # LSP, DAP
+    ("a PROXY header", rb"PROXY (?:TCP[46] |UNKNOWN)"),
+    ("an SMTP, FTP, POP3 or IRC command", rb"(?i:EHLO|HELO|LHLO|USER|PASS|NICK) +" + _NO_KEYWORD
+     + rb"(?:\w|\[\d+\.\d+\.|\[IPv6:\S*:\S*:)[^\n]*\n"),
+    ("an SMTP or IRC command", rb"(?i:MAIL FROM:)|CAP (?:LS|REQ|LIST|END)\s"),
+    ("an IMAP command", rb"\w*\d (?:CAPABILITY|LOGIN|AUTHENTICATE|STARTTLS|NOOP|ID)\s"),
+    ("an XML stream", rb"<\?xml|<stream:stream"),
+    ("an rsync banner", rb"@RSYNCD: "),
+    ("a VNC banner", rb"RFB \d{3}\.\d{3}"),
+    ("a DICT command", rb"CLIENT libcurl \d"),
+    ("a Redis command", rb"\*\d+\r\n"),
+    ("a memcached command", rb"(?:set|add|replace|append|prepend|cas) [^\s#'\"]+ \d+ \d+ \d"),
+    ("a beanstalkd command", rb"put \d+ \d+ \d"),
+    ("a SOCKS request", rb"\x04[\x01\x02]|\x05[\x01-\x08][\x00-\x02]"),
+    # AMQP, MQTT, PostgreSQL, RDP, STUN, ...; but CR NUL is telnet's Return, in character mode
+    ("a binary protocol", rb"[^\n]*(?<!\r)\x00"),
+)
+_BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
+
+
+def foreign_greeting(received):
+    """Return the name of the protocol that bytes from a connection's start belong to, or None."""
+    return next((name for name, pattern in _GREETINGS if re.match(pattern, received)), None)
+
+
+@contextmanager
+def unix_listener(path):
+    """Listen at `path` for our uid alone, as a context; afterwards our file is gone.
+
+    A file that a killed server left is replaced; one that answers is EADDRINUSE. There is no moment
+    in which others could connect: before listen() nobody can, and by then the mode is 0600.
+    """
+    limit_bytes = 107 if sys.platform.startswith("linux") else 103
+    if len(os.fsencode(path)) > limit_bytes or "\0" in path:
+        raise ValueError("unix socket path %r must have no NUL and at most %d bytes, it has %d; "
+                         "pass a shorter one" % (path, limit_bytes, len(os.fsencode(path))))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        _remove_stale(path)
+        try:
+            listener.bind(path)
+        except OSError as exc:
+            raise type(exc)(exc.errno, "can't listen at %s: %s" % (path, exc.strerror)) from exc
+        ours = os.lstat(path)
+        try:
+            os.chmod(path, 0o600)
+            listener.listen(128)
+            listener.setblocking(False)
+            yield listener
+        finally:                  # while it is open, its inode can't be another file's
+            if os.path.lexists(path) and os.path.samestat(os.lstat(path), ours):
+                os.unlink(path)
+
+
+def _remove_stale(path):
+    """Make way for a socket at `path`: remove one that nobody answers, OSError for all else."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise FileExistsError(
+                    errno.EEXIST, "%s is no socket; remove it or pass another path" % path)
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return os.unlink(path)
+        except FileNotFoundError:
+            return None
+        except (socket.timeout, BlockingIOError, PermissionError):  # it is full, or another user's
+            pass
+    raise OSError(errno.EADDRINUSE, "a program listens at %s; stop it or pass another path" % path)
+
+
+# === 11. Sessions ============================================================
+# A Session is one client's conversation: connection, number, turns, last value, last exception.
+# An Evaluator is the thread that holds it: console, streams, interrupts. Reading blocks in
+# recv; nothing is polled. A failed send only sets a flag, which the next read turns into
+# end-of-file: a dead peer is its own session's business, and print() never raises for it.
+
+PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
+
+
+class Connection:
+    """The socket of a session: what is to be sent, in order, and the marks in it."""
+
+    def __init__(self, sock, received=b""):
+        self.sock = sock
+        self._received = received         # what came before the connection was handed to us
+        self.lock = threading.RLock()     # one sender at a time; held while a slow client reads
+        self.is_broken = False    # a send failed: the peer is gone
+        self.is_shut = False      # from outside: what came and was not read is not read either
+        self.has_marks = False    # the client asked for turn marks; guarded by lock, as all below
+        self.has_streams = False  # and for stream marks
+        self._stream = None       # kind of the stream whose data was put last
+        self._backlog = []        # bytes to be sent
+        self._is_corked = False   # collect only
+
+    def send(self, data, stream="stdout"):
+        """Send `data`, bytes that a program printed; blocks while the client is slow."""
+        with self.lock:
+            self.put(data, stream)
+            if not self._is_corked:
+                self.flush()
+
+    def put(self, data, stream="stdout"):
+        """Have `data` sent by the next `flush`."""
+        if self.has_streams and stream != self._stream:
+            self._stream = stream
+            self._backlog.append(BEGIN + STREAM_KINDS[stream] + END)
+        if self.has_marks and IAC in data:
+            data = data.replace(IAC, IAC + IAC)
+        self._backlog.append(data)
+
+    def put_mark(self, mark):
+        """Have `mark` sent by the next `flush`, if the client knows marks."""
+        if self.has_marks:
+            self._backlog.append(mark)
+
+    def send_note(self, text):
+        """Send lines of no evaluation; a client with marks shows them above its prompt."""
+        data = text.encode("utf-8", "backslashreplace")
+        with self.lock:
+            self._backlog.append(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
+            self.flush()
+
+    def answer_timing_mark(self):
+        """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
+        with self.lock:
+            self._backlog.append(IAC + b"\xfb\x06")
+
+    def flush(self):
+        """Send all that was put; blocks while the client is slow."""
+        data = b"".join(self._backlog)
+        del self._backlog[:]
+        if data and not self.is_broken:
+            try:
+                self.sock.sendall(data, NO_SIGNAL)
+            except (OSError, ValueError):
+                self.is_broken = True
+
+    def tick(self, flush):
+        """Call `flush` to collect what was printed, and send what the peer takes at once."""
+        if not self.lock.acquire(False):
+            return                # somebody is sending just now
+        try:
+            self.collect(flush)
+            self._send_some()
+        finally:
+            self.lock.release()
+
+    def collect(self, function, *args):
+        """Call `function`; what it sends is only put."""
+        with self.lock:
+            self._is_corked = True
+            try:
+                function(*args)
+            finally:
+                self._is_corked = False
+
+    def _send_some(self):
+        data = b"".join(self._backlog)
+        if not data or self.is_broken:
+            return
+        try:
+            sent = self.sock.send(data, getattr(socket, "MSG_DONTWAIT", 0) | NO_SIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except (OSError, ValueError):
+            self.is_broken = True
+            return
+        self._backlog[:] = [data[sent:]] if sent < len(data) else []
+
+    def receive(self):
+        """Return what came, b"" at end-of-file; blocks."""
+        if self.is_broken:
+            return b""
+        received, self._received = self._received, b""
+        try:
+            return received or self.sock.recv(RECEIVE_BYTES)
+        except (OSError, ValueError):
+            return b""
+
+    def shut(self):
+        """Wake whoever reads or writes here: nothing comes any more; from any thread."""
+        self.is_broken = self.is_shut = True
+        shut_down(self.sock)
+
+    def close(self):
+        """Send the rest, say goodbye and close."""
+        with self.lock:
+            self.flush()
+            if not self.is_broken:
+                shut_down(self.sock, socket.SHUT_WR)
+                drain(self.sock)
+            self.is_broken = True
+            self.sock.close()
+
+
+class Session:
+    """One client's conversation with the process."""
+
+    def __init__(self, server, number, connection, peer):
+        self.server = server
+        self.number = number
+        self.connection = connection
+        self.peer = peer
+        self.turn = 0             # how many waits for input were announced; guarded by _lock
+        self._begun_turn = 0      # the last one at a prompt; what follows is of its evaluation
+        self.is_terminal = False  # the client said that it is one ...
+        self.terminal_size = (80, 24)     # ... of this size, in columns and lines ...
+        self.has_colours = False  # ... and that it shows colours
+        self.value = None         # of the last expression that was displayed: `_`
+        self.error = server.error  # (type, value, traceback) shown last: pdb.pm()
+        self.outcome = {}         # how the last input ended, for the Outcome command
+        self.evaluator = None     # the thread that holds the session
+        self._lock = threading.Lock()
+        self._waiting = None      # "prompt" or "input" while it waits for the client; _lock
+        self._waker = None        # a socket that ends a wait for "input"; guarded by _lock
+        self._inputs = InputDecoder()
+        self._first_bytes = FirstBytes()
+        self._secret_came = threading.Event()     # what the client sent first has been read
+        self._own_loop = None     # an OwnLoop, once something was awaited that has no other
+        self._follower = None     # a Follower while follow() is on
+
+    def start(self):
+        """Begin the conversation in a thread of its own."""
+        self.evaluator = Evaluator(self)
+        self.evaluator.start()
+
+    def greet(self, banner):
+        """Send the first lines; they go out with the first prompt."""
+        hello = "REPL session %d connected.\n%s" % (self.number, banner)
+        self.connection.put(hello.encode("utf-8", "backslashreplace"))
+
+    def read(self, evaluator, kind, prompt):
+        """Wait for the client and return its next input, (kind, text) as in InputDecoder.
+
+        `kind` is "prompt", or "input" within an evaluation. Runs in the thread `evaluator`, blocks.
+        Detached: the session goes on in another thread.
+        """
+        try:
+            evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
+            while not self._inputs.ready:
+                self._receive(kind)
+            return ("eof", "") if self.connection.is_shut else self._inputs.ready.popleft()
+        finally:
+            if self.evaluator is evaluator:
+                self._waiting = None
+
+    def audit_input(self, text, event="input"):
+        """Have it on record what is about to run, or to be read; an audit hook may forbid it."""
+        self.server.door.audit_input(self.number, self.peer, text, event)
+
+    def audit_interrupt(self, peer):
+        """Have it on record that `peer` interrupts, on either channel."""
+        self.server.door.audit("interrupt", session=self.number, peer=peer)
+
+    def unread(self, items):
+        """Put `items` before what `read` returns next."""
+        self._inputs.ready.extendleft(reversed(items))
+
+    def use_marks(self, has_streams):
+        """Mark turns from now on; where a prompt is already out, its mark follows at once."""
+        with self.connection.lock:
+            self.connection.has_marks = True
+            self.connection.has_streams = has_streams
+            with self._lock:
+                is_waiting = self._waiting is not None
+            if is_waiting:
+                self.connection.put_mark(GO_AHEAD)
+            self.connection.flush()
+
+    def interrupt(self, turn=None, is_answered=False):
+        """Raise KeyboardInterrupt in the evaluation, or end the wait for input, as Ctrl+C does.
+
+        `turn`, where the client knows: the last it saw, and whether it has answered that. What is
+        over is not interrupted, an answer that is still on its way here will be.
+        """
+        with self._lock:
+            if turn not in (None, self.turn) and not (is_answered and turn >= self._begun_turn):
+                return            # too late: that one is over
+            waits_at_prompt = self._waiting == "prompt" and not is_answered
+            if waits_at_prompt:
+                self.turn += 1
+                self._begun_turn = self.turn
+            elif is_answered or turn is None or self._waiting:
+                self.evaluator.interrupts.request()
+        if waits_at_prompt:
+            self._prompt_again()
+        else:
+            self._wake()
+
+    def background(self, turn=None):
+        """Turn what is evaluated into a job and go on in a new thread; return the Job.
+
+        ProtocolError: nothing is evaluated, or what the client saw as turn `turn` is over.
+        """
+        with self.connection.lock, self._lock:
+            old = self.evaluator
+            if self._waiting or turn not in (None, self.turn):
+                raise ProtocolError("nothing is being evaluated")
+            old.flush()
+            old.detach()
+            self.evaluator = Evaluator(self, old.console)
+            self.outcome = {"state": "background"}
+        self.evaluator.start()
+        return old
+
+    def describe_outcome(self):
+        """Return how the last input ended or stands, for the Outcome command."""
+        return dict(self.outcome, **{"state": "waiting"} if self._waiting == "input" else {})
+
+    def complete(self, line, cursor):
+        """Return the Completions at `cursor` in `line`; none where looking takes too long."""
+        found = self._look(complete, line, cursor, before="\n".join(self.evaluator.console.buffer),
+                           overlay={} if self.value is None else {"_": self.value})
+        return found or Completions(len(line), [], None)
+
+    def complete_word(self, text):
+        """Return the completions of a dotted word; none where looking takes too long."""
+        return self._look(complete_word, text) or []
+
+    def run_awaitable(self, function, *args):
+        """Return the result of a coroutine function, called and awaited where such things run."""
+        if self.server.run_coroutine is not None:
+            return run_by(self.server.run_coroutine, function, *args)
+        if self.server.loop is None and self._own_loop is None:
+            self._own_loop = OwnLoop()
+        return run_on_loop(self.server.loop or self._own_loop.loop, function, *args)
+
+    def tasks(self):
+        """Return the asyncio tasks of the loops that the session knows."""
+        loops = [self.server.loop, self._own_loop and self._own_loop.loop]
+        return [task for loop in loops if loop is not None
+                for task in sys.modules["asyncio"].all_tasks(loop)]
+
+    def follow(self, is_wanted):
+        """Begin or end to show what the program's threads print and log."""
+        if is_wanted and self._follower is None:
+            self._follower = Follower(self.evaluator, self.connection.send_note)
+            FOLLOWERS.add(self._follower)
+        elif not is_wanted and self._follower is not None:
+            FOLLOWERS.remove(self._follower)
+            self._follower = None
+
+    def release(self):
+        """At the session's end: let go of what it held besides its connection."""
+        self.follow(False)
+        self.value = self.error = None
+        if self._own_loop is not None:
+            self._own_loop.close()
+
+    def where(self):
+        """Return what the evaluation does just now, as one line, or None."""
+        import linecache
+        frame = sys._current_frames().get(self.evaluator.ident)
+        if self._waiting or frame is None:
+            return None
+        text = "%s, line %d, in %s" % (frame.f_code.co_filename, frame.f_lineno,
+                                       frame.f_code.co_name)
+        console = self.evaluator.console
+        if frame.f_code.co_filename == console.filename:
+            lines = [""] + console.source.split("\n")
+            line = lines[min(frame.f_lineno, len(lines) - 1)].strip()
+        else:
+            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        return "%s: %s" % (text, line) if line else text
+
+    def may_pair(self, peer, secret):
+        """Return whether a control connection of `peer` that shows `secret` may be ours; can block.
+
+        The session's own secret may still be on its way here.
+        """
+        import hmac
+        if secret is not None:
+            self._secret_came.wait(PAIRING_TIMEOUT_S)
+            return (bool(self._inputs.secret)
+                    and hmac.compare_digest(secret.encode("utf-8", "replace"), self._inputs.secret))
+        is_same_user = peer.uid is not None and peer.uid == self.peer.uid
+        return not self._inputs.secret and is_same_user
+
+    def close(self):
+        """End the session from outside: at once at a prompt, by SystemExit in an evaluation."""
+        self.connection.shut()
+        if self.evaluator is not None:
+            self.evaluator.interrupts.request(SystemExit)
+        self._wake()
+
+    def forget(self):
+        """In a forked child: close our copy of the socket, which leaves the parent's alone."""
+        self.connection.is_broken = True
+        self.connection.lock = threading.RLock()
+        self.connection.sock.close()
+
+    def _look(self, function, *args, **options):
+        """Return what `function` finds in the namespace; None where an object's __dir__ hangs, or
+        raises what is no Exception: that is the business of the thread that looks."""
+        job = Job(function, self.server.namespace, *args, **options)
+        job.start()
+        job.join(COMPLETION_TIMEOUT_S)
+        if job.state == "running":
+            async_raise(job, SystemExit)
+        return job.value
+
+    def _announce(self, evaluator, kind, prompt):
+        with self.connection.lock:
+            self.connection.collect(evaluator.flush)
+            with self._lock:
+                if self.evaluator is not evaluator:
+                    raise Detached
+                self.turn += 1    # with the next line: an interrupt is for this turn from here on
+                self._waiting = kind
+                if kind == "prompt":
+                    self._begun_turn = self.turn
+                    evaluator.interrupts.expect()
+            if prompt:
+                self.connection.put(prompt.encode("utf-8", "backslashreplace"), "prompt")
+            self.connection.put_mark(NO_ECHO * evaluator.asks_secret + GO_AHEAD)
+            if not self._inputs.ready:
+                self.connection.flush()
+
+    def _receive(self, kind):
+        if self.turn == 1:        # while the user reads the first prompt
+            note_sources()
+        if kind == "input":       # the prompt needs no waker: `_prompt_again` serves it
+            self._wait_for_data()
+        data = self.connection.receive()
+        if not self._first_bytes.is_over:
+            data = self._without_foreign(data)
+        if data:
+            self._inputs.feed(data)
+        else:
+            self._inputs.close()
+        if not self._secret_came.is_set() and (self._inputs.secret or self._inputs.ready):
+            self._secret_came.set()
+
+    def _without_foreign(self, data):
+        """Return `data`, or b"" where a connection begins with what another protocol says."""
+        foreign = self._first_bytes.feed(data or b"\n")
+        if not foreign:
+            return data
+        self._inputs = InputDecoder()     # not even the half of a line runs
+        self.connection.shut()
+        self.server.door.audit("refused", session=self.number, peer=self.peer, reason=foreign)
+        return b""
+
+    def _wait_for_data(self):
+        shield = self.evaluator.interrupts.shield     # no descriptor is to be lost on the way
+        pair = []
+        try:
+            shield(self._make_waker, pair)
+            with selectors.DefaultSelector() as selector:
+                selector.register(pair[0], selectors.EVENT_READ)
+                selector.register(self.connection.sock, selectors.EVENT_READ)
+                selector.select()
+        except (OSError, ValueError):
+            pass                  # the connection was closed meanwhile: receive() tells
+        finally:
+            shield(self._drop_waker, pair)
+
+    def _make_waker(self, pair):
+        pair.extend(socket.socketpair())
+        self._waker = pair[1]
+
+    def _drop_waker(self, pair):
+        self._waker = None
+        for each in pair:
+            each.close()
+
+    def _wake(self):
+        waker = self._waker
+        if waker is not None:
+            try:
+                waker.send(b"!", NO_SIGNAL)
+            except OSError:
+                pass              # the wait was over
+
+    def _prompt_again(self):
+        self.evaluator.console.resetbuffer()
+        prompt = self.evaluator.prompt()      # it may run the program's code: not under the lock
+        with self.connection.lock:
+            self.connection.put(b"\nKeyboardInterrupt\n", "stderr")
+            self.connection.put(prompt.encode("utf-8", "backslashreplace"), "prompt")
+            self.connection.put_mark(GO_AHEAD)
+            self.connection.flush()
+
+
+class Detached(BaseException):
+    """This thread's session goes on in another; what it evaluated has become a job."""
+
+
+class Evaluator(Job):
+    """The thread that runs a session's inputs: one console, its streams, its interrupts.
+
+    Ctrl+Z makes it a Job: it finishes what it evaluates, and the session goes on in another
+    Evaluator with a copy of the console.
+    """
+
+    def __init__(self, session, console=None):
+        super().__init__(None)
+        self.name = "hotrepl session %d" % session.number
+        self.session = session
+        self.interrupts = Interrupts()
+        self.console = console    # to go on with a copy of; None: make one, in the thread itself
+        self.is_detached = False  # it is a job now, and the session has another Evaluator
+        self.asks_secret = False  # what it reads next is not to be shown
+        self._last_only = None    # a list: values are to be kept in it, not displayed
+        stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
+        stderr = SessionStream("stderr", session.connection, self.interrupts,
+                               "backslashreplace")
+        stderr.precede_by(stdout)
+        self.streams = {"stdin": SessionInput(self._ask), "stdout": stdout, "stderr": stderr}
+
+    def run(self):
+        self.interrupts.adopt()
+        _here.evaluator = self
+        ROUTER.acquire()
+        try:
+            ROUTER.bind(self.streams)
+            self._prepare_console()
+            self._converse()
+        except Detached:
+            pass
+        except BaseException:     # the outermost frame of the thread
+            log.exception("session %d ended by an error of hotrepl", self.session.number)
+        finally:
+            self._end()
+
+    def detach(self):
+        """Become a job; the session's lock and its connection's are held."""
+        self.is_detached = True
+        self.interrupts.withdraw()
+        for name in ("stdout", "stderr"):
+            self.streams[name].sink = self.output
+        self.name = "hotrepl job " + shorten(" ".join(self.console.source.split()), 40)
+        JOBS.add(self)
+
+    def _prepare_console(self):
+        if self.console is None:
+            self.console = make_console(self.session.server.namespace, self,
+                                        self.session.server.console_class)
+            self.session.greet(self.session.server.banner)
+        else:                     # after Ctrl+Z: what was defined in the old one, macros too
+            import copy
+            job = self.console.evaluator
+            self.console = copy.copy(self.console)
+            self.console.evaluator = self
+            self.console.compile = copy.copy(self.console.compile)
+            self.console.resetbuffer()
+            self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
+
+    def prompt(self):
+        """Return the prompt that is due: primary, or continuation."""
+        return prompt_text("ps2", "... ") if self.console.buffer else prompt_text("ps1", ">>> ")
+
+    def evaluate(self, code_object, namespace, use):
+        """Run `code_object` and call `use` with its value; interrupts are on, and only here."""
+        if not ROUTER.is_bound():
+            ROUTER.bind(self.streams)
+        self._recall_error()
+        lent = self._lend(namespace)
+        try:
+            if _is_for_loop(code_object, self.session.server):
+                self.interrupts.run(use, self.interrupts.run(
+                    self.session.run_awaitable, _evaluate_awaiting, code_object, namespace))
+            else:
+                self.interrupts.run(_evaluate, code_object, namespace, use)
+        finally:
+            self._take_back(namespace, lent)
+
+    def run_code(self, code_object, namespace):
+        """Run `code_object`; display its value if it is an expression's."""
+        self.evaluate(code_object, namespace, _display)
+
+    def answer(self, code_object, namespace, wants_source):
+        """Show the docstring or the source of what `code_object` evaluates to."""
+        self.evaluate(code_object, namespace, show_source if wants_source else doc)
+
+    def display(self, value):
+        """Show `value` as an interactive Python does, and keep it for `_`."""
+        if value is None:
+            return
+        if self._last_only is not None:
+            self._last_only[:] = [value]
+            return
+        self.value = value
+        if self.is_detached:
+            return
+        text = repr(value)
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
+        self.session.value = value
+
+    @contextmanager
+    def showing_last_value(self, is_wanted):
+        """Within this, display nothing; then the last value if `is_wanted` and none raised."""
+        self._last_only = shown = []
+        try:
+            yield
+        finally:
+            self._last_only = None
+        if is_wanted and shown:
+            self.display(shown[0])
+
+    def show_exception(self, kind, value, frames):
+        """Send the traceback of an exception to the client, and keep it for pdb.pm()."""
+        import traceback
+        if issubclass(kind, KeyboardInterrupt):
+            exec("")              # else, after one in an exec(), CPython ends the program by SIGINT
+        self.exception = value
+        if self.is_detached:
+            return
+        self.session.error = kind, value, frames
+        try:
+            _forget_long_name(value)
+            text = "".join(_without_ours(traceback.TracebackException(
+                kind, value, frames, limit=_depth(frames))).format())
+        except BaseException as exc:      # one that can't even be formatted; interrupts are off
+            text = "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
+        self._recall_error()
+        self.session.outcome["exception"] = {
+            "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
+            "traceback": shorten(text, OUTCOME_LIMIT)}
+        stderr = self.streams["stderr"]
+        stderr.write_as("traceback", stderr.text.write,
+                        _paint(text) if self.session.has_colours else text)
+
+    def _converse(self):
+        while True:
+            kind, text = self.session.read(self, "prompt", self.prompt())
+            self.value, self.exception, self.started = None, None, time.monotonic()
+            if kind == "eof":
+                return self._finish_input()
+            outcome = self.session.outcome = {"state": "running"}
+            try:
+                getattr(self, "_take_" + kind)(text)
+            except SystemExit as exc:
+                return self._leave(exc)
+            except BaseException:     # what a console's own machinery let escape
+                self.console.resetbuffer()
+                self.console.showtraceback()
+            finally:
+                self.interrupts.close()
+                self.streams["stdout"].rearm()
+                outcome["state"] = "done"
+
+    def _take_line(self, text):
+        self.session.audit_input(text)
+        wants_more = self.console.run_line(text)
+        if wants_more and len(self.console.source) > INPUT_LIMIT_BYTES:
+            self.console.resetbuffer()
+            self._take_invalid("a statement of over %d bytes was dropped" % INPUT_LIMIT_BYTES)
+
+    def _take_block(self, text):
+        self.session.audit_input(text)
+        source = "\n".join(self.console.buffer + [text])
+        self.console.resetbuffer()
+        self.console.run_block(source)
+
+    def _take_interrupt(self, _):
+        self.session.audit_interrupt(self.session.peer)
+        self.console.resetbuffer()
+        self.console.write("\nKeyboardInterrupt\n")
+
+    def _take_invalid(self, reason):
+        self.session.outcome["exception"] = {
+            "type": "ProtocolError", "message": reason, "traceback": ""}
+        self.console.write("hotrepl: %s\n" % reason)
+
+    def _take_timing(self, _):
+        self.session.connection.answer_timing_mark()
+
+    def _finish_input(self):
+        """Run what was piped in and begun: its block has no empty line behind it.
+
+        A client with marks was killed in the middle of it, or did not want it.
+        """
+        connection = self.session.connection
+        if self.console.buffer and not (connection.is_broken or connection.has_marks):
+            try:
+                self.console.run_line("")
+            except BaseException as exc:
+                log.debug("session %d: last input: %r", self.number, exc)
+
+    def _leave(self, exc):
+        is_status = exc.code is None or isinstance(exc.code, int)
+        if not is_status:
+            self.console.write("%s\n" % (exc.code,))
+        if not self.session.connection.is_broken:     # else it is close() that raised it
+            self.session.outcome["exit"] = int(exc.code or 0) if is_status else 1
+
+    def _ask(self):
+        if self.is_detached:
+            return ""
+        kind, text = self.session.read(self, "input", "")
+        if kind == "eof":
+            return ""
+        if kind == "line":
+            self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
+            return text + "\n"
+        if kind == "interrupt":
+            self.session.audit_interrupt(self.session.peer)
+            raise KeyboardInterrupt
+        if kind == "block":
+            self.session.unread([("line", line) for line in text.split("\n")])
+        else:
+            getattr(self, "_take_" + kind)(text)
+        return self._ask()
+
+    def ask_secret(self, prompt):
+        """Return a line that the user types unseen, where the client can hide it."""
+        self.asks_secret = True
+        try:
+            return input(prompt)
+        finally:
+            self.asks_secret = False
+
+    def flush(self):
+        """Have all that was printed sent, or put where the connection is corked."""
+        self.streams["stdout"].text.flush()       # stderr holds nothing back
+
+    def _recall_error(self):
+        """Have pdb.pm() look at this session's exception, not at another's."""
+        error = self.session.error
+        if error is not None and getattr(sys, "last_value", None) is not error[1]:
+            sys.last_type, sys.last_value, sys.last_traceback = error
+            if sys.version_info >= (3, 12):
+                setattr(sys, "last_exc", error[1])
+
+    def _lend(self, namespace):
+        """Put the session's last value under `_` for one evaluation, where that name is free."""
+        if "_" in namespace or hasattr(builtins, "_") or self.session.value is None:
+            return None
+        namespace["_"] = self.session.value
+        return self.session.value
+
+    def _take_back(self, namespace, lent):
+        if lent is not None and namespace.get("_") is lent:
+            del namespace["_"]
+
+    def _end(self):
+        try:
+            self.flush()
+            if not self.is_detached:
+                self._end_session()
+        finally:
+            self.ended = time.monotonic()
+            self.state = "done" if self.exception is None else "failed"
+            ROUTER.release()
+            _here.evaluator = None
+            if not self.is_detached:      # last: from here on stop() does not wait for us
+                self.session.server.session_ended(self.session)
+
+    def _end_session(self):
+        try:
+            self.session.connection.put_mark(END_OF_FILE)     # it was meant to end
+            self.session.connection.close()
+        finally:
+            if self.session.error is not None:
+                _forget_error(self.session.error[1])
+            self.session.release()
+
+
+def prompt_text(name, default):
+    """Return sys.ps1 or ps2, which may be any object, as Python shows it; `default` if it can't."""
+    try:
+        return str(getattr(sys, name, default))
+    except BaseException:         # of its __str__, exit() too: nobody could come in any more
+        return default
+
+
+def _paint(text):
+    """Colour a traceback: where it was and what it was."""
+    text = re.sub(r'(?m)^(\s+File )(".*?")(, line )(\d+)(?:(, in )(.*))?$',
+                  lambda found: "".join(_coloured(each or "", index)
+                                        for index, each in enumerate(found.groups())), text)
+    return re.sub(r"(?m)^([\w.]+)(: .*)?\n?\Z", "\033[1;31m\\1\033[0m\\2\n", text)
+
+
+def _coloured(text, index):
+    return "\033[35m%s\033[0m" % text if index % 2 and text else text
+
+
+def _forget_long_name(value):
+    """Keep PyPy 7.3 from comparing a name of megabytes with all others, which takes hours."""
+    name = getattr(value, "name", None) if isinstance(value, (NameError, AttributeError)) else None
+    if isinstance(name, str) and len(name) > 1000:
+        value.name = None
+
+
+def _message(value):
+    try:
+        return str(value)
+    except BaseException:         # a __str__ may call exit()
+        return ""
+
+
+def _evaluate(code_object, namespace, use):
+    # One line on purpose: a debugger started in the session and still stepping when the
+    # evaluation returns would otherwise stop at our next line.
+    value = (eval(code_object, namespace), sys.settrace(None))[0]
+    use(value)
+
+
+def _display(value):
+    if value is not None:
+        sys.displayhook(value)
+
+
+async def _evaluate_awaiting(code_object, namespace):
+    value = eval(code_object, namespace)
+    return await value if code_object.co_flags & CO_COROUTINE else value
+
+
+def _is_for_loop(code_object, server):
+    """Return whether the input awaits, or names what asyncio has only for code in a loop."""
+    return bool(code_object.co_flags & CO_COROUTINE or (
+        ALLOW_AWAIT and server.run_coroutine is None
+        and ("asyncio" in sys.modules or "asyncio" in code_object.co_names)
+        and not LOOP_NAMES.isdisjoint(code_object.co_names)))
+
+
+CO_COROUTINE = 0x80               # as in inspect
+LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
+
+_PLUMBING = {method.__code__ for method in (
+    Interrupts._open, Interrupts._raise_kept, Interrupts._set, SessionInput.readline,
+    SessionStream.write,
+    SessionStream._write_first)}
+
+
+def _depth(frames):
+    """Return how many entries of a traceback come before plumbing of ours, as a limit."""
+    depth = 0
+    while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
+        depth, frames = depth + 1, frames.tb_next
+    return depth or None
+
+
+def _without_ours(shown):
+    """Return the TracebackException `shown` without frames of this file, in what caused it too."""
+    if shown.stack is not None:
+        shown.stack[:] = [each for each in shown.stack if each.filename != _THIS_FILE]
+    for each in (shown.__cause__, shown.__context__):
+        if each is not None:
+            _without_ours(each)
+    return shown
+
+
+def _forget_error(error):
+    """Drop from sys what pdb.pm() looks at, where it is `error`: its frames hold everything."""
+    if getattr(sys, "last_value", None) is error:
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            if hasattr(sys, name):
+                delattr(sys, name)
+
+
+# === 12. Control channel =====================================================
+# Requests that must not wait behind the text: a thread for each connection, one method for
+# each command of the table in section 3. Every request gets exactly one reply.
+
+class ControlConnection(threading.Thread):
+    """One control connection, from its first byte to its last."""
+
+    def __init__(self, server, sock, peer, received=b""):
+        super().__init__(name="hotrepl control", daemon=True)
+        self.server = server
+        self.sock = sock
+        self._received = received         # what came before the connection was handed to us
+        self.peer = peer
+        self.session = None       # the session it is paired with
+        self._matches = []        # of the last TabComplete with state 0
+
+    def run(self):
+        decoder, first_bytes = MessageDecoder(), FirstBytes(is_control=True)
+        try:
+            for data in iter(self._receive, b""):
+                foreign = first_bytes.feed(data)
+                if foreign:
+                    return self.server.door.audit("refused", channel="control",
+                                                  peer=self.peer, reason=foreign)
+                for body in decoder.feed(data):
+                    self.sock.sendall(encode_message(self._reply(body)), NO_SIGNAL)
+        except ProtocolError as exc:
+            self._refuse(exc)
+        except (OSError, ValueError) as exc:
+            log.debug("control connection lost: %s", exc)
+        finally:
+            self.sock.close()
+            self.server.control_ended(self)
+
+    def close(self):
+        """End the connection, from any thread."""
+        shut_down(self.sock)
+
+    def forget(self):
+        """In a forked child: close our copy of the socket, which leaves the parent's alone."""
+        self.sock.close()
+
+    def _receive(self):
+        received, self._received = self._received, b""
+        return received or self.sock.recv(RECEIVE_BYTES)
+
+    def _refuse(self, exc):
+        log.debug("control connection closed: %s", exc)
+        try:
+            self.sock.sendall(encode_message({"status": "failed", "reason": str(exc)}), NO_SIGNAL)
+        except OSError:
+            pass
+
+    def _reply(self, body):
+        """Return the reply to one request; never raises."""
+        try:
+            if isinstance(body, ProtocolError):
+                raise body
+            command = check_request(body)
+            fields = getattr(self, "_do_" + command.name)(body) or {}
+            return dict(fields, status="ok")
+        except ProtocolError as exc:
+            return {"status": "failed", "reason": str(exc)}
+        except Exception as exc:      # ours, or of an object that was looked at
+            log.debug("control command failed", exc_info=True)
+            return {"status": "failed", "reason": "%s: %s" % (type(exc).__name__, exc)}
+
+    def _paired(self):
+        if self.session is None:
+            raise ProtocolError("not paired, send PairWithSession first")
+        return self.session
+
+    def _do_DescribeServer(self, request):
+        return {"prompts": {"ps1": prompt_text("ps1", ">>> "), "ps2": prompt_text("ps2", "... ")},
+                "control_protocol_version": "1.0", "server_version": __version__,
+                "pid": os.getpid(),
+                "supported_commands": [command.name for command in COMMANDS]}
+
+    def _do_Authenticate(self, request):
+        """Do nothing: who had to show the token has shown it to the Door, or would not be here."""
+
+    def _do_PairWithSession(self, request):
+        session = self.server.find_session(request["id"])
+        if session is None or not session.may_pair(self.peer, request.get("secret")):
+            raise ProtocolError("no session %d that this connection may pair with" % request["id"])
+        self.session = session
+
+    def _do_TurnMarks(self, request):
+        self._paired().use_marks(bool(request.get("streams")))
+
+    def _do_TabComplete(self, request):
+        session = self._paired()
+        if request["state"] == 0:
+            self._matches = session.complete_word(request["text"])
+        in_range = 0 <= request["state"] < len(self._matches)
+        return {"result": self._matches[request["state"]] if in_range else None}
+
+    def _do_Complete(self, request):
+        found = self._paired().complete(request["line"], request.get("cursor"))
+        return {"start": found.start, "matches": found.matches, "hint": found.hint}
+
+    def _do_KeyboardInterrupt(self, request):
+        self._paired().audit_interrupt(self.peer)
+        self._paired().interrupt(request.get("turn"), bool(request.get("answered")))
+
+    def _do_Background(self, request):
+        return {"job": self._paired().background(request.get("turn")).number}
+
+    def _do_Where(self, request):
+        return {"where": self._paired().where()}
+
+    def _do_Terminal(self, request):
+        session = self._paired()
+        session.terminal_size = max(1, request["columns"]), max(1, request["lines"])
+        session.has_colours = request["colours"]
+        session.is_terminal = True
+
+    def _do_Outcome(self, request):
+        return {"outcome": self._paired().describe_outcome()}
+
+
+# === 13. Server ==============================================================
+# One daemon thread waits at the listeners and at a wake-up socket; it polls nothing. `start`
+# is a transaction: bind every socket first, touch what belongs to the process last, unwind
+# all on failure. `stop` undoes it in reverse and may be called twice, and by atexit.
+
+class Server:
+    """A running server: see `start`. Usable as a context manager, which stops it."""
+
+    def __init__(self, namespace, door, console_class=None, banner=None, loop=None,
+                 run_coroutine=None):
+        self.namespace = namespace
+        self.door = door
+        self.console_class = console_class
+        self.loop = loop          # the asyncio loop for `await`; None: a session's own
+        self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
+        self.banner = _default_banner() if banner is None else _with_newline(banner)
+        self.address = None       # of the REPL channel, as bound: (host, port), or a path
+        self.control_address = None
+        self._lock = threading.Lock()
+        self._sessions = {}       # number -> Session; guarded by _lock, as is all below
+        self.controls = set()
+        self._admissions = []     # the oldest first
+        self._last_number = 0
+        self._is_stopped = False
+        self.on_stop = None       # called at the end of stop()
+        self.error = None         # of what the program died, as sys.last_*; written by keep_error
+        self._is_halting = False  # stop when the last session is gone
+        self._is_short = False    # of descriptors; written by the server's thread
+        self._listeners = {}      # listening socket -> "repl" or "control"
+        self._waker = self._woken = None  # a byte sent into the first wakes the server's thread
+        self._selector = None     # what that waits at
+        self._netlink = None      # what that asks the kernel by; None: it can't
+        self._thread = None
+        self._undo = ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.stop()
+
+    def __repr__(self):
+        state = "stopped" if self._is_stopped else "%d sessions" % len(self._sessions)
+        return "<hotrepl server at %s: %s>" % (_join_address(self.address), state)
+
+    def open(self, bind, port, control_port, unix=None):
+        """Bind, listen and go; for `start`. Raises what that raises, with all undone."""
+        with ExitStack() as undo:
+            if unix is not None:
+                path = os.path.abspath(os.fsdecode(unix))
+                repl = undo.enter_context(unix_listener(path))
+                control = undo.enter_context(unix_listener(path + CONTROL_SUFFIX))
+                if self.door.insecure:
+                    self.door.warn(path)
+            else:
+                repl = undo.enter_context(_listen_near(bind, port, "port", DEFAULT_PORT))
+                control = undo.enter_context(
+                    _listen_near(bind, control_port, "control_port", DEFAULT_CONTROL_PORT))
+                self.door.check_bind(*{each.getsockname()[0] for each in (repl, control)})
+                with suppress(OSError):   # identify() finds another way
+                    self._netlink = undo.enter_context(open_netlink())
+            self.address, self.control_address = [
+                name if isinstance(name, str) else name[:2]
+                for name in (repl.getsockname(), control.getsockname())]
+            self._listeners = {repl: "repl", control: "control"}
+            for each in self._listeners:      # a child that was forked just now holds it as well
+                undo.callback(shut_down, each)
+            if self.door.token is not None:
+                undo.enter_context(_token_file(self.address, self.door.token))
+            undo.callback(_remove_note, _write_note(self))
+            self._waker, self._woken = map(undo.enter_context, socket.socketpair())
+            self._selector = undo.enter_context(selectors.DefaultSelector())
+            for each in (self._woken, *self._listeners):
+                self._selector.register(each, selectors.EVENT_READ)
+            self._thread = threading.Thread(target=self._accept, name="hotrepl server", daemon=True)
+            self._thread.start()
+            undo.callback(self._join, self._thread)
+            undo.callback(self._wake)
+            MAIN.install()
+            undo.callback(MAIN.uninstall)
+            GUESTS.enter(self.namespace)
+            undo.callback(GUESTS.leave, self.namespace)
+            REGISTRY.add(self)
+            undo.callback(REGISTRY.remove, self)
+            self._undo = undo.pop_all()
+
+    def stop(self):
+        """Close all sessions and listeners and put the process back as it was before `start`.
+
+        Waits up to STOP_TIMEOUT_S for the sessions' threads. Any thread may call it, a
+        session's too; again is harmless.
+        """
+        with self._lock:
+            if self._is_stopped:
+                return
+            self._is_stopped = True
+            sessions = list(self._sessions.values())
+            others = list(self.controls) + list(self._admissions)
+        self._undo.close()
+        for each in sessions + others:
+            each.close()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for each in [session.evaluator for session in sessions] + others:
+            self._join(each, deadline - time.monotonic())
+        if self.on_stop is not None:
+            self.on_stop()
+
+    def halt(self):
+        """Stop once the last session is gone."""
+        self._is_halting = True
+
+    def keep_error(self, exc):
+        """Let pdb.pm() in every session stand where the program died of `exc`."""
+        with self._lock:
+            self.error = type(exc), exc, exc.__traceback__
+            for session in self._sessions.values():
+                session.error = self.error
+
+    def find_session(self, number):
+        """Return the open Session of that number, or None."""
+        with self._lock:
+            return self._sessions.get(number)
+
+    def session_ended(self, session):
+        """Forget `session`; called by its thread at its end."""
+        with self._lock:
+            self._sessions.pop(session.number, None)
+            is_last = self._is_halting and not self._sessions
+        try:
+            self.door.audit("end", session=session.number, peer=session.peer)
+        finally:
+            if is_last:
+                self.stop()
+
+    def control_ended(self, control):
+        """Forget a control connection; called by its thread at its end."""
+        with self._lock:
+            self.controls.discard(control)
+
+    def admission_ended(self, admission):
+        """Forget an admission; called by its thread at its end."""
+        with self._lock:
+            self._admissions.remove(admission)
+
+    def take(self, channel, sock, peer, received=b""):
+        """Begin what a connection is for, now that it may come in; `received` came already."""
+        self.door.audit("accepted", channel=channel, peer=peer)
+        (self._take_repl if channel == "repl" else self._take_control)(sock, peer, received)
+
+    def forget(self):
+        """In a forked child: close our copies of the sockets and leave; the parent's go on."""
+        self._lock = threading.Lock()
+        self._is_stopped = True
+        for each in (self._selector, self._waker, self._woken, self._netlink, *self._listeners):
+            if each is not None:
+                each.close()      # and no more: the files of unix sockets are the parent's
+        for each in [*self.controls, *self._admissions, *self._sessions.values()]:
+            each.forget()
+        GUESTS.leave(self.namespace)
+
+    def _accept(self):
+        while not self._is_stopped:
+            for key, _ in self._selector.select():
+                if key.fileobj is not self._woken:
+                    try:
+                        self._accept_one(key.fileobj)
+                    except BaseException:     # a log handler's; without this thread nobody comes in
+                        with suppress(BaseException):
+                            import traceback
+                            traceback.print_exc()
+
+    def _accept_one(self, listener):
+        channel = self._listeners[listener]
+        try:
+            sock, _ = listener.accept()
+        except OSError as exc:
+            return self._pause(exc)
+        try:
+            peer = self.door.check_peer(sock, self._netlink)
+            sock.setblocking(True)
+            _tune(sock)
+            if peer.needs_token or self.door.ssl_context is not None:
+                self._admit(channel, sock, peer)
+            else:
+                self.take(channel, sock, peer)
+            self._is_short = False
+        except Refused as exc:
+            sock.close()
+            self.door.audit("refused", channel=channel, reason=str(exc))
+        except BaseException as exc:
+            sock.close()
+            if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
+                self._pause(exc)
+            else:
+                log.warning("a connection was dropped: %s", exc)
+
+    def _pause(self, exc):
+        if exc.errno in OUT_OF_DESCRIPTORS and not self._is_stopped:
+            time.sleep(0.2)       # the listener stays readable: without a pause this would spin
+            note = log.debug if self._is_short else log.warning
+            self._is_short = True
+            note("can't accept connections for a while: %s", exc)
+
+    def _admit(self, channel, sock, peer):
+        """Have `peer` prove itself in a thread of its own.
+
+        Beyond ADMISSION_LIMIT another makes room: the oldest of the host that has the most here.
+        """
+        admission = Admission(self, channel, sock, peer)
+        with self._lock:
+            if self._is_stopped:
+                raise RuntimeError("the server is stopping")
+            rivals = [each for each in self._admissions if each.is_pending]
+            self._admissions.append(admission)
+        if len(rivals) >= ADMISSION_LIMIT:
+            hosts = [each.peer.host for each in rivals]
+            max(rivals, key=lambda each: hosts.count(each.peer.host)).refuse(
+                "it took long while %d others came" % ADMISSION_LIMIT)
+        try:
+            admission.start()
+        except BaseException:     # no more threads, or an audit hook's
+            self.admission_ended(admission)
+            admission.sock.close()
+            raise
+
+    def _take_repl(self, sock, peer, received):
+        with self._lock:
+            if self._is_stopped:
+                raise RuntimeError("the server is stopping")
+            self._last_number += 1
+            session = Session(self, self._last_number, Connection(sock, received), peer)
+            self._sessions[session.number] = session
+        try:
+            self.door.audit("begin", session=session.number, peer=peer)
+            session.start()
+        except BaseException:     # no more threads, or an audit hook's
+            self.session_ended(session)
+            raise
+
+    def _take_control(self, sock, peer, received):
+        control = ControlConnection(self, sock, peer, received)
+        with self._lock:
+            if self._is_stopped:
+                raise RuntimeError("the server is stopping")
+            self.controls.add(control)
+        try:
+            control.start()
+        except BaseException:     # no more threads, or an audit hook's
+            self.control_ended(control)
+            raise
+
+    def _wake(self):
+        self._is_stopped = True
+        self._waker.send(b"!")
+
+    def _join(self, thread, timeout_s=STOP_TIMEOUT_S):
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(max(timeout_s, 0.0))
+
+
+def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=None, console=None,
+          unix=None, allow_uids=(), token=None, insecure=False, ssl_context=None, loop=None,
+          run_coroutine=None):
+    """Serve REPL sessions over the dict `locals` from now on; return the Server.
+
+    `locals` is the namespace of every session: `globals()` to work inside the calling module,
+    {} (or None) for one of their own. The ports are 1337 and 8128, or free ones where those are
+    taken; one that is given and taken is an OSError, 0 picks a free one. `console` is a class with
+    InteractiveConsole's interface. `await` at the prompt runs on the asyncio `loop`; without, on
+    the one that runs where this is called; else on one of the session's own. For another
+    framework, `run_coroutine(coroutine)` blocks and returns the result; it is called in a thread
+    of its own. Does not block; any thread may call it, but main_thread() needs that it was the
+    main one; all threads it makes are daemons. TypeError: `locals` is no dict. OSError: an address
+    can't be bound. After an error the process is as if this had not been called.
+
+    Connections come in from processes of our effective uid, of root and of `allow_uids`. Who can't
+    be known, from other machines above all, must have the `token`: True makes one, which lies in
+    the file token_path(server.address). `ssl_context` makes both channels TLS; with CERT_REQUIRED
+    a client certificate does as well as a token. ValueError: `bind` can be reached from other
+    machines, and none of these guards it; `insecure=True` lets in everybody. `unix`, a path,
+    takes the place of `bind` and the ports: the control channel is beside it, PATH.control.
+    """
+    namespace = {"__name__": "__console__", "__doc__": None} if locals is None else locals
+    if not isinstance(namespace, dict):
+        raise TypeError("locals is %s, expected a dict such as globals()" % shorten(locals))
+    if loop is None and "asyncio" in sys.modules:
+        loop = sys.modules["asyncio"]._get_running_loop()
+    _use_real_threads()
+    door = Door(allow_uids, token, insecure, ssl_context)
+    server = Server(namespace, door, console, banner, loop, run_coroutine)
+    server.open(bind, port, control_port, unix)
+    return server
+
+
+def _use_real_threads():
+    """Where gevent has patched the standard library, make this module anew, without the patches.
+
+    As a greenlet a session would hold up the whole program while it evaluates, so that nobody
+    could interrupt it. Only before the first server; the program's modules stay as they are.
+    """
+    is_patched = not isinstance(threading.get_ident, types.BuiltinFunctionType)
+    if is_patched and __name__ != "__main__" and not REGISTRY.all():
+        patched = {name: sys.modules.pop(name) for name in _PATCHED if name in sys.modules}
+        try:
+            exec(__loader__.get_code(__name__), globals())
+        finally:
+            sys.modules.update(patched)
+
+
+_PATCHED = ("_thread", "threading", "queue", "select", "selectors", "socket", "time")
+
+
+class Admission(threading.Thread):
+    """A connection that has to prove itself, by TLS or the token, before it is taken.
+
+    A TLS connection keeps the thread, which then carries its bytes.
+    """
+
+    def __init__(self, server, channel, sock, peer):
+        super().__init__(name="hotrepl admission", daemon=True)
+        self.server = server
+        self.channel = channel
+        context = server.door.ssl_context
+        self.sock = sock if context is None else context.wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False)
+        self.peer = peer
+        self._decision = threading.Lock()         # whoever gets it decides, once
+        self._reason = None       # a text: it was refused from outside; "": we are stopping
+
+    @property
+    def is_pending(self):
+        """Whether it has neither proved itself nor been refused."""
+        return not self._decision.locked()
+
+    def run(self):
+        door = self.server.door
+        _hold_sigpipe(True)   # NO_SIGNAL is not for TLS
+        try:
+            if door.ssl_context is not None:
+                door.shake_hands(self.sock, self.peer)
+            received = b""
+            if self.peer.needs_token:
+                received = door.ask_token(self.sock, self.channel == "control")
+            if not self._decision.acquire(False):
+                raise Refused(self._reason)
+            self._hand_over(received)
+        except Refused as exc:
+            self.sock.close()
+            reason = str(exc) if self._reason is None else self._reason
+            if reason:
+                door.audit("refused", channel=self.channel, peer=self.peer, reason=reason)
+        except (OSError, ValueError, RuntimeError) as exc:    # it is gone, or we are stopping
+            self.sock.close()
+            log.debug("connection of %s dropped: %s", self.peer, exc)
+        except BaseException:     # a log handler's
+            self.sock.close()
+            raise
+        finally:
+            self.server.admission_ended(self)
+
+    def close(self):
+        """End the connection, from any thread, where it is not another's by now."""
+        self.refuse("")
+        if self.server.door.ssl_context is not None:
+            shut_down(self.sock)
+
+    def refuse(self, reason):
+        """End the connection, from any thread, if it has not proved itself by now."""
+        self._reason = reason
+        if self._decision.acquire(False):
+            shut_down(self.sock)
+
+    def forget(self):
+        """In a forked child: close our copy of the socket, which leaves the parent's alone."""
+        socket.socket.close(self.sock)
+
+    def _hand_over(self, received):
+        _hold_sigpipe(False)     # the session's thread inherits it, and its children
+        if self.server.door.ssl_context is None:
+            return self.server.take(self.channel, self.sock, self.peer, received)
+        inner, outer = socket.socketpair()
+        try:
+            self.server.take(self.channel, outer, self.peer, received)
+        except BaseException:
+            inner.close()
+            outer.close()
+            raise
+        _hold_sigpipe(True)
+        carry(self.sock, inner)
+
+
+def _hold_sigpipe(is_held):
+    """Have SIGPIPE wait, or no longer, in the calling thread; what is sent fails then instead."""
+    if hasattr(signal, "pthread_sigmask"):
+        how = signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK
+        signal.pthread_sigmask(how, [signal.SIGPIPE])
+
+
+def stop():
+    """Stop every server that this copy of hotrepl runs in this process."""
+    for server in REGISTRY.all():
+        server.stop()
+
+
+class Registry:
+    """The servers of this process, and what they need of it: atexit and fork."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._servers = []        # guarded by _lock
+        self._is_hooked = False   # fork handlers can't be taken out again
+
+    def add(self, server):
+        """Enter a server that runs."""
+        with self._lock:
+            self._servers.append(server)
+            if len(self._servers) == 1:
+                atexit.register(stop)
+            if not self._is_hooked:
+                self._is_hooked = True
+                _at_fork(self._forget)
+
+    def remove(self, server):
+        """Take out a server that stops."""
+        with self._lock:
+            self._servers.remove(server)
+            if not self._servers:
+                atexit.unregister(stop)
+
+    def all(self):
+        """Return the servers that run."""
+        with self._lock:
+            return list(self._servers)
+
+    def _forget(self):
+        self._lock = threading.Lock()
+        servers, self._servers = self._servers, []
+        for server in servers:
+            server.forget()
+        MAIN.forget()
+        FOLLOWERS.forget()
+        ROUTER.forget()
+        FLUSHER.forget()
+
+
+def _at_fork(function):
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=function)  # novm
+    elif hasattr(os, "fork"):     # 3.6: no such hook, so os.fork itself gets one
+        def fork(original=os.fork):
+            pid = original()
+            if pid == 0:
+                function()
+            return pid
+        os.fork = fork
+
+
+def _plain_host(host):
+    """Return an ASCII `host` as bytes: for a str getaddrinfo imports encodings.idna."""
+    try:
+        return host.encode("ascii")
+    except (AttributeError, UnicodeEncodeError):
+        return host
+
+
+def _listen_near(bind, port, parameter, default):
+    """As _listen; where `port` is None at `default`, or at a free one if that is taken."""
+    try:
+        return _listen(bind, default if port is None else port, parameter)
+    except OSError as exc:
+        if port is not None or exc.errno != errno.EADDRINUSE:
+            raise
+    sock = _listen(bind, 0, parameter)
+    log.warning("port %d is in use, took %d as %s", default, sock.getsockname()[1], parameter)
+    return sock
+
+
+def _listen(bind, port, parameter):
+    """Return a socket that listens; an OSError says what to do."""
+    if not isinstance(port, int) or not 0 <= port <= 65535:
+        raise ValueError("%s is %r, expected a number from 0 to 65535" % (parameter, port))
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            _plain_host(bind), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as exc:
+        raise OSError(exc.errno, "%r is no address to bind: %s" % (bind, exc.strerror)) from exc
+    sock = socket.socket(family, kind, proto)
+    try:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+        sock.setblocking(False)
+        return sock
+    except OSError as exc:
+        sock.close()
+        raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
+    except BaseException:
+        sock.close()
+        raise
+
+
+@contextmanager
+def _token_file(address, token):
+    """Keep `token` where our client finds it, for this user alone."""
+    path = token_path(address)
+    write_private(path, token)
+    try:
+        yield
+    finally:
+        with suppress(OSError):   # it was removed with the folder, say
+            with open(path, "rb") as file:
+                is_ours = file.read() == token
+            if is_ours:
+                os.unlink(path)
+
+
+def _write_note(server):
+    """Let the client find `server` by a note in the runtime folder; return its path, or None."""
+    note = {"pid": os.getpid(), "process": process_mark(os.getpid()), "started": time.time(),
+            "namespaces": namespaces(), "argv": getattr(sys, "argv", []), "address": server.address,
+            "control_address": server.control_address}
+    try:
+        name = NOTE_NAME % (os.getpid(), os.urandom(4).hex())
+        path = os.path.join(runtime_folder(), name)
+        write_private(path, ascii(note).encode("ascii"))
+        return path
+    except OSError as exc:        # no folder to write to: it can be reached nevertheless
+        log.debug("no note of the server at %s: %s", _join_address(server.address), exc)
+        return None
+
+
+def _remove_note(path):
+    with suppress(OSError):       # it was removed with the folder, say
+        if path is not None:
+            os.unlink(path)
+
+
+def _explain(exc, bind, port, parameter):
+    if exc.errno == errno.EADDRINUSE:
+        return ("port %d is in use; pass %s=0 to pick a free one, or stop the program that holds it"
+                % (port, parameter))
+    if exc.errno == errno.EACCES:
+        return "port %d needs privileges; pass %s=0 or one above 1023" % (port, parameter)
+    return "can't listen on %s port %d: %s" % (bind, port, exc.strerror)
+
+
+# Gone after two minutes. No TCP_USER_TIMEOUT: it would end a client that was stopped for a while.
+KEEPALIVE = [("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)]
+
+
+def _tune(sock):
+    """Send at once (no Nagle), and notice in the end a peer whose machine is gone."""
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _join_address(address):
+    if not isinstance(address, tuple):
+        return str(address)
+    host, port = address[:2]
+    return "%s:%s" % ("[%s]" % host if ":" in host else host, port)
+
+
+def _default_banner():
+    return ("Python %s, hotrepl %s. doc(obj) or obj? explains, exit() leaves.\n"
+            % (sys.version.split()[0], __version__))
+
+
+def _with_newline(text):
+    return text if not text or text.endswith("\n") else text + "\n"
+
+
+REGISTRY = Registry()
+
+
+# === 14. Client ==============================================================
+# A terminal at one end, two sockets at the other. The main thread edits lines (input() with
+# GNU readline or libedit where there is one) and shows output; a reader thread takes the REPL
+# channel apart; an interrupter thread sends what Ctrl+C asks for, so that no signal handler
+# ever waits. The server says when it is our turn, and all since the last newline is the prompt.
+
+class ServerGone(Exception):
+    """The server closed the connection, or never accepted one."""
+
+
+class Left(Exception):
+    """The user forced the end of the client."""
+
+
+PRESSED, RESIZED = b"p", b"r"     # what signals' handlers tell the interrupter
+KEY_SIGNALS = {signal.SIGINT, getattr(signal, "SIGTSTP", signal.SIGINT)}  # their numbers come first
+LOOK_AGAIN_S = 0.03               # readline is made to look for signals this often ...
+LOOKS = 5                         # ... and so many times after each key
+PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
+STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
+UNREACHED_MS = 15000              # so long no machine takes a request (a firewall): there is none
+
+
+class ControlClient:
+    """Requests to the server's control channel; any thread, one at a time."""
+
+    def __init__(self, sock):
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._decoder = MessageDecoder()
+        self._replies = collections.deque()
+        self._owed = 0            # replies to requests that were given up; they come first
+        if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
+
+    def request(self, command, **fields):
+        """Send a request and return its reply, a dict; blocks. ServerGone: no connection."""
+        with self._lock:
+            self._sock.sendall(encode_message(dict(fields, command=command)))
+            self._owed += 1
+            while self._owed:
+                reply = self._receive()
+                self._owed -= 1
+        return reply
+
+    def ask(self, command, **fields):
+        """As `request`, but raise ProtocolError with the server's reason where it refuses."""
+        reply = self.request(command, **fields)
+        if reply.get("status") != "ok":
+            raise ProtocolError(str(reply.get("reason", "refused without a reason")))
+        return reply
+
+    def close(self):
+        self._sock.close()
+
+    def limit_wait(self, timeout_s):
+        """Give up a request whose reply takes longer than this."""
+        self._sock.settimeout(timeout_s)
+
+    def _receive(self):
+        while not self._replies:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except OSError as exc:
+                raise ServerGone(str(exc)) from exc
+            if not data:
+                raise ServerGone("the control connection was closed")
+            self._replies.extend(self._decoder.feed(data))
+        return self._replies.popleft()
+
+
+class Turn:
+    """A wait of the server's for us. A line answers it or Ctrl+C does, whichever comes first.
+
+    The handler of Ctrl+C runs in the main thread between any two steps; an append is one step.
+    """
+
+    LINE, INTERRUPT = "line", "interrupt"
+
+    def __init__(self, number):
+        self.number = number
+        self.is_in_vain = False   # Ctrl+C did not reach the server; where it runs, the next leaves
+        self._answers = []
+
+    def answer(self, answer):
+        """Answer the turn, and return whether that was the first answer."""
+        self._answers.append(answer)
+        return self._answers == [answer]
+
+    @property
+    def is_interrupted(self):
+        return self._answers[:1] == [self.INTERRUPT]
+
+
+class Client:
+    """One session with a server, as a person at a terminal sees it."""
+
+    MARKS = {"streams": False}    # fields of the TurnMarks request
+
+    def __init__(self, sock, control):
+        import queue
+        self._sock = sock
+        self.control = control
+        self._secret = os.urandom(16).hex()       # shows that both connections are ours
+        self.history = None       # a _History where there is readline
+        self.gets_whole_pastes = False    # input() returns a paste of several lines as one string
+        self._begun = ""          # the beginning of the next line, where it came with a paste
+        self.ends_line_at_eof = False     # input() goes to a new line on Ctrl+D
+        self._prompts = ()        # the server's own prompts: what is typed there is history
+        # (kind, bytes) from the reader to the main thread: few, or Ctrl+C would show late
+        self._events = queue.Queue(64)
+        self._notes = collections.deque()  # what is to be shown above the prompt, from the reader
+        self._turn = Turn(0)      # the last one; its number counts go-aheads
+        self._edited_prompt = ""  # of the line that is being edited
+        self._is_editing = False  # the main thread is in input(): Ctrl+C ends that
+        self._is_secret = False   # the next answer is not to be shown
+        self._is_leaving = False  # end-of-file was sent: Ctrl+C forces the end, once
+        self._has_ended = False   # the server says that the session ended as the user wanted
+        self._is_gone = False     # the server closed the connection; written by the reader
+        self._is_alone = False    # the control connection is lost, and the user was told
+        self._pressed = collections.deque()       # (command, fields) of Ctrl+C and Ctrl+Z
+        self._looks = 0           # how often readline is to look still; both are the interrupter's
+        self._doubt = None        # (turn, time): what began at that turn is stuck if it runs then
+        self._kick, self._kicked = socket.socketpair()   # bytes that wake the interrupter
+        self._stdout = getattr(sys.stdout, "buffer", None)
+
+    def run(self):
+        """Talk until the user leaves or the server is gone; return the exit code."""
+        with ExitStack() as undo:
+            for each in (self._sock, self._kick, self._kicked, self.control):
+                undo.callback(each.close)
+            try:
+                greeting = self._receive_greeting()
+                undo.enter_context(_terminal_modes())
+                undo.enter_context(self._signals())   # before it is shown that we are connected
+                self._pair(greeting)
+                undo.enter_context(_line_editor(self))
+                self._spawn(self._read, "reader")
+                self._spawn(self._send_interrupts, "interrupter")
+                return self._converse()
+            except Left:
+                return 0
+            except ServerGone as exc:
+                return self._report_gone(exc)
+
+    def _receive_greeting(self):
+        """Send the secret that pairs the connections; return the first line, not yet shown."""
+        self._sock.sendall(BEGIN + SECRET_KIND + self._secret.encode("ascii") + END)
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = self._sock.recv(1)
+            if not byte:
+                raise ServerGone("it closed the connection at once")
+            line += byte
+        return line
+
+    def _pair(self, line):
+        """Show the first line, bind the control connection to that session, ask for marks."""
+        match = re.search(rb"session (\d+) connected", line)
+        if not match:
+            raise ServerGone("its first line is %s, expected 'REPL session N connected.'"
+                             % shorten(line))
+        self._write(line)
+        self.control.ask("PairWithSession", id=int(match.group(1)), secret=self._secret)
+        self._prompts = self.control.ask("DescribeServer").get("prompts", {}).values()
+        self._tell_terminal()
+        self.control.ask("TurnMarks", **self.MARKS)
+
+    def _converse(self):
+        while True:
+            prompt = self._show_until_turn()
+            self._turn, self._is_leaving = Turn(self._turn.number + 1), False
+            data = self._ask(prompt)
+            if self._turn.answer(Turn.LINE):
+                self._is_leaving = data == END_OF_FILE and prompt in self._prompts
+                self._sock.sendall(data)
+
+    def _show_until_turn(self):
+        """Write what comes until the server waits for us; return its prompt, not yet shown."""
+        import queue
+        line = b""                # since the last newline
+        shown = 0                 # how much of it is on the screen
+        while True:
+            try:
+                kind, data = self._events.get(timeout=0.02 if shown < len(line) else None)
+            except queue.Empty:
+                self._write(line[shown:])
+                shown = len(line)
+                continue
+            if kind == "data":
+                line, shown = self._show(line, shown, data)
+            elif kind == "turn":
+                return self._prompt(line, shown)
+            elif kind == "note":
+                gap = b"\n" if shown and self._notes else b""
+                self._write(gap + b"".join(take_all(self._notes)))
+                shown = 0
+            elif kind == "no echo":
+                self._is_secret = True
+            elif kind == "eof":
+                self._has_ended = True
+            elif kind == "closed":
+                self._write(line[shown:] + b"\n" * bool(line))
+                raise ServerGone("it closed the connection")
+
+    def _show(self, line, shown, data):
+        """Write the complete lines of `line` + `data`; return the rest and how much of it shows."""
+        head, newline, rest = data.rpartition(b"\n")
+        if not newline:
+            return line + data, shown
+        self._write(line[shown:] + head + newline)
+        return rest, 0
+
+    def _prompt(self, line, shown):
+        if shown:
+            self._write(b"\r")    # input() writes it again
+        return line.rpartition(b"\r")[2].decode("utf-8", "replace")
+
+    def _ask(self, prompt):
+        """Return what the user answers, as bytes for the server."""
+        import getpass
+        self._edited_prompt = prompt
+        begun, self._begun = self._begun, ""
+        try:
+            text = (self._edit(getpass.getpass, prompt) if self._is_secret
+                    else self._edit(_input, _hide_escapes(prompt), begun))
+        except EOFError:
+            self._write(b"" if self.ends_line_at_eof and not self._is_secret else b"\n")
+            return END_OF_FILE
+        except ServerGone:
+            self._write(b"\n")
+            raise
+        finally:
+            is_secret, self._is_secret = self._is_secret, False
+        if self._turn.is_interrupted:
+            self._write(b"\n" * is_secret)
+            return b""
+        if not is_secret and not self.gets_whole_pastes:
+            more, self._begun = _rest_of_paste()
+            # PyPy's line editor keeps the NUL that Linux makes of a Ctrl+D typed ahead.
+            text = text.replace("\0", "") + more
+        self._show_tall((prompt + text).rstrip("\n"))
+        if self.history is not None and prompt in self._prompts:
+            self.history.add(text)
+        data = text.encode("utf-8", "surrogateescape").replace(IAC, b"")
+        if b"\n" in data:
+            return BEGIN + BLOCK_KIND + data + END
+        return data + b"\n"
+
+    def _edit(self, read, *args):
+        """Return what the user types; Ctrl+C and the server's end are raised in here only."""
+        try:
+            try:
+                self._is_editing = True
+                self._look()
+                return read(*args)
+            finally:
+                self._is_editing = False
+        except (KeyboardInterrupt, SystemError):  # the latter where CPython's input() is about to
+            self._is_editing = False      # raise and has another handler run; the line above may
+            if not self._turn.is_interrupted:     # not have run
+                raise ServerGone("it closed the connection") from None
+            return ""
+
+    def _look(self, *_):
+        """While a line is edited, do what is due: readline has handlers of signals run."""
+        if not self._is_editing:
+            return
+        if self._is_gone:
+            raise ServerGone("it closed the connection")
+        if self._turn.is_interrupted:
+            raise KeyboardInterrupt
+        self._show_notes()
+
+    def _make_look(self):
+        """Have `_look` called: by a signal's handler, where readline waits for a key."""
+        if hasattr(signal, "SIGURG") and signal.getsignal(signal.SIGURG) == self._look:
+            if self._is_editing:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
+        elif self._is_editing:
+            self._show_notes()    # no more than that can be done from another thread
+
+    def _show_notes(self):
+        if self._notes:
+            is_erased = _call_readline("rl_clear_visible_line", ("fflush", None))
+            self.show_above(b"".join(take_all(self._notes)).decode("utf-8", "replace"),
+                            begin="" if is_erased else "\r\033[K")
+
+    def request_aside(self, command, **fields):
+        """Return the reply to a request, {} if there is none; Ctrl+C ends but the wait for it."""
+        import queue
+        replies = queue.Queue()
+
+        self._spawn(lambda: replies.put(self._request(command, **fields)), command)
+        return replies.get()
+
+    def _request(self, command, **fields):
+        """Return the reply to a request, {} where the control connection is lost: says so once."""
+        try:
+            return self.control.request(command, **fields)
+        except (OSError, ServerGone, ProtocolError) as exc:
+            if not self._is_alone and not self._is_gone:
+                self._is_alone = True
+                self._say("the control connection is lost, and with it Tab and interrupts: %s"
+                          % exc)
+            return {}
+
+    def _show_tall(self, text):
+        """Show a block that fills the screen again: readline leaves out the lines in its middle."""
+        import shutil
+        columns, lines = shutil.get_terminal_size()
+        if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
+            self._write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
+
+    def show_above(self, text, begin="\n"):
+        """Write `text` above the line that is being edited, and that line again."""
+        sys.stdout.write((begin + text).replace("\n", "\r\n"))   # the terminal may be raw
+        sys.stdout.flush()
+        if not _call_readline("rl_on_new_line", "rl_redisplay"):
+            line = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
+            line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
+            sys.stdout.write(self._edited_prompt + line)
+            sys.stdout.flush()
+
+    def _write(self, data):
+        """Write bytes to the terminal. A terminal that is gone is the end of the client."""
+        try:
+            if self._stdout is None:
+                sys.stdout.write(data.decode("utf-8", "replace"))
+            else:
+                self._stdout.write(data)
+            sys.stdout.flush()
+        except (OSError, ValueError) as exc:
+            raise Left from exc
+
+    def _report_gone(self, exc):
+        if self._is_leaving or self._has_ended:
+            return 0
+        print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
+        return 1
+
+    def _spawn(self, target, name):
+        threading.Thread(target=target, name="hotrepl client " + name, daemon=True).start()
+
+    def _read(self):
+        """Take the REPL channel apart; runs in the reader's thread."""
+        decoder = MarkDecoder()
+        while True:
+            try:
+                data = self._sock.recv(RECEIVE_BYTES)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            for kind, data in decoder.feed(data):
+                if kind == "block" and data[:1] == NOTE_KIND:
+                    self._take_note(data[1:])
+                else:
+                    self._events.put((kind, data))
+        self._is_gone = True
+        self._events.put(("closed", b""))
+        while self._is_editing:
+            self._make_look()
+            time.sleep(LOOK_AGAIN_S)
+
+    def _say(self, text):
+        self._take_note(("\nhotrepl: %s\n" % text).encode("utf-8", "replace"))
+
+    def _take_note(self, text):
+        """Have `text` shown.
+
+        Again and again: a signal that comes just before input() waits does not end that wait.
+        """
+        self._notes.append(text)
+        while self._notes and self._is_editing:
+            self._make_look()
+            time.sleep(FLUSH_INTERVAL_S)
+        if self._notes:           # else it is shown: nobody takes events while a line is edited
+            self._events.put(("note", b""))
+
+    def _send_interrupts(self):
+        """Pass Ctrl+C and Ctrl+Z on, pressed however often; runs in the interrupter's thread.
+
+        readline has a handler run when a signal ends its wait for a key, not where one came just
+        before, and what its callbacks raise is lost: so it is made to look again.
+        """
+        with suppress(OSError):
+            while True:
+                if not select.select([self._kicked], [], [], self._patience_s())[0]:
+                    self._on_quiet()
+                    continue
+                told = self._kicked.recv(RECEIVE_BYTES)
+                if not told:
+                    return
+                if KEY_SIGNALS.intersection(told):
+                    self._looks = LOOKS
+                if PRESSED in told:
+                    self._make_look()
+                if RESIZED in told:
+                    self._tell_terminal()
+                for command, fields in list(take_all(self._pressed))[-1:]:
+                    if not self._request(command, **fields):
+                        self._do_without_server(**fields)
+                    self._doubt = ((fields["turn"], time.monotonic() + STUCK_AFTER_S)
+                                   if fields.get("answered") else None)
+
+    def _do_without_server(self, turn, answered=False):
+        """Do for Ctrl+C what can be done where no request gets through."""
+        now = self._turn
+        if now.number != turn or now.is_in_vain:
+            return
+        now.is_in_vain = answered or now.is_interrupted
+        if answered:
+            self._say("this can't be interrupted any more; Ctrl+C again leaves, and it goes on")
+        elif now.is_interrupted:  # the server would prompt again
+            prompt = self._edited_prompt.encode("utf-8", "replace")
+            self._events.put(("data", b"\nKeyboardInterrupt\n" + prompt))
+            self._events.put(("turn", b""))
+
+    def _must_look(self):
+        return self._looks > 0 or (self._is_editing and self._turn.is_interrupted)
+
+    def _patience_s(self):
+        """Return how long to wait for a key before something else is due; None: for ever."""
+        waits = [LOOK_AGAIN_S] * self._must_look()
+        if self._doubt is not None:
+            waits.append(max(0.0, self._doubt[1] - time.monotonic()))
+        return min(waits, default=None)
+
+    def _on_quiet(self):
+        if self._must_look():
+            self._make_look()
+            self._looks -= 1
+        if self._doubt is not None and time.monotonic() >= self._doubt[1]:
+            (turn, _), self._doubt = self._doubt, None
+            self._explain_stuck(turn)
+
+    def _explain_stuck(self, turn):
+        """Say what the evaluation after `turn` does that Ctrl+C does not reach, if it runs."""
+        where = None
+        if self._turn.number == turn:
+            where = self._request("Where").get("where")
+        if where and self._turn.number == turn:
+            print("\nhotrepl: no reaction yet: %s; a call in C has to return first. "
+                  "Ctrl+Z puts it into the background." % where, file=sys.stderr)
+
+    def _tell_terminal(self, *_):
+        """Tell the server the size of our terminal; also when that changes."""
+        import shutil
+        if not sys.stdout.isatty():
+            return
+        columns, lines = shutil.get_terminal_size()
+        has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._request("Terminal", columns=columns, lines=lines, colours=has_colours)
+
+    @contextmanager
+    def _signals(self):
+        """Have Ctrl+C mean what it should, for as long as the client runs."""
+        if threading.current_thread() is not threading.main_thread():
+            yield                 # signals are the main thread's; connect() works without
+            return
+        handlers = {"SIGINT": self._on_interrupt, "SIGTSTP": self._on_suspend,
+                    "SIGWINCH": self._on_resize, "SIGURG": self._look}
+        before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
+                  for name, handler in handlers.items() if hasattr(signal, name)]
+        self._kick.setblocking(False)     # a signal's number comes through it before its handler
+        wakeup = signal.set_wakeup_fd(self._kick.fileno())
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before:
+                signal.signal(number, handler)
+
+    def _on_suspend(self, signum, frame):
+        if self._is_editing:
+            self._suspend()
+        else:
+            self._press("Background", turn=self._turn.number)
+
+    def _suspend(self):
+        """Stop, as any program does on Ctrl+Z; then show the line again that is being edited.
+
+        The terminal is in readline's mode then, which not every shell takes back and gives again.
+        """
+        import termios
+        mode, cooked = termios.tcgetattr(0), termios.tcgetattr(0)
+        cooked[0] |= termios.ICRNL
+        cooked[3] |= termios.ICANON | termios.ECHO
+        termios.tcsetattr(0, termios.TCSADRAIN, cooked)
+        before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, before)
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        self._write(b"\033[?2004h" if self.gets_whole_pastes else b"")    # shells end pastes too
+        self.show_above("", begin="")
+
+    def _on_resize(self, signum, frame):
+        self._tell(RESIZED)
+
+    def _on_interrupt(self, signum, frame):
+        turn = self._turn
+        if self._is_leaving or turn.is_in_vain and not turn.is_interrupted:
+            self._is_leaving = turn.is_in_vain = False    # the next press finds us on the way out
+            raise Left
+        _drop_typed()
+        turn.answer(Turn.INTERRUPT)
+        self._press("KeyboardInterrupt", turn=turn.number, answered=not turn.is_interrupted)
+        if not hasattr(signal, "SIGURG"):
+            self._look()          # else readline is made to: not while it deals with this signal
+
+    def _press(self, command, **fields):
+        self._pressed.append((command, fields))
+        self._tell(PRESSED)
+
+    def _tell(self, byte):
+        with suppress(OSError):   # it is full: the interrupter waits for a server that hangs
+            self._kick.send(byte)
+
+
+class Execution(Client):
+    """One session for a program: it runs one piece of code and leaves with an exit code.
+
+    `output` gets what the code prints, see PlainOutput. Ctrl+C and `timeout_s` interrupt the code;
+    what does not end after that, by a second Ctrl+C or GRACE_S, is left behind.
+    """
+
+    MARKS = {"streams": True}
+    GRACE_S = 2.0
+
+    def __init__(self, sock, control, output, timeout_s=None):
+        super().__init__(sock, control)
+        self._output = output
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._is_late = False     # the deadline has passed
+        self._is_interrupted = False      # Ctrl+C was pressed
+        self._outcome = {}        # what the server says how it ended
+
+    def execute(self, source):
+        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124."""
+        with ExitStack() as undo:
+            for each in (self._sock, self._kick, self._kicked, self.control):
+                undo.callback(each.close)
+            code = self._follow(undo, source)
+            with suppress(OSError):
+                self._output.finish(self._outcome, code)
+            return code
+
+    def _follow(self, undo, source):
+        try:
+            undo.enter_context(self._signals())
+            self._pair(self._receive_greeting())
+            self._sock.settimeout(None)   # from here on the reader waits there, and we for it
+            self._spawn(self._read, "reader")
+            self._show_until_turn(is_shown=False)     # the banner and the first prompt
+            self._sock.sendall(BEGIN + BLOCK_KIND + source + END)
+            while self._show_until_turn() and self._ask_outcome() == "waiting":
+                self._sock.sendall(END_OF_FILE)       # there is nobody who could answer
+            return 124 if self._is_late else _exit_code(self._outcome)
+        except Left:
+            return self._leave()
+        except (OSError, ServerGone) as exc:
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._is_late = True
+                return self._leave()
+            print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
+            return 1
+
+    def _show_until_turn(self, is_shown=True):
+        """Pass on what comes until the server waits for us; return False where the code left."""
+        while True:
+            kind, data = self._next_event()
+            if kind == "turn":
+                self._turn = Turn(self._turn.number + 1)
+                return True
+            if kind == "block" and data in _STREAM_NAMES:
+                self._stream = _STREAM_NAMES[data]
+            elif kind == "data" and is_shown:
+                self._pass_on(data)
+            elif kind == "closed":
+                self._ask_outcome()
+                if "exit" not in self._outcome:
+                    raise ServerGone("it closed the connection")
+                return False
+
+    def _next_event(self):
+        import queue
+        while True:
+            try:
+                return self._events.get(timeout=None if self._deadline is None else
+                                        max(0.0, self._deadline - time.monotonic()))
+            except queue.Empty:
+                if self._is_late or not self._turn.number:
+                    self._is_late = True
+                    raise Left from None
+                self._is_late = True
+                self._deadline = time.monotonic() + self.GRACE_S
+                self._spawn(self._interrupt, "interrupter")
+
+    def _pass_on(self, data):
+        try:
+            self._output.write(self._stream, data)
+        except OSError as exc:    # whoever read our output has gone
+            self._interrupt()
+            raise Left from exc
+
+    def _ask_outcome(self):
+        self._outcome = self.control.ask("Outcome")["outcome"]
+        return self._outcome.get("state")
+
+    def _interrupt(self):
+        try:
+            self.control.request("KeyboardInterrupt", turn=self._turn.number,
+                                 answered=True)
+        except (OSError, ServerGone):
+            pass                  # the reader tells
+
+    def _leave(self):
+        if self._is_late or self._is_interrupted:
+            print("hotrepl: it has not ended; left it running there", file=sys.stderr)
+        return 124 if self._is_late else 130 if self._is_interrupted else 1
+
+    @contextmanager
+    def _signals(self):
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_interrupt(self, signum, frame):
+        if self._is_interrupted or not self._turn.number:
+            self._is_interrupted = True
+            raise Left
+        self._is_interrupted = True
+        self._spawn(self._interrupt, "interrupter")
+
+    def _write(self, data):
+        """Show nothing of the greeting."""
+
+    def _tell_terminal(self, *_):
+        """What the code prints is for a program, whatever our stdout is."""
+
+
+_STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
+
+
+def _exit_code(outcome):
+    if "exit" in outcome:
+        return outcome["exit"]
+    kind = outcome.get("exception", {"type": None})["type"]
+    return {None: 0, "KeyboardInterrupt": 130}.get(kind, 1)
+
+
+class PlainOutput:
+    """Print what comes: to stdout and stderr as the code did, byte for byte.
+
+    With a `prefix` it comes in whole lines, each behind that.
+    """
+
+    def __init__(self, prefix=""):
+        self._prefix = prefix.encode()
+        self._begun = {"stdout": b"", "stderr": b""}      # lines whose end has not come yet
+
+    def write(self, kind, data):
+        """Print `data`, bytes of that kind (as in STREAM_KINDS). OSError: nobody reads it."""
+        name = {"value": "stdout", "traceback": "stderr", "prompt": None}.get(kind, kind)
+        if name and self._prefix:
+            *lines, self._begun[name] = (self._begun[name] + data).split(b"\n")
+            data = b"".join(self._prefix + line + b"\n" for line in lines)
+        if name:
+            _write_out(name, data)
+
+    def finish(self, outcome, code):
+        """Tell how it ended, where that was not printed already."""
+        for name, rest in self._begun.items():
+            if rest:
+                _write_out(name, self._prefix + rest + b"\n")
+
+
+class JsonOutput:
+    """Print what comes as JSON objects, one a line; `fields` are in each."""
+
+    def __init__(self, **fields):
+        self._fields = fields
+        self._begun = {"stdout": b"", "stderr": b""}      # the first bytes of a character
+        self._whole = {"value": b"", "traceback": b"", "prompt": b""}
+
+    def write(self, kind, data):
+        """Print `data`, bytes of that kind. OSError: nobody reads it."""
+        if kind in self._whole:
+            self._whole[kind] += data
+        else:
+            self._put_chunk(kind, self._begun[kind] + data)
+
+    def finish(self, outcome, code):
+        """Print the value or the exception, and the exit code."""
+        for name, rest in self._begun.items():
+            if rest:
+                self._put_chunk(name, rest, is_last=True)
+        texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
+        if "value" in outcome:    # in full where it was displayed, else it may be cut
+            self._put(value=texts["value"][:-1] or outcome["value"])
+        if "exception" in outcome:
+            traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
+            self._put(exception=dict(outcome["exception"], traceback=traceback_text))
+        self._put(exit=code)
+
+    def _put_chunk(self, name, data, is_last=False):
+        try:
+            text, self._begun[name] = data.decode("utf-8"), b""
+        except UnicodeDecodeError as exc:
+            if exc.end < len(data) or len(data) - exc.start > 3 or is_last:
+                import base64
+                self._begun[name] = b""
+                return self._put(stream=name, base64=base64.b64encode(data).decode("ascii"))
+            text, self._begun[name] = data[:exc.start].decode("utf-8"), data[exc.start:]
+        if text:
+            self._put(stream=name, text=text)
+
+    def _put(self, **fields):
+        import json
+        line = json.dumps(dict(self._fields, **fields)) + "\n"
+        _write_out("stdout", line.encode("ascii"))
+
+
+def _write_out(name, data):
+    stream = getattr(sys, name).buffer
+    try:
+        while data:               # python -u: a signal can cut a write short
+            data = data[stream.write(data):]
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())    # Python flushes at its exit
+        raise
+
+
+def execute(source, output, host, port, control_port, ssl_context=None, token=None,
+            timeout_s=None):
+    """Run `source`, bytes, in a session with a server; return an exit code.
+
+    Where that is and what the other arguments mean is as in `connect`. socket.timeout: it did not
+    even greet us in time.
+    """
+    limit_s = None if timeout_s is None else timeout_s + Execution.GRACE_S
+    with _channels(host, port, control_port, ssl_context, token, limit_s) as (sock, control):
+        return Execution(sock, control, output, timeout_s).execute(source)
+
+
+def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PORT,
+            ssl_context=None, token=None):
+    """Run the client in this terminal against a server; return an exit code, 0 or 1.
+
+    `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
+    machine that is reached with ssh; there "ssh://.../PATH" means a unix socket. `token` is sent
+    where the server asks for one. Blocks until the user leaves. Belongs in the main thread, which
+    Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
+    """
+    with _channels(host, port, control_port, ssl_context, token) as (sock, control):
+        return Client(sock, control).run()
+
+
+@contextmanager
+def _channels(host, port, control_port, ssl_context, token, timeout_s=None):
+    """Yield the socket of the REPL channel and a ControlClient, both past the door."""
+    with _reach(host, port, control_port) as (address, control_address), ExitStack() as undo:
+        sock = undo.enter_context(_dial(address, ssl_context))
+        sock.settimeout(timeout_s)    # for a process that is stopped, and answers nothing at all
+        shown = _show_token(sock, _tokens(address, token))
+        control = ControlClient(undo.enter_context(_dial(control_address, ssl_context)))
+        control.limit_wait(timeout_s)
+        if shown is not None:
+            control.ask("Authenticate", token=shown)
+        yield sock, control
+
+
+@contextmanager
+def _reach(host, port, control_port):
+    """Yield the addresses of both channels, as a Server has them, and keep up what leads there."""
+    if host.startswith("unix:"):
+        yield host[len("unix:"):], host[len("unix:"):] + CONTROL_SUFFIX
+    elif host.startswith("ssh://") or "@" in host:
+        with _tunnel(host, port, control_port) as addresses:
+            yield addresses
+    else:
+        yield (host, port), (host, control_port)
+
+
+@contextmanager
+def _tunnel(target, port, control_port):
+    """Have the system's ssh forward both channels to private unix sockets; yield their paths.
+
+    Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal.
+    """
+    import subprocess
+    import tempfile
+    match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
+    if not match:
+        raise ValueError("%r is no ssh address, expected ssh://USER@HOST:PORT" % target)
+    user, literal, name, ssh_port, path = match.groups()
+    remote = ([path, path + CONTROL_SUFFIX] if path else
+              ["127.0.0.1:%d" % each for each in (port, control_port)])
+    with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
+        paths = os.path.join(folder, "repl"), os.path.join(folder, "repl" + CONTROL_SUFFIX)
+        words = ["ssh", "-N", "-T", "-o", "ExitOnForwardFailure=yes"]
+        words += ["-p", ssh_port] if ssh_port else []
+        for ends in zip(paths, remote):
+            words += ["-L", "%s:%s" % ends]
+        ssh = subprocess.Popen(["sh", "-c", _SSH, "sh"] + words + ["--", user + (literal or name)],
+                               stdin=subprocess.PIPE)
+        try:
+            while not os.path.exists(paths[-1]):      # ssh makes the sockets in this order
+                if ssh.poll() is not None:
+                    raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
+                                          "with exit code %d" % (target, ssh.returncode))
+                time.sleep(0.02)
+            yield paths
+        finally:
+            ssh.stdin.close()
+            ssh.wait()
+
+
+# Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
+# is for the server, reaches all programs here: ssh is to ignore it. It can miss the first signal.
+_SSH = """trap "" INT
+exec 3<&0 </dev/null
+"$@" 3<&- & ssh=$!
+{ read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!
+wait $ssh 2>/dev/null; code=$?
+kill $watch 2>/dev/null
+exit $code"""
+
+
+def _dial(address, ssl_context=None):
+    where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
+    try:
+        if isinstance(address, str):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.connect(address)
+        else:
+            sock = socket.create_connection(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as exc:
+        raise OSError(exc.errno, "nobody answers at %s (%s); start a server there with "
+                      "'python hotrepl.py serve' or hotrepl.start()"
+                      % (where, exc.strerror or exc)) from exc
+    return sock if ssl_context is None else _encrypted(sock, ssl_context, where)
+
+
+def _encrypted(sock, ssl_context, where):
+    """Return a plain socket that talks through TLS over `sock`; a thread carries the bytes."""
+    name = "localhost" if where.startswith("unix:") else where.partition(" ")[0]
+    try:
+        sock.settimeout(10.0)
+        tls = ssl_context.wrap_socket(sock, server_hostname=name)
+    except (OSError, ValueError) as exc:      # ssl.SSLError is an OSError
+        sock.close()
+        raise ConnectionError(errno.EPROTO, "no TLS with %s: %s; the server must have an "
+                              "ssl_context, and --cafile must name who signed its certificate"
+                              % (where, exc)) from exc
+    inner, outer = socket.socketpair()
+    threading.Thread(target=carry, args=(tls, inner), name="hotrepl client TLS",
+                     daemon=True).start()
+    return outer
+
+
+def _show_token(sock, tokens):
+    """Answer the server's questions for a token; return the right one, or None."""
+    token = None
+    while True:
+        try:
+            begin = sock.recv(1, socket.MSG_PEEK)
+        except socket.timeout:
+            raise
+        except OSError:
+            begin = b""
+        if not begin:
+            raise ConnectionError(errno.ECONNREFUSED, "the server lets us not in: its log says why")
+        if begin != TOKEN_PROMPT[:1]:
+            return token
+        for _ in TOKEN_PROMPT:
+            sock.recv(1)
+        token = next(tokens, None)
+        if token is None:
+            raise PermissionError(errno.EACCES, "the server wants its token; pass --token-file or "
+                                  "set HOTREPL_TOKEN, its log or owner knows the file")
+        sock.sendall(token.encode("utf-8") + b"\n")
+
+
+def _tokens(address, token):
+    """Yield what may be the token: as we were told, as a server here left it, as is typed."""
+    import getpass
+    token = token or os.environ.get("HOTREPL_TOKEN")
+    if token:
+        yield token
+    elif isinstance(address, str) or address[0] in ("localhost", "127.0.0.1", "::1"):
+        # No other machine is shown the token of a server on this one.
+        for path in ([token_path(address)] if isinstance(address, str)
+                     else runtime_files("token-%d" % address[1])):
+            with suppress(OSError):
+                with open(path) as file:
+                    yield file.read().strip()
+    while sys.stdin is not None and sys.stdin.isatty():
+        yield getpass.getpass("token: ")
+
+
+def noted_servers():
+    """Return the notes of this user's running servers, the oldest first; see `_write_note`.
+
+    The notes of those that are gone are removed; another container's are left alone.
+    """
+    notes = []
+    for path in runtime_files("server-*.note"):
+        # It stops just now, or is no note of this version.
+        with suppress(FileNotFoundError, ValueError, KeyError, SyntaxError):
+            note = _read_note(path)
+            if note["namespaces"] != namespaces():
+                continue
+            if _is_alive(note):
+                notes.append(note)
+            else:
+                os.unlink(path)
+    return sorted(notes, key=lambda note: note["started"])
+
+
+def _read_note(path):
+    import ast
+    with open(path, "rb") as file:
+        return ast.literal_eval(file.read().decode("ascii"))
+
+
+def _is_alive(note):
+    if process_mark(note["pid"]) != note["process"]:
+        return False
+    try:
+        if os.name == "posix":
+            os.kill(note["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:       # it has become another user's
+        pass
+    return _is_listening(note["address"])
+
+
+def _is_listening(address):
+    """Find out without a connection, which the server would take for a visitor."""
+    if isinstance(address, str):
+        return os.path.exists(address)
+    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
+        if os.name == "posix":    # else an address that was in use a minute ago counts as well
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as exc:
+            return exc.errno == errno.EADDRINUSE
+    return False
+
+
+@contextmanager
+def _terminal_modes():
+    """Within this the terminal keeps what was typed at Ctrl+C; afterwards it is as it was before.
+
+    Else it would drop a key between readline's looking and reading, which then waits for another,
+    deaf to signals. `_drop_typed` does it where readline does not read.
+    """
+    if os.name != "posix" or not os.isatty(0):
+        yield
+        return
+    import termios
+    before, modes = termios.tcgetattr(0), termios.tcgetattr(0)
+    modes[3] |= termios.NOFLSH
+    termios.tcsetattr(0, termios.TCSANOW, modes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def _drop_typed():
+    if os.name == "posix" and os.isatty(0):
+        import termios
+        termios.tcflush(0, termios.TCIFLUSH)
+
+
+@contextmanager
+def _line_editor(client):
+    """Set up readline for a session, and put it back; plain input() where there is none."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    completer, delimiters = readline.get_completer(), readline.get_completer_delims()
+    with _History(readline) as client.history:
+        readline.set_completer(_RemoteCompleter(client, readline).complete)
+        readline.set_completer_delims("")     # the word is the whole line: any replacement fits
+        if _is_libedit(readline):
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("set enable-bracketed-paste on")
+            version = getattr(readline, "_READLINE_VERSION", 0)
+            client.gets_whole_pastes = version >= 0x0700
+            is_pyrepl = sys.implementation.name == "pypy"
+            client.ends_line_at_eof = (os.environ.get("TERM") != "dumb"
+                                       and (version >= 0x0801 or is_pyrepl))
+            readline.parse_and_bind("set show-all-if-ambiguous on")
+        try:
+            yield
+        finally:
+            readline.set_completer(completer)
+            readline.set_completer_delims(delimiters)
+
+
+class _RemoteCompleter:
+    """Readline's completer: one request for the whole list, at state 0."""
+
+    SHOWN = 200                   # of the words that could stand at the cursor
+
+    def __init__(self, client, readline):
+        self._client = client
+        self._start = 0           # where in the line the replaced word begins
+        self._matches = []
+        if hasattr(readline, "set_completion_display_matches_hook"):
+            readline.set_completion_display_matches_hook(self._display)
+
+    def complete(self, text, state):
+        if state == 0:
+            self._matches = self._fetch(text)
+        return self._matches[state] if state < len(self._matches) else None
+
+    def _fetch(self, line):
+        if not line.strip():
+            return [line + "    "]
+        reply = self._client.request_aside("Complete", line=line, cursor=len(line))
+        self._start = reply.get("start", 0)
+        if reply.get("hint"):
+            self._client.show_above(reply["hint"] + "\n")
+        return [line[:self._start] + match for match in reply.get("matches", ())]
+
+    def _display(self, substitution, matches, longest):
+        """List what could stand at the cursor: the words, not the whole lines."""
+        import shutil
+        words = [match[self._start:] for match in matches[:self.SHOWN]]
+        width = max(map(len, words)) + 2
+        per_line = max(1, shutil.get_terminal_size().columns // width)
+        rows = ["".join(word.ljust(width) for word in words[index:index + per_line]).rstrip()
+                for index in range(0, len(words), per_line)]
+        if len(matches) > self.SHOWN:
+            rows.append("... and %d more" % (len(matches) - self.SHOWN))
+        self._client.show_above("\n".join(rows) + "\n")
+
+
+class _History:
+    """The lines typed at prompts, kept across sessions in one private file: JSON, an entry a line.
+
+    HOTREPL_HISTORY names another file; empty: none. Answers to input() are not kept.
+    """
+
+    LIMIT = 2000                  # entries that are read back
+
+    def __init__(self, readline):
+        self._readline = readline
+        self._path = os.environ.get("HOTREPL_HISTORY", os.path.expanduser("~/.hotrepl_history"))
+        self._last = None         # the entry of this session that was added last
+        self._error = None        # why one could not be saved
+
+    def __enter__(self):
+        if hasattr(self._readline, "set_auto_history"):
+            self._readline.set_auto_history(False)
+        with suppress(Exception):     # PyPy's readline raises its own on a terminal it can't use
+            for entry in self._read():
+                self._offer(entry)
+        return self
+
+    def __exit__(self, *exc_info):
+        if self._error is not None:
+            print("hotrepl: history not saved: %s" % self._error, file=sys.stderr)
+
+    def add(self, entry):
+        """Remember what was typed at a prompt, unless it is blank or was the last one too."""
+        if entry.strip() and self._last != entry:
+            self._last = entry
+            self._save(entry)
+            if hasattr(self._readline, "set_auto_history"):
+                self._offer(entry)
+
+    def _offer(self, entry):
+        with suppress(UnicodeError):  # LC_ALL=C: Python reads UTF-8, readline can't keep it
+            self._readline.add_history(entry)
+
+    def _save(self, entry):
+        """Append it at once: a terminal that is closed ends the client without a word."""
+        import json
+        if not self._path:
+            return
+        try:
+            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a",
+                      encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as exc:
+            self._error = exc
+
+    def _read(self):
+        import json
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                return [json.loads(line) for line in collections.deque(file, self.LIMIT)]
+        except (OSError, ValueError):
+            return []
+
+
+def _rest_of_paste():
+    """Return (the lines that wait behind the one just read, the beginning of a further one).
+
+    For terminals without bracketed paste. The lines are echoed here.
+    """
+    if os.name != "posix" or not sys.stdin.isatty():
+        return "", ""
+    import termios
+    before = termios.tcgetattr(0)
+    pieces = []
+    try:
+        quiet = termios.tcgetattr(0)
+        quiet[3] &= ~(termios.ICANON | termios.ECHO)
+        termios.tcsetattr(0, termios.TCSANOW, quiet)
+        while select.select([0], [], [], PASTE_PAUSE_S)[0]:
+            pieces.append(os.read(0, RECEIVE_BYTES))
+    finally:
+        termios.tcsetattr(0, termios.TCSANOW, before)
+    if any(b"\3" in piece for piece in pieces):
+        os.kill(os.getpid(), signal.SIGINT)   # PyPy's line editor has Ctrl+C come as a byte
+        return "", ""
+    text = b"".join(pieces).decode("utf-8", "replace").replace("\r", "\n")
+    lines, newline, begun = text.rpartition("\n")
+    sys.stdout.write(lines + newline)
+    return newline + lines, begun
+
+
+def _input(prompt, begun):
+    """As input(prompt), where `begun` of the line was typed before."""
+    readline = sys.modules.get("readline")
+    if not begun or readline is None or _is_libedit(readline):    # that forgets what is inserted
+        return begun + input(prompt + begun)
+    readline.set_startup_hook(lambda: readline.insert_text(begun))
+    try:
+        return input(prompt)
+    finally:
+        readline.set_startup_hook(None)
+
+
+def _is_libedit(readline):
+    return "libedit" in (readline.__doc__ or "")
+
+
+def _call_readline(*calls):
+    """Call functions of the C library behind readline, names or (name, argument); False: can't."""
+    try:
+        import ctypes
+        library = ctypes.CDLL(sys.modules["readline"].__file__)
+        for call in calls:
+            name, *arguments = (call,) if isinstance(call, str) else call
+            getattr(library, name)(*arguments)
+        return True
+    except (AttributeError, KeyError, OSError, TypeError):
+        return False              # PyPy's readline, and some builds
+
+
+def _hide_escapes(prompt):
+    """Tell readline which parts of a prompt have no width (its manual, \\001 and \\002)."""
+    return re.sub(r"(\x1b\[[0-9;?]*[A-Za-z])", "\001\\1\002", prompt)
+
+
+# === 15. Command line ========================================================
+# argv -> exit code. `serve` and `connect` speak to people on stderr, as "hotrepl: ...".
+
+def main(argv=None):
+    """Run the command line `argv`; return the exit code: 0, 1 for bind and connect, 2 for usage."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if any(re.match("-.", word) for word in rest) or rest and not hasattr(options, "words"):
+        parser.error("unrecognized arguments: " + " ".join(rest))
+    elif rest:                    # argparse does not take words on both sides of an option
+        options.words += rest
+    try:
+        return options.run(options)
+    except OSError as exc:
+        _say(exc.strerror or str(exc))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as exc:
+        _say(str(exc))
+        return 2
+
+
+def _parser():
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog="hotrepl.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Talk to a running Python process, and change it.", epilog=_EXAMPLES)
+    parser.add_argument("--version", action="version", version="hotrepl " + __version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.required = True      # 3.6 has no such argument
+    serve = commands.add_parser(
+        "serve", help="run a script, a module or nothing with a server in it",
+        usage="%(prog)s [options] [SCRIPT ARG ... | -m MODULE ARG ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=_SERVE_HELP)
+    serve.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARG",
+                       help="run a module or package, as python -m does")
+    serve.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARG",
+                       help="run a script, as python does; what follows it are its own arguments")
+    serve.add_argument("--keep", action="store_true",
+                       help="stay when the program has ended, for whoever connects")
+    serve.add_argument("--bind", default=DEFAULT_BIND, metavar="ADDRESS",
+                       help="the address to listen on (default: %(default)s)")
+    serve.add_argument("--unix", metavar="PATH",
+                       help="listen on the unix sockets PATH and PATH.control instead")
+    serve.add_argument("--token", action="store_true",
+                       help="let in who has a token that is made now, where uids can't be known")
+    serve.add_argument("--insecure", action="store_true", help="let in everybody")
+    serve.set_defaults(run=_serve)
+    client = commands.add_parser(
+        "connect", help="open a session with a running server",
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=_CONNECT_HELP)
+    client.add_argument("host", nargs="?", metavar="HOST", help=_HOST_HELP)
+    client.set_defaults(run=_connect)
+    execute = commands.add_parser(
+        "exec", help="run code in a running server",
+        usage="%(prog)s [options] [HOST] (-c CODE | FILE | -)",
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=_EXEC_HELP)
+    execute.add_argument("words", nargs="*", metavar="HOST, FILE", help=_HOST_HELP + "; without "
+                         "-c the last word is the FILE with the code, - for what comes in on stdin")
+    execute.add_argument("-c", dest="code", metavar="CODE", help="the code itself")
+    execute.add_argument("--json", action="store_true", help="print JSON objects, one a line")
+    execute.add_argument("--timeout", type=_seconds, metavar="SECONDS",
+                         help="interrupt the code after this time, and exit with 124")
+    execute.set_defaults(run=_exec)
+    execute.add_argument("--all", action="store_true", help="run it in every server of the list")
+    execute.add_argument("--match", metavar="TEXT",
+                         help="run it in every server whose command in the list contains TEXT")
+    for command in client, execute:
+        command.add_argument("--token-file", metavar="FILE", help="holds the server's token")
+        command.add_argument("--tls", action="store_true", help="encrypt; verify the server's name")
+        command.add_argument("--cafile", metavar="FILE",
+                             help="--tls, and who may sign for the server")
+        command.add_argument("--cert", metavar="FILE", help="--tls, and our certificate and key")
+    servers = commands.add_parser(
+        "list", help="show the running servers of this user",
+        description="Show the running servers "
+        "of this user on this machine, a line each. 'connect PID' and 'exec PID' take one of them, "
+        "'exec --all' takes all.")
+    servers.set_defaults(run=_list)
+    for command, purpose in ((serve, "listen on; 0: a free one (default: %d, or a free one)"),
+                             (client, "connect to (default: what is noted, else %d)"),
+                             (execute, "connect to (default: what is noted, else %d)")):
+        command.add_argument("--port", type=int, metavar="N",
+                             help="the REPL port to " + purpose % DEFAULT_PORT)
+        command.add_argument("--control-port", type=int, metavar="N",
+                             help="the control port to " + purpose % DEFAULT_CONTROL_PORT)
+    return parser
+
+
+_EXAMPLES = """\
+  hotrepl.py serve --keep train.py       run a script with a server in it
+  hotrepl.py connect                     a prompt in the running process
+  hotrepl.py exec -c 'len(cache)'        run code there, for a program or a build script
+  hotrepl.py exec --all fix.py           in every process of the list
+
+A program has a server too after `import hotrepl; hotrepl.start(globals())`.
+Each COMMAND has its own --help."""
+
+_SERVE_HELP = """\
+Run a program, unmodified, with a server over its globals, and exit as it does. Without a
+program: serve an empty namespace until Ctrl+C. Options come before the program.
+
+  serve train.py --lr 3          as `python train.py --lr 3`
+  serve -m package.module ARG    as `python -m package.module ARG`
+  serve --keep train.py          and stay when it has ended or died: `import pdb; pdb.pm()` at
+                                 the prompt stands where it failed. Ctrl+C or SIGTERM then ends
+                                 it with the exit status that it would have had."""
+
+
+def _serve(options):
+    words = (options.module or []) + options.script
+    if options.module == [] and not words:
+        return _misuse("serve -m needs the name of a module")
+    main_module = types.ModuleType("__main__")    # pickle and friends look names up in __main__
+    vars(main_module)["__builtins__"] = builtins
+    done = threading.Event()
+    if not words:
+        _end_on_signals(done)
+        return _stay(_start_server(options, main_module, done), done)
+    load = (_prepare_script if options.module is None else _prepare_module)(words, main_module)
+    server = _start_server(options, main_module, done)
+    status = _run_program(load, vars(main_module), server)
+    if not options.keep:
+        if sys.version_info >= (3, 12):
+            # At its end Python waits for the program's threads, and lets no new one start: nobody
+            # could visit them. So wait here, by the same function.
+            threading._shutdown()             # type: ignore[attr-defined]
+        return status             # the server is stopped by atexit
+    _end_on_signals(done)
+    _say("%s has ended with exit status %d and is kept; Ctrl+C ends it" % (words[0], status))
+    return _stay(server, done, status)
+
+
+def _start_server(options, main_module, done):
+    sys.modules["__main__"] = main_module
+    server = start(vars(main_module), options.bind, options.port, options.control_port,
+                   unix=options.unix, token=options.token, insecure=options.insecure)
+    server.on_stop = done.set
+    if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
+        _say("port %d is in use, took a free one" % DEFAULT_PORT)
+    _say("listening on %s (REPL) and %s (control)"
+         % (_join_address(server.address), _join_address(server.control_address)))
+    _say("connect with: %s" % _connect_command(server))
+    if server.door.token is not None:
+        _say("the token is in %s" % token_path(server.address))
+    return server
+
+
+def _stay(server, done, status=0):
+    done.wait()
+    server.stop()
+    return status
+
+
+def _end_on_signals(done):
+    signal.signal(signal.SIGTERM, lambda *_: done.set())
+    signal.signal(signal.SIGINT, lambda *_: done.set())
+
+
+def _prepare_script(words, main_module):
+    """Make the process look as `python WORDS` makes it; return what loads the script's code."""
+    import importlib.machinery
+    source = _read_file(words[0])
+    _set_first_path(os.path.dirname(os.path.realpath(words[0])))
+    sys.argv = words
+    path = os.path.abspath(words[0])      # as 3.9 and later have it: right also after a chdir
+    vars(main_module).update(__file__=path, __cached__=None,
+                             __loader__=importlib.machinery.SourceFileLoader("__main__", path))
+    return lambda: compile(source, path, "exec", 0, True)
+
+
+def _prepare_module(words, main_module):
+    """Make the process look as `python -m WORDS` makes it; return what finds the module's code."""
+    import runpy
+    _set_first_path(os.getcwd())
+    sys.argv = words
+
+    def load():                   # imports the module's package: that is the program's code too
+        _, spec, code_object = runpy._get_module_details(     # type: ignore[attr-defined]
+            words[0], lambda reason: SystemExit("hotrepl: %s" % reason))
+        sys.argv[0] = spec.origin
+        vars(main_module).update(__spec__=spec, __file__=spec.origin, __cached__=spec.cached,
+                                 __loader__=spec.loader, __package__=spec.parent)
+        return code_object
+    return load
+
+
+def _set_first_path(folder):
+    """Put `folder` where Python put ours; with -I and -P (3.11) it puts none."""
+    if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+        sys.path[0] = folder
+
+
+def _run_program(load, namespace, server):
+    """Run the code that `load` returns, in the main thread; return the exit status."""
+    try:
+        exec(load(), namespace)
+        status = 0
+    except SystemExit as exc:
+        status = _exit_status(exc.code)
+    except BaseException as exc:
+        _show_death(exc)
+        server.keep_error(exc)
+        status = 130 if isinstance(exc, KeyboardInterrupt) else 1
+    with suppress(AttributeError, OSError, ValueError):   # no stdout, or one that was closed
+        sys.stdout.flush()
+    return status
+
+
+def _exit_status(code_or_text):
+    """Return the status that sys.exit(`code_or_text`) stands for, having printed a text."""
+    if code_or_text is None or isinstance(code_or_text, int):
+        return int(code_or_text or 0)
+    print(code_or_text, file=sys.stderr)
+    return 1
+
+
+def _show_death(exc):
+    """Do what Python does for an uncaught exception; no frame of this file is shown or kept."""
+    frames = exc.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == _serve.__code__.co_filename:
+        frames = frames.tb_next
+    exc.__traceback__ = frames
+    sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, frames
+    if sys.version_info >= (3, 12):
+        sys.last_exc = exc  # novm
+    sys.excepthook(type(exc), exc, frames)
+
+
+def _connect_command(server):
+    words = ["python", os.path.basename(__file__), "connect", _join_address(server.address)]
+    if isinstance(server.address, str):
+        words[-1] = "unix:" + server.address
+    elif server.control_address[1] != DEFAULT_CONTROL_PORT:
+        words += ["--control-port", str(server.control_address[1])]
+    return " ".join(words)
+
+
+_HOST_HELP = ("HOST, HOST:PORT, unix:PATH, USER@HOST or ssh://USER@HOST:PORT by ssh, or "
+              "the PID of a server of the list (default: the only one in the list; where that is "
+              "empty, localhost)")
+
+_CONNECT_HELP = """\
+Open a session: an interactive Python in the process of a server. exit() or Ctrl+D leaves it,
+Ctrl+C interrupts what it runs, Ctrl+Z puts that into the background. Where stdin is no terminal,
+its text is run as one piece of code, as by exec.
+
+  connect                        the only server there is, else their list
+  connect 4711                   the server of that process
+  connect me@far.example.org     a server on a machine that is reached with ssh
+
+Environment: HOTREPL_TOKEN is the server's token, HOTREPL_HISTORY the file for what was typed
+(empty: none), NO_COLOR asks for no colours."""
+
+_EXEC_HELP = """\
+Run code in the process of a server, in a session of its own, and exit as a script would.
+
+  exec -c 'len(cache)'           the last expression's value is shown, as at the prompt
+  exec 10.0.0.5 patch.py         FILE is read here and runs there
+  ... | exec 4711 -              in the server of that process
+  exec --all fix.py              in every server of the list, one after the other
+
+The code's stdout goes to stdout and its stderr to stderr, byte for byte; input() is at its end.
+With --all and --match each line begins with the server's PID, and the exit status is 1 if any
+was not 0.
+
+Exit status: 0; 1 after an exception, whose traceback goes to stderr, or if the server is gone;
+the status of a SystemExit; 130 after Ctrl+C, which interrupts the code; 124 after --timeout.
+
+With --json stdout has one object a line, in this order:
+  {"stream": "stdout" or "stderr", "text": ...}   as often as something is printed
+  {"stream": ..., "base64": ...}                  the same for bytes that are no UTF-8
+  {"value": ...}                                  repr() of the last expression, if not None
+  {"exception": {"type": ..., "message": ..., "traceback": ...}}
+  {"exit": N}                                     always the last
+With --all and --match each has a "pid" too, but for one more {"exit": N} at the end."""
+
+
+def _connect(options):
+    place = _find_server(options, options.host)
+    if sys.stdin is None or sys.stdin.isatty():
+        return connect(*place, *_credentials(options))
+    options.timeout = None
+    return _exec_at(options, sys.stdin.buffer.read(), PlainOutput(), place)
+
+
+def _credentials(options):
+    """Return (ssl_context, token), as `connect` and `execute` take them."""
+    token = _read_file(options.token_file).decode().strip() if options.token_file else None
+    return _tls_context(options), token
+
+
+def _tls_context(options):
+    if not (options.tls or options.cafile or options.cert):
+        return None
+    import ssl
+    context = ssl.create_default_context(cafile=options.cafile)
+    if options.cert:
+        context.load_cert_chain(options.cert)
+    return context
+
+
+def _exec(options):
+    words = list(options.words)
+    path = words.pop() if words and options.code is None else None
+    is_for_all = options.all or options.match is not None
+    if options.code is None and path is None:
+        return _misuse("exec needs -c CODE, a FILE or -")
+    if len(words) > (0 if is_for_all else 1):
+        return _misuse("exec takes one FILE or -c CODE, and one HOST without --all and --match; "
+                       "found also %r" % words[-1])
+    source = _read_source(path) if options.code is None else options.code.encode()
+    if is_for_all:
+        return _exec_in_all(options, source)
+    output = JsonOutput() if options.json else PlainOutput()
+    return _exec_at(options, source, output, _find_server(options, words[0] if words else None))
+
+
+def _exec_at(options, source, output, place, label=""):
+    try:
+        return execute(source, output, *place, *_credentials(options), options.timeout)
+    except socket.timeout:
+        _say(label + "no answer in time")
+        code = 124
+    except OSError as exc:
+        _say(label + (exc.strerror or str(exc)))
+        code = 1
+    output.finish({}, code)
+    return code
+
+
+def _exec_in_all(options, source):
+    codes = []
+    for note in noted_servers():
+        if (options.match or "") in _command(note) and 130 not in codes:
+            label = "%d: " % note["pid"]
+            output = JsonOutput(pid=note["pid"]) if options.json else PlainOutput(label)
+            codes.append(_exec_at(options, source, output, _place_of_note(note), label))
+    if not codes:
+        _say("there is no such server; 'list' shows those there are")
+    code = 130 if 130 in codes else int(any(codes) or not codes)
+    if options.json:
+        JsonOutput().finish({}, code)
+    return code
+
+
+def _list(options):
+    notes = noted_servers()
+    if notes:
+        sys.stdout.buffer.write(_table(notes))
+    else:
+        _say("no server of yours is running here")
+    return 0
+
+
+def _table(notes):
+    """Return the list of servers for people, as bytes."""
+    rows = [("PID", "ADDRESS", "STARTED", "COMMAND")]
+    for note in notes:
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["started"]))
+        rows.append((str(note["pid"]), _join_address(note["address"]), started, _command(note)))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+             for row in rows]
+    return "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+
+
+def _command(note):
+    return " ".join(" ".join(note["argv"]).split())
+
+
+def _find_server(options, word):
+    """Return (host, port, control port) of the server that `word` names; None: the only one."""
+    found = []
+    if word is not None and word.isdigit():
+        found = [note for note in noted_servers() if note["pid"] == int(word)]
+        if not found:
+            raise OSError(errno.ESRCH, "process %s has no server; 'list' shows those there are"
+                          % word)
+    elif word is None and options.port is None:
+        found = noted_servers()
+    if len(found) > 1:
+        _say("which one? name it by its PID, or as HOST:PORT")
+        sys.stderr.write(_table(found).decode())
+        raise SystemExit(2)
+    if found:
+        return _place_of_note(found[0])
+    host, port = _split_address(word or "localhost", options.port or DEFAULT_PORT)
+    return host, port, options.control_port or _control_port(host, port)
+
+
+def _place_of_note(note):
+    """Return (host, port, control port) of a server that is noted."""
+    if isinstance(note["address"], str):
+        return "unix:" + note["address"], None, None
+    host, port = note["address"]
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, note["control_address"][1]
+
+
+def _control_port(host, port):
+    """Return the control port of the server at this address: that of a note, or the default."""
+    for note in noted_servers():
+        if note["address"][1] == port and host in ("localhost", _place_of_note(note)[0]):
+            return note["control_address"][1]
+    return DEFAULT_CONTROL_PORT
+
+
+def _read_source(path):
+    """Return the code in the file `path`, - for stdin, as UTF-8, whatever it declares to be in."""
+    import importlib.util
+    data = sys.stdin.buffer.read() if path == "-" else _read_file(path)
+    try:
+        return importlib.util.decode_source(data).encode("utf-8")
+    except (SyntaxError, UnicodeError) as exc:
+        _say("can't read %r: %s" % (path, exc))
+        raise SystemExit(1) from exc
+
+
+def _seconds(text):
+    seconds = float(text)
+    if not 0 < seconds <= threading.TIMEOUT_MAX:
+        raise ValueError("not a time to wait")
+    return seconds
+
+
+def _split_address(text, default_port):
+    """Return (host, port) of HOST, HOST:PORT, [HOST]:PORT or a bare IPv6 address."""
+    match = re.match(r"(?:\[(.*)\]|([^:@]*))(?::(\d+))?$", text)
+    if not match and re.match(r"(?!unix:)[^:@/]+:[^:@/]*$", text):
+        raise SystemExit(_misuse("%r has no number as its port, expected HOST:PORT" % text))
+    if not match:
+        return text, default_port
+    return match.group(1) or match.group(2) or "localhost", int(match.group(3) or default_port)
+
+
+def _read_file(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as exc:
+        _say("can't read %r: %s" % (path, exc.strerror))
+        raise SystemExit(2) from exc
+
+
+def _misuse(text):
+    _say(text + "; see --help")
+    return 2
+
+
+def _say(text):
+    print("hotrepl: " + text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+# MIT License
+#
+# Copyright (c) 2026 the hotrepl authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy
+# of this software and associated documentation files (the "Software"), to deal
+# in the Software without restriction, including without limitation the rights
+# to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+# copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all
+# copies or substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+# IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+# FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+# AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+# LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+# SOFTWARE.
