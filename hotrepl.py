@@ -7794,6 +7794,7 @@ class Client:
         self._secret = os.urandom(16).hex()       # shows that both connections are ours
         self.history = None       # a _History where there is readline
         self.gets_whole_pastes = False    # input() returns a paste of several lines as one string
+        self.marks_pastes = False         # the terminal can be told to mark where one begins, ends
         self._begun = ""          # the beginning of the next line, where it came with a paste
         self.ends_line_at_eof = False     # input() goes to a new line on Ctrl+D
         self._prompts = ()        # the server's own prompts: what is typed there is history
@@ -7911,6 +7912,8 @@ class Client:
         import getpass
         self._edited_prompt = prompt
         begun, self._begun = self._begun, ""
+        if self._is_secret:
+            self.mark_pastes(False)
         try:
             text = (self._edit(getpass.getpass, prompt) if self._is_secret
                     else self._edit(_input, _hide_escapes(prompt), begun))
@@ -7922,6 +7925,7 @@ class Client:
             raise
         finally:
             is_secret, self._is_secret = self._is_secret, False
+            self.mark_pastes(True)        # also what is pasted before the next prompt is one unit
         if self._turn.is_interrupted:
             self._write(b"\n" * is_secret)
             return b""
@@ -7936,6 +7940,11 @@ class Client:
         if b"\n" in data:
             return BEGIN + BLOCK_KIND + data + END
         return data + b"\n"
+
+    def mark_pastes(self, is_on):
+        """Tell the terminal, where that can be done, whether to mark what is pasted."""
+        if self.marks_pastes:
+            self._write(b"\033[?2004h" if is_on else b"\033[?2004l")
 
     def _edit(self, read, *args):
         """Return what the user types; Ctrl+C and the server's end are raised in here only."""
@@ -8074,7 +8083,7 @@ class Client:
         readline has a handler run when a signal ends its wait for a key, not where one came just
         before, and what its callbacks raise is lost: so it is made to look again.
         """
-        with suppress(OSError):
+        with suppress(OSError, ValueError):       # the client has ended and closed its sockets
             while True:
                 if not select.select([self._kicked], [], [], self._patience_s())[0]:
                     self._on_quiet()
@@ -8182,7 +8191,7 @@ class Client:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, before)
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
-        self._write(b"\033[?2004h" if self.gets_whole_pastes else b"")    # shells end pastes too
+        self.mark_pastes(True)            # shells end that
         self.show_above("", begin="")
 
     def _on_resize(self, signum, frame):
@@ -8692,12 +8701,16 @@ def _line_editor(client):
             version = getattr(readline, "_READLINE_VERSION", 0)
             client.gets_whole_pastes = version >= 0x0700
             is_pyrepl = sys.implementation.name == "pypy"
-            client.ends_line_at_eof = (os.environ.get("TERM") != "dumb"
-                                       and (version >= 0x0801 or is_pyrepl))
+            is_dumb = os.environ.get("TERM") == "dumb"
+            client.marks_pastes = (client.gets_whole_pastes and not is_dumb
+                                   and sys.stdout.isatty())
+            client.ends_line_at_eof = not is_dumb and (version >= 0x0801 or is_pyrepl)
             readline.parse_and_bind("set show-all-if-ambiguous on")
         try:
             yield
         finally:
+            with suppress(Left):
+                client.mark_pastes(False)
             readline.set_completer(completer)
             readline.set_completer_delims(delimiters)
 

@@ -4217,6 +4217,42 @@ class Pasting(Case):
         self.paste(terminal, "n += 1\n" * 10000 + "n + 0")
         terminal.until("\n10000\n")
 
+    def test_one_that_comes_while_the_remote_works_is_one_unit_too(self):
+        served = self.serve({"begun": threading.Event(), "go": threading.Event()})
+        terminal = self.keep(Screen(connect_command(served.server), TERM="xterm"))
+        terminal.until(">>> ")
+        terminal.type("begun.set(); x = go.wait()\n")
+        self.assertTrue(served.namespace["begun"].wait(DEADLINE_S))
+        if HAS_READLINE:
+            eventually(lambda: (terminal.pump(0.05), terminal.received.endswith(b"\x1b[?2004h"))[1])
+        terminal.forget()
+        self.paste(terminal, self.FILE)
+        while terminal.pump(0.2):         # until it has come to the terminal
+            pass
+        served.namespace["go"].set()
+        self.assertNotIn("... ", terminal.until(self.ANSWER.strip("\n").replace("\n", "\r\n")))
+        terminal.until(">>> ")
+        terminal.type("add(20)\n")
+        terminal.until("42\r\n")
+
+    def test_the_terminal_is_not_told_to_mark_them_any_more_afterwards(self):
+        terminal = self.keep(Screen(connect_command(self.serve().server), TERM="xterm"))
+        terminal.until(">>> ")
+        terminal.type("exit()\n")
+        shown = terminal.end()[1]
+        if HAS_READLINE:
+            self.assertIn("\x1b[?2004h", shown)
+        self.assertNotIn("\x1b[?2004h", shown.rpartition("\x1b[?2004l")[2])
+
+    def test_a_secret_comes_without_marks(self):
+        terminal = self.keep(Screen(connect_command(self.serve().server), TERM="xterm"))
+        terminal.until(">>> ")
+        terminal.type("import getpass; getpass.getpass('secret' + '? ')\n")
+        shown = terminal.until("secret? ")
+        if HAS_READLINE:
+            self.assertIn("\x1b[?2004l", shown)
+        self.assertNotIn("\x1b[?2004h", shown.rpartition("\x1b[?2004l")[2])
+
     def test_it_is_one_unit_to_macro_consoles_too(self):
         for name in RealConsoles.MCPYRATE + RealConsoles.IMACROPY:
             with self.subTest(name):
@@ -4549,6 +4585,15 @@ class Leaving(Case):
         self.spawn(answer)
         server = argparse.Namespace(address=repl.getsockname(), control_address=control.getsockname())
         return self.keep(Terminal(connect_command(server))), repl
+
+    def test_what_waits_for_keys_ends_in_silence_when_the_client_does(self):
+        sock, control, *peers = (each for _ in range(2) for each in socket.socketpair())
+        for each in (sock, control, *peers):
+            self.keep(each)
+        client = hotrepl.Client(sock, control)
+        client._kick.close()
+        client._kicked.close()
+        client._send_interrupts()
 
     def test_ctrl_d_typed_while_the_remote_works_does_no_harm(self):
         served = self.serve({"begun": threading.Event(), "go": threading.Event()})
