@@ -2550,6 +2550,7 @@ class JobList(list):
 
 JOBS = JobTable()
 TICK_S = 0.02                     # how often who waits for an errand looks around
+REFUSALS = 10                     # looks in a row at a main thread that lets no signal in
 
 
 class Errand:
@@ -2559,6 +2560,7 @@ class Errand:
         self.evaluator = current_evaluator()      # for whom it is
         self.is_abandoned = False  # nobody waits any more; written by who waited
         self.task = None          # where it is a coroutine's: what to cancel; written by its loop
+        self.refusals = 0         # looks in a row that found the main thread deaf to signals
         self._call = function, args
         self._value = self._exception = None      # the outcome; written by who runs it
         self._printed = Backlog()
@@ -2745,7 +2747,7 @@ class MainThread:
         try:
             self._waiting.append(errand)
             self._send_signal(errand)
-            return errand.wait(self._send_signal)
+            return errand.wait(self._pursue)
         finally:
             self._leave(errand)
 
@@ -2794,6 +2796,27 @@ class MainThread:
             self._waker = threading.Thread(target=_wake_tk, args=(root,), daemon=True,
                                            name="hotrepl waker of Tk")
             self._waker.start()
+
+    def _pursue(self, errand):
+        """Send the signal again; say it, once, if the main thread does not let it in.
+
+        The C library blocks signals for a moment too, when it starts a process.
+        """
+        self._send_signal(errand)
+        if errand.refusals < REFUSALS:
+            errand.refusals = errand.refusals + 1 if self._is_blocked() else 0
+            if errand.refusals == REFUSALS:
+                print("hotrepl: the main thread blocks SIGURG (pthread_sigmask): it can't be "
+                      "reached while it does; Ctrl+C gives up", file=sys.stderr)
+
+    def _is_blocked(self):
+        """Return whether the main thread blocks the signal, where the system tells: proc(5)."""
+        try:
+            with open("/proc/self/task/%d/status" % os.getpid(), encoding="latin-1") as file:
+                blocked = re.search(r"^SigBlk:\s*(\w+)", file.read(), re.MULTILINE)
+        except OSError:
+            return False
+        return bool(blocked and int(blocked.group(1), 16) & 1 << self.SIGNAL - 1)
 
     def _on_signal(self, signum, frame):
         """Make the calls that wait, one after the other; the next one inside a running call only
