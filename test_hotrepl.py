@@ -12732,6 +12732,50 @@ class Readme(unittest.TestCase):
         self.assertNotRegex(self.text, r"/(root|tmp|work|home)/|pypi\.org|registry")
 
 
+class Surroundings(Case):
+    """What stands around the file."""
+
+    FOLDER = os.path.dirname(SOURCE_PATH)
+
+    def read(self, name):
+        with open(os.path.join(self.FOLDER, name), encoding="utf-8") as file:
+            return file.read()
+
+    def run_here(self, *command):
+        """Return (exit code, the last line of what it prints)."""
+        program = subprocess.run(command, cwd=self.FOLDER, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, universal_newlines=True)
+        return program.returncode, program.stdout.splitlines()[-1]
+
+    def test_the_license_is_at_the_end_of_the_file_too(self):
+        end = self.read("hotrepl.py").rpartition("\n\n# MIT License")[2]
+        self.assertEqual(("MIT License" + re.sub("(?m)^# ?", "", end)).split(), self.read("LICENSE").split())
+
+    def test_setup_cfg_has_the_metadata_and_configures_the_checkers(self):
+        import configparser
+        config = configparser.ConfigParser()
+        config.read_string(self.read("setup.cfg"))
+        self.assertLessEqual({"metadata", "flake8", "mypy", "coverage:run"}, set(config.sections()))
+        self.assertEqual(config["metadata"]["version"], "attr: hotrepl.__version__")
+        self.assertEqual((config["metadata"]["license"], config["options"]["python_requires"]), ("MIT", ">=3.6"))
+
+    def test_the_readme_has_its_sections(self):
+        titles = re.findall(r"(?m)^## (.*)$", readme_prose(self.read("README.md")))
+        wanted = ["Security", "Try it", "Embed", "At the prompt", "The client", "Designing for hot-patching",
+                  "Limits", "Troubleshooting", "The protocol", "Vendoring", "Developing", "Changes", "Credits"]
+        self.assertEqual([title for title in titles if title in wanted], wanted)
+
+    def test_the_last_line_of_the_tests_counts_them(self):
+        for name, code, line in (("Surroundings.test_the_readme_has_its_sections", 0, "1 passed, 0 failed, 0 skipped"),
+                                 ("NoSuchTest", 1, "0 passed, 1 failed, 0 skipped")):
+            self.assertEqual(self.run_here(sys.executable, SOURCE_PATH.replace("hotrepl.py", "test_hotrepl.py"), name),
+                             (code, line))
+
+    def test_the_last_line_of_ci_sums_its_rows_up(self):
+        self.assertEqual(self.run_here(tool("bash"), os.path.join(".ci", "run"), "no-such-row"),
+                         (1, "0 passed, 1 failed, 0 skipped"))
+
+
 # === Benchmark ===============================================================
 # `bench` prints a table of ratios, never an assertion. A row is measured in rounds; each takes the
 # figure and, directly beside it, its limit: the least that any program of this kind could need for
