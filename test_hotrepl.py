@@ -4448,6 +4448,8 @@ class Histories(Case):
         terminal.ask("", "\n42")
 
     def test_it_is_there_when_the_terminal_is_closed(self):
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)     # nohup has it ignored
+        self.addCleanup(signal.signal, signal.SIGHUP, before)
         for signum in (signal.SIGHUP, signal.SIGTERM, signal.SIGKILL):
             terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
             terminal.ask("40 + %d" % signum, "\n%d" % (40 + signum))
