@@ -6368,6 +6368,7 @@ class Session:
         self.outcome = {}         # how the last input ended, for the Outcome command
         self.evaluator = None     # the thread that holds the session
         self._lock = threading.Lock()
+        self.is_copy = False      # this is a child that was forked; nobody is connected
         self._waiting = None      # "prompt" or "input" while it waits for the client; _lock
         self._waker = None        # a socket that ends a wait for "input"; guarded by _lock
         self._inputs = InputDecoder()
@@ -6542,6 +6543,7 @@ class Session:
 
     def forget(self):
         """In a forked child: close our copy of the socket, which leaves the parent's alone."""
+        self.is_copy = True
         self.connection.is_broken = True
         self.connection.lock = threading.RLock()
         self.connection.sock.close()
@@ -6772,6 +6774,8 @@ class Evaluator(Job):
                 kind, value, frames, limit=_depth(frames))).format())
         except BaseException as exc:      # one that can't even be formatted; interrupts are off
             text = "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
+        if self.session.is_copy:
+            _exit_copy(1, text)
         self._recall_error()
         self.session.outcome["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
@@ -6839,10 +6843,12 @@ class Evaluator(Job):
 
     def _leave(self, exc):
         is_status = exc.code is None or isinstance(exc.code, int)
-        if not is_status:
-            self.console.write("%s\n" % (exc.code,))
+        status, text = (int(exc.code or 0), "") if is_status else (1, "%s\n" % (exc.code,))
+        if self.session.is_copy:
+            _exit_copy(status, text)
+        self.console.write(text)
         if not self.session.connection.is_broken:     # else it is close() that raised it
-            self.session.outcome["exit"] = int(exc.code or 0) if is_status else 1
+            self.session.outcome["exit"] = status
 
     def _ask(self):
         if self.is_detached:
@@ -6990,6 +6996,15 @@ def _depth(frames):
     while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
         depth, frames = depth + 1, frames.tb_next
     return depth or None
+
+
+def _exit_copy(status, text):
+    """In a child that was forked at a prompt: say why, and end it as a script ends."""
+    for stream, rest in ((sys.stdout, ""), (sys.stderr, text)):
+        with suppress(Exception):         # None, closed, or a pipe that nobody reads
+            stream.write(rest)
+            stream.flush()
+    os._exit(status & 0xFF)
 
 
 def _without_ours(shown):

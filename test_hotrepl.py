@@ -3436,6 +3436,22 @@ class Fork(Case):
         program.send("\n")
         self.assertEqual(program.end()[0], 0)
 
+    def test_a_child_made_at_the_prompt_ends_as_a_script_does(self):
+        program = self.folder().run(SERVE + "input()", PYTHONWARNINGS="ignore", PYTHONMALLOC="pymalloc")
+        wire = self.wire(addresses(program)[0])
+        wire.ask("import os, sys")
+        for source, status, out, err in (
+                ("print('said'), 1/0", 1, "said\n", "ZeroDivisionError: [a-z ]+\n"),
+                ("print('said'), sys.exit(3)", 3, "said\n", ""),
+                ("print('said'), sys.exit('why')", 1, "said\n", "why\n"),
+                ("print('said', flush=True), os._exit(4)", 4, "said\n", "")):
+            with self.subTest(source):
+                wire.ask("child = os.fork() or (%s)" % source)
+                self.assertEqual(wire.ask("os.wait()[1] >> 8"), "%d\n" % status)
+                self.assertEqual(program.until("\n"), out)
+                self.assertRegex(program.err.rest_now(), "%s\\Z" % err)
+        self.assertEqual(wire.ask("6*7"), "42\n")
+
     def test_os_fork_in_the_program(self):
         self.visit("""
             input()
