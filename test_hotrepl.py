@@ -3700,6 +3700,22 @@ class LineEditing(Case):
         self.terminal.until("some_long_name")
         self.terminal.ask(" + 1", "\n43")
 
+    def test_tab_takes_one_round_trip(self):
+        asked, complete = [], hotrepl.Session.complete
+
+        def counted(session, line, cursor):
+            asked.append(line)
+            return complete(session, line, cursor)
+        self.addCleanup(setattr, hotrepl.Session, "complete", complete)
+        hotrepl.Session.complete = counted
+        self.terminal.ask("names = dict.fromkeys('key%04d' % n for n in range(5000))", "")
+        self.terminal.type("names['key")
+        self.terminal.press("Tab")
+        self.terminal.until("key0199" if HAS_READLINE else "not unique")
+        self.terminal.press("^C")
+        self.terminal.until(">>> ")
+        self.assertEqual(asked, ["names['key"])
+
     def test_tab_completes_an_attribute(self):
         self.terminal.type("x = some_long_name.bit_le")
         self.terminal.press("Tab")
@@ -4825,6 +4841,11 @@ class ForeignClients(Case):
         self.assertEqual(program.finish("exit()\n")[0], 0)       # nc waits for the end of its input too
         self.assertNotIn(b"\xff", program.received)
 
+    def test_nc_has_jobs(self):
+        program = self.keep(Program([tool("nc"), "-N", self.host, self.port]))
+        code, text, err = program.finish("job = bg(pow, 2, 10)\njob.join()\njobs()\nfg(job)\n")
+        self.assertRegex(text, r"<job \d+ pow: done, \d+ s>\n>>> 1024\n")
+
     def test_telnet_is_a_client(self):
         terminal = self.served.keep(Terminal([tool("telnet"), self.host, self.port]))
         terminal.until(">>> ")
@@ -5155,6 +5176,15 @@ class MainThreadCalls(Case):
         self.assertIn("the program has a handler of its own for SIGURG", client.ask("main_thread(int)"))
         self.assertIs(signal.getsignal(signal.SIGURG), mine[1])
 
+    def test_one_that_the_program_takes_after_start_is_left_to_it_and_the_call_says_so(self):
+        before, served = signal.getsignal(signal.SIGURG), self.serve()
+        mine = signal.signal(signal.SIGURG, lambda *_: None), signal.getsignal(signal.SIGURG)
+        client = served.paired()
+        self.assertIn("the program has taken SIGURG since start()", client.ask("main_thread(int)"))
+        served.server.stop()
+        self.assertIs(signal.getsignal(signal.SIGURG), mine[1])
+        signal.signal(signal.SIGURG, before)
+
     def test_a_start_in_another_thread_makes_it_say_why_it_cannot_work(self):
         started = []
         self.spawn(lambda: started.append(hotrepl.start({}, port=0, control_port=0))).join(DEADLINE_S)
@@ -5317,6 +5347,22 @@ class AwaitAtThePrompt(Case):
         client.ask("task = asyncio.create_task(waiting_for_godot())")
         self.assertIn("waiting_for_godot", client.ask("asyncio.all_tasks()"))
         client.ask("task.cancel(); await asyncio.sleep(0)")
+
+    def test_tasks_that_the_program_made_are_seen(self):
+        import asyncio
+        served, begun = self.host(), threading.Event()
+
+        async def wait_for_godot():
+            begun.set()
+            await asyncio.sleep(1000)
+        future = asyncio.run_coroutine_threadsafe(wait_for_godot(), served.namespace["loop"])
+        self.assertTrue(begun.wait(DEADLINE_S))
+        client = served.paired()
+        self.assertIn("wait_for_godot", client.ask("asyncio.all_tasks(loop)"))
+        self.assertIn("wait_for_godot", client.ask("asyncio.all_tasks()"))
+        self.assertRegex(client.ask("stacks()"), r"task .*:\n.*, in wait_for_godot\n")
+        future.cancel()
+        client.ask("await asyncio.sleep(0)")
 
     def test_one_that_goes_to_the_background_is_a_job_with_its_value(self):
         served = self.host()
