@@ -503,7 +503,9 @@ class MarkDecoder:
     """
 
     SIMPLE = {0xF9: "turn", 0xEC: "eof", 0xF4: "interrupt"}
-    NEGOTIATION = range(0xFB, 0xFF)   # WILL, WONT, DO, DONT: one more byte follows
+    NEGOTIATION = range(0xFB, 0xFF)   # WILL, WONT, DO, DONT: one more byte follows, ...
+    # ... an option that telnet clients know, or this is UTF-16 or Latin-1 and no telnet.
+    OPTION = re.compile(rb"\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27])")
     NEGOTIATED = {NO_ECHO: "no echo",
                   b"\xff\xfd\x06": "timing"}   # DO TIMING-MARK (RFC 860): telnet waits
     TEXT = re.compile(rb"(?:[^\xff]+|\xff\xff)+")
@@ -549,11 +551,11 @@ class MarkDecoder:
             events.append((self.SIMPLE[kind], b""))
         elif mark[:2] == BEGIN:
             self._block, self._is_dropping = bytearray(), False
-        elif kind in self.NEGOTIATION:
+        elif self.OPTION.match(mark):
             if mark in self.NEGOTIATED:
                 events.append((self.NEGOTIATED[mark], b""))
             return at + 3
-        elif kind < 0xF0:         # no command of telnet's: a stray byte that is no text
+        elif kind < 0xF0 or kind in self.NEGOTIATION:     # no telnet: a byte that is no text
             events.append(("data", IAC))
             return at + 1
         return at + 2

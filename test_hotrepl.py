@@ -869,7 +869,9 @@ class Marks(Case):
         (b"a\xff\xfb\x01b", [("data", b"a"), ("no echo", b""), ("data", b"b")]),
         (b"a\xff\xfd\x06b", [("data", b"a"), ("timing", b""), ("data", b"b")]),
         (b"a\xff\xf1b", [("data", b"ab")]),
+        (b"a\xff\xfb\x27b", [("data", b"ab")]),
         (b"a\xff\x41b", [("data", b"a\xffAb")]),
+        (b"\xff\xfeb\xff\xfe\n", [("data", b"\xff\xfeb\xff\xfe\n")]),
     ]
 
     def test_marks_are_found_however_the_stream_is_cut(self):
