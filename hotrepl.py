@@ -1799,7 +1799,8 @@ class ConsoleMixin:
         self.inputs = 0           # how many inputs were run: both number their file names
         self.source = ""          # what runs now, for its traceback
         super().__init__(namespace)   # imacropy's runs code already
-        self._is_plain = self._has_plain_compiler() and not self._overrides("push", "runsource")
+        self._is_plain = (self._has_plain_compiler()
+                          and not self._overrides("push", "runsource", "runcode"))
         if hasattr(getattr(self, "compile", None), "compiler"):
             self.compile.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
 
@@ -1832,13 +1833,25 @@ class ConsoleMixin:
         except (SyntaxError, ValueError, OverflowError, RecursionError):
             self.showsyntaxerror(self.filename)
             return
-        if self._overrides("runsource"):  # it expands macros
-            with self.evaluator.showing_last_value(last is not None):
+        if self._overrides("runsource", "runcode"):       # it expands macros, or whatever it does
+            with self._taking_blocks(), self.evaluator.showing_last_value(last is not None):
                 self.runsource(source, self.filename, "single")
             return
         for tree in (body, last):
             if tree is not None and not self._run_tree(tree):
                 return
+
+    @contextmanager
+    def _taking_blocks(self):
+        """Within this InteractiveInterpreter's runsource() takes any number of statements."""
+        before = getattr(self, "compile", None)
+        if self._has_plain_compiler():
+            self.compile = _BlockCompiler(before)
+        try:
+            yield
+        finally:
+            if before is not None:
+                self.compile = before
 
     def runsource(self, source, filename="<input>", symbol="single"):
         """As InteractiveInterpreter's; a comment that ends in a question is none to the console."""
@@ -1916,13 +1929,13 @@ class ConsoleMixin:
 
     def runcode(self, code_object):
         """Run `code_object` with interrupts on; show what it raises, but for SystemExit."""
-        return self._run_all([code_object])
+        return self._run_all([code_object], super().runcode if self._overrides("runcode") else None)
 
-    def _run_all(self, code_objects):
+    def _run_all(self, code_objects, runcode=None):
         try:
             for each in code_objects:
                 self._remember_source(each)
-                self.evaluator.run_code(each, self.locals)
+                self.evaluator.run_code(each, self.locals, runcode)
             return True
         except SystemExit:
             raise
@@ -1938,18 +1951,24 @@ class ConsoleMixin:
     def showtraceback(self):
         """Show the exception that is being handled, without the frames of this file."""
         kind, value, frames = sys.exc_info()
-        while frames is not None and frames.tb_frame.f_code.co_filename == _THIS_FILE:
+        while frames is not None and _is_plumbing(frames.tb_frame.f_code):
             frames = frames.tb_next
         BaseException.with_traceback(value, frames)   # 3.12: pdb.pm() begins there
-        self.evaluator.show_exception(kind, value, frames)
+        own = super().showtraceback if self._overrides("showtraceback") else None
+        self.evaluator.show_exception(kind, value, frames, own)
 
     def showsyntaxerror(self, filename=None, **options):
         """Show the SyntaxError that is being handled, without any frames."""
         kind, value, _ = sys.exc_info()
-        self.evaluator.show_exception(kind, value, None)
+        own = super().showsyntaxerror if self._overrides("showsyntaxerror") else None
+        self.evaluator.show_exception(kind, value, None,
+                                      own and functools.partial(own, filename, **options))
 
     def write(self, data):
-        self.evaluator.streams["stderr"].text.write(data)
+        if self._overrides("write"):
+            super().write(data)
+        else:
+            self.evaluator.streams["stderr"].text.write(data)
 
     def raw_input(self, prompt=""):
         return input(prompt)
@@ -1968,6 +1987,26 @@ class ConsoleMixin:
         except BaseException:
             self.showtraceback()
         return True
+
+
+class _BlockCompiler:
+    """Takes the place of code's compiler, which takes one statement at a time."""
+
+    def __init__(self, plain):
+        self.compiler = plain.compiler
+
+    def __call__(self, source, filename="<input>", symbol="single"):
+        import ast
+        flags = self.compiler.flags & ~_INTERACTIVE_FLAGS
+        tree = compile(source, filename, "exec", flags | ast.PyCF_ONLY_AST, True)
+        return compile(ast.Interactive(tree.body), filename, symbol, flags, True)
+
+
+def _is_plumbing(code_object):
+    """Return whether it is what runs an input, not the input: our code, or code.runcode()."""
+    from code import InteractiveConsole
+    return (code_object.co_filename == _THIS_FILE
+            or code_object is InteractiveConsole.runcode.__code__)
 
 
 _serials = itertools.count(1)
@@ -6711,8 +6750,11 @@ class Evaluator(Job):
         """Return the prompt that is due: primary, or continuation."""
         return prompt_text("ps2", "... ") if self.console.buffer else prompt_text("ps1", ">>> ")
 
-    def evaluate(self, code_object, namespace, use):
-        """Run `code_object` and call `use` with its value; interrupts are on, and only here."""
+    def evaluate(self, code_object, namespace, use, runcode=None):
+        """Run `code_object` and call `use` with its value; interrupts are on, and only here.
+
+        `runcode` does it instead, unless it awaits.
+        """
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
         self._recall_error()
@@ -6721,14 +6763,16 @@ class Evaluator(Job):
             if _is_for_loop(code_object, self.session.server):
                 self.interrupts.run(use, self.interrupts.run(
                     self.session.run_awaitable, _evaluate_awaiting, code_object, namespace))
+            elif runcode is not None:
+                self.interrupts.run(runcode, code_object)
             else:
                 self.interrupts.run(_evaluate, code_object, namespace, use)
         finally:
             self._take_back(namespace, lent)
 
-    def run_code(self, code_object, namespace):
-        """Run `code_object`; display its value if it is an expression's."""
-        self.evaluate(code_object, namespace, _display)
+    def run_code(self, code_object, namespace, runcode=None):
+        """Run `code_object`, or have `runcode` do it; display the value of an expression."""
+        self.evaluate(code_object, namespace, _display, runcode)
 
     def answer(self, code_object, namespace, wants_source):
         """Show the docstring or the source of what `code_object` evaluates to."""
@@ -6761,8 +6805,11 @@ class Evaluator(Job):
         if is_wanted and shown:
             self.display(shown[0])
 
-    def show_exception(self, kind, value, frames):
-        """Send the traceback of an exception to the client, and keep it for pdb.pm()."""
+    def show_exception(self, kind, value, frames, show=None):
+        """Send the traceback of an exception to the client, and keep it for pdb.pm().
+
+        `show` sends it instead, if that works.
+        """
         import traceback
         if issubclass(kind, KeyboardInterrupt):
             exec("")              # else, after one in an exec(), CPython ends the program by SIGINT
@@ -6782,6 +6829,9 @@ class Evaluator(Job):
         self.session.outcome["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
+        with suppress(BaseException):
+            if show is not None:
+                return show()
         stderr = self.streams["stderr"]
         stderr.write_as("traceback", stderr.text.write,
                         _paint(text) if self.session.has_colours else text)

@@ -1788,8 +1788,63 @@ class Consoles(Case):
             def runsource(self, source, filename="<input>", symbol="single"):
                 return super().runsource(source.lower(), filename, symbol)
 
-        wire = self.serve(console=Loud).wire()
-        self.assertEqual(wire.ask("PRINT(6*7)"), "42\n")
+        served = self.serve(console=Loud)
+        self.assertEqual(served.wire().ask("PRINT(6*7)"), "42\n")
+        self.assertEqual(served.paired().block("X = 6\ndef F():\n\n    RETURN = 7 * x\n    PRINT(return_)\n\n"
+                                               "for x in (1, 2): x\nX".replace("RETURN", "RETURN_")), "2\n")
+        self.assertIn("SyntaxError", served.paired().block("Y = 5\nd ef\n"))
+        self.assertEqual(served.wire().ask("'y' in globals()"), "False\n")
+
+    def test_what_another_class_has_of_its_own_is_used(self):
+        import code
+
+        class Own(code.InteractiveConsole):
+            ran, written = [], []
+
+            def runcode(self, code_object):
+                self.ran.append(code_object.co_filename)
+                return super().runcode(code_object)
+
+            def showtraceback(self):
+                kind, value, _ = sys.exc_info()
+                self.write("it raised %s: %s\n" % (kind.__name__, value))
+                if value.args == ("fail",):
+                    raise ValueError("this too")
+
+            def showsyntaxerror(self, filename=None, **options):
+                self.write("wrong in %s\n" % filename)
+
+            def write(self, data):
+                self.written.append(data)
+                sys.stderr.write(data)
+
+        client = self.serve(console=Own).paired()
+        self.assertEqual(client.ask("6*7"), "42\n")
+        self.assertEqual(client.ask("_ + 1; _ + 2"), "43\n44\n")
+        self.assertEqual(client.ask("1 / 0"), "it raised ZeroDivisionError: division by zero\n")
+        self.assertEqual(client.control.request("Outcome")["outcome"]["exception"]["type"], "ZeroDivisionError")
+        self.assertRegex(client.ask("1 = 2"), r"\Awrong in <hotrepl \d+:4>\n\Z")
+        self.assertEqual(client.block("x = 5\nx + 1\nx + 2"), "7\n")
+        self.assertRegex(client.ask("raise LookupError('fail')"), r"(?s)\Ait raised LookupError: fail\nTraceback"
+                         r" .*\n  File \"<hotrepl \d+:6>\", line 1, in <module>\n[^\n]*\n(\s*[\^~]+\n)?LookupError: fail\n\Z")
+        self.assertEqual(client.ask("x"), "5\n")
+        self.assertEqual([re.sub(r"\d+:", "", name) for name in Own.ran],
+                         ["<hotrepl %d>" % n for n in (1, 2, 3, 5, 6, 7)])
+        self.assertEqual("".join(Own.written[:1]), "it raised ZeroDivisionError: division by zero\n")
+
+    def test_a_run_of_another_class_is_interrupted(self):
+        import code
+
+        class Own(code.InteractiveConsole):
+            def runcode(self, code_object):
+                return super().runcode(code_object)
+
+        served = self.serve({"begun": threading.Event()}, console=Own)
+        client = served.paired()
+        client.send("import itertools; begun.set(); [None for _ in itertools.count()]")
+        self.assertTrue(served.namespace["begun"].wait(DEADLINE_S))
+        client.interrupt()
+        self.assertRegex(client.turn(), r'\ATraceback .*\n  File "<hotrepl \d+:1>", line 1, in <module>\n(.*\n)*KeyboardInterrupt\n')
 
     def test_a_class_that_cannot_be_made_is_reported_to_the_client(self):
         class Broken:
