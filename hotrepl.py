@@ -3618,34 +3618,47 @@ class _Journal:
     """Changes made in place, each with what takes it back."""
 
     def __init__(self):
-        self._undo = []  # callables, oldest first
+        self._undo = []  # (id of what is changed, callable), oldest first
+        self._about = None  # that id
 
     def put(self, slot, value):
         """Write `value` to a slot, a pair of (read, write); undo restores it if still ours."""
         read, write = slot
         before = read()
         if before is not value:
-            self._undo.append(lambda: _is_same(read(), value) and write(before))
+            self.on_undo(lambda: _is_same(read(), value) and write(before))
             write(value)
 
     def keep(self, slot):
         """Have undo put back what is in a slot now, whoever writes to it."""
         read, write = slot
         before = read()
-        self._undo.append(lambda: read() is before or write(before))
+        self.on_undo(lambda: read() is before or write(before))
 
     def on_undo(self, function, *args):
-        self._undo.append(functools.partial(function, *args))
+        self._undo.append((self._about, functools.partial(function, *args)))
 
-    def undo(self):
-        """Take everything back, the newest first; return the errors, of which none stops it."""
-        errors = []
+    def undo(self, covered=()):
+        """Take everything back, the newest first; return the errors, of which none stops it.
+
+        What was done to one of `covered`, a set of ids, stays noted for another call.
+        """
+        errors, left = [], []
         while self._undo:
+            about, function = self._undo.pop()
+            if about in covered:
+                left.insert(0, (about, function))
+                continue
             try:
-                self._undo.pop()()
+                function()
             except Exception as exc:
                 errors.append(exc)
+        self._undo = left
         return errors
+
+    @property
+    def is_undone(self):
+        return not self._undo
 
 
 def _is_same(a, b):
@@ -3662,7 +3675,7 @@ class _Transaction(_Journal):
         self.plans = []
         self._known = {}  # id -> function or class that was alive before
         self._folded = {}  # id of a new object -> (new, what stands for it from now on)
-        self._olds = set()  # ids of the old functions and classes that were folded into
+        self.olds = set()  # ids of the old functions and classes that were folded into
         self._moves = []  # (old class, new class, reason): instances and references go over
         self._fills = []  # (class, attribute, factory): what its live instances lack
         self._afterwards = []  # callables for the end of a success
@@ -3729,7 +3742,7 @@ class _Transaction(_Journal):
 
     def patch(self, old, new):
         """Fold `new` into `old`; both go on living."""
-        self._is_patch = True
+        self._is_patch, self._about = True, id(old)
         if isinstance(old, type):
             self.on_undo(_forget_subclasses)
         try:
@@ -3846,12 +3859,19 @@ class _Transaction(_Journal):
             return new
         for fits, update in _FOLD_RULES:
             if fits(old, new):
-                return update(self, old, new)
+                return self._change(old, update, self, old, new)
         return new
+
+    def _change(self, old, function, *args):
+        """Call a function whose changes are to be undone together with others of `old`."""
+        outer, self._about = self._about, id(old)
+        result = function(*args)
+        self._about = outer
+        return result
 
     def stands_for(self, old, new):
         """Note that `old` has taken the place of `new`."""
-        self._olds.add(id(old))
+        self.olds.add(id(old))
         if self._is_patch or not (self._unit and self._unit.is_plain):
             self._folded[id(new)] = (new, old)  # someone may hold the new one
 
@@ -3863,7 +3883,7 @@ class _Transaction(_Journal):
         """Tell whether a function, a class or what wraps it was made by this transaction."""
         if self._is_patch:
             return True
-        if id(value) in self._known or id(value) in self._olds:
+        if id(value) in self._known or id(value) in self.olds:
             return False
         if _is(value, type):
             return value.__flags__ & _HEAP_TYPE != 0
@@ -3885,12 +3905,16 @@ class _Transaction(_Journal):
             for cell, new_cell in zip(old.__closure__ or (), new.__closure__ or ()):
                 value = self.fold(_cell_value(cell), _cell_value(new_cell))
                 self.put(_cell(cell), value)
-                _set_cell(new_cell, value)
+                if self._is_patch:
+                    self.put(_cell(new_cell), value)  # `new` has a life of its own, before and after
+                else:
+                    _set_cell(new_cell, value)
             state = new.__code__, new.__defaults__, new.__kwdefaults__
         else:
             state = _forwarder(old, new)
             # Later, else _redirect makes `old` of this reference.
-            self._afterwards.append(functools.partial(self._put_wrapped, old, new))
+            self._afterwards.append(functools.partial(
+                self._change, old, self._put_wrapped, old, new))
         names = () if self._is_patch else ("__name__", "__qualname__", "__module__")
         for name in names + _FUNCTION_ATTRIBUTES:
             if hasattr(new, name):
@@ -3939,7 +3963,7 @@ class _Transaction(_Journal):
     def _goes_on(self, old, new):
         """Note that a new object takes the name although there was an old one."""
         self._folded[id(new)] = (new, new)
-        self._olds.add(id(old))
+        self.olds.add(id(old))
         return new
 
     def replace(self, old, new, reason=None):
@@ -3975,6 +3999,8 @@ class _Transaction(_Journal):
         for sub in [cls] + cls.__subclasses__():
             names = frozenset(name for base in sub.__mro__ for name in vars(base) if getattr(
                 getattr(sub, name, None), "__isabstractmethod__", False))
+            self._about = "abstract", id(sub)  # whose patch, or which base's, has changed it
+            self.olds.add(self._about)
             if names != getattr(sub, "__abstractmethods__", names):
                 self.put(_attribute(sub, "__abstractmethods__"), names)
             if sub is not cls:
@@ -4067,7 +4093,7 @@ class _Transaction(_Journal):
                         "a new member took its name")] += 1
                 self._folded[id(member)] = (member, _adopt_member(old, member))
         for kept, member in _combinations(old, new):
-            if id(kept) not in self._olds:
+            if id(kept) not in self.olds:
                 self._fold_member(kept, member)
         for members in new._member_map_, new._value2member_map_:  # which the old class gets
             members.update({key: self.current(member) for key, member in members.items()})
@@ -4078,7 +4104,7 @@ class _Transaction(_Journal):
         self.put(_entry(vars(kept), "_inverted_"), _MISSING)  # 3.11: what ~ found last
         for key, value in vars(member).items():
             self.put(_entry(vars(kept), key), type(kept) if key == "__objclass__" else value)
-        self._olds.add(id(kept))
+        self.olds.add(id(kept))
         self._folded[id(member)] = (member, kept)
 
     def fold_wrapper(self, old, new):
@@ -4130,7 +4156,7 @@ class _Transaction(_Journal):
     def _update_live(self, plan):
         """Bring up to date what no name led to, such as a closure made earlier, or only moved."""
         left = [live for live in plan.live + _classes_with_lines(self._known, plan)
-                if id(live) not in self._olds]
+                if id(live) not in self.olds]
         if plan.old is None:
             places = [(live.__code__, live) for live in left if not isinstance(live, type)]
             olds = {id(code): (_CachedUnit([]), live.__qualname__, code) for code, live in places}
@@ -4237,6 +4263,7 @@ class _Transaction(_Journal):
     def _fill_instances(self):
         """Give live instances of dataclasses the new fields that have a default factory."""
         for cls, name, factory in self._fills:
+            self._about = id(cls)
             for instance in _instances(*[c for c in _all_classes() if issubclass(c, cls)]):
                 if not hasattr(instance, name) and callable(factory):
                     self.put(_attribute(instance, name), factory())
@@ -4333,8 +4360,8 @@ class _Transaction(_Journal):
         """Name dataclasses that did not run again although a base class has more fields now."""
         for cls in _all_classes():
             fields = vars(cls).get("__dataclass_fields__")
-            if fields is not None and id(self.current(cls)) not in self._olds and any(
-                    id(base) in self._olds and set(_dataclass_fields(base)).difference(fields)
+            if fields is not None and id(self.current(cls)) not in self.olds and any(
+                    id(base) in self.olds and set(_dataclass_fields(base)).difference(fields)
                     for base in cls.__mro__):
                 self._stuck[cls.__qualname__, "a base class has new fields, and its own methods "
                             "were made without them"] += len(_instances(cls))
@@ -5419,10 +5446,11 @@ def _is_otherwise(plan, node, live):
 def patch(old, new=None):
     """Give the function or class `old` the behaviour of `new`, wherever it is held.
 
-    Returns a callable that puts back exactly what was. As a decorator, `@patch(m.step)`, it binds
-    the name to the patched `old`; then `unpatch(m.step)` takes the newest patch back. A name,
-    a module and a place in a class stay those of `old`. A pair that can't work is a TypeError and
-    changes nothing. May be called in any thread.
+    Returns a callable that puts back exactly what was; several patches, also of a class and its
+    methods, may be undone in any order. As a decorator, `@patch(m.step)`, it binds the name to the
+    patched `old`; then `unpatch(m.step)` takes the newest patch back. A name, a module and a place
+    in a class stay those of `old`. A pair that can't work is a TypeError and changes nothing. May
+    be called in any thread.
     """
     target = _patch_target(old)
     forget = old.cache_clear if type(old) is _LRU_CACHE else bool
@@ -5453,18 +5481,25 @@ class _Patch:
 
     def __init__(self, target, transaction, forget):
         self.target, self.transaction, self.forget = target, transaction, forget
-        self.is_undone = False  # its turn comes when no newer patch of the target is left
+        self.is_undone = False  # though what a newer patch covers is still to be put back
 
 
 def _undo_patch(entry):
+    """Undo a patch, but not yet in a function or class that a newer one in force has changed.
+
+    It does not show there, and what is put back below the newer one would be lost with it.
+    """
     with _reload_lock:
         entry.is_undone = True
-        entries = [other for other in _patches if other.target is entry.target]
-        while entries and entries[-1].is_undone:
-            newest = entries.pop()
-            newest.transaction.undo()
-            newest.forget()
-            _patches.remove(newest)
+        covered = set()
+        for each in reversed(_patches[:]):
+            if not each.is_undone:
+                covered |= each.transaction.olds
+                continue
+            each.transaction.undo(covered)
+            each.forget()
+            if each.transaction.is_undone:
+                _patches.remove(each)
 
 
 def _patch_target(value):

@@ -28,6 +28,7 @@ import getpass
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import linecache
 import logging
@@ -10868,6 +10869,97 @@ class Patch(Workspace):
         self.assertEqual(m.f(), 3)
         second()
         self.assertEqual(m.f(), 1)
+
+    NESTED = """
+        import abc
+        class Base(abc.ABC):
+            def b(self): return "{0}b"
+        class C(Base):
+            "{0}doc"
+            same = 2 if "{0}" else 1
+            def m(self, n="{0}m"): return n
+            @property
+            def p(self): return "{0}p"
+            class N:
+                x = "{0}x"
+                def n(self): return "{0}n"
+            {2}
+        C{1} = C
+        """
+
+    def load_nested(self):
+        texts = [self.NESTED.format(*each) for each in (
+            ("", "0", "def gone(self): return 1"), ("1", "1", "def one(self): return 1"),
+            ("2", "2", "def one(self): return super().b() + '2'"))]
+        m = self.load("".join(map(textwrap.dedent, texts)), "m%d" % len(sys.modules))
+        m.held, m.get = m.C0.m, m.C0.p.fget
+        return m
+
+    def patches_of_nested(self, m):
+        """Return calls that patch the class, parts of it and what it is made from."""
+        return [lambda: patch(m.C0, m.C1), lambda: patch(m.held, lambda self, n="4": n),
+                lambda: patch(m.C0.N, type("N", (), {"x": 5})),
+                lambda: patch(m.C0, m.C2)]
+
+    def facts(self, m):
+        """Return how the class and what was held of it behaves."""
+        c = m.C0()
+        return (m.C0.__doc__, c.same, c.b(), m.held(c), m.get(c), hasattr(c, "gone"), m.C0.N.x,
+                getattr(c, "one", str)(), getattr(m.C0.N(), "n", str)(), getattr(c, "m", str)(), c.p)
+
+    @functools.lru_cache(maxsize=None)
+    def facts_of(self, patches):
+        """Return the facts of a fresh module that was given only these patches."""
+        m = self.load_nested()
+        for i in sorted(patches):
+            self.patches_of_nested(m)[i]()
+        return self.facts(m)
+
+    def test_patches_of_a_class_and_its_parts_may_be_undone_in_any_order(self):
+        m = self.load_nested()
+        parts = [m.C0, m.C1, m.C2, m.C0.N, m.held, m.get]
+        functions = [m.held, m.get, m.C1.m, m.C2.one, m.C0.N.n]
+
+        def state():
+            return [dict(vars(each)) for each in parts], [each.__code__ for each in functions]
+        before = state()
+        for order in list(itertools.permutations(range(4)))[::5 if IS_PYPY else 1]:
+            undos = [each() for each in self.patches_of_nested(m)]
+            for count, i in enumerate(order):
+                undos[i]()
+                self.assertEqual(self.facts(m), self.facts_of(order[count + 1:]), order[:count + 1])
+            self.assertEqual(state(), before, order)
+
+    def test_abstract_methods_are_as_before_when_patches_of_base_and_subclass_are_undone(self):
+        m = self.load("""
+            import abc
+            class A(abc.ABC):
+                @abc.abstractmethod
+                def f(self): pass
+                @abc.abstractmethod
+                def g(self): pass
+            class D(A): pass
+            class A2(abc.ABC):
+                @abc.abstractmethod
+                def g(self): pass
+            class D2(A):
+                def g(self): pass
+            """.replace("            ", ""))
+        first, second = patch(m.A, m.A2), patch(m.D, m.D2)
+        self.assertEqual(m.D.__abstractmethods__, set())
+        first()
+        second()
+        self.assertEqual(m.D.__abstractmethods__, {"f", "g"})
+
+    def test_function_that_a_patch_was_made_from_is_as_before_after_the_undoing(self):
+        m = self.load("""
+            def wrap(f): return lambda: f()
+            f, g = wrap(lambda: 1), wrap(lambda: 2)
+            """.replace("            ", ""))
+        undo = patch(m.f, m.g)
+        self.assertEqual((m.f(), m.g()), (2, 2))
+        undo()
+        self.assertEqual((m.f(), m.g()), (1, 2))
 
     def test_wrong_pairs_change_nothing(self):
         m = self.load("def f(): return 1\nclass C: pass\n")
