@@ -3604,6 +3604,11 @@ def _head(node):
             + getattr(node, "bases", []) + getattr(node, "keywords", [])]
 
 
+def _decorators(node):
+    """Return the texts of the decorators of a definition."""
+    return set(_head(node)[:len(node.decorator_list)]) if node else set()
+
+
 def _first_line(node):
     return min([node.lineno] + [line.lineno for line in getattr(node, "decorator_list", ())])
 
@@ -3683,7 +3688,7 @@ class _Transaction(_Journal):
         self._registries = []  # lists that what runs may add to
         self._stuck = collections.Counter()  # (name, reason) -> functions left on old code
         self._name, self._unit = None, None  # what is being settled, and the _Unit that binds it
-        self._nodes = {}, {}  # old and new {path: node} of the module at work
+        self._plan, self._nodes = None, ({}, {})  # module at work, its old and new {path: node}
         self._is_patch = False  # every new object counts as fresh then
 
     def prepare(self, plans, everything):
@@ -3770,6 +3775,7 @@ class _Transaction(_Journal):
         self._report_names(plan, before)
         self._snapshot(plan)
         self.on_undo(_restore_names, space, before, plan.before)
+        self._plan = plan
         self._nodes = plan.old.definitions if plan.old else {}, plan.new.definitions
         held = {}  # what statements bound and other threads shall not see, as it is not settled
         for j in plan.run:
@@ -3906,7 +3912,7 @@ class _Transaction(_Journal):
                 value = self.fold(_cell_value(cell), _cell_value(new_cell))
                 self.put(_cell(cell), value)
                 if self._is_patch:
-                    self.put(_cell(new_cell), value)  # `new` has a life of its own, before and after
+                    self.put(_cell(new_cell), value)  # `new` goes on living, and gets its own back
                 else:
                     _set_cell(new_cell, value)
             state = new.__code__, new.__defaults__, new.__kwdefaults__
@@ -4038,10 +4044,14 @@ class _Transaction(_Journal):
                 folded = self.fold(values.get(name, _MISSING), value)
                 if not (name in kept and name in values and folded is value):
                     self.put(_attribute(old, name), folded)
-        for name in self._gone_attributes(old, values):
-            if name not in news and name not in skips and not isinstance(
-                    values[name], _SLOT_TYPES):
+        gone = set(self._gone_attributes(old, values))
+        for name in set(values).difference(news, skips):
+            if name in gone and not isinstance(values[name], _SLOT_TYPES):
                 self.put(_attribute(old, name), _MISSING)
+            elif self._may_be_from_decorators(old, name, values[name]):
+                self._stuck["%s.%s" % (old.__qualname__, name), (
+                    "it stays: whether a decorator that was taken away had put it there, or "
+                    "something else, can't be told")] += len(_instances(old))
 
     def _kept_class_names(self, new):
         """Return the names whose statements in the class body are unchanged, as is their input."""
@@ -4067,12 +4077,42 @@ class _Transaction(_Journal):
             if "__eq__" in names and old.__hash__ is None:
                 names.add("__hash__")  # Python adds it to a class that has __eq__ alone
             is_generated = _head(old_node) != _head(new_node)
+            names |= self._put_by_decorators(old_node.decorator_list, values)
         for name, value in values.items():
             is_dunder = name.startswith("__") and name.endswith("__")
             if self._is_patch or name in names or name == "__annotations__" or (
                     is_generated and not _has_console_code(value)
                     and (is_dunder or old_node is None and any(_functions_in(value)))):
                 yield name
+
+    def _put_by_decorators(self, decorators, values):
+        """Return the names in `values`, a class's, that its old decorators put there.
+
+        They assign an attribute of this name, or what it holds is a function made in them.
+        """
+        codes = [code for node in decorators for value in _read_by(
+            _code_of_expression(getattr(node, "func", node)), self._plan.space)
+            for code in self._codes_behind(value)]
+        codes = {id(code): code for _, code in _code_paths(codes)}
+        stored = {name for code in codes.values() for name in _stored_attributes(code)}
+        names = {name for name, value in values.items() if name in stored or any(
+            id(function.__code__) in codes for function in _functions_in(value))}
+        return names - _stored_attributes(self._plan.new.code)  # by a statement `C.name = ...`
+
+    def _codes_behind(self, value):
+        """Yield the code of a decorator, with that which this reload has replaced."""
+        for function in _functions_in(value):
+            yield function.__code__
+            place = function.__qualname__, function.__code__.co_filename
+            for name, code in self._old_codes.values():
+                if (name, code.co_filename) == place:
+                    yield code
+
+    def _may_be_from_decorators(self, cls, name, value):
+        """Tell whether an attribute may be due to a decorator that the class has lost."""
+        olds, news = (_decorators(nodes.get(cls.__qualname__)) for nodes in self._nodes)
+        return not olds <= news and not _has_console_code(value) and (
+            name not in _stored_attributes(self._plan.new.code))
 
     def _fold_members(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
@@ -4921,6 +4961,17 @@ def _stored_names(code, kind):
     if not any(dis.opmap[name] in code.co_code for name in names):
         return []  # most have none, and to look at each instruction costs
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
+
+
+def _stored_attributes(code):
+    """Return the names of attributes that code assigns, also by setattr() with the name as text."""
+    names = set(_stored_names(code, "ATTR"))
+    return names.union(code.co_consts if "setattr" in code.co_names else ())
+
+
+def _code_of_expression(node):
+    import ast
+    return compile(ast.Expression(body=node), "<expression>", "eval")
 
 
 def _referrers(sources):

@@ -10292,6 +10292,50 @@ class WhatGoesAndWhatStays(Workspace):
         self.again("A = 2\nclass C:\n    x = 2\n")
         self.assertEqual((m.extra, m.C().extra(), repr(m.C()), m.C.x), (5, 6, "mine", 2))
 
+    DECORATORS = textwrap.dedent("""
+        def tagged(name):
+            def decorate(cls):
+                cls.tag = name
+                setattr(cls, "other", 5)
+                for each in "ab":
+                    setattr(cls, "get_" + each, property(lambda self: each))
+                return cls
+            return decorate
+        def hidden(cls):
+            for each in "xy":
+                setattr(cls, each, 1)
+            return cls
+        """)
+
+    def own_names(self, cls):
+        return sorted(name for name in vars(cls) if not name.startswith("_"))
+
+    def test_attributes_that_a_decorator_put_on_a_class_go_with_it(self):
+        for is_kept in (True, False):
+            head = self.DECORATORS if is_kept else ""
+            m = self.load(self.DECORATORS + "@tagged('n')\nclass C:\n    z = 1\nC.mine = 2\n",
+                          "m%d" % is_kept)
+            m.C.extra = 3
+            self.assertEqual(self.own_names(m.C), ["extra", "get_a", "get_b", "mine", "other", "tag", "z"])
+            report = self.again(head + "class C:\n    z = 1\nC.mine = 2\n", m.__name__)
+            self.assertEqual(self.own_names(m.C), ["extra", "mine", "z"])
+            self.assertEqual([each.name for each in report.stale if each.name[0] == "C"], ["C.extra"])
+
+    def test_attributes_that_a_changed_decorator_no_longer_puts_on_a_class_go(self):
+        text = self.DECORATORS + "@tagged('n')\nclass C: pass\n"
+        m = self.load(text)
+        m.C.extra = 3
+        report = self.again(text.replace("cls.tag = name", "pass").replace('"ab"', '"a"'))
+        self.assertEqual((self.own_names(m.C), report.stale), (["extra", "get_a", "other"], []))
+
+    def test_attributes_that_may_be_from_a_lost_decorator_stay_and_are_reported(self):
+        m = self.load(self.DECORATORS + "@hidden\nclass C: pass\n")
+        c = m.C()
+        report = self.again(self.DECORATORS + "class C: pass\n")
+        self.assertEqual((self.own_names(m.C), c.x), (["x", "y"], 1))
+        self.assertStale(report, "C.x", "a decorator that was taken away", 1)
+        self.assertEqual(self.again(self.DECORATORS + "class C: z = 1\n").stale, [])
+
     def test_attributes_put_on_a_function_stay(self):
         m = self.load("def f(): return 1\nf.calls = 0\n")
         m.f.calls, m.f.extra = 7, 8
