@@ -3046,7 +3046,7 @@ class ReloadReport:
     def __init__(self, is_qualified=False):
         self.changed = []  # names that ran anew (a statement without a name: its first line)
         self.added = []  # names that are new
-        self.removed = []  # names that the new source no longer defines
+        self.removed = []  # names and nameless statements that the new source no longer has
         self.not_run_again = []  # unchanged statements that read something which changed
         self.stale = []  # Stale(name, reason, count of live objects): what still runs old code
         self.unsaved = []  # dry_run only: what is alive and in no file, or otherwise in it
@@ -3181,6 +3181,21 @@ class _Plan:
         """Return the names to take away."""
         return sorted(name for name in self.gone_names() if name in self.space and (
             name not in _IMPORT_NAMES or name == "__doc__" and self.space[name] is not None))
+
+    def removed_statements(self):
+        """Return the titles of nameless statements that are gone, and were not edited in place."""
+        olds, news = collections.defaultdict(list), collections.Counter()
+        partners, place = {i: j for j, i in self.pairs.items()}, None
+        for i, unit in enumerate(self.old.units if self.old else ()):
+            place = partners.get(i, place)  # behind which unit of both sources it stands
+            if i not in partners and unit.acts_without_a_name:
+                olds[place].append(unit.title)
+        place = None
+        for j, unit in enumerate(self.new.units):
+            place = j if j in self.pairs else place
+            news[place] += j not in self.pairs and unit.acts_without_a_name
+        return [title for place, titles in olds.items() if len(titles) > news[place]
+                for title in titles]
 
     def keeps_old(self, name, j):
         """Tell how unit j may settle `name`: True: leave the old value, None: don't fold, False."""
@@ -3418,6 +3433,7 @@ class _CachedUnit:
     """Steps of a compiled module."""
 
     is_constant = False  # a docstring is bound by steps
+    acts_without_a_name = False  # nobody knows
 
     def __init__(self, steps):
         self.line = steps[0].line if steps else 0
@@ -3493,6 +3509,12 @@ class _Unit:
         """A docstring or another statement that does nothing."""
         return all(type(node).__name__ == "Expr" and type(node.value).__name__ in
                    ("Constant", "Str", "Ellipsis", "Num", "NameConstant") for node in self.nodes)
+
+    @property
+    def acts_without_a_name(self):
+        """Such as `H.append(f)`: what it did shows in no name of its own."""
+        return not self.binds and not self.is_constant and not self.is_main_guard and any(
+            type(node).__name__ not in ("Pass", "Assert", "Global") for node in self.nodes)
 
     @property
     def binds_at_its_end(self):
@@ -3720,6 +3742,7 @@ class _Transaction(_Journal):
             self.report.add("not_run_again", plan.module,
                             plan.not_run_again(bound - definitions, definitions))
             self.report.add("unsaved", plan.module, _unsaved(plan))
+        self._report_stuck()
 
     def commit(self):
         """Do it all; after an exception everything is as before and ReloadError is raised."""
@@ -3852,8 +3875,7 @@ class _Transaction(_Journal):
             self._report_results(plan)
         self._report_dataclasses()
         self._report_sleepers()
-        self.report.stale += [Stale(name, reason, count)
-                              for (name, reason), count in sorted(self._stuck.items())]
+        self._report_stuck()
 
     # Folding: the new object's behaviour goes into the old one.
 
@@ -4387,7 +4409,9 @@ class _Transaction(_Journal):
                 self.report.add("changed", plan.module, [unit.title])
             self.report.add("changed", plan.module, sorted(names & old_names))
             self.report.add("added", plan.module, sorted(names - old_names))
-        self.report.add("removed", plan.module, plan.removed())
+        self.report.add("removed", plan.module, plan.removed() + plan.removed_statements())
+        for title in plan.removed_statements():
+            self._stuck[title, "the statement was taken away; what it did stays"] += 0
 
     def _report_results(self, plan):
         values, definitions = plan.changed_names()
@@ -4395,6 +4419,10 @@ class _Transaction(_Journal):
         for name in sorted(values):
             self.report.not_run_again += ["%s: from %s import %s" % (
                 module.__name__, plan.module.__name__, name) for module in _importers(plan, name)]
+
+    def _report_stuck(self):
+        self.report.stale += [Stale(name, reason, count)
+                              for (name, reason), count in sorted(self._stuck.items())]
 
     def _report_dataclasses(self):
         """Name dataclasses that did not run again although a base class has more fields now."""

@@ -10632,6 +10632,22 @@ class DryRun(Workspace):
         m.C.names.append(m.C())
         self.assertEqual(reload(m, dry_run=True).unsaved, [])
 
+    def test_statement_without_a_name_that_was_taken_away_is_reported_and_what_it_did_stays(self):
+        text = "H = []\ndef f(): pass\nH.append(f)\nH.append(1)\n"
+        for dry_run in (True, False):
+            m = self.load(text, "m%d" % dry_run)
+            report = self.again(text.replace("H.append(f)\n", ""), m.__name__, dry_run=dry_run)
+            self.assertEqual(str(report), "removed: H.append(f)\nstale: H.append(f): the statement "
+                             "was taken away; what it did stays (0 live)")
+            self.assertEqual(m.H, [m.f, 1])
+        self.assertEqual(str(reload(m)), "nothing changed")
+
+    def test_statement_that_was_edited_in_place_is_changed_and_not_removed(self):
+        text = "H = []\n'text'\nH.append(1)\npass\nassert H\nif __name__ == '__main__': H = 0\n"
+        m = self.load(text)
+        report = self.again("H = []\nH.append(2)\n")
+        self.assertEqual((str(report), m.H), ("changed: H.append(2)", [1, 2]))
+
     def test_report_prints_as_a_short_list(self):
         self.load("A = 1\nB = A\ndef f(): pass\n")
         report = self.again("A = 2\nB = A\n\n")
@@ -11268,6 +11284,8 @@ class TablesOfTheReadme(Case):
         ("closures of an inner function", "Stale.test_removed_inner_function_is_reported"),
         ("lambdas of one statement",
          "Stale.test_lambda_that_may_be_either_of_two_new_ones_is_reported"),
+        ("a statement without a name", "DryRun.test_statement_without_a_name_that_was_taken_away_"
+         "is_reported_and_what_it_did_stays"),
         ("a loop at the top level",
          "Modules.test_loop_at_the_top_level_of_a_script_is_not_started_again"),
     )
