@@ -4992,9 +4992,9 @@ def _stored_names(code, kind):
 
 
 def _stored_attributes(code):
-    """Return the names of attributes that code assigns, also by setattr() with the name as text."""
+    """Return the names of attributes that code assigns, and "setattr" with all texts if it may."""
     names = set(_stored_names(code, "ATTR"))
-    return names.union(code.co_consts if "setattr" in code.co_names else ())
+    return names.union(code.co_consts, ["setattr"]) if "setattr" in code.co_names else names
 
 
 def _code_of_expression(node):
@@ -5462,8 +5462,9 @@ def _forget_new_modules(before):
 def _unsaved(plan):
     """Return what is defined in a live module and stands in no file, or otherwise in its own."""
     found, known = set(), plan.new.names | plan.old_names()
-    stored = [{name for _, code in _code_paths([plan.new.code])
-               for name in _stored_names(code, kind)} for kind in ("GLOBAL", "ATTR")]
+    codes = [code for _, code in _code_paths([plan.new.code])]
+    stored = [{name for code in codes for name in names_stored_by(code)} for names_stored_by in (
+        lambda code: _stored_names(code, "GLOBAL"), _stored_attributes)]
     known |= stored[0]
     for name, value in plan.space.items():
         if name.startswith("__") or _is(value, types.ModuleType):
@@ -5485,6 +5486,7 @@ def _differing(plan, nodes, space, stored, stored_in_classes):
     Only of a definition and of a literal is it known what was made. Not what the module's own code
     sets, such as a counter: names that it assigns or deletes by `global`, or as an attribute.
     """
+    import abc
     bound = collections.Counter(name for node, _ in nodes for name in _Names([node]).binds)
     for node, is_same in nodes:
         for name in _Names([node]).binds if is_same else ():
@@ -5493,10 +5495,26 @@ def _differing(plan, nodes, space, stored, stored_in_classes):
                 if _is_otherwise(plan, node, live):
                     yield name
                 elif hasattr(node, "bases") and not node.decorator_list and (
-                        type(live) is type and not issubclass(live, tuple)):
+                        type(live) in (type, abc.ABCMeta) and not issubclass(live, tuple)):
                     inner = [(each, True) for each in node.body]
-                    for key in _differing(plan, inner, vars(live), *[stored_in_classes] * 2):
+                    for key in itertools.chain(
+                            _differing(plan, inner, vars(live), *[stored_in_classes] * 2),
+                            _added_to_class(node, live, stored_in_classes)):
                         yield "%s.%s" % (name, key)
+
+
+def _added_to_class(node, cls, stored):
+    """Yield the attributes that surely no statement and no method has put on a class."""
+    codes = [function.__code__ for base in _own_bases(cls) for function in _functions_in(base)]
+    stored = stored.union(*[_stored_attributes(code) for _, code in _code_paths(codes)])
+    body = _Names(node.body)
+    if "setattr" in stored or not body.reads.isdisjoint(("exec", "locals", "vars")) or any(
+            "__init_subclass__" in vars(base) for base in cls.__mro__[1:-1]):
+        return
+    known = stored.union(_CLASS_SKIPS, (_mangled(name, node.name) for name in body.binds))
+    for name, value in vars(cls).items():
+        if name not in known and not name.startswith("__") and not isinstance(value, _SLOT_TYPES):
+            yield name
 
 
 def _is_otherwise(plan, node, live):
@@ -5512,6 +5530,8 @@ def _is_otherwise(plan, node, live):
     if type(node).__name__ not in ("Assign", "AnnAssign") or not all(
             type(target).__name__ == "Name" for target in getattr(node, "targets", ())):
         return False
+    if live is _MISSING:
+        return node.value is not None  # unlike in `x: int`
     try:
         value = ast.literal_eval(node.value)
         hash(value)  # a list or a dict is there to be changed

@@ -10601,6 +10601,44 @@ class DryRun(Workspace):
         self.assertEqual(reload(m, dry_run=True).unsaved,
                          ["C.x", "D", "LIMIT", "PAIR", "TEXT", "gone", "other"])
 
+    def test_dry_run_lists_attributes_that_are_new_in_a_class_or_missing(self):
+        m = self.load("""
+            import abc
+            COMPUTED, USED = [], {}
+            LIST = []
+            class C:
+                __slots__ = ("slot",)
+                names = list("ab")
+                limit = 1
+                hint: int
+                __mine = 1
+                if 1: more = 1
+                def count(self): C.counted = type(self).own = 1
+                class N:
+                    x = 1
+            class D(C, metaclass=abc.ABCMeta): pass
+            """.replace("            ", ""))
+        m.C().count()
+        m.D().count()
+        self.assertEqual(reload(m, dry_run=True).unsaved, [])
+        m.C.size, m.C.N.size, m.D._size = 3, [], 3
+        m.C.limit = 2
+        del m.C.names, m.LIST
+        self.assertEqual(reload(m, dry_run=True).unsaved,
+                         ["C.N.size", "C.limit", "C.names", "C.size", "D._size", "LIST"])
+
+    def test_dry_run_lists_no_attributes_that_may_be_from_the_code_that_made_the_class(self):
+        m = self.load("""
+            class Base:
+                def __init_subclass__(cls): cls.a = 1
+            class C(Base): pass
+            def put(cls):
+                for each in "ab": setattr(cls, each, 1)
+            class D: pass
+            put(D)
+            """.replace("            ", ""))
+        self.assertEqual(reload(m, dry_run=True).unsaved, [])
+
     def test_dry_run_lists_nothing_that_the_module_itself_changes(self):
         m = self.load("""
             import enum, typing
