@@ -3019,9 +3019,10 @@ def reload(module=None, *, everything=False, dry_run=False):
 
     `module` is a module or its name; without it, every loaded module below the program's own
     folder whose source changed is reloaded, all in one transaction. Only statements that changed
-    are executed, unless `everything`. With `dry_run` nothing changes and the report says what
-    would. Raises ReloadError (with the cause) when a file can't be read or compiled, or when its
-    code raises. May be called in any thread; waits for a reload that runs in another one.
+    are executed, and definitions whose names somebody took away, unless `everything`. With
+    `dry_run` nothing changes and the report says what would. Raises ReloadError (with the cause)
+    when a file can't be read or compiled, or when its code raises. May be called in any thread;
+    waits for a reload that runs in another one.
     """
     with _reload_lock:
         plans = [_Plan(each) for each in (
@@ -3090,6 +3091,7 @@ class _Plan:
         self.new = self.old = None  # _Source; old is None where nobody knows what runs
         self.pairs = {}  # index of a new unit -> index of the same unit in old
         self.same = {}  # the reverse, for the units that do not run again
+        self.missing = {}  # name -> index of the unchanged unit that defines it, though it's gone
         self.changed = []  # indexes of the new units that differ, or depend on what does
         self.run = []  # indexes of the new units to execute, in order
         self.guards = []  # changed statements that run now, or that the script's end is made of
@@ -3111,20 +3113,38 @@ class _Plan:
         units = self.new.units
         changed = {j for j in range(len(units)) if j not in self.pairs}
         self._add_dependents(changed)
-        self.changed = sorted(changed)
+        last = self._last_executed()
+        self.missing = {name: j for name, j in self._missing() if j <= last and j not in changed}
+        self.changed = sorted(changed.union(self.missing.values()))
         self.run = list(range(len(units))) if everything else self.changed
-        self._keep_out_what_runs()
+        self._keep_out_what_runs(last)
         for j in self.run + self.guards:
             units[j].code  # compiles it
         left = set(self.pairs).difference(self.run)
         self.same = {self.pairs[j]: j for j in left}
 
-    def _keep_out_what_runs(self):
-        """Take out of run what would start the script, or the loop at its top level, once more."""
-        units, last = self.new.units, len(self.new.units)
+    def _last_executed(self):
+        """Return the index of the last unit that the module, which may be at it, has come to."""
+        last = len(self.new.units)
         for frame in _top_frames(self.module) if self.old is not None else ():
             last = max([j for j, i in self.pairs.items()
                         if self.old.first_line(i) <= frame.f_lineno], default=-1)
+        return last
+
+    def _missing(self):
+        """Yield (name, j) of definitions that somebody took away, unless the module does itself."""
+        for j in self.pairs:
+            for node in self.new.units[j].nodes:
+                name = getattr(node, "decorator_list", None) is not None and node.name
+                if name and name not in self.space and not any(
+                        name in _stored_names(code, "GLOBAL")
+                        for _, code in _code_paths([self.new.code])) and (
+                        sum(name in unit.binds for unit in self.new.units) == 1):
+                    yield name, j
+
+    def _keep_out_what_runs(self, last):
+        """Take out of run what would start the script, or the loop at its top level, once more."""
+        units = self.new.units
         self.guards = [j for j in self.run if j > last and not units[j].is_harmless or (
             units[j].is_main_guard and self.module.__name__ == "__main__")]
         self.run = [j for j in self.run if j not in self.guards]
@@ -3210,6 +3230,8 @@ class _Plan:
         """Return (names with a new value, names of definitions changed in place)."""
         values, definitions = set(), set()
         for name, before in self.before.items():
+            if name in self.missing:
+                continue  # it is what it was
             now = self.space.get(name, _MISSING)
             if now is before and callable(now):
                 definitions.add(name)
@@ -3737,7 +3759,7 @@ class _Transaction(_Journal):
         """Fill the report with what a commit would do, and with what is in no file."""
         for plan in self.plans:
             self._report_names(plan, plan.space)
-            bound = _bound_by(plan.new.units[j] for j in plan.run)
+            bound = _bound_by(plan.new.units[j] for j in plan.run).difference(plan.missing)
             definitions = {name for name in bound if _is_definition(plan.space.get(name))}
             self.report.add("not_run_again", plan.module,
                             plan.not_run_again(bound - definitions, definitions))
@@ -3821,6 +3843,8 @@ class _Transaction(_Journal):
         old = plan.before.get(name, _MISSING)
         if new is _MISSING:
             return
+        if plan.missing.get(name) == j and old is _MISSING:
+            old = self._lost(plan, name)
         keeps = plan.keeps_old(name, j)
         if keeps:
             new = old
@@ -3828,6 +3852,12 @@ class _Transaction(_Journal):
             self._name, self._unit = name, plan.new.units[j]
             new = self.fold(old, new)
         _entry(plan.space, name)[1](new)
+
+    def _lost(self, plan, name):
+        """Return the one function or class that had a name which was taken away, if it is alive."""
+        found = [each for each in self._known.values() if each.__qualname__ == name
+                 and each.__module__ == plan.module.__name__ and not _has_console_code(each)]
+        return found[0] if len(found) == 1 else _MISSING
 
     def _drop_doubles(self, befores):
         """Take out of lists what a definition that ran again added although its like is there."""
@@ -4401,7 +4431,7 @@ class _Transaction(_Journal):
     # Reporting.
 
     def _report_names(self, plan, space):
-        old_names = plan.old_names() | set(space)
+        old_names = (plan.old_names() | set(space)).difference(plan.missing)
         for j in [j for j in plan.changed if j not in plan.guards]:
             unit = plan.new.units[j]
             names = unit.binds - {"*"}
@@ -5475,7 +5505,7 @@ def _unsaved(plan):
         elif _has_console_code(value) or not known & {name, "*"} and (
                 getattr(value, "__module__", None) != __name__):
             found.add(name)
-    same = set(plan.same.values())
+    same = {*plan.same.values(), *plan.missing.values()}
     nodes = [(node, j in same) for j, unit in enumerate(plan.new.units) for node in unit.nodes]
     return sorted(found.union(_differing(plan, nodes, plan.space, *stored)))
 

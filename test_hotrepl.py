@@ -10284,6 +10284,32 @@ class WhatGoesAndWhatStays(Workspace):
         self.again("class C: pass\nclass D(C):\n    __hash__ = None\n    x = 1\n")
         self.assertIsNone(m.D.__hash__)
 
+    def test_function_or_class_that_was_deleted_comes_back_though_unchanged(self):
+        m = self.load("RUNS = []\ndef f(): return 1\nclass C:\n    x = 1\n    def m(self): return f()\n"
+                      "def g(): return 2\nRUNS.append(f)\n")
+        f, c = m.f, m.C()
+        del m.f, m.C, m.g
+        gc.collect()
+        report = reload(m, dry_run=True)
+        self.assertEqual(str(report), "added: f, C, g\nunsaved: C, f, g")
+        self.assertEqual((str(reload(m)), m.RUNS), ("added: f, C, g", [f]))
+        self.assertEqual((m.f is f, type(c) is m.C, c.m(), m.g()), (True, True, 1, 2))
+        self.assertEqual(str(reload(m)), "nothing changed")
+
+    def test_function_that_the_module_itself_takes_away_does_not_come_back(self):
+        m = self.load("A = 1\ndef f(): pass\ndef g(): pass\ndel f\ndef h():\n    global g\n    del g\nh()\n")
+        report = self.again("A = 2\ndef f(): pass\ndef g(): pass\ndel f\ndef h():\n    global g\n"
+                            "    del g\nh()\n")
+        self.assertEqual((str(report), hasattr(m, "f"), hasattr(m, "g")), ("changed: A", False, False))
+
+    def test_deleted_definition_stays_deleted_after_a_reload_that_fails(self):
+        m = self.load("def f(): return 1\n")
+        f = m.f
+        del m.f
+        with self.assertRaises(ReloadError):
+            self.again("def f(): return 1\n1 / 0\n")
+        self.assertEqual((hasattr(m, "f"), f()), (False, 1))
+
     def test_names_put_in_from_outside_stay(self):
         m = self.load("A = 1\nclass C:\n    x = 1\n")
         m.extra = 5
