@@ -3856,7 +3856,11 @@ class _Transaction(_Journal):
     def _lost(self, plan, name):
         """Return the one function or class that had a name which was taken away, if it is alive."""
         found = [each for each in self._known.values() if each.__qualname__ == name
-                 and each.__module__ == plan.module.__name__ and not _has_console_code(each)]
+                 and each.__module__ == plan.module.__name__ and not _has_console_code(each)
+                 and all(function.__globals__ is plan.space for function in _functions_in(each))]
+        if len(found) > 1:  # others may be what an earlier reload has discarded
+            found = [each for each in found if _is(each, type) and (
+                type.__subclasses__(each) or _instances(each))]
         return found[0] if len(found) == 1 else _MISSING
 
     def _drop_doubles(self, befores):

@@ -10286,7 +10286,7 @@ class WhatGoesAndWhatStays(Workspace):
 
     def test_function_or_class_that_was_deleted_comes_back_though_unchanged(self):
         m = self.load("RUNS = []\ndef f(): return 1\nclass C:\n    x = 1\n    def m(self): return f()\n"
-                      "def g(): return 2\nRUNS.append(f)\n")
+                      "def g(): return 2\nRUNS.append(f)\n", "deleted")
         f, c = m.f, m.C()
         del m.f, m.C, m.g
         gc.collect()
@@ -10295,6 +10295,15 @@ class WhatGoesAndWhatStays(Workspace):
         self.assertEqual((str(reload(m)), m.RUNS), ("added: f, C, g", [f]))
         self.assertEqual((m.f is f, type(c) is m.C, c.m(), m.g()), (True, True, 1, 2))
         self.assertEqual(str(reload(m)), "nothing changed")
+
+    def test_class_that_was_deleted_after_a_reload_comes_back_for_its_instances(self):
+        text = "class C:\n    def m(self): return %d\n"
+        m = self.load(text % 1, "deleted")
+        c = m.C()
+        self.again(text % 2, "deleted")        # it leaves another C, until the garbage is collected
+        del m.C
+        self.again(text % 2, "deleted")
+        self.assertEqual((type(c) is m.C, c.m()), (True, 2))
 
     def test_function_that_the_module_itself_takes_away_does_not_come_back(self):
         m = self.load("A = 1\ndef f(): pass\ndef g(): pass\ndel f\ndef h():\n    global g\n    del g\nh()\n")
@@ -10654,16 +10663,20 @@ class DryRun(Workspace):
                          ["C.N.size", "C.limit", "C.names", "C.size", "D._size", "LIST"])
 
     def test_dry_run_lists_no_attributes_that_may_be_from_the_code_that_made_the_class(self):
-        m = self.load("""
+        base = """
             class Base:
-                def __init_subclass__(cls): cls.a = 1
+                def __init_subclass__(cls): type.__setattr__(cls, "a", 1)
             class C(Base): pass
+            """
+        function = """
             def put(cls):
                 for each in "ab": setattr(cls, each, 1)
-            class D: pass
-            put(D)
-            """.replace("            ", ""))
-        self.assertEqual(reload(m, dry_run=True).unsaved, [])
+            class C: pass
+            put(C)
+            """
+        for name, text in (("m1", base), ("m2", function)):
+            m = self.load(text, name)
+            self.assertEqual((m.C.a, reload(m, dry_run=True).unsaved), (1, []))
 
     def test_dry_run_lists_nothing_that_the_module_itself_changes(self):
         m = self.load("""
