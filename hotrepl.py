@@ -3112,6 +3112,7 @@ class _Plan:
                                 "source that ran could be noted" % self.module.__name__)
         units = self.new.units
         changed = {j for j in range(len(units)) if j not in self.pairs}
+        changed.update(self._uncovered())
         self._add_dependents(changed)
         last = self._last_executed()
         self.missing = {name: j for name, j in self._missing() if j <= last and j not in changed}
@@ -3122,6 +3123,15 @@ class _Plan:
             units[j].code  # compiles it
         left = set(self.pairs).difference(self.run)
         self.same = {self.pairs[j]: j for j in left}
+
+    def _uncovered(self):
+        """Yield the units whose names a later statement, which is gone, had bound anew."""
+        olds, news = (_last_binders(source.units) for source in (self.old or self.new, self.new))
+        for name, j in news.items():
+            i = olds.get(name, self.pairs.get(j))
+            if j in self.pairs and i != self.pairs[j] and self.old.units[i].binds_surely and (
+                    self.old.units[i].text_key() != self.new.units[j].text_key()):
+                yield j
 
     def _last_executed(self):
         """Return the index of the last unit that the module, which may be at it, has come to."""
@@ -3203,19 +3213,24 @@ class _Plan:
             name not in _IMPORT_NAMES or name == "__doc__" and self.space[name] is not None))
 
     def removed_statements(self):
-        """Return the titles of nameless statements that are gone, and were not edited in place."""
+        """Return the titles of statements that are gone without a trace, not edited in place."""
         olds, news = collections.defaultdict(list), collections.Counter()
         partners, place = {i: j for j, i in self.pairs.items()}, None
         for i, unit in enumerate(self.old.units if self.old else ()):
             place = partners.get(i, place)  # behind which unit of both sources it stands
-            if i not in partners and unit.acts_without_a_name:
-                olds[place].append(unit.title)
+            if i not in partners and self._acts_unseen(unit):
+                olds[place].append(unit.title.rstrip(":"))
         place = None
         for j, unit in enumerate(self.new.units):
             place = j if j in self.pairs else place
-            news[place] += j not in self.pairs and unit.acts_without_a_name
+            news[place] += j not in self.pairs and self._acts_unseen(unit)
         return [title for place, titles in olds.items() if len(titles) > news[place]
                 for title in titles]
+
+    def _acts_unseen(self, unit):
+        """Tell whether what a statement did may show in no name that is gone or bound anew."""
+        return unit.acts_without_a_name or bool(unit.binds) and (
+            unit.binds_surely is False and unit.binds <= self.new.names and not unit.is_main_guard)
 
     def keeps_old(self, name, j):
         """Tell how unit j may settle `name`: True: leave the old value, None: don't fold, False."""
@@ -3455,7 +3470,8 @@ class _CachedUnit:
     """Steps of a compiled module."""
 
     is_constant = False  # a docstring is bound by steps
-    acts_without_a_name = False  # nobody knows
+    acts_without_a_name = False
+    binds_surely = None  # nobody knows
 
     def __init__(self, steps):
         self.line = steps[0].line if steps else 0
@@ -3563,6 +3579,10 @@ class _Unit:
             "AnnAssign") for node in self.nodes)
 
     @property
+    def binds_surely(self):
+        return self.is_harmless or all(type(node).__name__ == "AugAssign" for node in self.nodes)
+
+    @property
     def is_main_guard(self):
         import ast
         node = self.nodes[0]
@@ -3659,6 +3679,11 @@ def _first_line(node):
 
 def _bound_by(units):
     return set().union(*[unit.binds for unit in units])
+
+
+def _last_binders(units):
+    """Return name -> index of the last unit that binds it."""
+    return {name: k for k, unit in enumerate(units) for name in unit.binds}
 
 
 # --- The transaction ---
@@ -4115,10 +4140,14 @@ class _Transaction(_Journal):
         if not hasattr(old_node, "bases") or not hasattr(new_node, "bases") or (
                 hasattr(new, "_member_map_")):
             return set()
-        same = {_Unit([node], "").dump() for node in old_node.body}
-        units = [_Unit([node], "") for node in new_node.body]
+        old_units, units = ([_Unit([each], "") for each in node.body]
+                            for node in (old_node, new_node))
+        same = {unit.dump() for unit in old_units}
+        olds, news = map(_last_binders, (old_units, units))
         changed = _bound_by(unit for unit in units if unit.dump() not in same).union(
             *[plan.changed_names()[0] for plan in self.plans])
+        changed.update(name for name, j in news.items() if name in olds  # a later one is gone
+                       and old_units[olds[name]].dump() != units[j].dump())
         kept = _bound_by(unit for unit in units if unit.dump() in same
                          and not unit.reads & changed) - changed
         return {_mangled(name, new_node.name) for name in kept}

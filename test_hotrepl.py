@@ -10284,6 +10284,32 @@ class WhatGoesAndWhatStays(Workspace):
         self.again("class C: pass\nclass D(C):\n    __hash__ = None\n    x = 1\n")
         self.assertIsNone(m.D.__hash__)
 
+    def test_what_a_later_statement_had_bound_anew_counts_again_when_that_goes(self):
+        before = ("RUNS = []\ndef wrap(f):\n    return lambda: (f(), 'wrapped')\ndef f(): return 1\nX = 0\n"
+                  "class C:\n    x = 1\n    y = []\ndef g(): return 1\nimport os\n")
+        m = self.load(before + "f = wrap(f)\nX += 5\nclass C:\n    x = 2\ndef g(): return 2\nimport os\n")
+        f, g, cls = m.f, m.g, m.C
+        self.assertEqual((f(), g(), m.X, cls.x), ((1, "wrapped"), 2, 5, 2))
+        m.RUNS.append(1)
+        report = self.again(before)
+        self.assertEqual((f(), m.f(), g(), m.g is g, m.X, m.C is cls, cls.x, m.RUNS),
+                         (1, 1, 1, True, 0, True, 1, [1]))
+        self.assertEqual((report.changed, report.removed, report.stale), (["f", "X", "C", "g"], [], []))
+        self.assertEqual(repr(self.again(before)), "nothing changed")
+
+    def test_what_a_class_had_bound_twice_counts_again_when_the_later_one_goes(self):
+        m = self.load("class C:\n    x = 1\n    seen = []\n    x = 2\n    seen.append(1)\n")
+        m.C.seen.append(2)
+        self.again("class C:\n    x = 1\n    seen = []\n")
+        self.assertEqual((m.C.x, m.C.seen), (1, [1, 2]))
+
+    def test_block_that_goes_and_may_have_bound_a_name_anew_is_named(self):
+        m = self.load("X = []\nif not X:\n    X = [1]\nY = 2\n")
+        report = self.again("X = []\nY = 2\n")
+        self.assertEqual((m.X, report.removed), ([1], ["if not X"]))
+        self.assertEqual(str(report.stale[0].name), "if not X")
+        self.assertEqual(repr(self.again("X = []\nY = 2\n")), "nothing changed")
+
     def test_function_or_class_that_was_deleted_comes_back_though_unchanged(self):
         m = self.load("RUNS = []\ndef f(): return 1\nclass C:\n    x = 1\n    def m(self): return f()\n"
                       "def g(): return 2\nRUNS.append(f)\n", "deleted")
