@@ -1954,8 +1954,18 @@ class ConsoleMixin:
         while frames is not None and _is_plumbing(frames.tb_frame.f_code):
             frames = frames.tb_next
         BaseException.with_traceback(value, frames)   # 3.12: pdb.pm() begins there
-        own = super().showtraceback if self._overrides("showtraceback") else None
-        self.evaluator.show_exception(kind, value, frames, own)
+        own = self._show_by_own if self._overrides("showtraceback") else None
+        self.evaluator.show_exception(kind, value, frames,
+                                      own and functools.partial(own, value, frames))
+
+    def _show_by_own(self, value, frames):
+        """Call the class's own showtraceback(); code's drops the first frame, that of a runcode."""
+        try:
+            raise BaseException.with_traceback(value, frames)
+        except BaseException:
+            super().showtraceback()
+        finally:
+            BaseException.with_traceback(value, frames)
 
     def showsyntaxerror(self, filename=None, **options):
         """Show the SyntaxError that is being handled, without any frames."""
@@ -3102,6 +3112,11 @@ class _Plan:
     def may_be_edited(self):
         return self.noted.data != self.data or not self.noted.is_sure
 
+    @property
+    def may_drop_names(self):
+        """Tell whether the module may take names away by `globals().pop(name)` or the like."""
+        return any(_may_drop_names(code) for _, code in _code_paths([self.new.code]))
+
     def compare(self, everything, report):
         """Find the old source, decide which units of the new one to execute, compile those."""
         self.old = self._find_old()
@@ -3146,7 +3161,7 @@ class _Plan:
         for j in self.pairs:
             for node in self.new.units[j].nodes:
                 name = getattr(node, "decorator_list", None) is not None and node.name
-                if name and name not in self.space and not any(
+                if name and name not in self.space and not self.may_drop_names and not any(
                         name in _stored_names(code, "GLOBAL")
                         for _, code in _code_paths([self.new.code])) and (
                         sum(name in unit.binds for unit in self.new.units) == 1):
@@ -3213,19 +3228,19 @@ class _Plan:
             name not in _IMPORT_NAMES or name == "__doc__" and self.space[name] is not None))
 
     def removed_statements(self):
-        """Return the titles of statements that are gone without a trace, not edited in place."""
+        """Return the statements that are gone without a trace, and were not edited in place."""
         olds, news = collections.defaultdict(list), collections.Counter()
         partners, place = {i: j for j, i in self.pairs.items()}, None
         for i, unit in enumerate(self.old.units if self.old else ()):
             place = partners.get(i, place)  # behind which unit of both sources it stands
             if i not in partners and self._acts_unseen(unit):
-                olds[place].append(unit.title.rstrip(":"))
+                olds[place].append(unit)
         place = None
         for j, unit in enumerate(self.new.units):
             place = j if j in self.pairs else place
             news[place] += j not in self.pairs and self._acts_unseen(unit)
-        return [title for place, titles in olds.items() if len(titles) > news[place]
-                for title in titles]
+        return [unit for place, units in olds.items() if len(units) > news[place]
+                for unit in units]
 
     def _acts_unseen(self, unit):
         """Tell whether what a statement did may show in no name that is gone or bound anew."""
@@ -3442,7 +3457,8 @@ class _CachedSource(_Source):
         for j in range(len(new.units)):
             size = len(wanted[j])
             for at in places[wanted[j][0]] if size else [0]:
-                if at not in used and keys[at:at + size] == wanted[j]:
+                if at not in used and keys[at:at + size] == wanted[j] and not (
+                        self._is_decorated(at, at + size)):
                     pairs[j] = len(units)
                     units.append(_CachedUnit(self._steps[at:at + size]))
                     used.update(range(at, at + size))
@@ -3450,6 +3466,17 @@ class _CachedSource(_Source):
         rest = [step for at, step in enumerate(self._steps) if at not in used]
         self.units = units + [_CachedUnit(rest)]
         return pairs
+
+    def _is_decorated(self, start, end):
+        """Tell whether steps bind what others made: a decorator's call, of a line above them."""
+        return any(step.key[0] == "STORE_NAME" and not start <= step.behind < end
+                   for step in self._steps[start:end])
+
+    def names_of_class(self, qualname):
+        """Return what the body of a class bound, dunders aside."""
+        return {name for path, code in _code_paths(step.code for step in self._steps if step.code)
+                if path == qualname and not code.co_flags & 1   # CO_OPTIMIZED: a function
+                for name in _stored_names(code, "NAME") if not name.startswith("__")}
 
     def has_moved(self, line, new, j):
         return True
@@ -3555,6 +3582,22 @@ class _Unit:
             type(node).__name__ not in ("Pass", "Assert", "Global") for node in self.nodes)
 
     @property
+    def changes(self):
+        """The names of what `H.append(f)` or `H[k] = f` changes; empty where that is unknown."""
+        names = set()
+        for node in self.nodes:
+            value = node.value if type(node).__name__ == "Expr" else node
+            places = getattr(value, "targets", None) or [
+                getattr(value, "target", None) or getattr(value, "func", None)]
+            for place in places:
+                if not hasattr(place, "value"):
+                    return set()  # such as `setup(H)`
+                while hasattr(place, "value"):
+                    place = place.value
+                names.add(getattr(place, "id", None))
+        return names if None not in names else set()
+
+    @property
     def binds_at_its_end(self):
         """One statement that binds its names when all else is done, and looks at no namespace."""
         return len(self.nodes) == 1 and type(self.nodes[0]).__name__ in (
@@ -3592,7 +3635,7 @@ class _Unit:
     @property
     def title(self):
         """The first line, for the report."""
-        line = self.text.split("\n")[0].strip()
+        line = self.text.split("\n")[0].strip().rstrip(":")
         return line if len(line) <= 60 else line[:57] + "..."
 
 
@@ -3789,6 +3832,7 @@ class _Transaction(_Journal):
             self.report.add("not_run_again", plan.module,
                             plan.not_run_again(bound - definitions, definitions))
             self.report.add("unsaved", plan.module, _unsaved(plan))
+            self._report_removed(plan, bound - definitions)
         self._report_stuck()
 
     def commit(self):
@@ -3870,6 +3914,8 @@ class _Transaction(_Journal):
             return
         if plan.missing.get(name) == j and old is _MISSING:
             old = self._lost(plan, name)
+            if old is _MISSING and not plan.new.units[j].is_plain:
+                del plan.missing[name]  # what was registered with it, or made of it, is lost
         keeps = plan.keeps_old(name, j)
         if keeps:
             new = old
@@ -3883,6 +3929,8 @@ class _Transaction(_Journal):
         found = [each for each in self._known.values() if each.__qualname__ == name
                  and each.__module__ == plan.module.__name__ and not _has_console_code(each)
                  and all(function.__globals__ is plan.space for function in _functions_in(each))]
+        inner = {id(function) for each in found for function in _wrapped_by(each)}
+        found = [each for each in found if id(each) not in inner]
         if len(found) > 1:  # others may be what an earlier reload has discarded
             found = [each for each in found if _is(each, type) and (
                 type.__subclasses__(each) or _instances(each))]
@@ -4163,6 +4211,8 @@ class _Transaction(_Journal):
                 names.add("__hash__")  # Python adds it to a class that has __eq__ alone
             is_generated = _head(old_node) != _head(new_node)
             names |= self._put_by_decorators(old_node.decorator_list, values)
+        elif not self._is_patch and isinstance(self._plan.old, _CachedSource):
+            names = self._plan.old.names_of_class(old.__qualname__)
         for name, value in values.items():
             is_dunder = name.startswith("__") and name.endswith("__")
             if self._is_patch or name in names or name == "__annotations__" or (
@@ -4197,7 +4247,8 @@ class _Transaction(_Journal):
         """Tell whether an attribute may be due to a decorator that the class has lost."""
         olds, news = (_decorators(nodes.get(cls.__qualname__)) for nodes in self._nodes)
         return not olds <= news and not _has_console_code(value) and (
-            name not in _stored_attributes(self._plan.new.code))
+            name not in _stored_attributes(self._plan.new.code)
+            and name not in _stored_by_methods(cls))
 
     def _fold_members(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
@@ -4472,12 +4523,18 @@ class _Transaction(_Journal):
                 self.report.add("changed", plan.module, [unit.title])
             self.report.add("changed", plan.module, sorted(names & old_names))
             self.report.add("added", plan.module, sorted(names - old_names))
-        self.report.add("removed", plan.module, plan.removed() + plan.removed_statements())
-        for title in plan.removed_statements():
-            self._stuck[title, "the statement was taken away; what it did stays"] += 0
+        self.report.add("removed", plan.module,
+                        plan.removed() + [unit.title for unit in plan.removed_statements()])
+
+    def _report_removed(self, plan, values):
+        """Name the statements that are gone, but for those that changed one of `values` only."""
+        for unit in plan.removed_statements():
+            if not unit.changes or not unit.changes <= values | plan.gone_names():
+                self._stuck[unit.title, "the statement was taken away; what it did stays"] += 0
 
     def _report_results(self, plan):
         values, definitions = plan.changed_names()
+        self._report_removed(plan, values)
         self.report.add("not_run_again", plan.module, plan.not_run_again(values, definitions))
         for name in sorted(values):
             self.report.not_run_again += ["%s: from %s import %s" % (
@@ -5046,12 +5103,21 @@ def _read_by(code, space):
 
 
 def _stored_names(code, kind):
-    """Return the names that code assigns or deletes, where `kind` is GLOBAL or ATTR."""
+    """Return the names that code assigns or deletes, where `kind` is GLOBAL, ATTR or NAME."""
     import dis
     names = {"STORE_" + kind, "DELETE_" + kind}
     if not any(dis.opmap[name] in code.co_code for name in names):
         return []  # most have none, and to look at each instruction costs
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
+
+
+def _may_drop_names(code):
+    import dis
+    names = set(code.co_names)
+    if "delattr" in names:
+        return True
+    return not names.isdisjoint(("globals", "vars", "locals", "__dict__")) and (
+        "pop" in names or dis.opmap["DELETE_SUBSCR"] in code.co_code[::2])
 
 
 def _stored_attributes(code):
@@ -5264,7 +5330,7 @@ def _typed(const):
     return type(const), repr(const) if isinstance(const, (float, complex)) else const
 
 
-_Step = collections.namedtuple("_Step", "key line code")  # key: (operation, argument)
+_Step = collections.namedtuple("_Step", "key line code behind")  # key: (operation, argument)
 
 
 def _steps(code):
@@ -5283,6 +5349,7 @@ def _steps(code):
     found.sort(key=lambda pair: pair[0])
     places = {step.offset: at for at, (_, step) in enumerate(found)}
     offsets = sorted(places)
+    behind = dict(zip(offsets[1:], offsets))
 
     def argument(at, step):
         if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
@@ -5291,7 +5358,8 @@ def _steps(code):
         is_code = isinstance(step.argval, types.CodeType)
         return _behaviour(step.argval) if is_code else _typed(step.argval)
     return [_Step((step.opname, argument(at, step)), line,
-                  step.argval if isinstance(step.argval, types.CodeType) else None)
+                  step.argval if isinstance(step.argval, types.CodeType) else None,
+                  places.get(behind.get(step.offset)))
             for at, (line, step) in enumerate(found)]
 
 
@@ -5538,6 +5606,8 @@ def _unsaved(plan):
         elif _has_console_code(value) or not known & {name, "*"} and (
                 getattr(value, "__module__", None) != __name__):
             found.add(name)
+    if plan.may_drop_names:
+        stored[0] |= known - plan.space.keys()
     same = {*plan.same.values(), *plan.missing.values()}
     nodes = [(node, j in same) for j, unit in enumerate(plan.new.units) for node in unit.nodes]
     return sorted(found.union(_differing(plan, nodes, plan.space, *stored)))
@@ -5553,7 +5623,8 @@ def _differing(plan, nodes, space, stored, stored_in_classes):
     bound = collections.Counter(name for node, _ in nodes for name in _Names([node]).binds)
     for node, is_same in nodes:
         for name in _Names([node]).binds if is_same else ():
-            if bound[name] == 1 and name not in stored and not name.startswith("__"):
+            if bound[name] == 1 and not bound["*"] and name not in stored and (
+                    not name.startswith("__")):
                 live = space.get(name, _MISSING)
                 if _is_otherwise(plan, node, live):
                     yield name
@@ -5568,8 +5639,7 @@ def _differing(plan, nodes, space, stored, stored_in_classes):
 
 def _added_to_class(node, cls, stored):
     """Yield the attributes that surely no statement and no method has put on a class."""
-    codes = [function.__code__ for base in _own_bases(cls) for function in _functions_in(base)]
-    stored = stored.union(*[_stored_attributes(code) for _, code in _code_paths(codes)])
+    stored = stored | _stored_by_methods(cls)
     body = _Names(node.body)
     if "setattr" in stored or not body.reads.isdisjoint(("exec", "locals", "vars")) or any(
             "__init_subclass__" in vars(base) for base in cls.__mro__[1:-1]):
@@ -5578,6 +5648,14 @@ def _added_to_class(node, cls, stored):
     for name, value in vars(cls).items():
         if name not in known and not name.startswith("__") and not isinstance(value, _SLOT_TYPES):
             yield name
+
+
+def _stored_by_methods(cls):
+    """Return what methods of a class, and of descriptors that are told of it, may put there."""
+    sources = _own_bases(cls) + [
+        getattr(type(value), "__set_name__", None) for value in vars(cls).values()]
+    codes = [function.__code__ for each in sources for function in _functions_in(each)]
+    return set().union(*[_stored_attributes(code) for _, code in _code_paths(codes)])
 
 
 def _is_otherwise(plan, node, live):
@@ -7030,8 +7108,11 @@ class Evaluator(Job):
             if show is not None:
                 return show()
         stderr = self.streams["stderr"]
-        stderr.write_as("traceback", stderr.text.write,
-                        _paint(text) if self.session.has_colours else text)
+        text = _paint(text) if self.session.has_colours else text
+        with suppress(BaseException):
+            if self.console is not None and self.console._overrides("write"):
+                return stderr.write_as("traceback", self.console.write, text)
+        stderr.write_as("traceback", stderr.text.write, text)
 
     def _converse(self):
         while True:
@@ -7095,7 +7176,8 @@ class Evaluator(Job):
         status, text = (int(exc.code or 0), "") if is_status else (1, "%s\n" % (exc.code,))
         if self.session.is_copy:
             _exit_copy(status, text)
-        self.console.write(text)
+        if text:
+            self.console.write(text)
         if not self.session.connection.is_broken:     # else it is close() that raised it
             self.session.outcome["exit"] = status
 

@@ -1833,6 +1833,29 @@ class Consoles(Case):
                          ["<hotrepl %d>" % n for n in (1, 2, 3, 5, 6, 7)])
         self.assertEqual("".join(Own.written[:1]), "it raised ZeroDivisionError: division by zero\n")
 
+    def test_a_traceback_that_another_class_has_shown_by_its_base_is_whole(self):
+        import code
+
+        class Own(code.InteractiveConsole):
+            def showtraceback(self):
+                super().showtraceback()
+
+        client = self.serve(console=Own).paired()
+        self.assertRegex(client.ask("1 / 0"), r'\ATraceback \(most recent call last\):\n'
+                         r'  File "<hotrepl \d+:1>", line 1, in <module>\n[^\n]*\n(\s*[\^~]+\n)?'
+                         r'ZeroDivisionError: division by zero\n\Z')
+
+    def test_tracebacks_are_written_by_another_class_that_has_write_alone(self):
+        import code
+
+        class Own(code.InteractiveConsole):
+            def write(self, data):
+                sys.stderr.write("<%s>\n" % data.splitlines()[-1])
+
+        client = self.serve(console=Own).paired()
+        self.assertEqual(client.ask("1 / 0"), "<ZeroDivisionError: division by zero>\n")
+        self.assertRegex(client.ask("1 = 2"), r"\A<SyntaxError: [^\n]*>\n\Z")
+
     def test_a_run_of_another_class_is_interrupted(self):
         import code
 
@@ -10267,9 +10290,13 @@ class WhatGoesAndWhatStays(Workspace):
         self.assertEqual((m.A, hasattr(m, "f")), (2, False))
 
     def test_methods_and_class_attributes_no_longer_defined_go(self):
-        m = self.load("class C:\n    x = 1\n    def m(self): pass\n    def n(self): pass\n")
-        self.again("class C:\n    def n(self): pass\n")
-        self.assertFalse(hasattr(m.C, "x") or hasattr(m.C, "m"))
+        for is_noted in (True, False):
+            m = self.load("class C:\n    x = 1\n    def m(self): pass\n    def n(self): pass\n    class D: y = 1\n",
+                          name="m%d" % is_noted, is_noted=is_noted)
+            m.C.put = 1           # from outside
+            self.again("class C:\n    def n(self): pass\n    class D: pass\n", name=m.__name__)
+            self.assertFalse(hasattr(m.C, "x") or hasattr(m.C, "m") or hasattr(m.C.D, "y"), is_noted)
+            self.assertEqual(m.C.put, 1)
 
     def test_instances_have_a_hash_again_when_eq_goes(self):
         m = self.load("class C:\n    def __eq__(self, other): return True\nclass D(C):\n    __hash__ = None\n"
@@ -10337,6 +10364,18 @@ class WhatGoesAndWhatStays(Workspace):
                             "    del g\nh()\n")
         self.assertEqual((str(report), hasattr(m, "f"), hasattr(m, "g")), ("changed: A", False, False))
 
+    def test_function_that_the_module_pops_from_its_namespace_does_not_come_back(self):
+        m = self.load("def f(): pass\nclass C: pass\nA = [globals().pop(name) for name in ('f', 'C')]\n")
+        self.assertEqual(str(reload(m, dry_run=True)), "nothing changed")
+        self.assertEqual((str(reload(m)), hasattr(m, "f")), ("nothing changed", False))
+
+    def test_what_was_registered_with_a_function_that_comes_back_new_is_reported(self):
+        m = self.load("import functools\n@functools.singledispatch\ndef f(x): return 0\n"
+                      "@f.register(int)\ndef _(x): return 1\n")
+        del m.f
+        gc.collect()
+        self.assertEqual(str(reload(m)), "added: f\nnot run again: @f.register(int)")
+
     def test_deleted_definition_stays_deleted_after_a_reload_that_fails(self):
         m = self.load("def f(): return 1\n")
         f = m.f
@@ -10396,6 +10435,22 @@ class WhatGoesAndWhatStays(Workspace):
         self.assertEqual((self.own_names(m.C), c.x), (["x", "y"], 1))
         self.assertStale(report, "C.x", "a decorator that was taken away", 1)
         self.assertEqual(self.again(self.DECORATORS + "class C: z = 1\n").stale, [])
+
+    def test_attributes_that_methods_put_on_a_class_are_not_said_to_be_from_a_lost_decorator(self):
+        text = ("@hidden\nclass C:\n    def f(self): type(self).cache = self\n"
+                "    @classmethod\n    def g(cls): cls.made = 1\n")
+        m = self.load(self.DECORATORS + text)
+        m.C().f()
+        m.C.g()
+        report = self.again(self.DECORATORS + text.replace("@hidden\n", ""))
+        self.assertEqual([entry.name for entry in report.stale], ["C.x", "C.y"])
+
+    def test_lost_decorator_of_a_class_is_seen_in_the_compiled_cache(self):
+        text = "def put(cls):\n    cls.x = 1\n    return cls\n@put\nclass C:\n    y = 1\n"
+        codes = [compile(each, "m.py", "exec") for each in (text, text.replace("@put\n", ""))]
+        new = hotrepl._Source(text.replace("@put\n", "").encode(), "m.py")
+        self.assertEqual([sorted(hotrepl._CachedSource(code).pair_with(new)) for code in codes],
+                         [[0], [0, 1]])
 
     def test_attributes_put_on_a_function_stay(self):
         m = self.load("def f(): return 1\nf.calls = 0\n")
@@ -10745,6 +10800,25 @@ class DryRun(Workspace):
             self.assertEqual(m.H, [m.f, 1])
         self.assertEqual(str(reload(m)), "nothing changed")
 
+    def test_statement_that_went_with_what_it_changed_is_not_stale(self):
+        text = "H = {}\nH['k'] = 1\nL = []\nL.append(1)\nclass C: pass\nC.x = 1\nprint(end='')\n"
+        for dry_run in (True, False):
+            m = self.load(text, "m%d" % dry_run)
+            report = self.again("H = {'k': 1}\nL = [1]\n", m.__name__, dry_run=dry_run)
+            self.assertEqual(report.removed, ["C", "H['k'] = 1", "L.append(1)", "C.x = 1", "print(end='')"])
+            self.assertEqual([entry.name for entry in report.stale], ["print(end='')"])
+
+    def test_dry_run_lists_nothing_that_a_descriptor_puts_on_its_class(self):
+        self.load("class Field:\n    def __set_name__(self, cls, name):\n"
+                  "        cls.fields = name\n        setattr(cls, '_' + name, 1)\n", "fields")
+        m = self.load("from fields import Field\nclass C:\n    x = Field()\n")
+        self.assertEqual(str(reload(m, dry_run=True)), "nothing changed")
+
+    def test_dry_run_lists_no_class_that_may_be_from_a_later_import_of_all_names(self):
+        self.load("class C: pass\nE = 3\n", "fast")
+        m = self.load("class C: pass\nE = 2\nfrom fast import *\n")
+        self.assertEqual(str(reload(m, dry_run=True)), "nothing changed")
+
     def test_statement_that_was_edited_in_place_is_changed_and_not_removed(self):
         text = "H = []\n'text'\nH.append(1)\npass\nassert H\nif __name__ == '__main__': H = 0\n"
         m = self.load(text)
@@ -10801,7 +10875,7 @@ class Modules(Workspace):
                     file.write("    print('again')\\n")
                 print(hotrepl.reload(sys.modules["__main__"]))
             """)
-        self.assertEqual(output, "1\n2 [1] ['step']\nnot run again: if __name__ == \"__main__\":\n")
+        self.assertEqual(output, "1\n2 [1] ['step']\nnot run again: if __name__ == \"__main__\"\n")
 
     def test_script_that_changes_the_current_folder_is_found(self):
         for is_noted in (True, False):    # before it goes, or not
@@ -10850,7 +10924,7 @@ class Modules(Workspace):
             output = self.run_script(self.LOOPING_SCRIPT % least)
             self.assertEqual(output.splitlines(), [
                 "changed: step", "added: new",
-                "not run again: while len(STATE) < 4:, print(\"all over\", STATE)",
+                "not run again: while len(STATE) < 4, print(\"all over\", STATE)",
                 "5", "ended [1, 2, 2]"], least)
 
     def test_main_guard_of_an_imported_module_does_not_run(self):
