@@ -8557,6 +8557,7 @@ class Client:
         cooked[3] |= termios.ICANON | termios.ECHO
         termios.tcsetattr(0, termios.TCSADRAIN, cooked)
         before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        self.mark_pastes(False)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, before)
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
