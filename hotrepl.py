@@ -8164,6 +8164,7 @@ class Client:
         self.history = None       # a _History where there is readline
         self.gets_whole_pastes = False    # input() returns a paste of several lines as one string
         self.marks_pastes = False         # the terminal can be told to mark where one begins, ends
+        self._ahead = collections.deque()         # lines of a paste, for the waits that follow
         self._begun = ""          # the beginning of the next line, where it came with a paste
         self.ends_line_at_eof = False     # input() goes to a new line on Ctrl+D
         self._prompts = ()        # the server's own prompts: what is typed there is history
@@ -8280,6 +8281,10 @@ class Client:
         """Return what the user answers, as bytes for the server."""
         import getpass
         self._edited_prompt = prompt
+        if self._ahead and not self._is_secret:
+            text = self._ahead.popleft()
+            self._write(("%s%s\n" % (prompt, text)).encode("utf-8", "surrogateescape"))
+            return self._answer(prompt, text)
         begun, self._begun = self._begun, ""
         if self._is_secret:
             self.mark_pastes(False)
@@ -8303,8 +8308,15 @@ class Client:
             # PyPy's line editor keeps the NUL that Linux makes of a Ctrl+D typed ahead.
             text = text.replace("\0", "") + more
         self._show_tall((prompt + text).rstrip("\n"))
+        return self._answer(prompt, text)
+
+    def _answer(self, prompt, text):
+        """Return `text` as bytes for the server: several lines are one unit, but for input()."""
         if self.history is not None and prompt in self._prompts:
             self.history.add(text)
+        if "\n" in text and self._request("Outcome").get("outcome", {}).get("state") == "waiting":
+            text, *more = text.rstrip("\n").split("\n")
+            self._ahead.extend(more)
         data = text.encode("utf-8", "surrogateescape").replace(IAC, b"")
         if b"\n" in data:
             return BEGIN + BLOCK_KIND + data + END
@@ -8573,6 +8585,7 @@ class Client:
             self._is_leaving = turn.is_in_vain = False    # the next press finds us on the way out
             raise Left
         _drop_typed()
+        self._ahead.clear()
         turn.answer(Turn.INTERRUPT)
         self._press("KeyboardInterrupt", turn=turn.number, answered=not turn.is_interrupted)
         if not hasattr(signal, "SIGURG"):

@@ -4348,6 +4348,40 @@ class Pasting(Case):
         terminal.type("add(20)\n")
         terminal.until("42\r\n")
 
+    def test_one_into_input_answers_as_often_as_it_has_lines(self):
+        for shown in ("", "half a line"):
+            with self.subTest(shown):
+                terminal = self.serve().terminal(TERM="xterm")
+                terminal.type("print(%r, end=''); x = input('a' + '? '); y = input('b' + '? ')\n" % shown)
+                terminal.until("a? ")
+                self.paste(terminal, "one\ntwo\n6*7")
+                terminal.until("\n42\n")
+                terminal.until(">>> ")
+                terminal.ask("x + y", "\n'onetwo'")
+
+    def test_one_into_pdb_is_several_commands(self):
+        terminal = self.serve().terminal(TERM="xterm")
+        terminal.ask("import pdb; n = 6; pdb.run('n += 1', globals())", "", "(Pdb) ")
+        self.paste(terminal, "p n * 7\nn\np n * 100\nc")
+        terminal.until("\n42\n")
+        terminal.until("\n700\n")
+        terminal.until(">>> ")
+        terminal.ask("n * 6", "\n42")
+
+    def test_ctrl_c_drops_the_lines_of_one_that_were_not_read_yet(self):
+        served = self.serve({"begun": threading.Event()})
+        terminal = served.terminal(TERM="xterm")
+        terminal.type("x = input('a' + '? ')\n")
+        terminal.until("a? ")
+        self.paste(terminal, "one\nbegun.set(); [None for _ in iter(int, 1)]\nprint('not ' + 'this')\nprint('nor ' + 'this')")
+        self.assertTrue(served.namespace["begun"].wait(DEADLINE_S))
+        terminal.press("^C")
+        terminal.until("KeyboardInterrupt")
+        terminal.until(">>> ")
+        terminal.ask("x", "\n'one'")
+        terminal.ask("6*7", "\n42")
+        self.assertNotRegex(terminal.received.decode(), "(not|nor) this")
+
     def test_the_terminal_is_not_told_to_mark_them_any_more_afterwards(self):
         terminal = self.keep(Screen(connect_command(self.serve().server), TERM="xterm"))
         terminal.until(">>> ")
