@@ -8166,7 +8166,8 @@ class Client:
         self.marks_pastes = False         # the terminal can be told to mark where one begins, ends
         self._ahead = collections.deque()         # lines of a paste, for the waits that follow
         self._begun = ""          # the beginning of the next line, where it came with a paste
-        self.ends_line_at_eof = False     # input() goes to a new line on Ctrl+D
+        self.ends_line_at_eof = False     # input() goes to a new line on Ctrl+D ...
+        self.ends_line_at_interrupt = False       # ... and on Ctrl+C
         self._prompts = ()        # the server's own prompts: what is typed there is history
         # (kind, bytes) from the reader to the main thread: few, or Ctrl+C would show late
         self._events = queue.Queue(64)
@@ -8174,6 +8175,7 @@ class Client:
         self._turn = Turn(0)      # the last one; its number counts go-aheads
         self._edited_prompt = ""  # of the line that is being edited
         self._is_editing = False  # the main thread is in input(): Ctrl+C ends that
+        self._is_line_open = False        # Ctrl+C ended that: what comes next begins a new line
         self._is_secret = False   # the next answer is not to be shown
         self._is_leaving = False  # end-of-file was sent: Ctrl+C forces the end, once
         self._has_ended = False   # the server says that the session ended as the user wanted
@@ -8233,7 +8235,7 @@ class Client:
             self._turn, self._is_leaving = Turn(self._turn.number + 1), False
             data = self._ask(prompt)
             if self._turn.answer(Turn.LINE):
-                self._is_leaving = data == END_OF_FILE and prompt in self._prompts
+                self._is_leaving = data == END_OF_FILE and self._is_primary(prompt)
                 self._sock.sendall(data)
 
     def _show_until_turn(self):
@@ -8248,6 +8250,9 @@ class Client:
                 self._write(line[shown:])
                 shown = len(line)
                 continue
+            if self._is_line_open and kind in ("data", "turn"):
+                self._is_line_open = False
+                self._write(b"\n" * (not data.startswith(b"\n")))
             if kind == "data":
                 line, shown = self._show(line, shown, data)
             elif kind == "turn":
@@ -8292,6 +8297,7 @@ class Client:
             text = (self._edit(getpass.getpass, prompt) if self._is_secret
                     else self._edit(_input, _hide_escapes(prompt), begun))
         except EOFError:
+            _forget_end_of_file()
             self._write(b"" if self.ends_line_at_eof and not self._is_secret else b"\n")
             return END_OF_FILE
         except ServerGone:
@@ -8301,7 +8307,7 @@ class Client:
             is_secret, self._is_secret = self._is_secret, False
             self.mark_pastes(True)        # also what is pasted before the next prompt is one unit
         if self._turn.is_interrupted:
-            self._write(b"\n" * is_secret)
+            self._is_line_open = is_secret or not self.ends_line_at_interrupt
             return b""
         if not is_secret and not self.gets_whole_pastes:
             more, self._begun = _rest_of_paste()
@@ -8312,15 +8318,20 @@ class Client:
 
     def _answer(self, prompt, text):
         """Return `text` as bytes for the server: several lines are one unit, but for input()."""
-        if self.history is not None and prompt in self._prompts:
-            self.history.add(text)
-        if "\n" in text and self._request("Outcome").get("outcome", {}).get("state") == "waiting":
+        if not self._is_primary(prompt):
             text, *more = text.rstrip("\n").split("\n")
             self._ahead.extend(more)
+        elif self.history is not None:
+            self.history.add(text)
         data = text.encode("utf-8", "surrogateescape").replace(IAC, b"")
         if b"\n" in data:
             return BEGIN + BLOCK_KIND + data + END
         return data + b"\n"
+
+    def _is_primary(self, prompt):
+        """Return whether that is the server's own prompt, rather than of input() or pdb."""
+        return prompt in self._prompts or (
+            self._request("Outcome").get("outcome", {}).get("state") != "waiting")
 
     def mark_pastes(self, is_on):
         """Tell the terminal, where that can be done, whether to mark what is pasted."""
@@ -8329,6 +8340,10 @@ class Client:
 
     def _edit(self, read, *args):
         """Return what the user types; Ctrl+C and the server's end are raised in here only."""
+        with _kept_modes():       # Ctrl+C can be raised in `read` while that puts them back
+            return self._edit_in_any_mode(read, *args)
+
+    def _edit_in_any_mode(self, read, *args):
         try:
             try:
                 self._is_editing = True
@@ -8362,7 +8377,8 @@ class Client:
 
     def _show_notes(self):
         if self._notes:
-            is_erased = _call_readline("rl_clear_visible_line", ("fflush", None))
+            is_erased = not self._is_secret and _call_readline("rl_clear_visible_line",
+                                                               ("fflush", None))
             self.show_above(b"".join(take_all(self._notes)).decode("utf-8", "replace"),
                             begin="" if is_erased else "\r\033[K")
 
@@ -8396,7 +8412,10 @@ class Client:
         """Write `text` above the line that is being edited, and that line again."""
         sys.stdout.write((begin + text).replace("\n", "\r\n"))   # the terminal may be raw
         sys.stdout.flush()
-        if not _call_readline("rl_on_new_line", "rl_redisplay"):
+        if self._is_secret:       # getpass reads that, not readline
+            sys.stdout.write(self._edited_prompt)
+            sys.stdout.flush()
+        elif not _call_readline("rl_on_new_line", "rl_redisplay"):
             line = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
             line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
             sys.stdout.write(self._edited_prompt + line)
@@ -8564,6 +8583,8 @@ class Client:
         The terminal is in readline's mode then, which not every shell takes back and gives again.
         """
         import termios
+        if self._is_secret:
+            _drop_typed()         # else what follows reads it, and shows it
         mode, cooked = termios.tcgetattr(0), termios.tcgetattr(0)
         cooked[0] |= termios.ICRNL
         cooked[3] |= termios.ICANON | termios.ECHO
@@ -9058,6 +9079,21 @@ def _terminal_modes():
         termios.tcsetattr(0, termios.TCSANOW, before)
 
 
+@contextmanager
+def _kept_modes():
+    """Afterwards the terminal is as it was before."""
+    if os.name != "posix" or not os.isatty(0):
+        yield
+        return
+    import termios
+    before = termios.tcgetattr(0)
+    try:
+        yield
+    finally:
+        if termios.tcgetattr(0) != before:
+            termios.tcsetattr(0, termios.TCSANOW, before)
+
+
 def _drop_typed():
     if os.name == "posix" and os.isatty(0):
         import termios
@@ -9088,6 +9124,7 @@ def _line_editor(client):
             client.marks_pastes = (client.gets_whole_pastes and not is_dumb
                                    and sys.stdout.isatty())
             client.ends_line_at_eof = not is_dumb and (version >= 0x0801 or is_pyrepl)
+            client.ends_line_at_interrupt = not is_dumb and is_pyrepl
             readline.parse_and_bind("set show-all-if-ambiguous on")
         try:
             yield
@@ -9237,6 +9274,14 @@ def _input(prompt, begun):
 
 def _is_libedit(readline):
     return "libedit" in (readline.__doc__ or "")
+
+
+def _forget_end_of_file():
+    """Have readline forget Ctrl+D, which else adds an empty line to each line that follows."""
+    with suppress(ImportError, KeyError, AttributeError, OSError, ValueError):
+        import ctypes
+        library = ctypes.CDLL(sys.modules["readline"].__file__)
+        ctypes.c_int.in_dll(library, "rl_eof_found").value = 0
 
 
 def _call_readline(*calls):

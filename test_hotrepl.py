@@ -4240,6 +4240,86 @@ class CtrlZ(Case):
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
+class Answering(Case):
+    """What a person sees and types at input() and getpass, which are not the prompt."""
+
+    def test_what_follows_ctrl_c_begins_a_new_line(self):
+        terminal = self.serve().terminal(TERM="xterm")
+        for _ in range(2):
+            terminal.type("input('your' + ' name? ')\n")
+            terminal.until("your name? ")
+            terminal.type("nobo")
+            terminal.until("nobo")
+            terminal.press("^C")
+            self.assertRegex(terminal.until("Traceback"), r"\n[\r ]*Traceback\Z")
+            terminal.until("KeyboardInterrupt\n")
+            terminal.until(">>> ")
+
+    def test_ctrl_d_leaves_no_empty_lines_behind(self):
+        terminal = self.serve().terminal(TERM="xterm")
+        terminal.type("input('your' + ' name? ')\n")
+        terminal.until("your name? ")
+        terminal.press("^D")
+        terminal.until("EOFError")
+        terminal.until(">>> ")
+        for _ in range(2):
+            terminal.type("40 + 2\n")
+            self.assertEqual(terminal.until("\n42").count("\n"), 1)
+            terminal.until(">>> ")
+
+    def test_what_is_followed_leaves_the_question_for_a_secret(self):
+        before, sys.stdout = sys.stdout, io.StringIO()       # the program's
+        self.addCleanup(setattr, sys, "stdout", before)
+        served = self.serve({"go": threading.Event()})
+        terminal = served.terminal(TERM="xterm")
+        terminal.ask("import getpass, threading; follow()", "")
+        terminal.ask("threading.Thread(target=lambda: (go.wait(), print('tick'))).start()", "")
+        terminal.type("getpass.getpass('secret' + '? ')\n")
+        terminal.until("secret? ")
+        served.namespace["go"].set()
+        terminal.until("tick\n")
+        terminal.until("secret? ")
+        terminal.ask("sesame", "\n'sesame'")
+
+    def test_ctrl_z_leaves_no_part_of_a_secret_to_the_shell(self):
+        shell = self.keep(Terminal([tool("sh"), "-i"], PS1="[sh] ", ENV="", TERM="xterm"))
+        shell.until("[sh] ")
+        shell.type(" ".join(map(shlex.quote, connect_command(self.serve().server))) + "\n")
+        shell.until(">>> ")
+        shell.type("import getpass; word = getpass.getpass('secret' + '? ')\n")
+        shell.until("secret? ")
+        shell.type("sesa")
+        while shell.pump(0.2):    # until it has come to the terminal
+            pass
+        shell.press("^Z")
+        shell.until("[sh] ")
+        shell.type("echo the ''shell\n")
+        shell.until("\nthe shell\n")
+        shell.type("fg\n")
+        shell.until("secret? ")
+        shell.type("open\n")
+        shell.until(">>> ")
+        shell.ask("word", "\n'open'")
+        self.assertNotIn(b"sesa", shell.received)
+
+    def test_the_terminal_is_afterwards_as_it_was_whatever_stopped_the_reading(self):
+        folder = self.folder()
+        folder.write("program.py", """
+            import termios
+            import hotrepl
+            before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
+            changed[3] &= ~termios.ECHO
+            try:
+                with hotrepl._kept_modes():
+                    termios.tcsetattr(0, termios.TCSANOW, changed)
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                print("as it was:", termios.tcgetattr(0) == before)
+            """)
+        self.keep(folder.terminal("program.py")).until("as it was: True")
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
 class Pasting(Case):
     """A paste into the real client: bracketed where it has GNU readline, else as it comes."""
 
@@ -4639,6 +4719,15 @@ class Histories(Case):
         terminal.end()
         with open(os.path.join(home, ".hotrepl_history")) as file:
             self.assertEqual(json.loads(file.read()), "40 + 2")
+
+    def test_lines_at_a_prompt_that_the_program_changed_are_kept(self):
+        self.addCleanup(vars(sys).pop, "ps1", None)
+        terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
+        terminal.ask("import sys; sys.ps1 = 'my' + ' prompt> '", "", "my prompt> ")
+        terminal.ask("40 + 2", "\n42", "my prompt> ")
+        terminal.ask("del sys.ps1", "")
+        with open(self.path) as file:
+            self.assertEqual([json.loads(line) for line in file][1:], ["40 + 2", "del sys.ps1"])
 
     def test_an_empty_name_means_none(self):
         home = self.folder().path
