@@ -7576,13 +7576,17 @@ class Server:
             sessions = list(self._sessions.values())
             others = list(self.controls) + list(self._admissions)
         self._undo.close()
+        own = [each for each in sessions if each.evaluator is threading.current_thread()]
         for each in sessions + others:
-            each.close()
+            if each not in own:
+                each.close()
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for each in [session.evaluator for session in sessions] + others:
             self._join(each, deadline - time.monotonic())
         if self.on_stop is not None:
             self.on_stop()
+        for each in own:          # last, as it ends what runs in this thread
+            each.close()
 
     def halt(self):
         """Stop once the last session is gone."""
@@ -7594,6 +7598,11 @@ class Server:
             self.error = type(exc), exc, exc.__traceback__
             for session in self._sessions.values():
                 session.error = self.error
+
+    def sessions(self):
+        """Return the open Sessions."""
+        with self._lock:
+            return list(self._sessions.values())
 
     def find_session(self, number):
         """Return the open Session of that number, or None."""
@@ -7877,7 +7886,8 @@ def _hold_sigpipe(is_held):
 
 def stop():
     """Stop every server that this copy of hotrepl runs in this process."""
-    for server in REGISTRY.all():
+    session = current_session()
+    for server in sorted(REGISTRY.all(), key=lambda each: session in each.sessions()):
         server.stop()
 
 
@@ -8072,6 +8082,7 @@ class Left(Exception):
 
 
 PRESSED, RESIZED = b"p", b"r"     # what signals' handlers tell the interrupter
+SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something
 KEY_SIGNALS = {signal.SIGINT, getattr(signal, "SIGTSTP", signal.SIGINT)}  # their numbers come first
 LOOK_AGAIN_S = 0.03               # readline is made to look for signals this often ...
 LOOKS = 5                         # ... and so many times after each key
@@ -8828,7 +8839,9 @@ class JsonOutput:
 
 
 def _write_out(name, data):
-    stream = getattr(sys, name).buffer
+    stream = getattr(getattr(sys, name), "buffer", None)
+    if stream is None:            # it was closed before we began
+        return
     try:
         while data:               # python -u: a signal can cut a write short
             data = data[stream.write(data):]
@@ -8970,6 +8983,8 @@ def _encrypted(sock, ssl_context, where):
 def _show_token(sock, tokens):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
+    if sock.gettimeout() is None and not select.select([sock], [], [], SILENCE_S)[0]:
+        _say("no answer so far; the server is busy, or this is not its REPL port. Ctrl+C gives up")
     while True:
         try:
             begin = sock.recv(1, socket.MSG_PEEK)
@@ -9015,7 +9030,7 @@ def noted_servers():
     notes = []
     for path in runtime_files("server-*.note"):
         # It stops just now, or is no note of this version.
-        with suppress(FileNotFoundError, ValueError, KeyError, SyntaxError):
+        with suppress(FileNotFoundError, ValueError, KeyError, SyntaxError, TypeError):
             note = _read_note(path)
             if note["namespaces"] != namespaces():
                 continue
@@ -9029,7 +9044,14 @@ def noted_servers():
 def _read_note(path):
     import ast
     with open(path, "rb") as file:
-        return ast.literal_eval(file.read().decode("ascii"))
+        note = ast.literal_eval(file.read().decode("ascii"))
+    places = [note["address"], note["control_address"]]
+    if not (isinstance(note["pid"], int) and 0 < note["started"] <= time.time() + 1e9
+            and all(isinstance(word, str) for word in note["argv"])
+            and all(isinstance(place, str) or list(map(type, place[:2])) == [str, int]
+                    for place in places)):
+        raise ValueError("no note of this version")
+    return note
 
 
 def _is_alive(note):
@@ -9424,8 +9446,9 @@ def _serve(options):
         return _stay(_start_server(options, main_module, done), done)
     load = (_prepare_script if options.module is None else _prepare_module)(words, main_module)
     server = _start_server(options, main_module, done)
+    pid = os.getpid()
     status = _run_program(load, vars(main_module), server)
-    if not options.keep:
+    if not options.keep or os.getpid() != pid:    # a child that the program forked is not kept
         if sys.version_info >= (3, 12):
             # At its end Python waits for the program's threads, and lets no new one start: nobody
             # could visit them. So wait here, by the same function.
@@ -9481,13 +9504,20 @@ def _prepare_module(words, main_module):
     sys.argv = words
 
     def load():                   # imports the module's package: that is the program's code too
-        _, spec, code_object = runpy._get_module_details(     # type: ignore[attr-defined]
-            words[0], lambda reason: SystemExit("hotrepl: %s" % reason))
+        try:
+            _, spec, code_object = runpy._get_module_details(     # type: ignore[attr-defined]
+                words[0], _NoSuchModule)
+        except _NoSuchModule as exc:
+            raise SystemExit("hotrepl: %s" % exc) from None
         sys.argv[0] = spec.origin
         vars(main_module).update(__spec__=spec, __file__=spec.origin, __cached__=spec.cached,
                                  __loader__=spec.loader, __package__=spec.parent)
         return code_object
     return load
+
+
+class _NoSuchModule(Exception):
+    """runpy's word for a module that can't be run."""
 
 
 def _set_first_path(folder):
@@ -9504,9 +9534,9 @@ def _run_program(load, namespace, server):
     except SystemExit as exc:
         status = _exit_status(exc.code)
     except BaseException as exc:
-        _show_death(exc)
+        _hide_our_frames(exc)
         server.keep_error(exc)
-        status = 130 if isinstance(exc, KeyboardInterrupt) else 1
+        status = _show_death(exc)
     with suppress(AttributeError, OSError, ValueError):   # no stdout, or one that was closed
         sys.stdout.flush()
     return status
@@ -9516,20 +9546,35 @@ def _exit_status(code_or_text):
     """Return the status that sys.exit(`code_or_text`) stands for, having printed a text."""
     if code_or_text is None or isinstance(code_or_text, int):
         return int(code_or_text or 0)
-    print(code_or_text, file=sys.stderr)
+    with suppress(Exception):     # whatever its str() does
+        print(code_or_text, file=sys.stderr or io.StringIO())
     return 1
 
 
-def _show_death(exc):
-    """Do what Python does for an uncaught exception; no frame of this file is shown or kept."""
+def _hide_our_frames(exc):
     frames = exc.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == _serve.__code__.co_filename:
         frames = frames.tb_next
     exc.__traceback__ = frames
-    sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, frames
+
+
+def _show_death(exc):
+    """Do what Python does for an uncaught exception; return the exit status."""
+    import traceback
+    sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, exc.__traceback__
     if sys.version_info >= (3, 12):
         sys.last_exc = exc  # novm
-    sys.excepthook(type(exc), exc, frames)
+    try:
+        sys.excepthook(type(exc), exc, exc.__traceback__)
+    except SystemExit as own:     # the program's own hook
+        return _exit_status(own.code)
+    except BaseException as own:
+        _hide_our_frames(own)
+        own.__context__ = None
+        for title, each in (("Error in sys.excepthook:", own), ("\nOriginal exception was:", exc)):
+            print(title, file=sys.stderr)
+            traceback.print_exception(type(each), each, each.__traceback__)
+    return 130 if isinstance(exc, KeyboardInterrupt) else 1
 
 
 def _connect_command(server):
@@ -9713,7 +9758,10 @@ def _control_port(host, port):
 def _read_source(path):
     """Return the code in the file `path`, - for stdin, as UTF-8, whatever it declares to be in."""
     import importlib.util
-    data = sys.stdin.buffer.read() if path == "-" else _read_file(path)
+    if path == "-":
+        data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+    else:
+        data = _read_file(path)
     try:
         return importlib.util.decode_source(data).encode("utf-8")
     except (SyntaxError, UnicodeError) as exc:
@@ -9753,7 +9801,8 @@ def _misuse(text):
 
 
 def _say(text):
-    print("hotrepl: " + text, file=sys.stderr, flush=True)
+    with suppress(OSError):       # /dev/full, say
+        print("hotrepl: " + text, file=sys.stderr or io.StringIO(), flush=True)
 
 
 if __name__ == "__main__":

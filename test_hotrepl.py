@@ -3366,6 +3366,21 @@ class Stopping(Case):
         wire.close()
         served.check_undone()
 
+    def test_a_session_can_stop_all_servers(self):
+        servers, stopped = [hotrepl.start({"stop": hotrepl.stop}, port=0, control_port=0) for _ in range(3)], []
+        for each in servers:
+            self.addCleanup(each.stop)
+            each.on_stop = functools.partial(stopped.append, each)
+        wire = self.wire(servers[0].address)
+        wire.ask("1")
+        wire.send("stop()")
+        wire.until_end()
+        eventually(lambda: len(stopped) == 3, "their ends")
+        for each in servers:
+            with self.assertRaises(ConnectionRefusedError):
+                dial(each.address)
+        eventually(lambda: not [each for each in threading.enumerate() if each.name.startswith("hotrepl ")])
+
     def test_threads_can_stop_it_at_once(self):
         served = self.serve()
         served.paired()
@@ -7632,6 +7647,52 @@ class Programs(Case):
         program.kill(signal.SIGINT)
         self.assertEqual(program.end()[0], 1)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_child_that_it_forked_is_not_kept(self):
+        program, wire = self.kept("""
+            import os, sys
+            if os.fork() == 0:
+                sys.exit(4)
+            status = os.wait()[1] >> 8
+            if os.fork() == 0:
+                1 / 0
+            status = status, os.wait()[1] >> 8
+            """)
+        self.assertEqual(wire.ask("status"), "(4, 1)\n")
+        self.assertEqual(self.told.count("is kept"), 1)
+        program.kill(signal.SIGINT)
+        self.assertEqual(program.end()[0], 0)
+
+    def test_it_is_kept_whatever_its_own_excepthook_does(self):
+        hook = "import sys\ndef hook(*exc_info):\n    %s\nsys.excepthook = hook\nx = 42\n1 / 0\n"
+        for source, status, told in ((hook % "raise LookupError('in the hook')", 1, r"Error in sys\.excepthook:\n(.*\n)+"
+                                      r"LookupError: in the hook\n\nOriginal exception was:\n(.*\n)+ZeroDivisionError: "),
+                                     (hook % "sys.exit(4)", 4, "is kept")):
+            with self.subTest(status):
+                program, wire = self.kept(source)
+                self.assertEqual(wire.ask("x"), "42\n")
+                self.assertRegex(self.told, told)
+                self.assertNotIn("hotrepl.py\"", self.told)
+                self.assertIn("ended with exit status %d and" % status, self.told)
+                program.kill(signal.SIGINT)
+                self.assertEqual(program.end()[0], status)
+
+    def test_a_package_that_cannot_be_run_is_one_line(self):
+        folder = self.folder()
+        os.mkdir(os.path.join(folder.path, "deep"))
+        code, out, err = folder.start(*serve_words("-m", "deep")).end()
+        self.assertEqual((code, out), (1, ""))
+        self.assertRegex(err.splitlines()[-1], r"\Ahotrepl: No module named deep\.__main__; 'deep' is a package")
+        self.assertNotIn("Traceback", err)
+
+    def test_it_runs_though_stderr_is_closed_or_full(self):
+        folder = self.folder()
+        folder.write("script.py", "print('runs')")
+        for words in ("2>&-", "2>/dev/full"):
+            command = " ".join(map(shlex.quote, python_command(*serve_words("script.py")))) + " " + words
+            out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL)
+            self.assertEqual(out, b"runs\n", words)
+
     def test_an_error_of_one_visitor_does_not_hide_what_died_from_the_next(self):
         program, wire = self.kept("def save():\n    where = 'in save'\n    1/0\nsave()")
         self.assertIn("NameError", wire.ask("nowhere"))
@@ -7788,6 +7849,26 @@ class Exec(Case):
         code, out, err = self.end("--timeout", "1", "-c", "print('in')\nwhile True: pass")
         self.assertEqual((code, out), (124, "in\n"))
         self.assertIn("\nKeyboardInterrupt", err)
+
+    def test_streams_that_are_closed_hold_nothing_up(self):
+        served = self.serve({"seen": []})
+        command = " ".join(map(shlex.quote, python_command(
+            SOURCE_PATH, "exec", "--port", str(served.server.address[1]),
+            "--control-port", str(served.server.control_address[1]))))
+        for words, code in (("-c 'print(1); seen.append(1)' >&-", 0), ("-c 'seen.append(2); 1/0' 2>&-", 1),
+                            ("- <&-", 0)):
+            self.assertEqual(subprocess.call("%s %s" % (command, words), shell=True), code, words)
+        self.assertEqual(served.namespace["seen"], [1, 2])
+
+    def test_what_does_not_answer_is_told(self):
+        listener = self.keep(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        port = str(listener.getsockname()[1])
+        program = self.keep(Program(python_command(
+            SOURCE_PATH, "exec", "--port", port, "--control-port", port, "-c", "1")))
+        program.err.until("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
+                          "Ctrl+C gives up\n")
 
     def test_code_that_ignores_its_time_limit_is_left(self):
         served = self.serve({"go_on": threading.Event()})
@@ -8013,6 +8094,19 @@ class Finding(NotesCase):
             file.truncate()
             file.write(ascii(note))
         self.assertEqual((self.pids(), os.listdir(self.notes)), ([], []))
+
+    def test_what_is_no_note_is_left_alone(self):
+        self.serve()
+        path = os.path.join(self.notes, os.listdir(self.notes)[0])
+        with open(path) as file:
+            note = ast.literal_eval(file.read())
+        for number, odd in enumerate([[], {}, 1, dict(note, argv=None), dict(note, argv=[1]), dict(note, address=1),
+                                      dict(note, address=("a", "b")), dict(note, control_address=None),
+                                      dict(note, started="now"), dict(note, started=1e30), dict(note, pid="1")]):
+            with open(os.path.join(self.notes, "server-1-%d.note" % number), "w") as file:
+                file.write(ascii(odd))
+        self.assertEqual(self.pids(), [os.getpid()])
+        self.assertEqual(self.hotrepl("exec", str(os.getpid()), "-c", "6*7"), [0, "42\n", ""])
 
     def test_the_note_of_a_server_that_does_not_listen_is_dropped(self):
         program, = self.programs("a", source=SERVE + "import os, sys; input()\n"
@@ -12103,8 +12197,11 @@ class Load(Case):
         before = target.settled(Usage(3, 10, 0, 0, 0))
         function(target, count)
         after = target.settled(before)
-        function(target, count)
-        self.assertLess(target.settled(before).memory_mib, after.memory_mib + (64 if IS_PYPY else 8))
+        limit_mib, found = after.memory_mib + (64 if IS_PYPY else 8), []
+        while len(found) < 3 and min(found, default=limit_mib) >= limit_mib:
+            function(target, count)       # once more: malloc keeps now more, now less; a leak grows
+            found.append(target.settled(before).memory_mib)
+        self.assertLess(min(found), limit_mib, found)
         target.check()
 
     def test_many_sessions_evaluate_at_once_and_leave_nothing(self):
