@@ -8984,7 +8984,8 @@ def _show_token(sock, tokens):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
     if sock.gettimeout() is None and not select.select([sock], [], [], SILENCE_S)[0]:
-        _say("no answer so far; the server is busy, or this is not its REPL port. Ctrl+C gives up")
+        print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
+              "Ctrl+C gives up", file=sys.stderr)
     while True:
         try:
             begin = sock.recv(1, socket.MSG_PEEK)
