@@ -9562,19 +9562,21 @@ def _hide_our_frames(exc):
 def _show_death(exc):
     """Do what Python does for an uncaught exception; return the exit status."""
     import traceback
-    sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, exc.__traceback__
+    frames = exc.__traceback__    # on PyPy it is another once the hook has raised
+    sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, frames
     if sys.version_info >= (3, 12):
         sys.last_exc = exc  # novm
     try:
-        sys.excepthook(type(exc), exc, exc.__traceback__)
+        sys.excepthook(type(exc), exc, frames)
     except SystemExit as own:     # the program's own hook
         return _exit_status(own.code)
     except BaseException as own:
         _hide_our_frames(own)
         own.__context__ = None
-        for title, each in (("Error in sys.excepthook:", own), ("\nOriginal exception was:", exc)):
-            print(title, file=sys.stderr)
-            traceback.print_exception(type(each), each, each.__traceback__)
+        print("Error in sys.excepthook:", file=sys.stderr)
+        traceback.print_exception(type(own), own, own.__traceback__)
+        print("\nOriginal exception was:", file=sys.stderr)
+        traceback.print_exception(type(exc), exc, frames)
     return 130 if isinstance(exc, KeyboardInterrupt) else 1
 
 
