@@ -45,7 +45,7 @@ CONTENTS
      7. Jobs                           background callables and their outcomes
      8. Hot patching                   change old objects in place, or change nothing
      9. Session tools                  the names a user finds at the prompt
-    10. Access                         who may come in: peer identity, token, first bytes; audit
+    10. Access                         who may come in, whose server this is; private files; audit
     11. Sessions                       one console from hello to goodbye
     12. Control channel                answer commands, one method each
     13. Server                         listeners, start and stop as one transaction, fork
@@ -161,189 +161,6 @@ def shorten(value, width=60):
     """Return `value` as one line of at most `width` characters, for messages."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= width else text[:width - 3] + "..."
-
-
-def token_path(address):
-    """Return the path of the file that holds the token of the server at `address`, as in Server."""
-    if isinstance(address, str):
-        return address + TOKEN_SUFFIX
-    return os.path.join(runtime_folder(), "token-%d" % address[1])
-
-
-def runtime_folder():
-    """Return the path of this user's own folder for small files, made if need be, mode 0700.
-
-    PermissionError: it is a link, another user's or open to others, who may have left something.
-    """
-    path = _runtime_folders()[0]
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    _check_private(path)
-    return path
-
-
-def runtime_files(pattern):
-    """Return the paths of the files of this user's processes whose name is like `pattern`.
-
-    Also of those with another environment than ours: a service has no XDG_RUNTIME_DIR.
-    """
-    import fnmatch
-    found = []
-    for folder in _runtime_folders():
-        with suppress(OSError):   # there is none, or it is a trap
-            _check_private(folder)
-            found += [os.path.join(folder, name)
-                      for name in fnmatch.filter(os.listdir(folder), pattern)]
-    return found
-
-
-def _runtime_folders():
-    """Return where this user's folder can be; the first is for what this process writes.
-
-    A folder that somebody chose for XDG_RUNTIME_DIR, not systemd, is the only one.
-    """
-    uid, chosen = effective_uid(), os.environ.get("XDG_RUNTIME_DIR", "")
-    # Not tempfile's choice: its import takes longer than all of start().
-    places = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
-    temporary = os.path.join(next(filter(os.path.isdir, places), "/tmp"), "hotrepl-%d" % uid)
-    usual = "/run/user/%d" % uid
-    is_ours = os.path.isabs(chosen) and os.path.isdir(chosen) and os.stat(chosen).st_uid == uid
-    if not is_ours:
-        return [temporary, os.path.join(usual, "hotrepl")]
-    return [os.path.join(chosen, "hotrepl")] + [temporary] * (chosen.rstrip("/") == usual)
-
-
-def _check_private(path):
-    info = os.lstat(path)
-    is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
-    if not stat.S_ISDIR(info.st_mode) or (is_open and os.name == "posix"):
-        raise PermissionError(
-            errno.EPERM, "%s is no folder that only we may open (mode %o, uid %d); remove it or "
-            "set XDG_RUNTIME_DIR to a folder of your own" % (path, info.st_mode, info.st_uid))
-
-
-def namespaces():
-    """Return what tells containers apart that share files: numbers of processes, ports differ."""
-    try:
-        return [os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net")]
-    except OSError:
-        return []
-
-
-def process_mark(pid):
-    """Return a text that no other process has which gets the number `pid` later; "" if unknown."""
-    try:
-        with open("/proc/%d/stat" % pid) as file:
-            return file.read().rpartition(")")[2].split()[19]     # when it began, see proc(5)
-    except OSError:
-        return ""
-
-
-def effective_uid():
-    """Return the effective uid of this process; 0 where the system has none."""
-    return getattr(os, "geteuid", int)()
-
-
-def write_private(path, content):
-    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all."""
-    new = "%s.%s" % (path, os.urandom(8).hex())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with open(os.open(new, flags, 0o600), "wb") as file:
-            file.write(content)
-        os.replace(new, path)
-    except BaseException:
-        if os.path.lexists(new):
-            os.unlink(new)
-        raise
-
-
-def carry(tls, inner):
-    """Carry bytes between the TLS connection `tls` and the socket `inner` to the end; close both.
-
-    A TLS connection bears one thread at a time; what talks through the other end of `inner` has
-    several. Blocks; shutting down either socket ends it.
-    """
-    with tls, inner:
-        tls.setblocking(False)
-        inner.setblocking(False)
-        ways = [_Way(tls, inner), _Way(inner, tls)]
-        while not ways[-1].is_over:
-            ways = [way for way in ways if not way.is_over]
-            waits = [way.step() for way in ways]
-            if None not in waits:
-                _wait(waits)
-        inner.close()
-        drain(tls)
-
-
-def _wait(waits):
-    """Block until one of the (socket, selectors' event) happens."""
-    with selectors.DefaultSelector() as selector:
-        for sock in {sock for sock, _ in waits}:
-            selector.register(sock, sum({event for each, event in waits if each is sock}))
-        selector.select()
-
-
-def drain(sock):
-    """Wait a moment for a peer that was told goodbye: unread input would make that a reset."""
-    try:
-        socket.socket.settimeout(sock, CLOSE_TIMEOUT_S)
-        for _ in range(64):
-            if not socket.socket.recv(sock, RECEIVE_BYTES):   # of TLS what it is does not matter
-                break
-    except OSError:
-        pass
-
-
-class _Way:
-    """One direction of `carry`."""
-
-    def __init__(self, source, target):
-        self.source = source
-        self.target = target
-        self.is_over = False
-        self._data = b""          # received and not sent yet
-
-    def step(self):
-        """Receive or send once; return None, or the (socket, event) to wait for."""
-        import ssl
-        tls = self.source if isinstance(self.source, ssl.SSLSocket) else self.target
-        try:
-            if self._data:
-                self._data = self._data[self.target.send(self._data):]
-            else:
-                self._data = self.source.recv(RECEIVE_BYTES)
-                if not self._data:
-                    self._end()
-        except ssl.SSLWantReadError:
-            return tls, selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            return tls, selectors.EVENT_WRITE
-        except BlockingIOError:
-            return ((self.target, selectors.EVENT_WRITE) if self._data
-                    else (self.source, selectors.EVENT_READ))
-        except OSError:
-            self._end()
-
-    def _end(self):
-        self.is_over, self._data = True, b""
-        try:
-            if hasattr(self.target, "unwrap"):
-                self.target.unwrap()
-        except (OSError, ValueError):
-            pass                  # it has said goodbye and does not wait for the answer
-        shut_down(self.target, socket.SHUT_WR)
-
-
-def shut_down(sock, how=socket.SHUT_RDWR):
-    """Shut down a socket, from any thread; one that is gone already is as good."""
-    try:
-        socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
-    except OSError:
-        pass
 
 
 def take_all(items):
@@ -6539,6 +6356,189 @@ def _remove_stale(path):
         except (socket.timeout, BlockingIOError, PermissionError):  # it is full, or another user's
             pass
     raise OSError(errno.EADDRINUSE, "a program listens at %s; stop it or pass another path" % path)
+
+
+def token_path(address):
+    """Return the path of the file that holds the token of the server at `address`, as in Server."""
+    if isinstance(address, str):
+        return address + TOKEN_SUFFIX
+    return os.path.join(runtime_folder(), "token-%d" % address[1])
+
+
+def runtime_folder():
+    """Return the path of this user's own folder for small files, made if need be, mode 0700.
+
+    PermissionError: it is a link, another user's or open to others, who may have left something.
+    """
+    path = _runtime_folders()[0]
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        pass
+    _check_private(path)
+    return path
+
+
+def runtime_files(pattern):
+    """Return the paths of the files of this user's processes whose name is like `pattern`.
+
+    Also of those with another environment than ours: a service has no XDG_RUNTIME_DIR.
+    """
+    import fnmatch
+    found = []
+    for folder in _runtime_folders():
+        with suppress(OSError):   # there is none, or it is a trap
+            _check_private(folder)
+            found += [os.path.join(folder, name)
+                      for name in fnmatch.filter(os.listdir(folder), pattern)]
+    return found
+
+
+def _runtime_folders():
+    """Return where this user's folder can be; the first is for what this process writes.
+
+    A folder that somebody chose for XDG_RUNTIME_DIR, not systemd, is the only one.
+    """
+    uid, chosen = effective_uid(), os.environ.get("XDG_RUNTIME_DIR", "")
+    # Not tempfile's choice: its import takes longer than all of start().
+    places = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
+    temporary = os.path.join(next(filter(os.path.isdir, places), "/tmp"), "hotrepl-%d" % uid)
+    usual = "/run/user/%d" % uid
+    is_ours = os.path.isabs(chosen) and os.path.isdir(chosen) and os.stat(chosen).st_uid == uid
+    if not is_ours:
+        return [temporary, os.path.join(usual, "hotrepl")]
+    return [os.path.join(chosen, "hotrepl")] + [temporary] * (chosen.rstrip("/") == usual)
+
+
+def _check_private(path):
+    info = os.lstat(path)
+    is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
+    if not stat.S_ISDIR(info.st_mode) or (is_open and os.name == "posix"):
+        raise PermissionError(
+            errno.EPERM, "%s is no folder that only we may open (mode %o, uid %d); remove it or "
+            "set XDG_RUNTIME_DIR to a folder of your own" % (path, info.st_mode, info.st_uid))
+
+
+def namespaces():
+    """Return what tells containers apart that share files: numbers of processes, ports differ."""
+    try:
+        return [os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net")]
+    except OSError:
+        return []
+
+
+def process_mark(pid):
+    """Return a text that no other process has which gets the number `pid` later; "" if unknown."""
+    try:
+        with open("/proc/%d/stat" % pid) as file:
+            return file.read().rpartition(")")[2].split()[19]     # when it began, see proc(5)
+    except OSError:
+        return ""
+
+
+def effective_uid():
+    """Return the effective uid of this process; 0 where the system has none."""
+    return getattr(os, "geteuid", int)()
+
+
+def write_private(path, content):
+    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all."""
+    new = "%s.%s" % (path, os.urandom(8).hex())
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(new, flags, 0o600), "wb") as file:
+            file.write(content)
+        os.replace(new, path)
+    except BaseException:
+        if os.path.lexists(new):
+            os.unlink(new)
+        raise
+
+
+def carry(tls, inner):
+    """Carry bytes between the TLS connection `tls` and the socket `inner` to the end; close both.
+
+    A TLS connection bears one thread at a time; what talks through the other end of `inner` has
+    several. Blocks; shutting down either socket ends it.
+    """
+    with tls, inner:
+        tls.setblocking(False)
+        inner.setblocking(False)
+        ways = [_Way(tls, inner), _Way(inner, tls)]
+        while not ways[-1].is_over:
+            ways = [way for way in ways if not way.is_over]
+            waits = [way.step() for way in ways]
+            if None not in waits:
+                _wait(waits)
+        inner.close()
+        drain(tls)
+
+
+def _wait(waits):
+    """Block until one of the (socket, selectors' event) happens."""
+    with selectors.DefaultSelector() as selector:
+        for sock in {sock for sock, _ in waits}:
+            selector.register(sock, sum({event for each, event in waits if each is sock}))
+        selector.select()
+
+
+def drain(sock):
+    """Wait a moment for a peer that was told goodbye: unread input would make that a reset."""
+    try:
+        socket.socket.settimeout(sock, CLOSE_TIMEOUT_S)
+        for _ in range(64):
+            if not socket.socket.recv(sock, RECEIVE_BYTES):   # of TLS what it is does not matter
+                break
+    except OSError:
+        pass
+
+
+class _Way:
+    """One direction of `carry`."""
+
+    def __init__(self, source, target):
+        self.source = source
+        self.target = target
+        self.is_over = False
+        self._data = b""          # received and not sent yet
+
+    def step(self):
+        """Receive or send once; return None, or the (socket, event) to wait for."""
+        import ssl
+        tls = self.source if isinstance(self.source, ssl.SSLSocket) else self.target
+        try:
+            if self._data:
+                self._data = self._data[self.target.send(self._data):]
+            else:
+                self._data = self.source.recv(RECEIVE_BYTES)
+                if not self._data:
+                    self._end()
+        except ssl.SSLWantReadError:
+            return tls, selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            return tls, selectors.EVENT_WRITE
+        except BlockingIOError:
+            return ((self.target, selectors.EVENT_WRITE) if self._data
+                    else (self.source, selectors.EVENT_READ))
+        except OSError:
+            self._end()
+
+    def _end(self):
+        self.is_over, self._data = True, b""
+        try:
+            if hasattr(self.target, "unwrap"):
+                self.target.unwrap()
+        except (OSError, ValueError):
+            pass                  # it has said goodbye and does not wait for the answer
+        shut_down(self.target, socket.SHUT_WR)
+
+
+def shut_down(sock, how=socket.SHUT_RDWR):
+    """Shut down a socket, from any thread; one that is gone already is as good."""
+    try:
+        socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
+    except OSError:
+        pass
 
 
 # === 11. Sessions ============================================================
