@@ -3528,7 +3528,7 @@ class _Statement:
         self.node, self.source, self.start, self.end = node, source, start, end
         self.kind = type(node).__name__
         self.is_alone = is_alone        # on its lines
-        self._text = self._dump = self._shell = self._names = None
+        self._text = self._dump = self._shell = self._names = self._body = None
 
     def at(self, start):
         """Return the same statement at another line; what was found out about it is shared."""
@@ -3605,7 +3605,9 @@ class _Statement:
 
     def body(self):
         """Return the statements of a class body."""
-        return self.source.statements_of(self.node.body, self.source_end())
+        if self._body is None:
+            self._body = self.source.statements_of(self.node.body, self.source_end())
+        return self._body
 
     def source_end(self):
         # What was taken over from a newer text has the lines of that one.
@@ -3909,11 +3911,13 @@ class _Evidence:
 
     def _look_at(self, statements, items, prefix, cls):
         counts = collections.Counter(name for each in statements for name in each.binds)
+        lasts = _last_binders(statements)
         pairs = []
         for each in statements:
             is_done = self.line is None or each.end < self.line
-            is_other = "*" in counts or any(name in each.names.deletes for name in each.binds)
-            change = "same" if not is_done or is_other else self._change(
+            is_last = "*" not in counts and not each.names.deletes and all(
+                lasts[name] is each for name in each.binds)
+            change = "same" if not is_done or not is_last else self._change(
                 each, items, prefix, cls, counts)
             pairs.append(_Pair(None, each, change))
         return pairs
@@ -4350,6 +4354,7 @@ class _Apply:
                     and not self._is_kept_out(edit, pair.new)]
             self._report_readers(edit, _bound_by(runs))
             self.report.add("unsaved", edit.name, _unsaved(edit))
+            self.report.unsaved.sort()
             self._report_removed(edit)
         self._report_stuck()
 
@@ -4445,6 +4450,9 @@ class _Apply:
             return
         elif change == "live":
             self._define(scope, pair)
+        elif pair.new.is_function and scope.cls is not None and scope.count(
+                pair.new.node.name) > 1:
+            self._run_group(scope, pair.new.node.name)
         elif change == "def":
             self._apply_def(scope, pair)
         elif change == "class":
@@ -4652,6 +4660,7 @@ class _Apply:
         if raw is None or old is _MISSING:
             self._run(scope, pair)
             return
+        self._learn()
         reached = self.snapshot(scope.edit, pair.new, pair.old)
 
         def decorate():
@@ -4664,7 +4673,6 @@ class _Apply:
         if pair.old is not None and pair.change == "def" and not places.taken:
             self._note_not_retired(scope, pair)
         if value is not old and value is not raw:
-            self._learn()
             value = self.fold(old, value)
         self._bind(scope, node.name, value, pair.new)
 
@@ -4738,7 +4746,12 @@ class _Apply:
                 for each in scope.edit.sub_pairs(pair):
                     if each.new is not None:
                         self._note_body(inner, each)
-        elif pair.change == "body":
+        elif pair.change == "body" and pair.new.is_function:
+            value = scope.get(pair.new.node.name)
+            if type(value) is types.FunctionType and not pair.new.node.decorator_list and (
+                    not _is_in_file(value.__code__, scope.edit.new)) and (
+                    scope.cls is None or _is_from_console(value)):
+                self._run(scope, pair)      # it was patched, or typed over
             self._note_init(scope, pair)
 
     def _note_init(self, scope, pair):
@@ -4967,8 +4980,7 @@ class _Apply:
         else:
             state = _forwarder(old, new)
             # Later, else _redirect makes `old` of this reference.
-            self.afterwards.append(functools.partial(
-                lambda: self.put(_entry(vars(old), "__wrapped__"), new)))
+            self.afterwards.append(functools.partial(self._put_wrapped, old, new))
         names = () if self.is_patch else ("__name__", "__qualname__", "__module__")
         for name in names + _FUNCTION_ATTRIBUTES:
             if hasattr(new, name):
@@ -4977,6 +4989,9 @@ class _Apply:
             self.put(_attribute(old, "__dict__"), attributes)
         self._put_code(old, state, is_changed=_behaviour(old.__code__) != _behaviour(state[0]))
         return old
+
+    def _put_wrapped(self, old, new):
+        self.put(_entry(vars(old), "__wrapped__"), new)
 
     def _keep_registered(self, new, registry):
         """singledispatch: implementations that other modules registered go on counting."""
@@ -5138,9 +5153,8 @@ class _Apply:
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
         combinations = list(_combinations(old, new))
         olds = dict(old._member_map_)
-        for value, member in list(old._value2member_map_.items()):
-            if member._name_ not in olds and value in new._value2member_map_:
-                olds.setdefault(new._value2member_map_[value]._name_, member)  # A | B gets a name
+        for kept, member in combinations:
+            olds.setdefault(member._name_, kept)  # A | B gets a name
         for name, member in new._member_map_.items():
             kept = olds.get(name)
             if id(member) in self.folded:
@@ -5153,14 +5167,13 @@ class _Apply:
                         "a member of an enum mixed with a data type can't change its value; "
                         "a new member took its name")] += 1
                 self.folded[id(member)] = (member, _adopt_member(old, member))
-        for name in set(old._member_map_) - set(new._member_map_):
-            if old._member_map_[name]._name_ == name and not any(
-                    pair[1] is old._member_map_[name] for pair in self.folded.values()):
-                self.stuck["%s.%s" % (old.__qualname__, name),
-                           "whoever holds it has what is no member any more"] += 1
         for kept, member in combinations:
             if id(kept) not in self.olds:
                 self._fold_member(kept, member)
+        for name, member in old._member_map_.items():
+            if name not in new._member_map_ and id(member) not in self.olds:
+                self.stuck["%s.%s" % (old.__qualname__, name),
+                           "whoever holds it has what is no member any more"] += 1
         for members in new._member_map_, new._value2member_map_:  # which the old class gets
             members.update({key: self.current(member) for key, member in members.items()})
         # For other threads, until _member_names_ is the new one, and then the map:
@@ -6402,20 +6415,19 @@ def _combinations(old, new):
     A combination keeps its meaning: its members' values may be others now.
     """
     import enum
-    for value, kept in list(old._value2member_map_.items() if issubclass(old, enum.Flag) else ()):
-        if kept._name_ in old._member_map_ or value in new._value2member_map_ and (
-                new._value2member_map_[value]._name_ in new._member_map_ and not value):
+    flags = old._value2member_map_.items() if issubclass(old, enum.Flag) else ()
+    for value, kept in list(flags):
+        if kept._name_ in old._member_map_ and kept._name_ in new._member_map_:
             continue
-        parts = [each for each in old._member_map_.values()
-                 if each._value_ and each._value_ & value == each._value_]
-        names = [each._name_ for each in parts if each._name_ in new._member_map_]
+        parts = [each for each in old._member_map_.values() if each._value_
+                 and each._value_ & value == each._value_ and each._name_ in new._member_map_]
         try:
             made = new(0)
-            for name in names:
-                made |= new._member_map_[name]
+            for each in parts:
+                made |= new._member_map_[each._name_]
         except ValueError:
             continue
-        if type(made) is new and len(names) == len(parts):
+        if type(made) is new and sum({each._value_ for each in parts}) == value:
             yield kept, made
 
 
@@ -7055,8 +7067,8 @@ def _forget_subclasses():
         elif "_abc_cache" in vars(cls):
             cls._abc_cache.clear()  # 3.6, PyPy
     abc.ABCMeta("_", (), {}).register(int)  # there the noes are dropped at the next registration
-    for function in _instances(types.FunctionType):
-        if hasattr(function, "_clear_cache") and function.__globals__ is vars(functools):
+    for function in _functions_of([vars(functools)]):
+        if hasattr(function, "_clear_cache"):
             function._clear_cache()
 
 
