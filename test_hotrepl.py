@@ -2,10 +2,13 @@
 
     python test_hotrepl.py                    all; the last line is `N passed, N failed, N skipped`
     python test_hotrepl.py Sessions           a class, or Class.test_name, as with unittest
+    python test_hotrepl.py slow               one row of .ci/run: the tests marked once("slow"), or
+                                              another of ONCE; "quick" is all that are not marked
 
 Third parties (imacropy, mcpyrate, IPython, ...) are used where an environment variable HOTREPL_TEST_*
 names a Python that has them; nc, telnet and rlwrap where they are on the PATH. What is missing is
-skipped by name, and with CI=true it fails. HOTREPL_TEST_SEED repeats a random test.
+skipped by name, and with CI=true it fails. HOTREPL_TEST_SEED repeats a random test,
+HOTREPL_TEST_SLOWEST=20 lists as many tests with their times.
 
 The kit comes first, then one class or more for each section of hotrepl.py, in its order.
 """
@@ -68,6 +71,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], True)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 SOURCE_PATH = os.path.abspath(hotrepl.__file__)
+SELF_PATH = os.path.abspath(__file__)
 IS_PYPY = sys.implementation.name == "pypy"
 HAS_READLINE = not IS_PYPY        # PyPy's is pyrepl, which draws its own way
 with contextlib.suppress(ImportError):
@@ -671,6 +675,26 @@ def lack(what):
 
 
 # === Kit: test cases =========================================================
+
+ONCE = {   # row of .ci/run -> which tests it has: they run there once, on the newest Python only
+    "slow": "what takes long and depends little on the interpreter",
+    "frameworks": "programs of HOTREPL_TEST_FRAMEWORKS, whatever runs the test",
+}
+
+
+def once(row):
+    """Return a decorator of tests, or of classes of them, that run in that row of .ci/run only."""
+    def mark(test):
+        test.row = row
+        return test
+    assert row in ONCE, row
+    return mark
+
+
+def row_of(case, name):
+    """Return the row that the test `name` of the class `case` belongs to."""
+    return getattr(getattr(case, name), "row", getattr(case, "row", "quick"))
+
 
 class Case(unittest.TestCase):
     """A test that also fails for what a thread or a destructor reported meanwhile."""
@@ -12982,6 +13006,65 @@ def names_in(code):
     return loaded, stored
 
 
+# A program with tests of its own for our runner: each fails as often as its name says.
+UNLUCKY_TESTS = """
+import os, sys, unittest
+import test_hotrepl
+
+class Unlucky(unittest.TestCase):
+    def fail_times(self, count):
+        with open(self.id(), "a") as file:
+            file.write("x")
+        self.assertGreater(os.path.getsize(self.id()), count)
+
+    def test_never(self):
+        self.fail_times(0)
+
+    def test_once(self):
+        with self.subTest(1):
+            self.fail_times(1)
+
+    def test_twice(self):
+        self.fail_times(2)
+
+    @test_hotrepl.once("slow")
+    def test_thrice(self):
+        self.fail_times(3)
+
+for number in range(int(os.environ.get("MANY", "0"))):
+    setattr(Unlucky, "test_many_%d" % number, lambda self: self.fail_times(1))
+
+sys.exit(test_hotrepl.run_tests(sys.argv))
+"""
+
+
+class Runner(Case):
+    def outcome(self, *words, **env):
+        """Run the unlucky tests; return the exit code, and the lines before the closing line and it."""
+        folder = self.folder()
+        folder.write("unlucky.py", UNLUCKY_TESTS)
+        code, out, _ = folder.start("unlucky.py", *words, PYTHONPATH=os.path.dirname(SELF_PATH),
+                                    **env).end(60)
+        return [code] + [line for line in out.splitlines() if not line.startswith("seed of")]
+
+    def test_a_test_that_fails_is_run_again_alone_up_to_twice(self):
+        self.assertEqual(self.outcome(), [
+            1, "flaky:", "    __main__.Unlucky.test_once", "    __main__.Unlucky.test_twice",
+            "3 passed, 1 failed, 0 skipped"])
+
+    def test_one_row_has_its_tests_only(self):
+        self.assertEqual(self.outcome("slow"), [1, "0 passed, 1 failed, 0 skipped"])
+        self.assertEqual(self.outcome("quick")[0::4], [0, "3 passed, 0 failed, 0 skipped"])
+
+    def test_where_many_fail_nothing_is_run_again(self):
+        self.assertEqual(self.outcome("quick", MANY="9"), [1, "1 passed, 11 failed, 0 skipped"])
+
+    def test_the_slowest_tests_are_listed(self):
+        lines = self.outcome("Unlucky.test_never", HOTREPL_TEST_SLOWEST="1")
+        self.assertRegex(lines[1], r"^    0\.\d\d s  __main__\.Unlucky\.test_never$")
+        self.assertEqual(lines[2:], ["1 passed, 0 failed, 0 skipped"])
+
+
 # === The trial ===============================================================
 
 class Trial(Case):
@@ -14817,6 +14900,25 @@ def run_interrupts(argv):
 
 
 # === Runner ==================================================================
+# A test that fails is run again, in a process and with all for itself: what passes then was
+# unlucky, which counts as passed and is listed, as it stays a fault to be found.
+
+RERUNS = 2                # how often at most
+UNLUCKY = 10              # where more than so many fail, it is no bad luck, and nothing is run again
+SLOWEST = int(os.environ.get("HOTREPL_TEST_SLOWEST", "0"))    # how many tests to list with their times
+
+
+class Loader(unittest.TestLoader):
+    """Finds the tests of one row: those marked as `once(row)`, or with "quick" those not marked."""
+
+    def __init__(self, row):
+        super().__init__()
+        self._row = row
+
+    def getTestCaseNames(self, testCaseClass):
+        return [name for name in super().getTestCaseNames(testCaseClass)
+                if row_of(testCaseClass, name) == self._row]
+
 
 class Result(unittest.TextTestResult):
     """Counts whole tests: one that fails in several subtests or clean-ups has failed once."""
@@ -14825,11 +14927,18 @@ class Result(unittest.TextTestResult):
         super().__init__(*args, **options)
         self.passed = 0
         self.unsuccessful = set()     # ids of tests, or of classes whose setUpClass failed
+        self.flaky = []               # ids of those that passed when they were run again
+        self.times = {}               # id -> seconds; of the running test, when it began
 
     def startTest(self, test):
         if hasattr(faulthandler, "dump_traceback_later"):
             faulthandler.dump_traceback_later(WATCHDOG_S, exit=True, file=sys.__stderr__)
+        self.times[test.id()] = time.monotonic()
         super().startTest(test)
+
+    def stopTest(self, test):
+        super().stopTest(test)
+        self.times[test.id()] = time.monotonic() - self.times[test.id()]
 
     def addSuccess(self, test):
         super().addSuccess(test)
@@ -14852,24 +14961,56 @@ class Result(unittest.TextTestResult):
         super().addUnexpectedSuccess(test)
         self.unsuccessful.add(test.id())
 
-    def summary(self):
-        """Return the line that CI adds up."""
-        return "%d passed, %d failed, %d skipped" % (
-            self.passed, len(self.unsuccessful), len(self.skipped))
+    def run_again(self):
+        """Run each test that failed again, alone; what passes counts as passed."""
+        if len(self.unsuccessful) > UNLUCKY:
+            return
+        for name in sorted(self.unsuccessful):
+            if any(passes_alone(name) for _ in range(RERUNS)):
+                self.unsuccessful.remove(name)
+                self.flaky.append(name)
+                self.passed += 1
+
+    def report(self):
+        """Print what is to be known of the run; the last line is the one that CI adds up."""
+        for name in sorted(self.times, key=self.times.get, reverse=True)[:SLOWEST]:
+            print("%8.2f s  %s" % (self.times[name], name))
+        for test, reason in self.skipped:
+            print("%s ... skipped %r" % (test.id(), reason))
+        if self.unsuccessful or self.flaky:
+            print("seed of the random tests: HOTREPL_TEST_SEED=%d" % SEED)
+        if self.flaky:
+            print("flaky:\n    " + "\n    ".join(self.flaky))
+        sys.stderr.flush()
+        print("%d passed, %d failed, %d skipped" % (
+            self.passed, len(self.unsuccessful), len(self.skipped)), flush=True)
+
+
+def passes_alone(name):
+    """Run the test with the id `name` in a process of its own; return whether it passed."""
+    words = name.split(".")
+    if words[0] != "__main__":        # setUpClass of a whole class
+        return False
+    print("again: " + name, file=sys.stderr, flush=True)
+    script = sys.modules["__main__"].__file__
+    return subprocess.call(python_command(script, ".".join(words[1:])), stdout=sys.stderr,
+                           env=dict(os.environ, HOTREPL_TEST_AGAIN="1")) == 0
 
 
 def run_tests(argv):
     """Run the tests that `argv` names, or all; return the exit code."""
     # A shell's background job ignores it, and so would all that we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    loader = unittest.defaultTestLoader
+    if argv[1:2] and (argv[1] == "quick" or argv[1] in ONCE):
+        loader = Loader(argv[1])
+        del argv[1]
     runner = unittest.TextTestRunner(resultclass=Result, stream=sys.stderr)
-    result = unittest.main(module="__main__", argv=argv, testRunner=runner, exit=False).result
-    for test, reason in result.skipped:
-        print("%s ... skipped %r" % (test.id(), reason))
-    if result.unsuccessful:
-        print("seed of the random tests: HOTREPL_TEST_SEED=%d" % SEED)
-    sys.stderr.flush()
-    print(result.summary(), flush=True)
+    result = unittest.main(module="__main__", argv=argv, testRunner=runner, testLoader=loader,
+                           exit=False).result
+    if "HOTREPL_TEST_AGAIN" not in os.environ:
+        result.run_again()
+    result.report()
     return 1 if result.unsuccessful else 0
 
 
