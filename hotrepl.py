@@ -3129,8 +3129,8 @@ class _Source:
     def _share(self, newer):
         """Take over units of `newer`; return False if what is left is no whole statements."""
         ours, theirs = self.lines, newer.lines
-        head = len(os.path.commonprefix([ours, theirs]))  # of lists it compares the items
-        tail = len(os.path.commonprefix([ours[head:][::-1], theirs[head:][::-1]]))
+        head = _common_length(ours, theirs)
+        tail = _common_length(ours[head:][::-1], theirs[head:][::-1])
         ends = newer.starts[1:] + [len(theirs)]
         first = bisect.bisect(ends, head)
         last = max(first, bisect.bisect_left(newer.starts, len(theirs) - tail))
@@ -3169,7 +3169,8 @@ class _Source:
             self._tops = collections.defaultdict(list)
             for nested in _nested_codes(self.code):
                 i = bisect.bisect(self.starts, nested.co_firstlineno - 1) - 1
-                self._tops[id(self.units[i])].append(nested)
+                if not _makes_annotations(nested):
+                    self._tops[id(self.units[i])].append(nested)
         return self._tops[id(unit)]
 
     @property
@@ -3242,6 +3243,12 @@ class _Source:
         """Return the node of a function, or None."""
         i, shift = self.at(code.co_firstlineno)
         return self.units[i].function_node(code, shift) if self.units else None
+
+
+def _common_length(lines, others):
+    """Return how many lines two texts begin with are the same."""
+    pairs = enumerate(zip(lines, others))
+    return next((i for i, pair in pairs if pair[0] != pair[1]), min(len(lines), len(others)))
 
 
 class _CachedSource(_Source):
@@ -3521,6 +3528,29 @@ def _definitions(nodes, prefix=""):
             yield from _definitions(ast.iter_child_nodes(node), prefix)
 
 
+def _annotation_maker(code):
+    """3.14: return the code that makes a module's annotations, or None."""
+    return next(filter(_makes_annotations, _nested_codes(code)), None)
+
+
+def _makes_annotations(code):
+    """3.14: tell whether it is the code of a module's __annotate__, which is no unit's."""
+    return "__conditional_annotations__" in code.co_names
+
+
+def _annotation_numbers(units):
+    """3.14: return the numbers that each unit's annotations have in the whole module's code."""
+    import dis
+    numbers, last = [], 0
+    for unit in units:
+        maker = _annotation_maker(unit.code) if "AnnAssign(" in unit.dump() else None
+        count = sum(step.argval == "__conditional_annotations__"
+                    for step in (dis.get_instructions(maker) if maker else ()))
+        numbers.append(range(last, last + count))
+        last += count
+    return numbers
+
+
 def _head(node):
     """Return texts for what makes a definition besides its body: decorators, bases, keywords."""
     import ast
@@ -3708,6 +3738,11 @@ class _Transaction(_Journal):
         self.on_undo(_restore_names, space, before, plan.before)
         self._plan = plan
         self._nodes = plan.old.definitions if plan.old else {}, plan.new.definitions
+        annotated = {}  # 3.14: index of a unit that ran -> numbers of its annotations
+        self.on_undo(_restore_names, space, before, {
+            name: before.get(name, _MISSING) for name in _ANNOTATIONS})
+        if "__annotate__" in space:
+            space.pop("__annotations__", None)  # only what somebody has read
         held = {}  # what statements bound and other threads shall not see, as it is not settled
         for j in plan.run:
             if units[j].is_constant and j > 0:
@@ -3716,13 +3751,36 @@ class _Transaction(_Journal):
                 (items, _content(items)) for items in self._registries]
             for name in set(held).difference(units[j].binds if units[j].binds_at_its_end else ()):
                 space[name] = held.pop(name)
+            space.pop("__conditional_annotations__", None)
             exec(units[j].code, space, held if units[j].binds_at_its_end else space)
+            annotated[j] = space.get("__conditional_annotations__", ())
             for name in sorted(units[j].binds):
                 if last[name] == j:
                     self._settle(plan, name, j, held.pop(name, space.get(name, _MISSING)))
             if units[j].has_definitions:
                 self._drop_doubles(befores)
         space.update(held)
+        self._annotate(plan, annotated, before.get("__conditional_annotations__", ()))
+
+    def _annotate(self, plan, annotated, before):
+        """3.14: make of the annotations that each statement brought one function, as an import does.
+
+        `annotated`: index of a unit that ran -> the numbers of those which it came to, from 0 on;
+        `before`: the numbers of those that the module had come to, counted in its old source.
+        """
+        maker = _annotation_maker(plan.new.code)
+        for name in _ANNOTATIONS[0 if maker else 1:3]:
+            plan.space.pop(name, None)
+        olds = _annotation_numbers(plan.old.units) if type(plan.old) is _Source else []
+        found = set()
+        for j, numbers in enumerate(_annotation_numbers(plan.new.units)):
+            came_to = annotated.get(j, () if j not in plan.pairs else range(len(numbers)))
+            if j not in annotated and j in plan.pairs and olds:
+                came_to = [k for k, old in enumerate(olds[plan.pairs[j]]) if old in before]
+            found.update(numbers[k] for k in came_to)
+        if maker is not None:
+            plan.space.update(__annotate__=types.FunctionType(maker, plan.space),
+                              __conditional_annotations__=found)
 
     def _settle(self, plan, name, j, new):
         """Give the name the object it had before, with the behaviour of the new one."""
@@ -3868,9 +3926,10 @@ class _Transaction(_Journal):
             self._afterwards.append(functools.partial(
                 self._change, old, self._put_wrapped, old, new))
         names = () if self._is_patch else ("__name__", "__qualname__", "__module__")
-        for name in names + _FUNCTION_ATTRIBUTES:
+        for name in names + ("__doc__", "__type_params__"):
             if hasattr(new, name):
                 self.put(_attribute(old, name), getattr(new, name))
+        self.put(_annotations(old), _annotations(new)[0]())
         self.put(_attribute(old, "__dict__"), attributes)
         self._put_code(old, state)
         return old
@@ -4032,7 +4091,7 @@ class _Transaction(_Journal):
             names = self._plan.old.names_of_class(old.__qualname__)
         for name, value in values.items():
             is_dunder = name.startswith("__") and name.endswith("__")
-            if self._is_patch or name in names or name == "__annotations__" or (
+            if self._is_patch or name in names or name in _ANNOTATIONS or (
                     is_generated and not _has_console_code(value)
                     and (is_dunder or old_node is None and any(_functions_in(value)))):
                 yield name
@@ -4440,8 +4499,6 @@ _FOLD_RULES = (
     (lambda old, new: _is_definition(old) and callable(new), _Transaction.replace),
 )
 
-_FUNCTION_ATTRIBUTES = ("__doc__", "__type_params__") + (
-    ("__annotate__",) if hasattr(types.FunctionType, "__annotate__") else ("__annotations__",))
 _CLASS_SKIPS = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "_abc_registry", "_abc_cache",
                 "_abc_negative_cache", "_abc_negative_cache_version"}
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -4457,7 +4514,10 @@ _CONTENTS = {  # by the type's own methods: what a subclass makes of them is not
     bytearray: bytearray.copy}
 _REACH = 20000  # objects that are looked at to put them back
 _INDIRECT = {"globals", "locals", "vars", "__dict__", "setattr", "delattr", "exec"}  # set any name
-_IMPORT_NAMES = {*vars(types.ModuleType("")), "__annotations__", "__builtins__", "__cached__",
+# 3.14: what makes annotations, which of a module's it makes, what it has made of a class's.
+_ANNOTATIONS = ("__annotations__", "__annotate__", "__conditional_annotations__",
+                "__annotate_func__", "__annotations_cache__")
+_IMPORT_NAMES = {*vars(types.ModuleType("")), *_ANNOTATIONS, "__builtins__", "__cached__",
                  "__file__", "__path__"}
 _PLAIN_TYPES = (int, float, complex, str, bytes, type(None))
 _CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
@@ -4491,6 +4551,13 @@ def _attribute(obj, name):
         else:
             kind.__setattr__(obj, name, value)
     return read, write
+
+
+def _annotations(function):
+    """A function's annotations, or on 3.14 what will make them: they may not be evaluable yet."""
+    def write(value):
+        setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
+    return lambda: getattr(function, "__annotate__", None) or function.__annotations__, write
 
 
 def _member(obj, member):
@@ -5130,18 +5197,30 @@ def _default_nodes(node):
 
 def _behaviour(code):
     """Return what a code object does, without its lines and file, to be compared."""
-    is_class = not code.co_flags & 1
-    consts = tuple(
-        _behaviour(const) if isinstance(const, types.CodeType)
-        else None if is_class and const == code.co_firstlineno  # 3.13: __firstlineno__
-        else _typed(const) for const in code.co_consts)
-    return (code.co_name, code.co_code, consts, code.co_names, code.co_varnames,
+    has_line = not code.co_flags & 1 and "__firstlineno__" in code.co_names  # 3.13: a class
+    body = _without_line(code) if has_line else (
+        code.co_code, tuple(map(_typed, code.co_consts)))
+    return (code.co_name, body, code.co_names, code.co_varnames,
             code.co_freevars, code.co_cellvars, code.co_flags, code.co_argcount,
             code.co_kwonlyargcount)
 
 
+def _without_line(code):
+    """Return what the body of a class does, but for __firstlineno__: that moves with it.
+
+    The number is a constant or, below 256 on 3.14, part of an instruction.
+    """
+    import dis
+    steps = [(step.opname, _typed(step.argval)) for step in dis.get_instructions(code)
+             if step.opname != "EXTENDED_ARG"]
+    at = steps.index(("STORE_NAME", _typed("__firstlineno__")))
+    return tuple(steps[:at - 1] + steps[at:])
+
+
 def _typed(const):
-    """Return a constant so that 1, 1.0 and True differ, also in tuples."""
+    """Return a constant so that 1, 1.0 and True differ, also in tuples; code: what it does."""
+    if isinstance(const, types.CodeType):
+        return _behaviour(const)
     if isinstance(const, (tuple, frozenset)):
         return type(const), type(const)(map(_typed, const))
     return type(const), repr(const) if isinstance(const, (float, complex)) else const
@@ -5172,8 +5251,7 @@ def _steps(code):
         if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
             i = bisect.bisect_left(offsets, step.argval)
             return (places[offsets[i]] if i < len(offsets) else len(found)) - at
-        is_code = isinstance(step.argval, types.CodeType)
-        return _behaviour(step.argval) if is_code else _typed(step.argval)
+        return _typed(step.argval)
     return [_Step((step.opname, argument(at, step)), line,
                   step.argval if isinstance(step.argval, types.CodeType) else None,
                   places.get(behind.get(step.offset)))
@@ -5184,7 +5262,7 @@ _SKIPPED_STEPS = {"EXTENDED_ARG", "NOP", "RESUME", "CACHE", "SETUP_ANNOTATIONS",
 
 
 def _is_in_file(code, plan):
-    return code.co_name not in ("forward_call", "<module>") and (
+    return code.co_name not in ("forward_call", "<module>") and not _makes_annotations(code) and (
         code.co_filename in (plan.path, plan.module.__file__)
         or os.path.abspath(code.co_filename) == plan.path)
 
@@ -5243,11 +5321,12 @@ def _cached_code(module):
     import importlib.util
     import marshal
     try:
-        with open(getattr(module, "__cached__", None), "rb") as file:
+        # Not module.__cached__, which is gone in 3.15.
+        with open(module.__spec__.cached, "rb") as file:
             data = file.read()
         if data[:4] == importlib.util.MAGIC_NUMBER:
             return marshal.loads(data[12 if sys.version_info < (3, 7) else 16:])
-    except (OSError, TypeError, ValueError, EOFError):
+    except (OSError, AttributeError, TypeError, ValueError, EOFError):
         pass
     return None
 

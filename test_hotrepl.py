@@ -9400,6 +9400,155 @@ class OnlyWhatChangedRuns(Workspace):
         self.assertEqual(m.RUNS, [1])
 
 
+@unittest.skipIf(sys.version_info < (3, 14), "annotations are evaluated at once before 3.14")
+class DeferredAnnotations(Workspace):
+
+    def assertAsFresh(self, old, new, error=None):
+        """Reload and look at all annotations; a module that was imported anew has the same."""
+        for is_read_before in (False, True):
+            with self.subTest(is_read_before=is_read_before):
+                m = self.load(old)
+                annotations_of(m) if is_read_before else None
+                if error is None:
+                    self.again(new)
+                else:
+                    self.assertRaises(error, self.again, new)
+                found = annotations_of(m)
+                self.forget(m)
+                fresh = self.load(old if error else new)
+                self.assertEqual(found, annotations_of(fresh))
+                self.forget(fresh)
+
+    def test_names_that_only_type_checkers_know_do_no_harm(self):
+        text = textwrap.dedent("""
+            TYPE_CHECKING = False
+            if TYPE_CHECKING:
+                from x import Foo
+            def f(x: Foo, y: list[Foo] = None) -> Foo: return @@
+            class C:
+                y: Foo = None
+                def f(self, x: Foo): return @@
+            def make():
+                def inner(x: Foo): return @@
+                return inner
+            """)
+        m = self.load(text.replace("@@", "1"))
+        held = [m.f, m.C().f, m.make()]
+        report = self.again(text.replace("@@", "2"))
+        self.assertEqual(([f(0) for f in held], report.stale), ([2, 2, 2], []))
+
+    def test_function_with_a_name_that_only_type_checkers_know_is_patched(self):
+        m = self.load("def f(x: Foo): return 1\nclass C:\n    def f(self, x: Foo): return 1\n")
+        new = self.load("def f(x: Bar): return 2\nclass C:\n    def f(self, x: Bar): return 2\n", "new")
+        held, old = m.f, annotations_of(m)
+        undone = [hotrepl.patch(m.f, new.f), hotrepl.patch(m.C, new.C)]
+        self.assertEqual((held(0), m.C().f(0), annotations_of(m)), (2, 2, annotations_of(new)))
+        for undo in reversed(undone):
+            undo()
+        self.assertEqual((held(0), m.C().f(0), annotations_of(m)), (1, 1, old))
+
+    def test_annotations_of_functions_and_classes_are_those_of_the_new_file(self):
+        self.assertAsFresh("""
+            def f(x: int, y: Foo): pass
+            def g(x: int): pass
+            def h(x): pass
+            class C:
+                a: int
+                b: Foo = 1
+                def f(self, x: int): pass
+                class D:
+                    c: int
+            class E:
+                a: int
+            """, """
+            def f(x: str, z: Foo): pass
+            def g(x): pass
+            def h(x: int): pass
+            class C:
+                a: str
+                c: list[Foo] = 1
+                def f(self, x: str): pass
+                class D:
+                    c: str
+                    d: Foo
+            class E:
+                pass
+            """)
+
+    def test_annotations_of_a_module_are_those_of_the_new_file(self):
+        olds = "x: int = 1\ny: Foo\nif x:\n    z: int\nelse:\n    w: int\nlast: bytes = b''\n"
+        for new in ("x: int = 1\na: str = 2\ny: Foo\nif x:\n    z: int\nelse:\n    w: int\nlast: bytes = b''\n",
+                    "x: int = 0\ny: Foo\nif not x:\n    z: str\nelse:\n    w: int\nlast: bytes = b''\n",
+                    "last: bytes = b''\nx: str = 1\n",
+                    "x = 1\n",
+                    "from __future__ import annotations\nx: int = 1\ny: Foo\n",
+                    olds + "v: int = 3\n"):
+            with self.subTest(new=new):
+                self.assertAsFresh(olds, new)
+                self.assertAsFresh(new, olds)
+
+    def test_failed_reload_puts_annotations_back(self):
+        self.assertAsFresh("""
+            x: int = 1
+            def f(x: int): pass
+            class C:
+                a: Foo
+            """, """
+            x: str = 1
+            y: int = 2
+            def f(x: str): pass
+            class C:
+                b: str
+            1/0
+            """, ReloadError)
+
+    def test_dataclass_whose_annotations_are_texts_or_unknown_names(self):
+        text = textwrap.dedent("""
+            import dataclasses
+            from typing import ClassVar
+            @dataclasses.dataclass
+            class C:
+                a: "int" = 1
+                b: "ClassVar[int]" = 2
+                c: Foo = 3
+            """)
+        more = "    d: 'Bar' = 4\n    e: 'dataclasses.InitVar[int]' = 5\n"
+        for old, new in ((text, text + more), [
+                "from __future__ import annotations\n" + each.replace('"', "").replace("'", "")
+                for each in (text, text + more)]):
+            m = self.load(old)
+            held = m.C()
+            self.again(new)
+            self.assertEqual((repr(held), repr(m.C(a=7, d=8))),
+                             ("C(a=1, c=3, d=4)", "C(a=7, c=3, d=8)"))
+            self.forget(m)
+            self.assertAsFresh(old, new)
+            self.assertAsFresh(new, old)
+
+    def forget(self, module):
+        """Have the next import read the file."""
+        del sys.modules[module.__name__]
+        os.remove(module.__spec__.cached)
+
+
+def annotations_of(module):
+    """Return what annotationlib says of a module, its functions and classes, as texts."""
+    import annotationlib
+    found, left = {}, [module]
+    while left:
+        each = left.pop()
+        is_ours = getattr(each, "__module__", module.__name__) == module.__name__
+        if is_ours and not getattr(each, "__name__", "").startswith("__annot"):
+            texts = annotationlib.get_annotations(each, format=annotationlib.Format.FORWARDREF)
+            found[getattr(each, "__qualname__", "")] = {
+                name: getattr(value, "__forward_arg__", repr(value)) for name, value in texts.items()}
+            with contextlib.suppress(NameError):
+                each.__annotations__
+            left += [value for value in vars(each).values()
+                     if isinstance(value, (type, types.FunctionType))]
+    return found
+
+
 class NothingOrAll(Workspace):
 
     def test_syntax_error_changes_nothing(self):
@@ -9765,7 +9914,7 @@ class IdentityIsKept(Workspace):
         template = "def make(n):\n    return lambda: n * @@\n"
         m = self.load(template.replace("@@", "1"), is_noted=False)
         held = [m.make(1), m.make(2)]
-        os.remove(m.__cached__)
+        os.remove(m.__spec__.cached)
         report = self.again(template.replace("@@", "10"))
         self.assertEqual(([f() for f in held], report.stale), ([10, 20], []))
 
@@ -10081,7 +10230,10 @@ class IdentityIsKept(Workspace):
         c, d = m.C(), m.D()
         report = self.again("class A:\n    def m(self): return 1\nclass C(A): pass\nclass D(C): pass\n")
         self.assertEqual((c.m(), d.m(), isinstance(c, m.C), other.C is m.C), (1, 1, True, True))
-        self.assertStale(report, "C", "base classes", 0)
+        if sys.version_info < (3, 15):    # there Python itself lets a plain class have other bases
+            self.assertStale(report, "C", "base classes", 0)
+        else:
+            self.assertEqual(report.stale, [])
 
     @unittest.skipIf(sys.version_info < (3, 7), "dataclasses came with 3.7")
     def test_new_dataclass_field_is_visible_in_old_instances(self):
@@ -10280,7 +10432,7 @@ class IdentityIsKept(Workspace):
         m, change = self.change("@@ f(): return 1\n", "def", "async def")
         held = m.f
         change()
-        self.assertTrue(asyncio.iscoroutinefunction(held))
+        self.assertTrue(inspect.iscoroutinefunction(held))
         with self.assertRaises(StopIteration) as caught:
             held().send(None)
         self.assertEqual(caught.exception.value, 1)
@@ -11470,7 +11622,7 @@ class Patch(Workspace):
         async def new():
             return 2
         patch(m.f, new)
-        self.assertTrue(asyncio.iscoroutinefunction(m.f))
+        self.assertTrue(inspect.iscoroutinefunction(m.f))
         with self.assertRaises(StopIteration) as caught:
             m.f().send(None)
         self.assertEqual(caught.exception.value, 2)
