@@ -13217,6 +13217,108 @@ class Runner(Case):
         self.assertEqual(lines[2:], ["1 passed, 0 failed, 0 skipped"])
 
 
+@once("slow")
+@unittest.skipIf(IS_PYPY or os.name != "posix", "its rows are those of a CPython and a shell")
+class Rows(Case):
+    """.ci/run itself, where its rows only pretend: each runs what it is given as a program."""
+
+    PRETEND = "import fcntl, os, subprocess, sys, time\nexec(os.environ['FAKE_' + sys.argv[1]])\n"
+    NEWEST = "%d.%d" % sys.version_info[:2]        # the row of this interpreter
+
+    def start_rows(self, *rows, **fakes):
+        """Start .ci/run with these rows, where the tests `quick`, `slow`, ... are what `fakes` say."""
+        script = os.path.join(os.path.dirname(SELF_PATH), ".ci", "run")
+        if not os.path.exists(script):
+            lack(".ci/run")
+        self.path = self.folder().path
+        os.mkdir(os.path.join(self.path, ".ci"))
+        shutil.copy(script, os.path.join(self.path, ".ci"))
+        with open(os.path.join(self.path, "test_hotrepl.py"), "w") as file:
+            file.write(self.PRETEND)
+        os.symlink(sys.executable, os.path.join(self.path, "python" + self.NEWEST))
+        fakes = {"FAKE_" + tests: "print('running ' * 9, flush=True)\n" + textwrap.dedent(what)
+                 for tests, what in fakes.items()}
+        return self.keep(Program(
+            [tool("bash"), ".ci/run"] + list(rows), cwd=self.path, HOTREPL_CI_SETUP="none",
+            XDG_CACHE_HOME=self.path, PYENV_ROOT=self.path,
+            PATH=self.path + os.pathsep + os.environ["PATH"], **fakes))
+
+    def run_rows(self, *rows, **fakes):
+        """Run these rows; return (exit code, lines)."""
+        code, out, err = self.start_rows(*rows, **fakes).end(60)
+        self.assertEqual(err, "")
+        return code, out.splitlines()
+
+    def test_counts_are_added_up(self):
+        code, lines = self.run_rows(self.NEWEST, "slow", quick="print('3 passed, 0 failed, 1 skipped')",
+                                    slow="print('4 passed, 0 failed, 0 skipped')")
+        self.assertEqual((code, lines[-1]), (0, "7 passed, 0 failed, 1 skipped"))
+        self.assertEqual([line[:6] for line in lines[:-1]], ["ok    "] * 2)
+
+    def test_what_fails_or_ends_early_or_is_not_there_fails_the_run(self):
+        code, lines = self.run_rows("frameworks", "slow", "nonsense", frameworks="os.abort()",
+                                    slow="print('3 passed, 2 failed, 0 skipped')")
+        self.assertEqual((code, lines[-1]), (1, "3 passed, 4 failed, 0 skipped"))
+        self.assertIn("    | 3 passed, 2 failed, 0 skipped", lines)
+
+    FLAKY = "print('flaky:\\n    a\\n    b%s\\n2 passed, 0 failed, 0 skipped')"
+
+    def test_three_flaky_tests_are_listed_and_four_are_a_failure(self):
+        code, lines = self.run_rows("frameworks", "slow", frameworks=self.FLAKY % "",
+                                    slow="print('flaky:\\n    c\\n1 passed, 0 failed, 0 skipped')")
+        self.assertEqual((code, lines[-1]), (0, "3 passed, 0 failed, 0 skipped"))
+        self.assertEqual(lines[-5:-1], ["flaky:", "    frameworks  a", "    frameworks  b", "    slow  c"])
+        code, lines = self.run_rows("frameworks", "slow", frameworks=self.FLAKY % "",
+                                    slow=self.FLAKY % "")
+        self.assertEqual((code, lines[-1]), (1, "4 passed, 1 failed, 0 skipped"))
+
+    def test_rows_run_at_once_on_the_same_ports_and_what_they_print_is_not_mixed(self):
+        meet = """
+            import socket
+            listener = socket.socket()
+            listener.bind(("127.0.0.1", 47113))
+            open(sys.argv[1], "w").close()
+            while not (os.path.exists("slow") and os.path.exists("frameworks")):
+                print("waiting", flush=True)
+                time.sleep(0.01)
+            listener.close()
+            print("1 passed, 1 failed, 0 skipped")
+        """
+        if not IS_ROOT:
+            lack("root, for a network of each row's own")
+        code, lines = self.run_rows("frameworks", "slow", slow=meet, frameworks=meet)
+        self.assertEqual((code, lines[-1]), (1, "2 passed, 2 failed, 0 skipped"), lines)
+        heads = [line for line in lines if line.startswith("FAIL")]
+        ends = [at for at, line in enumerate(lines) if line == "    | 1 passed, 1 failed, 0 skipped"]
+        self.assertEqual((len(heads), len(ends)), (2, 2))
+        self.assertEqual(lines[ends[0] + 1][:4], "FAIL")
+
+    def test_nothing_is_left_of_rows_that_are_killed(self):
+        import fcntl
+        if not IS_ROOT:
+            lack("root, for processes of each row's own")
+        program = self.start_rows("slow", slow="""
+            import signal
+            lock = open("lock", "w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            subprocess.Popen(["sleep", "1000"], start_new_session=True, pass_fds=[lock.fileno()])
+            open("ready", "w").close()
+            time.sleep(1000)
+        """)
+        eventually(lambda: os.path.exists(os.path.join(self.path, "ready")), "the row")
+        with open(os.path.join(self.path, "lock")) as lock:
+            self.assertRaises(OSError, fcntl.flock, lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            program.kill()
+            self.assertEqual(program.end()[0], 130)
+            end = threading.Timer(DEADLINE_S, faulthandler.dump_traceback, [sys.__stderr__])
+            end.start()
+            fcntl.flock(lock, fcntl.LOCK_EX)      # whoever of them were left would hold it
+            end.cancel()
+        with open("/proc/self/mountinfo") as file:
+            self.assertNotIn(self.path.replace(" ", "\\040"), file.read())
+
+
 # === The trial ===============================================================
 
 class Trial(Case):
