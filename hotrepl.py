@@ -5908,6 +5908,7 @@ ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at
 ADMISSION_LIMIT = 16              # connections that may be proving themselves at once
 TOKEN_ATTEMPTS = 3
 TOKEN_LIMIT_BYTES = 1024          # what is read of a peer before its token has passed
+HEADER_LIMIT_BYTES = 65536        # how far lines of HTTP are looked for behind the first
 
 audit_log = Logger("hotrepl.audit")
 
@@ -6317,17 +6318,21 @@ def knows_local_peers():
 
 
 class FirstBytes:
-    """Finds out from its first line whether a connection speaks another protocol than ours.
+    """Finds out from its first lines whether a connection speaks another protocol than ours.
 
-    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. It holds
-    nothing back: the lines before its decision are blank. On the control channel one byte decides:
-    there is no skipping to the first message, since a web page can put one into a request's body.
+    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. The first
+    line that isn't blank decides. Up to the next blank one, at most HEADER_LIMIT_BYTES, no line may
+    name a Host: a browser's request has one, however its first line looks. It holds nothing back.
+    On the control channel one byte decides: there is no skipping to the first message, since a web
+    page can put one into a request's body.
     """
 
     def __init__(self, is_control=False):
         self.is_over = False
         self._is_control = is_control
-        self._line = b""          # the first line that isn't blank; of a long one, both ends
+        self._has_begun = False   # the first line that isn't blank is past
+        self._room = HEADER_LIMIT_BYTES
+        self._line = b""          # the line that is being received; of a long one, both ends
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -6337,11 +6342,18 @@ class FirstBytes:
             self.is_over = True
             known = foreign_greeting(received) or "not a control message"
             return None if received[:1] == IAC else known
-        line = self._line + received
-        line = line[re.match(_BLANK, line).end():]
-        is_ours = line.startswith(BEGIN)      # our client's secret
-        foreign = None if is_ours else foreign_greeting(line)
-        self.is_over = is_ours or foreign is not None or b"\n" in line or b"\r\0" in line
+        text, foreign = self._line + received, None
+        if not self._has_begun:
+            text = text[re.match(_BLANK, text).end():]
+            self.is_over = text.startswith(BEGIN)     # our client's secret
+            foreign = None if self.is_over else foreign_greeting(text)
+            self._has_begun = b"\n" in text or b"\r\0" in text
+        blank = re.search(rb"\n\r?\n", text)
+        if not (self.is_over or foreign) and re.search(_HOST_LINE, text[:blank and blank.end()]):
+            foreign = "an HTTP request"
+        self._room -= len(received)
+        self.is_over |= bool(foreign or blank or self._has_begun and self._room < 0)
+        line = text[max(text.rfind(b"\n"), 0):]
         # A web page can make the URL in its request as long as it likes.
         self._line = line if len(line) <= 2048 else line[:1024] + line[-1024:]
         return foreign
@@ -6350,22 +6362,29 @@ class FirstBytes:
 # Two words side by side are no Python, unless one is a keyword (`1and x` has one too).
 _NO_KEYWORD = (r"(?!\d*(?:%s)\b)" % "|".join(keyword.kwlist)).encode("ascii")
 
+_METHOD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"         # RFC 9110: a token
+_URL = rb"[A-Za-z][\w+.-]*:\S*"
+# A field name is caseless; but `host: str` in front of a bare LF is an annotation.
+_HOST_LINE = rb"(?m)^(?:(?i:host):[ \t]*[^\s\"#]*[ \t]*\r\n|H(?:ost|OST):[ \t]*[\w.:[\]-]*[ \t]*\n)"
+
 # What no Python program starts with. A row decides at its last byte, so one that could also begin
 # an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
 # for long: the bytes are a stranger's. What a web page can have its browser send is HTTP even where
-# it is Python too (`GET / HTTP/1.1` divides): any method, a target that begins with a slash, CRLF.
-# Hence a method may have signs of a comment or a string (`#x`) only in a line that ends in CRLF.
+# it is Python too (`GET / HTTP/1.1` divides): every request line of RFC 9112, with CRLF. In front
+# of a bare LF a method has no sign of a comment or a string, such as `#x`.
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
-    # RFC 9112: any method, any form of target. RTSP, SIP and ICAP look the same.
-    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|[\w*[][^\s#'\"]*)"
-                        rb"[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
-    ("an HTTP request", rb"[!#-'*+.^-z|~A-Z0-9-]+ /\S* HTTP/\d[\d.]*\r\n"),
+    # RFC 9112, and lines that are nearly valid. RTSP, SIP and ICAP look the same.
+    ("an HTTP request", _METHOD + rb" (?:/\S*|\*|" + _URL + rb"|[^\s/?#]*:\d*) HTTP/\d\.\d\r\n"),
+    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|" + _URL
+     + rb"|[\w*[][^\s#'\"]*)[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
     ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH) /[^\n]* HTTP/\d\.\d\r\n"),
     ("an HTTP request",           # and one that is not valid
      rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)[ \t]+HTTP/\d\.\d\r\n"),
-    ("an HTTP request", rb"GET /(?:[\w./-]*/)?\r?\n"),                # HTTP/0.9
+    # HTTP/0.9, or a URL with a line's end in it, which somebody talked the requester into
+    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE) /\S*\r?\n"),
+    ("an HTTP request", rb"[A-Z]+ [A-Za-z][\w+.-]*://\S*\r?\n"),
     ("a message with a header", rb"(?i:content-length): ?\d+\r?\n"),  # LSP, DAP
     ("a PROXY header", rb"PROXY (?:TCP[46] |UNKNOWN)"),
     ("an SMTP, FTP, POP3 or IRC command", rb"(?i:EHLO|HELO|LHLO|USER|PASS|NICK) +" + _NO_KEYWORD

@@ -46,6 +46,7 @@ import signal
 import socket
 import stat
 import statistics
+import string
 import struct
 import subprocess
 import sys
@@ -6060,13 +6061,17 @@ class Pairing(AccessCase):
 
 class OtherProtocols(AccessCase):
     def test_a_web_request_runs_no_line(self):
-        path = os.path.join(self.folder().path, "file")
-        said = self.raw(self.serve().server.address,
-                        b"POST / HTTP/1.1\r\nHost: localhost\r\n\r\nopen(%r, 'w')\n"
-                        % path.encode("ascii"))
-        self.expect_warning("an HTTP request")
-        self.assertFalse(os.path.exists(path))
-        self.assertNotIn("Error", said)
+        path, address = os.path.join(self.folder().path, "file"), self.serve().server.address
+        code = "open(%r, 'w')" % path
+        for head in ("POST / HTTP/1.1\r\nHost: localhost\r\n\r\n%s\n", "POST http://x/it's HTTP/1.1\r\n\r\n%s\n",
+                     "GET /x\r\n%s\r\n HTTP/1.1\r\n", "GET http://x/\r\n%s\r\n HTTP/1.1\r\n",
+                     "1 + 1\r\nHost: localhost\r\n\r\n%s\n"):
+            with self.subTest(head):
+                self.records.clear()
+                said = self.raw(address, (head % code).encode("ascii"))
+                self.expect_warning("an HTTP request")
+                self.assertFalse(os.path.exists(path))
+                self.assertNotIn("Error", said)
 
     def test_a_web_request_that_curl_makes_runs_no_line(self):
         path, address = os.path.join(self.folder().path, "file"), self.serve().server.address
@@ -7206,6 +7211,9 @@ FOREIGN = (
     b"#GET / HTTP/1.1\r\n", b"# / HTTP/1.1\r\n", b"r'''x /'''y#z HTTP/1.1\r\n",     # a browser may
     b"x /''' HTTP/1.1\r\n", b"not /x HTTP/1.1\r\n", b"GET /a b/ HTTP/1.1\r\n", b"GET /a b HTTP/1.1\r\n",
     b"GET /1; import os # HTTP/1.1\r\n", b"GET x HTTP/1.1\r\n", b"GET /\r\n", b"GET /a/\n",
+    b"POST http://x/it's HTTP/1.1\r\n", b"it's http://x/ HTTP/1.1\r\n", b"GET /x\r\n1+1\r\n HTTP/1.1\r\n",
+    b"GET /x/y\n", b"TRACE /\n", b"GET http://x/y\r\n1\r\n HTTP/1.1\r\n", b"Host: localhost:1337\r\n", b"HOST:x\n",
+    b"host: [::1]:1337\r\n", b"1 + 1\r\nHost: x\r\n", b"x\nHost: x\n",
     b"Content-Length: 10\r\n\r\n", b"content-length: 10\r\n",
     b"USER guest 0 * :Ronnie\r\n", b"helo x\r\n", b"ehlo mail.example.com\n", b"user a@b.c\r\n",
     b"HELO [IPv6:2001:db8::1]\r\n", b"EHLO 10.0.0.1\r\n", b"PASS s#='x\r\n", b"pass x y\r\n",
@@ -7217,7 +7225,7 @@ FOREIGN = (
 
 PYTHON = (
     b"1+1\n", b"\n", b"\r\n", b"", b"\n\n1+1\n", b"GET\n", b"GET \n", b"HEAD\r\n", b"POST = 1\n",
-    b"POST = HTTP/1.1\n", b"get(x)\n", b"GET(x)\n", b"GET / HTTP\n", b"GET /HTTP/1.1\n",
+    b"POST = HTTP/1.1\n", b"get(x)\n", b"GET(x)\n", b"GET / HTTP\n",
     b"POST / x\n", b"DELETE / x / y\n", b"GET.x / HTTP.y\n", b"x = HTTP/1.1\n", b"x in HTTP/2\n",
     b"OPTIONS\n", b"* 2\n", b"*1\n", b"*1,\r\n", b"*a, b = c\r\n", b"*_, x = 1, 2\n",
     b"print('GET / HTTP/1.1')\n", b"'GET / HTTP/1.1'\r\n", b'"GET / HTTP/1.1"\r\n',
@@ -7241,7 +7249,8 @@ PYTHON = (
     b"#GET / HTTP/1.1\n", b"# a/b HTTP/1.1\r\n", b"x #a/b HTTP/1.1\r\n", b"print ('''/x HTTP/1.1\r\n",
     b"assert r'''a/b HTTP/1.1\r\n", b"x +'''a/b HTTP/1.1\r\n", b"x in HTTP/1.1\r\n", b"assert HTTP/1.1\r\n",
     b"not x and HTTP/1.1\r\n", b"1 if x else HTTP/1.1\r\n", b"1.5and HTTP/1.1\r\n", b"x = HTTP/1.1\r\n",
-    b"GET /x\n", b"GET /x/y\r\n", b"GET /x#/\n",
+    b"# http://example.com/\n", b"'see http://x/'\n", b"host: str\n", b"host: str = 'x'\r\n", b"Host = 1\n",
+    b"Host: int = 1\n", b"hosts: x\r\n", b"1\n\nHost: x\n",
     b"Content-Length\n", b"Content = 10\n", b"content: int\n", b"MAIL\n", b"CAP = 1\n", b"CAP.LS\n",
     b"a001\n", b"a001 = 1\n", b"x1 in CAPABILITY\n", b"@RSYNCD\n", b"@rsyncd\n", b"RFB = 3\n", b"put(0)\n",
     b"set #x 1 2 3\n", b"set ('''x 1 2 3\n", b"x < y\n", b"put = 0\n",
@@ -7302,11 +7311,59 @@ class FirstLine(AccessParts):
                                ("a binary protocol", b"\0\0\0\x08")):
             self.assertEqual(name, self.feed(greeting))
 
-    def test_check_is_over_with_the_first_line_that_is_not_blank(self):
+    def test_check_is_over_with_the_blank_line_after_the_first_that_is_not(self):
         first_bytes = hotrepl.FirstBytes()
-        self.assertEqual([False, False, True], [
-            first_bytes.feed(piece) or first_bytes.is_over for piece in (b"\n\r\n", b"1+", b"1\n")])
-        self.assertIsNone(first_bytes.feed(b"GET / HTTP/1.1\r\n"))
+        self.assertEqual([False, False, False, False, True], [
+            first_bytes.feed(piece) or first_bytes.is_over for piece in (b"\n\r\n", b"1+", b"1\n", b"2\r", b"\n\r\n")])
+        self.assertIsNone(first_bytes.feed(b"GET / HTTP/1.1\r\nHost: x\r\n"))
+
+    def test_check_ends_when_enough_has_come(self):
+        first_bytes = hotrepl.FirstBytes()
+        for _ in range(hotrepl.HEADER_LIMIT_BYTES // 1000 + 1):
+            self.assertIsNone(first_bytes.feed(b"x = 1\n" + b"#" * 993 + b"\n"))
+        self.assertTrue(first_bytes.is_over)
+
+    TOKEN = "!#$%&'*+-.^_`|~" + string.digits + string.ascii_letters       # RFC 9110: tchar
+    PATH = TOKEN + "/:@=;,()"     # RFC 3986: pchar, and the slash
+
+    def request(self, random):
+        """Return a random request by the grammar of RFC 9112, up to its header's end."""
+        def text(letters, low=0):
+            return "".join(random.choice(letters) for _ in range(random.randrange(low, random.choice((3, 9, 40)))))
+        port = random.choice(("", ":", ":80", ":1337"))
+        host = random.choice(("localhost", "127.0.0.1", "[::1]", "[v1.x:y]", text(string.ascii_letters + "-._~!$&'()*+,;=%", 1)))
+        query = random.choice(("", "?" + text(self.PATH + "?")))
+        scheme = random.choice(("http", "https", "ftp", random.choice(string.ascii_letters) + text(string.ascii_letters + "+.-1")))
+        target = random.choice(("/" + text(self.PATH) + query, "*", host + (port if len(port) > 1 else ":1"),
+                                "%s://%s%s/%s%s" % (scheme, host, port, text(self.PATH), query),
+                                scheme + ":" + text(self.PATH) + query))
+        method = random.choice(("GET", "POST", "PUT", "OPTIONS", "CONNECT", "M-SEARCH", "it's", text(self.TOKEN, 1)))
+        lines = ["%s %s HTTP/%d.%d" % (method, target, random.randrange(10), random.randrange(10))]
+        lines += ["%s: %s" % (text(self.TOKEN, 1), text(self.PATH + " \t")) for _ in range(random.randrange(4))]
+        lines.insert(random.randrange(1, len(lines) + 1), random.choice(("Host: ", "host:", "HOST:\t")) + host + port)
+        return lines
+
+    def test_requests_by_the_grammar_are_known_by_each_of_two_signs(self):
+        random = self.random()
+        for _ in range(1000):
+            lines = self.request(random)
+            for kept in (lines[:1], ["1 + 1"] + lines[1:]):       # the request line; the Host line
+                data = ("\r\n".join(kept) + "\r\n").encode("ascii")
+                at, before = sorted(random.randrange(len(data)) for _ in range(2)), (SEED, data)
+                for pieces in ([data], [data[:at[0]], data[at[0]:at[1]], data[at[1]:]]):
+                    self.assertEqual("an HTTP request", self.feed(*pieces), before)
+
+    def test_first_lines_of_the_standard_library_pass(self):
+        folder, known = os.path.dirname(os.__file__), []
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
+        for name in self.random().sample(names, 40):
+            with open(os.path.join(folder, name), "rb") as file:
+                source = file.read()
+            lines = source.splitlines()
+            first = {lines[node.lineno - 1] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)}
+            first.update(line for line in lines if line.startswith(b"#"))
+            known += [(name, line) for line in first for end in (b"\n", b"\r\n") if self.feed(line + end)]
+        self.assertEqual(known, [])
 
     def test_endless_first_line_takes_little_time_and_memory(self):
         first_bytes, started = hotrepl.FirstBytes(), time.monotonic()
