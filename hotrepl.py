@@ -6146,7 +6146,7 @@ def identify(sock, netlink=None):
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
         raise Refused("%s was gone before it was identified" % address) from exc
-    if inode == 0 and (uid is not None or _is_loopback(theirs[0]) or theirs[0] == ours[0]):
+    if inode == 0 and (uid is not None or is_local(theirs)):
         raise Refused("%s belongs to no process that can be seen from here" % address)
     return Peer(address, None if _is_ambiguous(uid) else uid)
 
@@ -6195,17 +6195,48 @@ def tcp_owner(theirs, ours, netlink=None):
     """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
 
     A miss counts only in a table that lists our own end: a kernel without tcp_diag and the empty
-    /proc of a sandbox say "no such socket" to everything.
+    /proc of a sandbox say "no such socket" to everything. It is final for an address of another
+    machine; a socket of this one can be bound to a device, and is found by asking for that.
     """
-    for look_up in (functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs):
+    answer = None, None
+    for look_up in _look_ups(theirs, netlink):
         try:
             owner = look_up(theirs, ours)
-            if owner or look_up(ours, theirs):
-                return owner or (None, 0)
+            if owner:
+                return owner
+            if look_up(ours, theirs):
+                answer = None, 0
+                if not is_local(theirs):
+                    break
         except (OSError, AttributeError) as exc:      # a sandbox, or not Linux
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
                 raise             # this tells nothing about the peer
-    return None, None
+    return answer
+
+
+def _look_ups(theirs, netlink):
+    """Yield the ways to find an owner, each only tried when the one before it has failed."""
+    yield functools.partial(owner_by_netlink, netlink=netlink)
+    if is_local(theirs):
+        with suppress(OSError, AttributeError):
+            for index, _ in socket.if_nameindex():
+                yield functools.partial(owner_by_netlink, netlink=netlink, interface=index)
+    yield owner_by_procfs
+
+
+def is_local(address):
+    """Return whether a socket's address is one of this machine: the way there begins at it."""
+    if _is_loopback(address[0]):
+        return True
+    try:                          # a UDP socket sends nothing for it; bind() may take any address
+        with socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET,
+                           socket.SOCK_DGRAM) as probe:
+            probe.connect((address[0], 9) + tuple(address[2:]))
+            return _packed(probe.getsockname()[0]) == _packed(address[0])
+    except OSError as exc:
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            raise
+        return False
 
 
 # TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
@@ -6223,21 +6254,22 @@ def open_netlink():
     return netlink
 
 
-def owner_by_netlink(theirs, ours, netlink=None):
+def owner_by_netlink(theirs, ours, netlink=None, interface=0):
     """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
 
     Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer.
     """
     if netlink is None:
         with open_netlink() as netlink:
-            return owner_by_netlink(theirs, ours, netlink)
+            return owner_by_netlink(theirs, ours, netlink, interface)
     ports, ends = struct.pack("!HH", theirs[1], ours[1]), (_packed(theirs[0]), _packed(ours[0]))
     family = socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6
     number = next(_queries) & 0xFFFFFFFF
     query = struct.pack("=IHHII4BI4s16s16sIII",
                         72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
                         family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,   # inet_diag_req_v2
-                        ports, ends[0], ends[1], (theirs + (0, 0))[3], 0xFFFFFFFF, 0xFFFFFFFF)
+                        ports, ends[0], ends[1], interface or (theirs + (0, 0))[3], 0xFFFFFFFF,
+                        0xFFFFFFFF)
     netlink.sendto(query, (0, 0))
     answer = _receive_answer(netlink, number)
     kind, error = struct.unpack_from("=4xH10xi", answer)

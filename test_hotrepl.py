@@ -6690,9 +6690,12 @@ if uid != "-":
     os.setgroups([]); os.setgid(int(uid)); os.setuid(int(uid))
 sock = socket.socket(getattr(socket, family))
 sock.settimeout(10)
+if then.startswith("to-device:"):     # any user may; the kernel's socket diagnosis then wants the interface
+    sock.setsockopt(socket.SOL_SOCKET, 25, then[10:].encode())
 if ":" in port:
     source, port = port.split(":")
-    sock.bind(("", int(source)))
+    host_here, _, source = source.rpartition("=")
+    sock.bind((host_here, int(source)))
 sock.connect(host if family == "AF_UNIX" else (host, int(port)))
 sock.sendall(sent.encode())
 if then == "close": sock.close()
@@ -6970,6 +6973,20 @@ class OwnersOfSockets(AccessParts):
         served = self.process(self.listen(), STRANGER)[1]
         self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
 
+    def test_another_uid_that_hides_its_socket_by_a_device_is_refused(self):
+        for host in ("127.0.0.1", "::1", ""):
+            served = self.process(self.listen(host), STRANGER, then="to-device:lo", host=host or "127.0.0.1")[1]
+            self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
+            for gone in ("owner_by_procfs", "owner_by_netlink"):
+                with unittest.mock.patch.object(hotrepl, gone, side_effect=OSError):
+                    self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
+
+    def test_a_local_address_whose_owner_is_not_found_is_refused(self):
+        served = self.process(self.listen(), STRANGER, then="to-device:lo")[1]
+        with unittest.mock.patch.multiple(socket, if_nameindex=list):
+            with unittest.mock.patch.object(hotrepl, "owner_by_procfs", side_effect=OSError):
+                self.assert_refused("belongs to no process", hotrepl.Door(token=True).check_peer, served)
+
     def test_folder_of_another_uid_is_refused(self):
         path = os.path.join(self.temporary(), "hotrepl")
         os.mkdir(path, 0o700)
@@ -7060,8 +7077,7 @@ class OtherNetworkNamespace(AccessParts):
 
     def test_local_peer_on_a_link_local_address_is_known(self):
         self.assertEqual(0, ip("addr", "add", "fe80::7/64", "dev", self.link, "nodad").returncode)
-        with open("/sys/class/net/{}/ifindex".format(self.link)) as file:
-            address = ("fe80::7", 0, 0, int(file.read()))
+        address = ("fe80::7", 0, 0, socket.if_nametoindex(self.link))
         listener = self.keep(socket.socket(socket.AF_INET6))
         client = self.keep(socket.socket(socket.AF_INET6))
         listener.bind(address)
@@ -7071,6 +7087,19 @@ class OtherNetworkNamespace(AccessParts):
         ends = served.getpeername(), served.getsockname()
         self.assertEqual(os.fstat(client.fileno()).st_ino, hotrepl.owner_by_netlink(*ends)[1])
         self.assertEqual(os.geteuid(), hotrepl.identify(served).uid)
+
+    def test_local_peer_of_another_uid_is_known_on_any_address_of_this_machine(self):
+        self.assertEqual(0, ip("addr", "add", "198.51.100.5/32", "dev", self.link).returncode)
+        for then in ("stay", "to-device:" + self.link):
+            for source in ("198.51.100.1", "198.51.100.5"):
+                served = self.process(self.listener, STRANGER, then=then, source=source + "=0")[1]
+                self.assertEqual(source, served.getpeername()[0])
+                self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
+
+    def test_closed_local_peer_on_another_address_of_this_machine_is_nobody(self):
+        self.assertEqual(0, ip("addr", "add", "198.51.100.5/32", "dev", self.link).returncode)
+        served = self.process(self.listener, STRANGER, then="close", source="198.51.100.5=0")[1]
+        self.assert_refused("belongs to no process", hotrepl.Door(token=True).check_peer, served)
 
     def test_closed_local_peer_on_the_same_address_is_nobody(self):
         client, served = self.connect(self.listener)
