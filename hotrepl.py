@@ -135,6 +135,7 @@ FLUSH_INTERVAL_S = 0.008          # ... or after this time, whichever comes firs
 COMPLETION_TIMEOUT_S = 2.0        # how long an object's own __dir__ may take
 OUTCOME_LIMIT = 30000             # characters of a text in the reply to Outcome
 NOTE_NAME = "server-%d-%s.note"   # in the runtime folder; by these the client finds servers
+MAX_SESSIONS = 300                # open at once, unless start() is told another number
 STOP_TIMEOUT_S = 1.0              # how long stop() waits for the threads of its sessions
 CLOSE_TIMEOUT_S = 0.2             # how long a closed connection waits for the peer to close it too
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -190,6 +191,7 @@ CTRL_D = b"\x04"                  # client without a secret, as telnet: at a lin
 NO_ECHO = IAC + b"\xfb\x01"       # server: the next answer is a secret (WILL ECHO, RFC 857)
 BLOCK_KIND = b"b"                 # client: BEGIN "b" lines END, one unit of several lines
 SECRET_KIND = b"s"                # client: BEGIN "s" secret END, what PairWithSession has to show
+CONTROL_KIND = b"c"               # client: BEGIN "c" END; server: BEGIN "c" port proof END
 NOTE_KIND = b"n"                  # server: BEGIN "n" lines END, to be shown above the prompt
 STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
                 "value": b"v", "traceback": b"t"}     # what is displayed, not printed
@@ -198,8 +200,9 @@ Command = collections.namedtuple("Command", "name fields doc")
 
 COMMANDS = [  # fields: name -> (types, is it required)
     Command("DescribeServer", {}, "What the server is: its prompts, version and commands."),
-    Command("Authenticate", {"token": (str, True)},
-            "Show the token, where the server wants one; must come first."),
+    Command("Authenticate", {"token": (str, False), "proof": (str, False)},
+            "Show the token, where the server wants one, or the proof that the REPL channel gave "
+            "for the control channel; must come first."),
     Command("PairWithSession", {"id": (int, True), "secret": (str, False)},
             "Bind this control connection to REPL session `id`; the commands below need it. "
             "`secret` is what the session's client sent on the REPL channel; without one, both "
@@ -401,6 +404,7 @@ class InputDecoder:
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
         self.ready = collections.deque()
         self.secret = b""         # of the session, if its client sent one; the first counts
+        self.asks_for_control = False     # the client wants to be told where the control channel is
         self._limit_bytes = limit_bytes
         self._marks = MarkDecoder(limit_bytes)
         self._pieces = []         # of the line that is being received; empty: none is
@@ -470,6 +474,8 @@ class InputDecoder:
             self._append_text("block", payload[1:])
         elif payload[:1] == SECRET_KIND:
             self.secret = self.secret or payload[1:]
+        elif payload == CONTROL_KIND:
+            self.asks_for_control = True
 
     def _append_text(self, kind, data):
         try:
@@ -5900,13 +5906,17 @@ GUESTS = Guests()
 # and nobody else can have one. Where it can't say (another system, another machine), a token or
 # a client certificate does. FirstBytes turns away what passes the door with the owner's uid: the
 # requests of web pages in the owner's browser. Every doubt is a refusal. Nothing here keeps a
-# thread, a descriptor or a table; any thread may call it, also after a fork. The server lends its
+# thread or a descriptor; any thread may call it, also after a fork. The server lends its
 # netlink socket: beside a thread that computes, to make and close one takes 10 ms. Uses 2 and 3.
 # Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), getpeereid(3).
 
 ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
 ADMISSION_LIMIT = 16              # connections that may be proving themselves at once
-TOKEN_ATTEMPTS = 3
+TOKEN_ATTEMPTS = 3                # on one connection
+FREE_GUESSES = 3                  # of a token or secret, by one peer; each further one waits longer
+GUESS_DELAY_S = 2.0               # ... up to this
+REFUSALS_PER_S = 1                # lines in the audit for one peer
+PEERS_REMEMBERED = 1000           # that guessed wrong or were refused
 TOKEN_LIMIT_BYTES = 1024          # what is read of a peer before its token has passed
 HEADER_LIMIT_BYTES = 65536        # how far lines of HTTP are looked for behind the first
 
@@ -5916,15 +5926,27 @@ audit_log = Logger("hotrepl.audit")
 class Refused(Exception):
     """A connection may not come in. The text is for our log; the peer is told nothing."""
 
+    def __init__(self, reason, peer):
+        super().__init__(reason)
+        self.peer = peer          # a Peer
+
 
 class Door:
     """Who may connect to one server. Only `check_bind` changes it, before the first connection."""
 
-    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None):
+    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None,
+                 allow_names=None):
         self.allow_uids = frozenset(allow_uids or ())     # besides our effective uid and 0
+        self.allow_names = allow_names and frozenset(allow_names)     # in certificates; None: any
         self.token = _checked_token(token)    # bytes; None while nobody needs one
         self.insecure = insecure              # everybody comes in
         self.ssl_context = ssl_context        # None: plain text
+        # Peer.who -> wrong guesses; -> (when a refusal was logged, how many were not since then).
+        # Any thread writes both, in single steps; a lost count does no harm.
+        self._guesses, self._refusals = collections.OrderedDict(), collections.OrderedDict()
+        if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
+            raise ValueError("allow_names takes a list of names, and an ssl_context with "
+                             "verify_mode CERT_REQUIRED")
         if not all(type(uid) is int for uid in self.allow_uids):
             raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
                             % shorten(allow_uids))
@@ -5970,9 +5992,9 @@ class Door:
         if peer.uid is None:
             peer.needs_token = self.token is not None
             if not (peer.needs_token or self.wants_certificate):
-                raise Refused("%s needs a token; pass token=True to have one" % peer)
+                raise Refused("%s needs a token; pass token=True to have one" % peer, peer)
         elif peer.uid not in self.allow_uids | {effective_uid(), 0}:
-            raise Refused("%s may not connect; allow_uids would let it in" % peer)
+            raise Refused("%s may not connect; allow_uids would let it in" % peer, peer)
         return peer
 
     def shake_hands(self, tls, peer, timeout_s=ADMISSION_TIMEOUT_S):
@@ -5981,15 +6003,23 @@ class Door:
             tls.settimeout(timeout_s)     # ssl takes it as a deadline for the whole handshake
             tls.do_handshake()
             tls.settimeout(None)
-            subject = (tls.getpeercert() or {}).get("subject", ())
+            shown = tls.getpeercert() or {}
         except (OSError, ValueError) as exc:
-            raise Refused("TLS handshake failed: %s" % exc) from exc
-        peer.certificate = ",".join("=".join(pair) for part in subject for pair in part)
+            raise Refused("TLS handshake failed: %s" % exc, peer) from exc
+        pairs = [pair for part in shown.get("subject", ()) for pair in part]
+        peer.certificate = ",".join("=".join(pair) for pair in pairs)
+        names = {value for key, value in pairs if key == "commonName"}
+        names.update(value for kind, value in shown.get("subjectAltName", ()))
+        if self.allow_names and not names & self.allow_names:
+            raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
+        if shown and CLIENT_PURPOSE not in tls.getpeercert(True):
+            raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
 
-    def ask_token(self, sock, is_control, timeout_s=ADMISSION_TIMEOUT_S):
+    def ask_token(self, sock, peer, is_control, check=None, timeout_s=ADMISSION_TIMEOUT_S):
         """Ask for the token; return the bytes that came after the right one. Blocks.
 
-        Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
+        `check(candidate)` may know another proof. Refused: three wrong ones, a foreign greeting,
+        1 KB or `timeout_s` in all.
         """
         asker, rest = (_TokenMessages if is_control else _TokenLines)(), b""
         first_bytes = FirstBytes(is_control)
@@ -6007,24 +6037,55 @@ class Door:
                         refusal = (first_bytes.feed(rest) if rest else "%d bytes instead of a token"
                                    % (TOKEN_LIMIT_BYTES - room))
                         if refusal:
-                            raise Refused(refusal)
+                            raise Refused(refusal, peer)
                     candidate, rest = asker.take(rest)
-                is_right = self.check_token(candidate)
+                is_right = self.check_guess(peer, "wrong token", check or self.check_token, candidate)
                 sock.sendall(asker.answer(is_right))
                 if is_right:
                     sock.settimeout(None)
                     return rest
         except (OSError, ProtocolError) as exc:
-            raise Refused("no token: %s" % exc) from exc
-        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS)
+            raise Refused("no token: %s" % exc, peer) from exc
+        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS, peer)
 
-    def check_token(self, candidate):
-        """Return whether `candidate`, from the wire, is the token, in constant time."""
+    def check_guess(self, peer, reason, check, *args):
+        """Return `check(*args)`, of a token or secret; late, where `peer` was wrong several times.
+
+        The wait comes first: a guesser learns nothing sooner by more connections. `reason` is what
+        is put on record where it is wrong.
+        """
+        wrong = self._guesses.get(peer.who, 0)
+        if wrong >= FREE_GUESSES:
+            time.sleep(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
+        is_right = check(*args)
+        if is_right:
+            self._guesses.pop(peer.who, None)
+        else:
+            _remember(self._guesses, peer.who, self._guesses.get(peer.who, 0) + 1)
+            self.refuse(peer, reason)
+        return is_right
+
+    def check_token(self, candidate, proofs=()):
+        """Return whether `candidate`, from the wire, is the token, in constant time.
+
+        Or one of the `proofs` that stand for it.
+        """
         import hmac
         if isinstance(candidate, str):
             candidate = candidate.encode("utf-8", "replace")
-        return (self.token is not None and isinstance(candidate, bytes)
-                and hmac.compare_digest(candidate, self.token))
+        known = [self.token, *proofs] if self.token is not None else []
+        return isinstance(candidate, bytes) and any(
+            [hmac.compare_digest(candidate, each) for each in known])
+
+    def refuse(self, peer, reason, **facts):
+        """Have a refusal on record; of many of one peer one line a second, with a count."""
+        logged, left_out = self._refusals.get(peer.who, (None, 0))
+        if logged is not None and time.monotonic() - logged < 1 / REFUSALS_PER_S:
+            return _remember(self._refusals, peer.who, (logged, left_out + 1))
+        _remember(self._refusals, peer.who, (time.monotonic(), 0))
+        if left_out:
+            facts["left_out"] = left_out
+        self.audit("refused", peer=peer, reason=reason, **facts)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
@@ -6043,6 +6104,17 @@ class Door:
         self.audit(event, session=number, peer=peer, source=source)
         if hasattr(sys, "audit"):
             sys.audit("hotrepl.exec", source, number)  # novm
+
+
+def _remember(table, key, value):
+    table[key] = value
+    with suppress(KeyError):      # another thread may have done it
+        if len(table) > PEERS_REMEMBERED:
+            table.popitem(last=False)
+
+
+# The extended key usage clientAuth, 1.3.6.1.5.5.7.3.2, as it stands in a certificate (RFC 5280).
+CLIENT_PURPOSE = bytes.fromhex("06082b06010505070302")
 
 
 def _checked_token(token):
@@ -6094,7 +6166,8 @@ class _TokenMessages:
         for at in range(1, len(received) + 1):
             for body in self._decoder.feed(received[at - 1:at]):
                 is_attempt = isinstance(body, dict) and body.get("command") == "Authenticate"
-                return (body.get("token") if is_attempt else None) or b"", received[at:]
+                shown = is_attempt and (body.get("proof") or body.get("token"))
+                return shown or b"", received[at:]
         return None, b""
 
     def answer(self, is_right):
@@ -6116,6 +6189,11 @@ class Peer:
     def host(self):
         """The address without the port."""
         return self.address.rpartition(":")[0]
+
+    @property
+    def who(self):
+        """What all connections of one user on one machine have in common."""
+        return self.host, self.uid
 
     def __str__(self):
         return "%s uid %s%s%s" % (
@@ -6145,9 +6223,10 @@ def identify(sock, netlink=None):
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
-        raise Refused("%s was gone before it was identified" % address) from exc
+        raise Refused("%s was gone before it was identified" % address, Peer(address)) from exc
     if inode == 0 and (uid is not None or is_local(theirs)):
-        raise Refused("%s belongs to no process that can be seen from here" % address)
+        raise Refused("%s belongs to no process that can be seen from here" % address,
+                      Peer(address))
     return Peer(address, None if _is_ambiguous(uid) else uid)
 
 
@@ -6155,7 +6234,7 @@ def _peer_name(sock):
     try:
         return sock.getpeername()
     except OSError as exc:
-        raise Refused("it was gone at once") from exc
+        raise Refused("it was gone at once", Peer("unknown")) from exc
 
 
 def _address(name):
@@ -6334,6 +6413,31 @@ def _is_loopback(host):
     return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
 
 
+def server_owner(sock):
+    """Return the uid of the server at the other end of a socket that we connected; None: unknown.
+
+    It may not have accepted yet: then the listener counts, which has the connection in its queue.
+    PermissionError: it is at an address of this machine, and no process that can be seen has it.
+    """
+    theirs = sock.getpeername()
+    if _address(theirs) == "unix socket":
+        return _unix_owner(sock)[0]
+    uid, inode = tcp_owner(theirs, sock.getsockname())
+    if inode == 0:
+        uids = [tcp_owner((host, theirs[1]), (nobody, 0))[0]
+                for host, nobody in _listening_for(theirs[0])]
+        uid = next((each for each in uids if each is not None), None)
+        if uid is None and is_local(theirs):
+            raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
+                                  % _address(theirs))
+    return None if _is_ambiguous(uid) else uid
+
+
+def _listening_for(host):
+    """Return the (address, peer's address) of listeners that get connections to `host`."""
+    return [(host, "::" if ":" in host else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
+
+
 def knows_local_peers():
     """Find out by a socket of our own whether this system tells whose a socket is.
 
@@ -6492,7 +6596,20 @@ def token_path(address):
     """Return the path of the file that holds the token of the server at `address`, as in Server."""
     if isinstance(address, str):
         return address + TOKEN_SUFFIX
-    return os.path.join(runtime_folder(), "token-%d" % address[1])
+    return os.path.join(runtime_folder(), _token_name(address))
+
+
+def stored_tokens(address):
+    """Yield the tokens that servers of ours have left in files for who connects to `address`."""
+    for path in ([token_path(address)] if isinstance(address, str)
+                 else runtime_files(_token_name(address))):
+        with suppress(OSError, ValueError):
+            yield read_private(path).decode("ascii").strip()
+
+
+def _token_name(address):
+    """By port and network: a container may share our folder, and its ports are not ours."""
+    return "-".join(["token-%d" % address[1]] + re.findall(r"net:\[(\d+)", str(namespaces())))
 
 
 def runtime_folder():
@@ -6569,6 +6686,22 @@ def process_mark(pid):
 def effective_uid():
     """Return the effective uid of this process; 0 where the system has none."""
     return getattr(os, "geteuid", int)()
+
+
+def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
+    """Return the bytes of the file `path`; OSError unless it is a small one that only we may open.
+
+    Whoever may write to its folder can put a link there to another file of ours, or a FIFO.
+    """
+    flags = os.O_RDONLY | sum(getattr(os, name, 0)
+                              for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    with open(os.open(path, flags), "rb") as file:
+        info = os.fstat(file.fileno())
+        is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
+        if (not stat.S_ISREG(info.st_mode) or is_open and os.name == "posix"
+                or info.st_nlink > 1 or info.st_size > limit_bytes):
+            raise PermissionError(errno.EPERM, "%s is no small file that only we may open" % path)
+        return file.read(limit_bytes)
 
 
 def write_private(path, content):
@@ -6723,6 +6856,13 @@ class Connection:
             self._backlog.append(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
             self.flush()
 
+    def name_control(self, address, proof):
+        """Tell the client the port of the control channel, and what to show there as a token."""
+        port = 0 if isinstance(address, str) else address[1]
+        with self.lock:
+            self._backlog.append(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END)
+            self.flush()
+
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
@@ -6820,6 +6960,7 @@ class Session:
         self._inputs = InputDecoder()
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
+        self.proof = make_token()                 # told here, it passes for the token there
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -7024,8 +7165,10 @@ class Session:
     def _receive(self, kind):
         if self.turn == 1:        # while the user reads the first prompt
             note_sources()
-        if kind == "input":       # the prompt needs no waker: `_prompt_again` serves it
-            self._wait_for_data()
+        # Without a limit the prompt needs no waker: `_prompt_again` serves it.
+        if kind == "input" or self.server.idle_timeout_s is not None:
+            if not self._wait_for_data():
+                self._end_idle()
         data = self.connection.receive()
         if not self._first_bytes.is_over:
             data = self._without_foreign(data)
@@ -7033,6 +7176,9 @@ class Session:
             self._inputs.feed(data)
         else:
             self._inputs.close()
+        if self._inputs.asks_for_control:
+            self._inputs.asks_for_control = False
+            self.connection.name_control(self.server.control_address, self.proof)
         if not self._secret_came.is_set() and (self._inputs.secret or self._inputs.ready):
             self._secret_came.set()
 
@@ -7043,7 +7189,7 @@ class Session:
             return data
         self._inputs = InputDecoder()     # not even the half of a line runs
         self.connection.shut()
-        self.server.door.audit("refused", session=self.number, peer=self.peer, reason=foreign)
+        self.server.door.refuse(self.peer, foreign, session=self.number)
         return b""
 
     def _wait_for_data(self):
@@ -7054,11 +7200,17 @@ class Session:
             with selectors.DefaultSelector() as selector:
                 selector.register(pair[0], selectors.EVENT_READ)
                 selector.register(self.connection.sock, selectors.EVENT_READ)
-                selector.select()
+                return bool(selector.select(self.server.idle_timeout_s))
         except (OSError, ValueError):
-            pass                  # the connection was closed meanwhile: receive() tells
+            return True           # the connection was closed meanwhile: receive() tells
         finally:
             shield(self._drop_waker, pair)
+
+    def _end_idle(self):
+        self.connection.send_note("\nhotrepl: no input for %g s, this session ends\n"
+                                  % self.server.idle_timeout_s)
+        self.server.door.audit("idle", session=self.number, peer=self.peer)
+        self.close()
 
     def _make_waker(self, pair):
         pair.extend(socket.socketpair())
@@ -7508,8 +7660,7 @@ class ControlConnection(threading.Thread):
             for data in iter(self._receive, b""):
                 foreign = first_bytes.feed(data)
                 if foreign:
-                    return self.server.door.audit("refused", channel="control",
-                                                  peer=self.peer, reason=foreign)
+                    return self.server.door.refuse(self.peer, foreign, channel="control")
                 for body in decoder.feed(data):
                     self.sock.sendall(encode_message(self._reply(body)), NO_SIGNAL)
         except ProtocolError as exc:
@@ -7569,8 +7720,10 @@ class ControlConnection(threading.Thread):
 
     def _do_PairWithSession(self, request):
         session = self.server.find_session(request["id"])
-        if session is None or not session.may_pair(self.peer, request.get("secret")):
-            raise ProtocolError("no session %d that this connection may pair with" % request["id"])
+        reason = "no session %d that this connection may pair with" % request["id"]
+        if not self.server.door.check_guess(self.peer, reason, lambda: session is not None and
+                                            session.may_pair(self.peer, request.get("secret"))):
+            raise ProtocolError(reason)
         self.session = session
 
     def _do_TurnMarks(self, request):
@@ -7616,12 +7769,14 @@ class Server:
     """A running server: see `start`. Usable as a context manager, which stops it."""
 
     def __init__(self, namespace, door, console_class=None, banner=None, loop=None,
-                 run_coroutine=None):
+                 run_coroutine=None, max_sessions=MAX_SESSIONS, idle_timeout_s=None):
         self.namespace = namespace
         self.door = door
         self.console_class = console_class
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
+        self.max_sessions = max_sessions
+        self.idle_timeout_s = idle_timeout_s      # how long a session may wait for input; None: ever
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -7739,6 +7894,10 @@ class Server:
         with self._lock:
             return self._sessions.get(number)
 
+    def check_proof(self, candidate):
+        """Return whether `candidate` is the token, or what an open session was given for it."""
+        return self.door.check_token(candidate, [each.proof for each in self.sessions()])
+
     def session_ended(self, session):
         """Forget `session`; called by its thread at its end."""
         with self._lock:
@@ -7804,7 +7963,7 @@ class Server:
             self._is_short = False
         except Refused as exc:
             sock.close()
-            self.door.audit("refused", channel=channel, reason=str(exc))
+            self.door.refuse(exc.peer, str(exc), channel=channel)
         except BaseException as exc:
             sock.close()
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
@@ -7845,6 +8004,9 @@ class Server:
         with self._lock:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
+            if len(self._sessions) >= self.max_sessions:
+                _say_goodbye(sock, "no more than %d sessions are let in at once" % self.max_sessions)
+                raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = Session(self, self._last_number, Connection(sock, received), peer)
             self._sessions[session.number] = session
@@ -7878,7 +8040,7 @@ class Server:
 
 def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=None, console=None,
           unix=None, allow_uids=(), token=None, insecure=False, ssl_context=None, loop=None,
-          run_coroutine=None):
+          run_coroutine=None, allow_names=None, max_sessions=MAX_SESSIONS, idle_timeout_s=None):
     """Serve REPL sessions over the dict `locals` from now on; return the Server.
 
     `locals` is the namespace of every session: `globals()` to work inside the calling module,
@@ -7897,6 +8059,10 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     a client certificate does as well as a token. ValueError: `bind` can be reached from other
     machines, and none of these guards it; `insecure=True` lets in everybody. `unix`, a path,
     takes the place of `bind` and the ports: the control channel is beside it, PATH.control.
+
+    More than `max_sessions` at once are refused, and one that has waited `idle_timeout_s` for input
+    is ended; both are told why. Where the environment has HOTREPL_DISABLE=1 nothing is opened, and
+    the Server is one that is stopped.
     """
     namespace = {"__name__": "__console__", "__doc__": None} if locals is None else locals
     if not isinstance(namespace, dict):
@@ -7904,9 +8070,14 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     if loop is None and "asyncio" in sys.modules:
         loop = sys.modules["asyncio"]._get_running_loop()
     _use_real_threads()
-    door = Door(allow_uids, token, insecure, ssl_context)
-    server = Server(namespace, door, console, banner, loop, run_coroutine)
-    server.open(bind, port, control_port, unix)
+    door = Door(allow_uids, token, insecure, ssl_context, allow_names)
+    server = Server(namespace, door, console, banner, loop, run_coroutine, max_sessions,
+                    idle_timeout_s)
+    if os.environ.get("HOTREPL_DISABLE", "0") not in ("", "0"):
+        log.warning("HOTREPL_DISABLE is set: no server is started")
+        server.stop()
+    else:
+        server.open(bind, port, control_port, unix)
     return server
 
 
@@ -7958,15 +8129,16 @@ class Admission(threading.Thread):
                 door.shake_hands(self.sock, self.peer)
             received = b""
             if self.peer.needs_token:
-                received = door.ask_token(self.sock, self.channel == "control")
+                check = self.server.check_proof if self.channel == "control" else door.check_token
+                received = door.ask_token(self.sock, self.peer, self.channel == "control", check)
             if not self._decision.acquire(False):
-                raise Refused(self._reason)
+                raise Refused(self._reason, self.peer)
             self._hand_over(received)
         except Refused as exc:
             self.sock.close()
             reason = str(exc) if self._reason is None else self._reason
             if reason:
-                door.audit("refused", channel=self.channel, peer=self.peer, reason=reason)
+                door.refuse(self.peer, reason, channel=self.channel)
         except (OSError, ValueError, RuntimeError) as exc:    # it is gone, or we are stopping
             self.sock.close()
             log.debug("connection of %s dropped: %s", self.peer, exc)
@@ -8012,6 +8184,12 @@ def _hold_sigpipe(is_held):
     if hasattr(signal, "pthread_sigmask"):
         how = signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK
         signal.pthread_sigmask(how, [signal.SIGPIPE])
+
+
+def _say_goodbye(sock, text):
+    with suppress(OSError):       # nothing was sent there before: it has room, and does not block
+        sock.sendall(b"hotrepl: %s\n" % text.encode("ascii"), NO_SIGNAL)
+        shut_down(sock, socket.SHUT_WR)
 
 
 def stop():
@@ -8128,9 +8306,7 @@ def _token_file(address, token):
         yield
     finally:
         with suppress(OSError):   # it was removed with the folder, say
-            with open(path, "rb") as file:
-                is_ours = file.read() == token
-            if is_ours:
+            if read_private(path) == token:
                 os.unlink(path)
 
 
@@ -9144,11 +9320,7 @@ def _tokens(address, token):
         yield token
     elif isinstance(address, str) or address[0] in ("localhost", "127.0.0.1", "::1"):
         # No other machine is shown the token of a server on this one.
-        for path in ([token_path(address)] if isinstance(address, str)
-                     else runtime_files("token-%d" % address[1])):
-            with suppress(OSError):
-                with open(path) as file:
-                    yield file.read().strip()
+        yield from stored_tokens(address)
     while sys.stdin is not None and sys.stdin.isatty():
         yield getpass.getpass("token: ")
 
@@ -9595,6 +9767,10 @@ def _start_server(options, main_module, done):
     server = start(vars(main_module), options.bind, options.port, options.control_port,
                    unix=options.unix, token=options.token, insecure=options.insecure)
     server.on_stop = done.set
+    if server.address is None:
+        _say("HOTREPL_DISABLE is set: no server is started")
+        done.set()
+        return server
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"

@@ -5895,7 +5895,9 @@ class AccessCase(Case):
 
     def setUp(self):
         super().setUp()
-        self.records = []         # what was logged by hotrepl.audit
+        self.records = []         # what was logged by hotrepl.audit, here without a limit
+        self.addCleanup(setattr, hotrepl, "REFUSALS_PER_S", hotrepl.REFUSALS_PER_S)
+        hotrepl.REFUSALS_PER_S = 1e9
         logger, handler = logging.getLogger("hotrepl.audit"), logging.Handler()
         handler.emit = lambda record: self.records.append(record.getMessage())
         logger.addHandler(handler)
@@ -6330,7 +6332,7 @@ class Tokens(AccessCase):
         with ours, theirs:
             try:
                 with self.assertRaisesRegex(hotrepl.Refused, "no token: timed out"):
-                    door.ask_token(ours, False, timeout_s=0.3)
+                    door.ask_token(ours, hotrepl.Peer("?"), False, timeout_s=0.3)
             finally:
                 over.set()
                 thread.join()
@@ -6402,11 +6404,53 @@ class Tokens(AccessCase):
         token = self.TOKEN.encode("ascii")
         self.assertEqual([call[0] for call in compare.call_args_list], [(b"wrong", token), (token, token)])
 
+    def test_guesses_are_slowed_down_after_the_third_until_one_is_right(self):
+        def took():
+            began = time.monotonic()
+            self.raw(self.server.address, b"1\n2\n3\n")
+            return time.monotonic() - began
+        quick, slow = took(), took()
+        self.assertGreater(slow, 0.125 + 0.25 + 0.5)
+        self.assertLess(quick, slow)
+        with unittest.mock.patch.object(hotrepl, "GUESS_DELAY_S", 0.01):
+            wire = self.stranger()
+            wire.send(self.TOKEN)
+            wire.hello()
+        self.assertLess(took(), slow)
+
+    def proof(self, wire):
+        """Return (the control channel's port, the proof for it) that the REPL channel names."""
+        wire.send(b"\xff\xfac\xff\xf0")
+        wire.until(b"\xff\xfac")
+        port, proof = wire.until(b"\xff\xf0")[:-2].split()
+        return int(port), proof.decode("ascii")
+
+    def test_the_first_connection_names_the_second_and_gives_a_proof_for_it(self):
+        wire = self.stranger()
+        wire.send(self.TOKEN)
+        port, proof = self.proof(wire.hello())
+        self.assertEqual(port, self.server.control_address[1])
+        control = self.served.control()
+        self.assertEqual(control.request("Authenticate", proof=proof[::-1])["status"], "failed")
+        self.assertEqual(control.request("Authenticate", proof=proof), {"status": "ok"})
+        self.assertEqual(control.request("DescribeServer")["status"], "ok")
+        wire.close()
+        eventually(lambda: not self.server.sessions())
+        self.assertEqual(self.served.control().request("Authenticate", proof=proof)["status"], "failed")
+
+    def test_a_proof_is_none_for_the_first_connection(self):
+        wire = self.stranger()
+        wire.send(self.TOKEN)
+        _, proof = self.proof(wire.hello())
+        late = self.stranger()
+        late.send(proof)
+        late.until("token: ")
+
     def test_ten_silent_seconds_end_the_connection(self):
         self.assertEqual(hotrepl.ADMISSION_TIMEOUT_S, 10)
         for function in (hotrepl.Door.ask_token, hotrepl.Door.shake_hands):
-            self.assertEqual(function.__defaults__, (10,))
-        with unittest.mock.patch.object(hotrepl.Door.ask_token, "__defaults__", (0.2,)):
+            self.assertEqual(function.__defaults__[-1], 10)
+        with unittest.mock.patch.object(hotrepl.Door.ask_token, "__defaults__", (None, 0.2)):
             wires = [self.stranger(), self.served.control()]
             for wire in wires:
                 self.assertEqual(wire.until_end(5), "")
@@ -6425,17 +6469,76 @@ class Tokens(AccessCase):
         self.assertNotIn("refused", " ".join(self.records))
 
 
+class Limits(AccessCase):
+    def test_one_session_too_many_is_told_so_and_leaves_the_others(self):
+        served = self.serve(max_sessions=2)
+        first, second = served.wire(), served.wire()
+        self.assertEqual(self.raw(served.server.address, b""),
+                         "hotrepl: no more than 2 sessions are let in at once\n")
+        self.expect_warning("2 sessions are open")
+        second.send("exit()")
+        second.until_end()
+        eventually(lambda: len(served.server.sessions()) == 1)
+        self.assertEqual([wire.ask("6*7") for wire in (first, served.wire())], ["42\n"] * 2)
+
+    def test_our_client_says_it_too(self):
+        served = self.serve(max_sessions=1)
+        served.wire()
+        code, out, said = self.executed(served.server)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("no more than 1 sessions are let in at once", said)
+        self.expect_warning("1 sessions are open")
+
+    def test_a_session_without_input_for_too_long_is_ended_and_told_why(self):
+        served = self.serve({"seen": []}, idle_timeout_s=0.3)
+        for line in ("", "x = input()", "for x in range(3):"):
+            wire = served.wire()
+            wire.send(line)
+            self.assertIn("\nhotrepl: no input for 0.3 s, this session ends\n", wire.until_end())
+        eventually(lambda: not served.server.sessions())
+        self.assertEqual([each.split()[0] for each in self.records].count("idle"), 3)
+
+    def test_an_evaluation_is_not_idle_nor_is_who_types(self):
+        wire = self.serve(idle_timeout_s=0.5).wire()
+        for _ in range(4):
+            self.assertEqual(wire.ask("import time; time.sleep(0.3); 1"), "1\n")
+        self.assertEqual(wire.ask("time.sleep(1); 2"), "2\n")
+
+    def test_an_administrator_can_forbid_all_servers(self):
+        before = Footprint()
+        with unittest.mock.patch.dict(os.environ, HOTREPL_DISABLE="1"):
+            with hotrepl.start({}, port=0, control_port=0) as server:
+                self.assertEqual(before.changes(Footprint()), "")
+                self.assertIsNone(server.address)
+                self.assertIn("stopped", repr(server))
+            server.stop()
+        self.assertEqual(self.reports, ["HOTREPL_DISABLE is set: no server is started"])
+        self.reports.clear()
+        for value in ("", "0"):
+            with unittest.mock.patch.dict(os.environ, HOTREPL_DISABLE=value):
+                self.assertEqual(self.serve().wire().ask("6*7"), "42\n")
+
+    def test_serve_runs_the_program_without_a_server_then(self):
+        folder = self.folder()
+        folder.write("script.py", "import sys; print(6*7); sys.exit(3)")
+        for words, ended in ((["script.py"], [3, "42\n"]), (["--keep", "script.py"], [3, "42\n"]), ([], [0, ""])):
+            program = folder.start("hotrepl.py", "serve", *words, HOTREPL_DISABLE="1")
+            code, out, said = program.end()
+            self.assertEqual([code, out], ended)
+            self.assertIn("hotrepl: HOTREPL_DISABLE is set: no server is started\n", said)
+
+
 class Encryption(AccessCase):
     def setUp(self):
         super().setUp()
         import ssl
         folder = self.folder()
         self.server_files = self.certificate(folder, "server", "DNS:localhost")
-        self.client_files = self.certificate(folder, "alice", "DNS:localhost")
+        self.client_files = self.certificate(folder, "alice", "email:alice@example.org", "clientAuth")
         self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.context.load_cert_chain(self.server_files)
 
-    def certificate(self, folder, name, alternative):
+    def certificate(self, folder, name, alternative, purpose="serverAuth"):
         """Return the path of a file with a new certificate and its key."""
         path = folder.write(name + ".conf", """\
             [req]
@@ -6444,7 +6547,8 @@ class Encryption(AccessCase):
             [dn]
             [ext]
             subjectAltName = %s
-            """ % alternative)
+            %s
+            """ % (alternative, purpose and "extendedKeyUsage = " + purpose))
         files = [os.path.join(folder.path, name + end) for end in (".crt", ".key", ".pem")]
         subprocess.run([tool("openssl"), "req", "-x509", "-config", path, "-newkey", "ec", "-pkeyopt",
                         "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=" + name,
@@ -6503,6 +6607,30 @@ class Encryption(AccessCase):
         terminal = served.terminal("--cafile", self.server_files, "--cert", self.client_files)
         terminal.ask("6*7", "42")
         self.assertIn("alice", " ".join(self.records))
+
+    def with_certificate(self, path, **options):
+        """Return a server that wants a certificate, and what our client gets that shows `path`."""
+        self.context.verify_mode = 2      # CERT_REQUIRED
+        self.context.load_verify_locations(path)
+        server = self.serve(ssl_context=self.context, **options).server
+        return self.executed(server, "--cafile", self.server_files, "--cert", path)
+
+    def test_a_certificate_that_is_not_for_clients_is_none(self):
+        for purpose in ("serverAuth", ""):
+            path = self.certificate(self.folder(), "alice" + purpose, "DNS:localhost", purpose)
+            self.assertEqual(self.with_certificate(path)[:2], [1, ""])
+            self.expect_warning("refused", "TLS handshake failed" if purpose else "is not for clients")
+
+    def test_names_in_certificates_can_be_limited(self):
+        for names in (["alice"], ["bob", "alice@example.org"]):
+            self.assertEqual(self.with_certificate(self.client_files, allow_names=names)[:2], [0, "42\n"])
+        self.assertEqual(self.with_certificate(self.client_files, allow_names=["bob", "alic"])[:2], [1, ""])
+        self.expect_warning("refused", "alice", "allow_names")
+
+    def test_names_without_certificates_are_an_error(self):
+        for options in ({"allow_names": ["alice"]}, {"allow_names": ["alice"], "ssl_context": self.context}):
+            with self.assertRaisesRegex(ValueError, "CERT_REQUIRED"):
+                hotrepl.start({}, port=0, control_port=0, **options)
 
     def test_without_client_certificates_it_is_no_guard_of_an_address_that_others_reach(self):
         import ssl
@@ -7462,6 +7590,32 @@ class PrivateFiles(AccessParts):
         self.assertFalse(os.path.exists(target))
         self.assertFalse(os.path.islink(path))
 
+    def test_only_a_small_file_of_ours_alone_is_read(self):
+        folder = self.temporary()
+        path, odd = os.path.join(folder, "token"), os.path.join(folder, "odd")
+        hotrepl.write_private(path, b"x" * 1024)
+        self.assertEqual(hotrepl.read_private(path), b"x" * 1024)
+        for make, undo in ((lambda: os.symlink(path, odd), os.unlink), (lambda: os.mkfifo(odd, 0o600), os.unlink),
+                           (lambda: os.link(path, odd), os.unlink), (lambda: os.mkdir(odd, 0o700), os.rmdir),
+                           (lambda: hotrepl.write_private(odd, b"x" * 1025), os.unlink),
+                           (lambda: open(odd, "w").close() or os.chmod(odd, 0o640), os.unlink),
+                           (lambda: open(odd, "w").close() or os.chmod(odd, 0o600) or IS_ROOT
+                            and os.chown(odd, STRANGER, -1) or IS_ROOT or os.chmod(odd, 0o644), os.unlink)):
+            make()
+            with self.assertRaises(OSError):
+                hotrepl.read_private(odd)
+            undo(odd)
+
+    def test_a_token_of_another_network_is_not_taken_for_one_of_this(self):
+        base = self.temporary()
+        with unittest.mock.patch.dict(os.environ, XDG_RUNTIME_DIR=base):
+            here = hotrepl.token_path(("127.0.0.1", 1337))
+            with unittest.mock.patch.object(hotrepl, "namespaces", return_value=["pid:[1]", "net:[2]"]):
+                there = hotrepl.token_path(("127.0.0.1", 1337))
+            for path in (here, there):
+                hotrepl.write_private(path, path.encode())
+            self.assertEqual(list(hotrepl.stored_tokens(("127.0.0.1", 1337))), [here])
+
     def test_failed_write_leaves_nothing(self):
         folder = self.temporary()
         os.mkdir(os.path.join(folder, "token"))
@@ -7580,6 +7734,31 @@ class Audit(AccessCase):
             self.assertEqual(self.raw(served.server.address, b"1\n"), "")
             eventually(lambda: "ZeroDivisionError: no space left" in err.getvalue())
         self.assertEqual(served.wire().ask("6*7"), "42\n")
+
+    def test_a_refused_pairing_is_on_record_with_who(self):
+        served = self.serve()
+        served.control().request("PairWithSession", id=served.wire().number, secret="guessed")
+        self.expect_warning("refused", "uid %d" % os.getuid(), "no session 1 that this connection may pair with")
+
+    def test_a_wrong_token_is_on_record_with_who(self):
+        self.unknowable()
+        self.private_folder()
+        wire = self.keep(Wire(self.serve(token="a-token-of-ours!").server.address))
+        wire.send("wrong")
+        self.expect_warning("refused", "127.0.0.1:%d" % wire.sock.getsockname()[1], "wrong token")
+
+    def test_refusals_of_one_peer_are_one_line_a_second_with_a_count(self):
+        served = self.serve()
+        hotrepl.REFUSALS_PER_S = 1
+        began = time.monotonic()
+        for _ in range(10000):
+            self.raw(served.server.address, b"GET / HTTP/1.1\r\n")
+            refused = [each for each in self.records if each.startswith("refused")]
+            if len(refused) == 2:
+                break
+        self.assertGreater(time.monotonic() - began, 1)
+        number, left_out = map(int, re.search(r"session=(\d+) left_out=(\d+)$", refused[1]).groups())
+        self.assertEqual(left_out, number - 2)
 
     def test_an_input_can_not_forge_a_record(self):
         self.serve().wire().ask("'\x1b[2J\rend session=1'")
@@ -8291,7 +8470,7 @@ class Finding(NotesCase):
             program = self.folder().run(source, XDG_RUNTIME_DIR=of_server, TMPDIR=temporary)
             port = int(program.until("\n"))
             with unittest.mock.patch.dict(os.environ, XDG_RUNTIME_DIR=of_client, TMPDIR=temporary):
-                self.assertEqual(len(hotrepl.runtime_files("token-%d" % port)), 1)
+                self.assertEqual(len(hotrepl.runtime_files("token-%d-*" % port)), 1)
                 self.assertIn(program.process.pid, self.pids())
             program.finish("\n")
 
