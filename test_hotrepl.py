@@ -679,7 +679,7 @@ def lack(what):
 
 ONCE = {   # row of .ci/run -> which tests it has: they run there once, on the newest Python only
     "slow": "what takes long and depends little on the interpreter",
-    "frameworks": "programs of HOTREPL_TEST_FRAMEWORKS, whatever runs the test",
+    "frameworks": "programs of the Pythons in HOTREPL_TEST_*, whichever runs the test",
 }
 
 
@@ -2117,6 +2117,7 @@ MACROS = {
 MACROS["macropy"] = MACROS["imacropy"]
 
 
+@once("frameworks")
 class RealConsoles(Case):
     """The third parties themselves, each in a process of the Pythons where it works."""
 
@@ -4520,6 +4521,7 @@ class Pasting(Case):
             self.assertIn("\x1b[?2004l", shown)
         self.assertNotIn("\x1b[?2004h", shown.rpartition("\x1b[?2004l")[2])
 
+    @once("frameworks")
     def test_it_is_one_unit_to_macro_consoles_too(self):
         for name in RealConsoles.MCPYRATE + RealConsoles.IMACROPY:
             with self.subTest(name):
@@ -4649,6 +4651,7 @@ class Screens(Case):
         program = served.keep(Program(connect_command(served.server)))
         self.assertEqual(program.finish(line), [0, "[False, False, False]\n", ""])
 
+    @once("frameworks")
     def test_progress_bars_draw_right(self):
         program = self.folder().run(SERVE + "import sys; sys.stdin.read()", python=third_party("extras"),
                                     TERM="xterm")
@@ -5287,6 +5290,7 @@ class MainThreadCalls(Case):
         self.assertIn("Handle", wire.ask("main_thread(loop.call_soon, done.set)"))
         self.assertEqual(wire.ask("done.wait(20)"), "True\n")
 
+    @once("frameworks")
     def test_a_figure_is_plotted_again_while_tk_runs_its_main_loop(self):
         folder = self.folder()
         folder.write("program.py", PLOT % SERVE)
@@ -5648,6 +5652,7 @@ class AwaitAtThePrompt(Case):
         client = self.serve({"asyncio": asyncio}, run_coroutine=asyncio.run).paired()
         self.assertEqual(client.ask("print('printed'); await asyncio.sleep(0, 'done')"), "printed\n'done'\n")
 
+    @once("frameworks")
     def test_it_runs_on_a_trio_loop(self):
         folder = self.folder()
         folder.write("program.py", TRIO)
@@ -8643,6 +8648,7 @@ class BusyPorts(Case):
 class Workers(NotesCase):
     """Pre-forking servers and pools: each process has its own server, one command reaches all."""
 
+    @once("frameworks")
     def test_workers_of_gunicorn_are_patched_by_one_command(self):
         folder = self.folder()
         shutil.copy(SOURCE_PATH, os.path.join(folder.path, "hotrepl.py"))
@@ -13198,12 +13204,15 @@ class Neighbours(Case):
             loop.close()
             """) % ("global server\n" + SERVE).replace("\n", "\n    "))
 
+    @once("frameworks")
     def test_gevent(self):
         self.host("import gevent.monkey\ngevent.monkey.patch_all()\n" + BEAT % SERVE, third_party("extras"))
 
+    @once("frameworks")
     def test_gevent_that_patches_after_the_import(self):
         self.host("import hotrepl, gevent.monkey\ngevent.monkey.patch_all()\n" + BEAT % SERVE, third_party("extras"))
 
+    @once("frameworks")
     def test_eventlet(self):
         self.host("import warnings\nwarnings.simplefilter('ignore')\nimport eventlet\neventlet.monkey_patch()\n"
                   + BEAT % SERVE, third_party("extras"))
@@ -13232,6 +13241,7 @@ class Neighbours(Case):
                   + "\nassert set(out.getvalue().split()) == {'mine'}\nbefore[1] = sys.stdout\ncompare()\n")
 
     @unittest.skipUnless(HAS_PTY, "needs a pty")
+    @once("frameworks")
     def test_ipython(self):
         folder = self.folder()
         folder.write("setup.py", FOOTPRINT)
@@ -13254,6 +13264,7 @@ class Neighbours(Case):
         terminal.type("exit\n")
         self.assertEqual(terminal.end()[0], 0)
 
+    @once("frameworks")
     def test_ipykernel(self):
         folder = self.folder()
         folder.write("setup.py", FOOTPRINT)
@@ -13264,6 +13275,7 @@ class Neighbours(Case):
         self.assertEqual(program.until("as before\n"), "as before\n")
         self.assertEqual(program.end()[:2], [0, "42\n"])
 
+    @once("frameworks")
     def test_pytest_that_captures(self):
         for capture in ("fd", "sys"):
             with self.subTest(capture):
