@@ -12,8 +12,8 @@ default only 127.0.0.1 is bound and only processes of your own user (or root) ar
 addresses want a token, TLS or ssh. The README has the table.
 
 AT THE PROMPT. All Python, plus names where they are free: doc, help, server_print, bg, fg, jobs,
-halt, reload, patch, main_thread, stacks, follow; `obj?`, `obj??`, `_`, `await`. Ctrl+C interrupts,
-Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
+halt, reload, patch, main_thread, stacks, frames, at, watch, follow; `obj?`, `obj??`, `_`, `await`.
+Ctrl+C interrupts, Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
 
 HOW IT WORKS. A daemon thread accepts connections. Each REPL connection gets a thread with its own
 console; all consoles share one namespace, the dict given to `start`. What a session's thread
@@ -5724,54 +5724,68 @@ def main_thread(function, *args):
     return MAIN.call(function, *args)
 
 
-def stacks():
-    """Print where every thread is, and every asyncio task where a loop is known; this one last."""
-    import traceback
-    own = threading.get_ident()
-    frames = sys._current_frames()
-    known = {thread.ident: thread for thread in threading.enumerate()}
-    for ident in [each for each in known if each in frames and each != own]:
-        _print_stack(_thread_title(known[ident]), traceback.extract_stack(frames.pop(ident)))
-    for ident in [each for each in frames if each != own]:
-        _print_stack("unknown to threading, ident %d" % ident,
-                     traceback.extract_stack(frames[ident]))
-    session = current_session()
-    for task in [] if session is None else session.tasks():
-        _print_stack(_task_title(task), _await_chain(task.get_coro()))
-    _print_stack(_thread_title(known[own]), traceback.extract_stack(frames[own]))
+def stacks(locals=False):
+    """Print where every thread is, and every asyncio task where a loop is known; this one last.
+
+    With `locals` also the variables of the program's own functions, shortened.
+    """
+    for title, stack in _stacks():
+        _print_stack(title, stack, locals)
+    _print_stack(_thread_title(threading.current_thread()), _outwards(sys._getframe()), locals)
 
 
-def _print_stack(title, summary):
-    from code import InteractiveConsole
-    import traceback
-    print(title + ":")
-    print("".join(traceback.format_list(
-        [each for each in summary if each.filename not in (
-            _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
-         and not each.name.startswith("_bootstrap")])) or "  only hotrepl's own code\n")
+def frames():
+    """Print the program's own functions that run, by thread and task, numbered for at()."""
+    _listed.marks = marks = _marks()
+    for number, mark in enumerate(marks, 1):
+        if number == 1 or marks[number - 2].title != mark.title:
+            print(mark.title + ":")
+        print("%5d  %s" % (number, mark.text))
 
 
-def _thread_title(thread):
-    kind = ", daemon" if thread.daemon else ""
-    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+def at(where):
+    """Return the variables of a call that runs: its attributes, to be read and to be set.
+
+    `where` is the name of the function, or the number that frames() printed last. The call goes
+    on meanwhile. LookupError: it has ended, or there are several of that name.
+    """
+    if isinstance(where, int):
+        marks = getattr(_listed, "marks", ())
+        if not 0 < where <= len(marks):
+            raise LookupError("frames() has listed no frame %d here" % where)
+        return Frame(marks[where - 1])
+    marks = _marks()
+    fits = [number for number, mark in enumerate(marks, 1)
+            if where in (mark.code.co_name, getattr(mark.code, "co_qualname", ""))]
+    if not fits:
+        raise LookupError("no call of %s runs just now; frames() lists those that do"
+                          % shorten(where))
+    if len(fits) > 1:
+        _listed.marks = marks
+        raise LookupError("%d calls of %r run, name one by its number: %s" % (
+            len(fits), where, "; ".join("%d: %s" % (each, marks[each - 1].text)
+                                        for each in fits[-5:])))
+    return Frame(marks[fits[0] - 1])
 
 
-def _task_title(task):
-    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+def watch(function, count=10, when=None, quiet=False, seconds=600.0):
+    """Print the next calls of a function as they come, a line each; then it is as it was before.
 
-
-def _await_chain(coroutine):
-    """Return the stack of a task: its coroutine, what that awaits, and so on."""
-    import traceback
-    frames = []
-    while coroutine is not None:
-        kind = next((each for each in ("cr", "gi", "ag")
-                     if hasattr(coroutine, each + "_frame")), "")
-        frame = getattr(coroutine, kind + "_frame", None)
-        if frame is not None:
-            frames.append((frame, frame.f_lineno))
-        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
-    return traceback.StackSummary.extract(frames)
+    That is after `count` calls, of those for which when(call) is true; after `seconds`; on Ctrl+C;
+    at the session's end. With `quiet` return at once a list, which fills with the calls. A call has
+    args, kwargs, result, exception, seconds (waiting included), thread and again(). Of a cached
+    function only those calls that the cache does not answer are seen, and of an asynchronous
+    generator the one that makes it.
+    """
+    calls = Calls(function, count, when, seconds)
+    if quiet:
+        calls.start(calls.collect)
+        return calls
+    calls.start()
+    try:
+        return calls.show()
+    finally:
+        calls.stop()
 
 
 def follow(is_wanted=True):
@@ -5866,8 +5880,410 @@ def show_source(obj):
     print(source.rstrip())
 
 
+# --- Stacks and frames: what runs, and its variables ---
+
+_listed = threading.local()       # .marks: what frames() listed last in this thread
+_Mark = collections.namedtuple("_Mark", "frame_id code title text")   # finds a frame, holds none
+
+
+class Frame:
+    """The variables of a call that runs; each use looks for the frame anew, and keeps none alive."""
+
+    __slots__ = ("_mark",)
+
+    def __init__(self, mark):
+        object.__setattr__(self, "_mark", mark)
+
+    @property
+    def __dict__(self):
+        return _variables(_find_frame(self._mark))
+
+    def __getattr__(self, name):
+        value = _variables(_find_frame(self._mark)).get(name, _MISSING)
+        if value is _MISSING:
+            raise AttributeError("no variable %r in %s" % (name, self._mark.text))
+        return value
+
+    def __setattr__(self, name, value):
+        problem = _set_variable(_find_frame(self._mark), name, value)
+        if problem:               # raised here, where no frame is held by the traceback
+            raise AttributeError("can't set %r in %s: %s" % (name, self._mark.text, problem))
+
+    def __repr__(self):
+        try:
+            variables = self.__dict__     # 3.6: vars() would raise another exception
+        except LookupError:
+            return "<%s, has ended>" % self._mark.text
+        lines = ["<%s, goes on meanwhile>" % self._mark.text]
+        return "\n".join(lines + ["    %s = %s" % each for each in _shown(variables).items()])
+
+
+def _marks():
+    """Return a _Mark for each frame of the program's own code, the outermost of a thread first."""
+    marks, seen = [], set()
+    for title, stack in _stacks():
+        for frame in stack:
+            code = frame.f_code
+            if id(frame) not in seen and _is_own_code(code):
+                seen.add(id(frame))       # a task that runs is on its thread's stack as well
+                marks.append(_Mark(id(frame), code, title, "%s, %s:%d" % (
+                    getattr(code, "co_qualname", code.co_name), code.co_filename,
+                    frame.f_lineno)))
+    return marks
+
+
+def _find_frame(mark):
+    """Return the frame, if the call goes on; LookupError."""
+    found = next((frame for _, stack in _stacks() for frame in stack
+                  if id(frame) == mark.frame_id and frame.f_code is mark.code), None)
+    if found is None:
+        raise LookupError("%s has ended" % mark.text)
+    return found
+
+
+def _is_own_code(code):
+    name = code.co_filename
+    return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
+
+
+def _variables(frame):
+    """Return {name: value} of the variables of a frame.
+
+    Before 3.13 the frame keeps f_locals, and with it what its variables let go of later: so that is
+    emptied, unless the program has it too, from locals().
+    """
+    variables = frame.f_locals
+    found = dict(variables)
+    if frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict:
+        ours = 3                  # references: the frame's, ours, and that of getrefcount
+        if getattr(sys, "getrefcount", id)(variables) == ours:
+            variables.clear()
+    return found
+
+
+def _set_variable(frame, name, value):
+    """Set a variable of a frame; return "", or why that can't be."""
+    code = frame.f_code
+    if not code.co_flags & CO_OPTIMIZED:
+        frame.f_locals[name] = value
+    elif name not in code.co_varnames + code.co_cellvars + code.co_freevars:
+        return "it has no such variable"
+    elif sys.implementation.name == "pypy":
+        return "PyPy has no way to do that"
+    elif sys.version_info >= (3, 13):
+        frame.f_locals[name] = value
+    else:
+        return _set_fast_variable(frame, name, value)
+    return ""
+
+
+def _set_fast_variable(frame, name, value):
+    """As _set_variable, before 3.13: f_locals is a copy, of which all that is there is put back.
+
+    So nothing else may be in it then, or the frame would get back what it has changed meanwhile.
+    """
+    import ctypes
+    put_back = ctypes.pythonapi.PyFrame_LocalsToFast
+    for _ in range(100):
+        variables = frame.f_locals
+        before = dict(variables)
+        variables.clear()
+        variables[name] = value
+        put_back(ctypes.py_object(frame), ctypes.c_int(0))
+        is_done = len(variables) == 1     # else it was filled again in between: by locals(), say
+        variables.update(before, **{name: value})
+        del variables
+        if is_done and _variables(frame):
+            return ""
+    return "the call fills locals() all the time"
+
+
+CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class body
+
+
+def _stacks():
+    """Yield (title, frames, the outermost first) of each other thread, then of each task."""
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    running = sys._current_frames()
+    del running[threading.get_ident()]
+    session = current_session()
+    loops = [] if session is None else session.loops()
+    for ident in [each for each in known if each in running] + list(set(running) - set(known)):
+        stack = _outwards(running.pop(ident))
+        loops += filter(None, map(_loop_run_by, stack))
+        yield (_thread_title(known[ident]) if ident in known
+               else "unknown to threading, ident %d" % ident), stack
+    for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
+        yield _task_title(task), _await_chain(getattr(task, "get_coro", lambda: task._coro)())
+
+
+def _outwards(frame):
+    """Return the frames of a stack, the outermost first."""
+    stack = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    return stack[::-1]
+
+
+def _loop_run_by(frame):
+    """Return the asyncio loop that a frame runs, or None."""
+    is_running = frame.f_code.co_name == "run_forever" and "asyncio" in frame.f_code.co_filename
+    return frame.f_locals.get("self") if is_running else None
+
+
+def _tasks(loop):
+    asyncio = sys.modules["asyncio"]
+    return (asyncio if hasattr(asyncio, "all_tasks") else asyncio.Task).all_tasks(loop)   # 3.6
+
+
+def _print_stack(title, stack, with_variables):
+    from code import InteractiveConsole
+    import traceback
+    stack = [frame for frame in stack if frame.f_code.co_filename not in (
+        _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
+        and not frame.f_code.co_name.startswith("_bootstrap")]
+    summary = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in stack)
+    for each, frame in zip(summary, stack if with_variables else ()):
+        if _is_own_code(frame.f_code):
+            each.locals = _shown(_variables(frame))
+    print(title + ":")
+    print("".join(summary.format()) or "  only hotrepl's own code\n")
+
+
+def _shown(variables):
+    """Return {name: shortened repr} of variables, without the names that every module has."""
+    return {name: _brief(value) for name, value in variables.items()
+            if not re.match(r"__\w+__$", name)}
+
+
+def _brief(value, width=60):
+    """Return repr(value) as one line of at most `width` characters, also where it raises."""
+    import reprlib
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = width
+    try:
+        return shorten(re.sub(r"\s*\n\s*", " ", shown.repr(value)), width)
+    except Exception as exc:
+        return "<%s, its repr raises %s>" % (type(value).__name__, type(exc).__name__)
+
+
+def _thread_title(thread):
+    kind = ", daemon" if thread.daemon else ""
+    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+
+
+def _task_title(task):
+    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+
+
+def _await_chain(coroutine):
+    """Return the frames of a task: its coroutine's, that of what it awaits, and so on."""
+    stack = []
+    while coroutine is not None:
+        kind = next((each for each in ("cr", "gi", "ag")
+                     if hasattr(coroutine, each + "_frame")), "")
+        frame = getattr(coroutine, kind + "_frame", None)
+        if frame is not None:
+            stack.append(frame)
+        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
+    return stack
+
+
+# --- Watched calls ---
+# The function is patched to call a copy of itself, which notes each call in a queue: that is all
+# that the program's threads do. Who looks at them, asks `when` and makes reprs, either of which may
+# hang, is the session's thread, or with quiet=True one of their own. A third thread, the keeper,
+# patches the function and sees to it that the patch is taken back, whatever hangs.
+
+WATCH_BACKLOG = 1000              # calls that wait to be looked at; the oldest go first
+WATCH_LINES_PER_S = 100
+WATCH_LOOK_S = 0.1                # how often the keeper looks whether it is over
+_watched = {}                     # function -> the Calls of it; guarded by nothing but the GIL
+
+
+class Call:
+    """One call of a watched function; a context manager around it."""
+
+    def __init__(self, calls, args, kwargs):
+        self.args = args
+        self.kwargs = kwargs
+        self.result = None
+        self.exception = None     # that it raised
+        self.seconds = None       # how long it took
+        self.number = 0           # among all that were noted
+        self.thread = ""          # its name; until somebody looks at the call, the Thread or ident
+        self._calls = calls
+        self._begun = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, exception, stack):
+        self.seconds = time.perf_counter() - self._begun
+        self.exception = exception
+        ident = threading.get_ident()     # current_thread() would make an object that stays
+        self.thread = threading._active.get(ident, ident)     # type: ignore[attr-defined]
+        self._calls.note(self)
+
+    def again(self):
+        """Call the function as it is now with the same arguments."""
+        return self._calls.function(*self.args, **self.kwargs)
+
+    def __repr__(self):
+        words = [_brief(each, 40) for each in self.args]
+        words += ["%s=%s" % (name, _brief(each, 40)) for name, each in self.kwargs.items()]
+        outcome = ("-> " + _brief(self.result) if self.exception is None
+                   else "raises " + _brief(self.exception))
+        time_taken = "%.3f ms" % (self.seconds * 1000) if self.seconds < 1 else (
+            "%.2f s" % self.seconds)
+        return "#%d %s(%s) %s  [%s, %s]" % (
+            self.number, self._calls.function.__qualname__, shorten(", ".join(words), 160),
+            outcome, time_taken, self.thread)
+
+
+class Calls(list):
+    """The calls of a function that were watched; it fills until it is over."""
+
+    def __init__(self, function, count, when, seconds):
+        super().__init__()
+        self.function = _patch_target(function)
+        if isinstance(self.function, type):
+            raise TypeError("expected a function or method, found %s; watch one of its methods"
+                            % shorten(function))
+        self._count = count
+        self._when = when         # which calls are wanted; None: all
+        self._end = time.monotonic() + seconds
+        self._session = current_session()
+        self._numbers = itertools.count(1)        # of calls that were noted
+        self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
+        self._came = threading.Lock()     # released when there is one: a signal handler's call too
+        self._has_begun = threading.Event()
+        self._is_over = threading.Event()
+        self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
+
+    def start(self, *others):
+        """Begin to watch, and let `others` run in threads meanwhile."""
+        try:
+            for work in (self._keep,) + others:
+                self._threads.append(Job(work))
+                self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
+                self._threads[-1].start()
+                while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
+                    pass
+            if self._is_over.is_set():
+                self.stop()       # raises why it can't be patched
+        except BaseException:
+            self._is_over.set()
+            raise
+
+    def stop(self):
+        """Watch no more; return once the function is as it was."""
+        self._is_over.set()
+        self._threads[0].join()
+        self._threads[0].outcome()
+
+    def note(self, call):
+        """Keep a call to be looked at; in the thread that made it, at whatever moment."""
+        if not self._is_over.is_set():
+            call.number = next(self._numbers)
+            self._queue.append(call)
+            if self._came.locked():
+                with suppress(RuntimeError):  # another thread was quicker
+                    self._came.release()
+
+    def collect(self):
+        """Put the calls that are wanted into the list, until it is over."""
+        try:
+            self.extend(self._wanted())
+        finally:
+            self._is_over.set()
+
+    def show(self):
+        """Print the calls that are wanted, until it is over."""
+        for shown, call in enumerate(self._wanted(), 1):
+            print(call)
+            if shown % WATCH_LINES_PER_S == 0:
+                self._is_over.wait(1.0)
+
+    def _wanted(self):
+        """Yield the calls that are wanted as they come, until it is over."""
+        wanted = 0
+        while wanted < self._count and not self._is_over.is_set():
+            if not self._queue:
+                self._came.acquire(True, WATCH_LOOK_S)
+                continue
+            call = self._queue.popleft()
+            call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
+            if self._when is None or self._when(call):
+                wanted += 1
+                yield call
+
+    def _keep(self):
+        """Patch the function, wait until it is over, and take the patch back."""
+        try:
+            if _watched.setdefault(self.function, self) is not self:
+                raise RuntimeError("%s is watched already" % self.function.__qualname__)
+            try:
+                undo = patch(self.function, _noting(self.function, self))
+                self._has_begun.set()
+                while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
+                           or self._session is not None and self._session.is_left()):
+                    pass
+                self._is_over.set()
+                undo()
+            finally:
+                del _watched[self.function]
+        finally:
+            self._is_over.set()
+            self._has_begun.set()
+            self._queue.clear()
+            self._end_collector()
+
+    def _end_collector(self):
+        for thread in self._threads[1:]:
+            thread.join(2 * WATCH_LOOK_S)
+            with suppress(ValueError):    # it has ended
+                async_raise(thread, SystemExit)
+
+    def __repr__(self):
+        state = "is over" if self._is_over.is_set() else "goes on"
+        for thread in self._threads[1:]:
+            if isinstance(thread.exception, Exception):
+                state = "is over: `when` raised " + _brief(thread.exception)
+        return "\n".join(list(map(repr, self)) + ["<watch of %s, %d calls, %s>" % (
+            self.function.__qualname__, len(self), state)])
+
+
+def _noting(function, calls):
+    """Return a function that calls a copy of `function`, and of the same kind, noted in `calls`."""
+    import inspect
+    original = types.FunctionType(function.__code__, function.__globals__, function.__name__,
+                                  function.__defaults__, function.__closure__)
+    original.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(original, function).__dict__ = dict(vars(function))
+    flags = function.__code__.co_flags
+    if flags & inspect.CO_COROUTINE:
+        async def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = await original(*args, **kwargs)
+            return call.result
+    elif flags & inspect.CO_GENERATOR and not flags & inspect.CO_ITERABLE_COROUTINE:
+        def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = yield from original(*args, **kwargs)
+            return call.result
+    else:
+        def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = original(*args, **kwargs)
+            return call.result
+    return functools.update_wrapper(noting, original)
+
+
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
-         "main_thread": main_thread, "stacks": stacks, "follow": follow,
+         "main_thread": main_thread, "stacks": stacks, "frames": frames, "at": at, "watch": watch,
+         "follow": follow,
          "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch}
 
 
@@ -6920,6 +7336,16 @@ class Connection:
         except (OSError, ValueError):
             return b""
 
+    def is_closed_by_peer(self):
+        """Return whether a client with marks has closed the connection, which others do half."""
+        try:
+            return self.has_marks and hasattr(socket, "MSG_DONTWAIT") and not self.sock.recv(
+                1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):
+            return True
+
     def shut(self):
         """Wake whoever reads or writes here: nothing comes any more; from any thread."""
         self.is_broken = self.is_shut = True
@@ -7070,11 +7496,14 @@ class Session:
             self._own_loop = OwnLoop()
         return run_on_loop(self.server.loop or self._own_loop.loop, function, *args)
 
-    def tasks(self):
-        """Return the asyncio tasks of the loops that the session knows."""
+    def loops(self):
+        """Return the asyncio loops that the session knows."""
         loops = [self.server.loop, self._own_loop and self._own_loop.loop]
-        return [task for loop in loops if loop is not None
-                for task in sys.modules["asyncio"].all_tasks(loop)]
+        return [loop for loop in loops if loop is not None]
+
+    def is_left(self):
+        """Return whether the client has gone, also while nothing is read."""
+        return self.connection.is_broken or self.connection.is_closed_by_peer()
 
     def follow(self, is_wanted):
         """Begin or end to show what the program's threads print and log."""

@@ -5715,6 +5715,564 @@ class Stacks(Case):
                      "task = asyncio.create_task(outer()); await asyncio.sleep(0)\n")
         self.assertRegex(client.ask("stacks()"), r"task .*:\n.*, in outer\n(.*\n)?.*, in inner\n")
 
+    def test_stacks_shows_variables_shortened_where_that_is_asked_for(self):
+        stop = threading.Event()
+
+        def wait_here(words, awkward):
+            stop.wait(DEADLINE_S)
+        self.spawn(wait_here, ["a"] * 1000, Awkward(lambda: 1 / 0))
+        self.addCleanup(stop.set)
+        served = self.serve()
+        text = served.paired().ask("stacks(locals=True)")
+        self.assertIn("    stop.wait(DEADLINE_S)\n    awkward = <Awkward instance at ", text)
+        self.assertIn("    words = ['a', 'a', 'a', 'a', 'a', 'a', ...]\n", text)
+        text = served.paired().ask("stacks()")
+        self.assertNotRegex(text, "(?m)^    awkward")
+
+    def test_stacks_shows_the_tasks_of_a_loop_that_nobody_named(self):
+        program = self.folder().run("import asyncio\n" + SERVE + "async def wait_for_godot():\n"
+                                    "    await asyncio.sleep(1000)\n"
+                                    "asyncio.new_event_loop().run_until_complete(wait_for_godot())\n")
+        wire = self.wire(addresses(program)[0])
+        eventually(lambda: re.search(r"task .*:\n.*, in wait_for_godot\n", wire.ask("stacks()")))
+
+
+class Awkward:
+    """A value that does in its __repr__ what `function` does."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __repr__(self):
+        return str(self.function())
+
+
+class Frames(Case):
+    """frames() and at(), beside a thread of the program that computes."""
+
+    def setUp(self):
+        super().setUp()
+        self.ended = []
+        self.stop = threading.Event()
+        self.served = self.serve()
+        self.client = self.served.paired()
+        self.begin([1, 2])
+
+    def solve(self, results, stop):
+        label, step = "first", 0
+
+        def count():
+            return len(results)
+        while not stop.wait(0.001):
+            step += 1
+        self.ended.append((label, results, count()))
+
+    def begin(self, results):
+        thread = self.spawn(self.solve, results, self.stop)
+        self.addCleanup(self.stop.set)
+        self.client.ask("import sys, threading, weakref, gc")
+        eventually(lambda: "in solve" in "".join(traceback.format_stack(sys._current_frames()[thread.ident])))
+        return thread
+
+    def end(self):
+        self.stop.set()
+        eventually(lambda: self.ended)
+
+    def test_frames_lists_the_functions_of_the_program_and_at_takes_their_numbers(self):
+        text = self.client.ask("frames()")
+        number, line = re.search(r"^ +(\d+)  (?:Frames\.)?solve, %s:(\d+)$" % re.escape(__file__), text, re.M).groups()
+        code = self.solve.__code__
+        self.assertTrue(code.co_firstlineno < int(line) < code.co_firstlineno + 9)
+        self.assertRegex(text, r"(?m)^thread Thread-\d+.*, daemon, ident \d+:$")
+        self.assertNotIn("threading.py", text)
+        self.assertNotIn("hotrepl.py", text.replace(__file__, ""))
+        self.assertEqual(self.client.ask("at(%s).label" % number), "'first'\n")
+
+    def test_at_reads_the_variables_of_a_function_that_runs(self):
+        self.assertEqual(self.client.ask("at('solve').results"), "[1, 2]\n")
+        self.assertEqual(self.client.ask("at('solve').step < at('solve').step + 1"), "True\n")
+        self.assertIn("'label'", self.client.ask("dir(at('solve'))"))
+        self.assertEqual(self.client.ask("vars(at('solve'))['label']"), "'first'\n")
+        text = self.client.ask("at('solve')")
+        self.assertRegex(text, r"^<.*solve, .*:\d+, goes on meanwhile>\n")
+        self.assertIn("    results = [1, 2]\n", text)
+
+    @unittest.skipIf(IS_PYPY, "PyPy has no way to set a variable of another frame")
+    def test_at_sets_variables_and_leaves_those_beside_alone(self):
+        self.client.ask("it = at('solve')")
+        before = int(self.client.ask("it.step"))
+        self.client.ask("it.results = [7]")
+        self.client.ask("it.label = 'second'")
+        self.assertEqual(self.client.ask("it.results, it.label"), "([7], 'second')\n")
+        eventually(lambda: int(self.client.ask("it.step")) > before)
+        self.end()
+        self.assertEqual(self.ended, [("second", [7], 1)])
+
+    @unittest.skipIf(IS_PYPY, "PyPy has no way to set a variable of another frame")
+    def test_at_sets_a_variable_beside_others_that_the_call_changes_all_the_time(self):
+        stop, seen, ticks = [], [], [0]
+
+        def compute(target):
+            number = 0
+            while not stop:
+                number += 1
+                ticks[0] += 1
+                if number != ticks[0]:
+                    stop.append("%d was put back to %d" % (ticks[0], number))
+            seen.append(target)
+        self.spawn(compute, 0)
+        self.addCleanup(stop.append, "")
+        eventually(lambda: ticks[0])
+        for target in range(300):
+            frame = hotrepl.at("compute")
+            frame.target = target
+            self.assertEqual(frame.target, target)
+        stop.append("")
+        eventually(lambda: seen)
+        self.assertEqual((seen, stop), ([299], [""]))
+
+    def test_at_refuses_to_set_what_it_cannot_set_and_says_why(self):
+        reason = "PyPy has no way" if IS_PYPY else "it has no such variable"
+        text = self.client.ask("at('solve').%s = 1" % ("step" if IS_PYPY else "new"))
+        self.assertRegex(text, r"AttributeError: can't set .* in .*solve, .*: " + reason)
+        self.assertIn("AttributeError: no variable 'new' in ", self.client.ask("at('solve').new"))
+
+    def test_at_reads_and_sets_the_variables_of_another_session(self):
+        other = self.served.paired()
+        begun, go = threading.Event(), threading.Event()
+        self.addCleanup(go.set)
+        self.served.namespace.update(begun=begun, go=go)
+        other.send_block("begun.total = 5\nbegun.set(); go.wait(20)\nprint(total)")
+        begun.wait(DEADLINE_S)
+        text = self.client.ask("frames()")
+        number = re.search(r"(\d+)  <module>, <hotrepl \d+:\d+>:2\n", text).group(1)
+        self.client.ask("at(%s).total = at(%s).begun.total + 1" % (number, number))
+        go.set()
+        self.assertEqual(other.turn(), "6\n")
+
+    def test_at_asks_for_a_number_where_several_have_the_name(self):
+        self.begin([3])
+        text = self.client.ask("at('solve')")
+        self.assertRegex(text, r"LookupError: 2 calls of 'solve' run, name one by its number: \d+: .*; \d+: ")
+        numbers = re.findall(r"(\d+): [\w.]*solve,", text)
+        found = {self.client.ask("at(%s).results" % number) for number in numbers}
+        self.assertEqual(found, {"[1, 2]\n", "[3]\n"})
+
+    def test_at_says_that_there_is_none_or_that_it_has_ended(self):
+        self.assertIn("LookupError: no call of resolve runs just now", self.client.ask("at('resolve')"))
+        self.assertIn("LookupError: frames() has listed no frame 1000 here", self.client.ask("at(1000)"))
+        self.client.ask("it = at('solve')")
+        self.end()
+        eventually(lambda: "has ended>" in self.client.ask("it"))
+        self.assertIn("LookupError: ", self.client.ask("it.results"))
+
+    def test_at_keeps_nothing_alive_beyond_the_line(self):
+        for line in ["at('solve')", "at('solve').unknown", "at('solve').unknown = 1", "frames()",
+                     "it = at('solve'); it"] + ["stacks(locals=True)"] * (not IS_PYPY):
+            with self.subTest(line):
+                self.stop.clear()
+                del self.ended[:]
+                value = Value()
+                held = weakref.ref(value)
+                thread = self.begin(value)
+                self.client.ask(line)
+                del value
+                self.end()
+                thread.join()
+                del self.ended[:], thread
+                eventually(lambda: (IS_PYPY and gc.collect(), held())[1] is None, "its end")
+
+    def test_at_leaves_alone_what_locals_has_given_to_the_program(self):
+        go, held = threading.Event(), []
+
+        def work(number):
+            held.append(locals())
+            go.wait(DEADLINE_S)
+        self.addCleanup(self.spawn(work, 5).join)
+        self.addCleanup(go.set)
+        eventually(lambda: held)
+        self.assertEqual(hotrepl.at("work").number, 5)
+        self.client.ask("stacks(locals=True)")
+        self.assertEqual(held[0]["number"], 5)
+
+    @unittest.skipIf(sys.version_info < (3, 8), "await at a prompt needs Python 3.8")
+    def test_at_follows_what_a_task_awaits(self):
+        self.client.block("import asyncio\n"
+                          "async def inner(deep): await asyncio.sleep(1000)\n"
+                          "async def outer(wide): await inner(wide + 1)\n"
+                          "task = asyncio.create_task(outer(1)); await asyncio.sleep(0)\n")
+        self.assertRegex(self.client.ask("frames()"), r"task .*:\n.* outer, .*\n.* inner, ")
+        self.assertEqual(self.client.ask("at('outer').wide, at('inner').deep"), "(1, 2)\n")
+        if not IS_PYPY:
+            self.client.ask("at('inner').deep = 9")
+            self.assertEqual(self.client.ask("at('inner').deep"), "9\n")
+
+    def test_at_saves_what_a_program_has_computed_that_was_not_prepared_for_it(self):
+        folder = self.folder()
+        program = folder.run(SERVE + """if True:
+            import array, time
+            def solve():
+                results = array.array("d")
+                while True:
+                    results.append(len(results) / 2)
+                    time.sleep(0.001)
+            solve()
+            """)
+        address, control_address = addresses(program)
+        path = os.path.join(folder.path, "saved")
+        command = ["exec", "--port", str(address[1]), "--control-port", str(control_address[1]), "-c"]
+        saver = self.keep(Program(python_command(SOURCE_PATH, *command, (
+            "import time\nwhile len(at('solve').results) < 100: time.sleep(0.01)\n"
+            "with open(%r, 'wb') as file: at('solve').results.tofile(file)" % path))))
+        self.assertEqual(saver.end(), [0, "", ""])
+        with open(path, "rb") as file:
+            self.assertEqual(struct.unpack_from("100d", file.read()), tuple(n / 2 for n in range(100)))
+        self.assertIsNone(program.process.poll())
+
+
+class Value:
+    """Something that can be referred to weakly, and has a length."""
+
+    def __len__(self):
+        return 0
+
+
+def hang(*_):
+    while True:
+        time.sleep(0.001)
+
+
+def watched_kinds():
+    """Return (name, what is watched, a call of it) for each kind of function."""
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return function(*args, **kwargs)
+        return wrapper
+
+    class Base:
+        def method(self, a, b=2):
+            return a, b
+
+    class Till(Base):
+        def method(self, a, *, c=3):
+            return super().method(a), c
+
+        @staticmethod
+        def static(a):
+            return a
+
+        @classmethod
+        def of_class(cls, a):
+            return cls, a
+
+        @property
+        def size(self):
+            return 5
+
+    @decorate
+    def decorated(a: int, *, b: str = "b") -> str:
+        return a, b
+
+    def generator(n):
+        yield from range(n)
+        return "end"
+
+    async def coroutine(a):
+        await asyncio.sleep(0)
+        return a
+
+    async def generator_of_a_loop(n):
+        for number in range(n):
+            yield number
+
+    async def read():
+        return [each async for each in generator_of_a_loop(3)]
+
+    def run(function, *args):
+        loop = asyncio.new_event_loop()
+        try:
+            return loop.run_until_complete(function(*args))
+        finally:
+            loop.close()
+    till = Till()
+    return [("method", Till.method, lambda: till.method(1, c=4)),
+            ("bound method", till.method, lambda: till.method(1)),
+            ("static method", Till.static, lambda: Till.static(1)),
+            ("class method", Till.of_class, lambda: till.of_class(1)),
+            ("property", Till.size, lambda: till.size),
+            ("decorated", decorated, lambda: decorated(1, b="c")),
+            ("below a decorator", decorated.__wrapped__, lambda: decorated(2)),
+            ("lambda", LAMBDA, lambda: LAMBDA(1, 2)),
+            ("generator", generator, lambda: list(generator(3))),
+            ("coroutine", coroutine, lambda: run(coroutine, 4)),
+            ("generator of a loop", generator_of_a_loop, lambda: run(read))]
+
+
+LAMBDA = (lambda a, *b: (a, b))
+
+
+class Watching(Case):
+    def setUp(self):
+        super().setUp()
+
+        def pay(name, amount=1, **options):
+            if amount < 0:
+                raise ValueError(amount)
+            return [name] * amount
+        self.pay = pay
+        self.before = self.state(pay)
+        self.served = self.serve({"pay": pay})
+        self.client = self.served.paired()
+
+    def state(self, function):
+        """Return all that a watch could have left changed."""
+        return (function.__code__, function.__defaults__, function.__kwdefaults__, dict(vars(function)),
+                function.__doc__, function.__qualname__, str(inspect.signature(function)))
+
+    def watching(self, arguments="pay", client=None):
+        """Begin a watch in the session; return its client once it has begun."""
+        client = client or self.client
+        client.send("watch(%s)" % arguments)
+        self.begun(self.pay, self.before)
+        return client
+
+    def begun(self, function, before):
+        eventually(lambda: function.__code__ is not before[0], "the patch")
+
+    def over(self):
+        eventually(lambda: not hotrepl._watched, "the end of the watch")
+        self.assertEqual(self.state(self.pay), self.before)
+        eventually(lambda: not [each for each in threading.enumerate() if each.name.startswith("hotrepl watch")],
+                   "the end of its threads")
+
+    def quiet(self, function, *args, **options):
+        calls = hotrepl.watch(function, *args, quiet=True, **options)
+        self.addCleanup(calls.stop)
+        return calls
+
+    def test_watch_shows_the_calls_a_line_each_and_takes_itself_off(self):
+        self.watching("pay, 3")
+        self.assertEqual(self.pay("a"), ["a"])
+        with self.assertRaises(ValueError):
+            self.pay("b", amount=-1)
+        self.spawn(lambda: self.pay("c", 2, other=None)).join()
+        lines = self.client.turn().split("\n")
+        name = self.pay.__qualname__
+        for line, expected in zip(lines, (r"('a') -> ['a']", r"('b', amount=-1) raises ValueError(-1",
+                                          r"('c', 2, other=None) -> ['c', 'c']")):
+            self.assertRegex(line, r"^#\d " + re.escape(name + expected) + r".*  \[\d+\.\d+ ms, (Main)?Thread")
+        self.assertEqual(lines[3:], [""])
+        self.over()
+
+    def test_watch_ends_after_ten_calls(self):
+        self.watching()
+        for number in range(30):
+            self.pay(str(number))
+        self.assertEqual(len(self.client.turn().splitlines()), 10)
+        self.over()
+
+    def test_watch_shows_only_what_is_wanted(self):
+        self.watching("pay, 1, when=lambda call: call.args[0] == 'slow' and call.seconds >= 0")
+        for name in ["fast"] * 500 + ["slow"] + ["fast"] * 10:
+            self.pay(name)
+        self.assertRegex(self.client.turn(), r"^#501 .*\('slow'\) -> \['slow'\]  .*\n$")
+        self.over()
+
+    def test_watch_ends_on_ctrl_c(self):
+        self.watching()
+        self.pay("a")
+        self.client.until("('a')")
+        self.client.interrupt()
+        self.assertIn("KeyboardInterrupt\n", self.client.turn())
+        self.over()
+
+    def test_watch_ends_after_its_time(self):
+        self.client.send("watch(pay, seconds=0.05)")
+        self.assertEqual(self.client.turn(), "")
+        self.over()
+
+    def test_watch_ends_with_its_session_and_with_its_server(self):
+        for end in ("vanish", "close"):
+            with self.subTest(end):
+                client = self.watching(client=self.served.paired())
+                getattr(client, end)()
+                self.over()
+        self.watching("pay, quiet=True")
+        self.client.turn()
+        self.client.close()
+        self.over()
+        client = self.watching(client=self.served.paired())
+        self.served.server.stop()
+        self.over()
+
+    def test_watch_in_a_session_that_ctrl_z_has_made_a_job_goes_on(self):
+        self.watching("pay, 1")
+        self.client.control.request("Background", turn=self.client.turns)
+        self.client.turn()
+        self.pay("a")
+        eventually(lambda: "('a')" in self.client.ask("jobs()[0].output and print(jobs()[0].output)"))
+        self.over()
+
+    def test_watch_keeps_calls_quietly(self):
+        calls = self.quiet(self.pay, 3)
+        result, error = self.pay("a", amount=2), None
+        try:
+            self.pay("b", -1)
+        except ValueError as exc:
+            error = exc
+        self.pay("c")
+        eventually(lambda: len(calls) == 3)
+        self.assertEqual([(call.args, call.kwargs) for call in calls],
+                         [(("a",), {"amount": 2}), (("b", -1), {}), (("c",), {})])
+        self.assertIs(calls[0].result, result)
+        self.assertIs(calls[1].exception, error)
+        self.assertEqual(calls[2].thread, "MainThread")
+        self.over()
+        self.assertEqual(calls[0].again(), ["a", "a"])
+        self.assertEqual(len(calls), 3)
+        self.assertRegex(repr(calls), r"3 calls, is over>$")
+
+    def test_watch_sees_every_kind_of_function(self):
+        for name, function, call in watched_kinds():
+            with self.subTest(name):
+                target = hotrepl._patch_target(function)
+                before, expected = self.state(target), call()
+                kind = inspect.iscoroutinefunction(target)
+                calls = self.quiet(function)
+                self.assertEqual(inspect.iscoroutinefunction(target), kind)
+                self.assertEqual(str(inspect.signature(target)), before[-1])
+                self.assertEqual(call(), expected)
+                eventually(lambda: calls, "a call")
+                calls.stop()
+                self.assertEqual(self.state(target), before)
+                self.assertEqual(call(), expected)
+
+    def test_watch_shows_each_call_of_a_recursive_function(self):
+        def factorial(n):
+            return 1 if n < 2 else n * factorial(n - 1)
+        calls = self.quiet(factorial)
+        self.assertEqual(factorial(4), 24)
+        eventually(lambda: len(calls) == 4)
+        self.assertEqual([(call.args, call.result) for call in calls],
+                         [((1,), 1), ((2,), 2), ((3,), 6), ((4,), 24)])
+
+    def test_watch_keeps_what_a_cache_holds(self):
+        calls = []
+
+        @functools.lru_cache(None)
+        def cached(n):
+            calls.append(n)
+            return n
+        cached(1)
+        watched = self.quiet(cached)
+        cached(1), cached(2)
+        eventually(lambda: watched)
+        watched.stop()
+        cached(1), cached(2)
+        self.assertEqual(calls, [1, 2])
+
+    def test_watch_hands_on_what_is_sent_to_a_generator(self):
+        def echo():
+            received = []
+            try:
+                while True:
+                    received.append((yield received))
+            except KeyError:
+                return received
+        calls = self.quiet(echo)
+        generator = echo()
+        next(generator)
+        generator.send(5)
+        with self.assertRaises(StopIteration) as caught:
+            generator.throw(KeyError())
+        self.assertEqual(caught.exception.value, [5])
+        eventually(lambda: calls)
+        self.assertEqual(calls[0].result, [5])
+
+    def test_watch_keeps_a_repr_that_hangs_or_raises_from_the_caller(self):
+        self.watching("pay, 2")
+        self.pay(Awkward(lambda: 1 / 0))
+        self.assertIn("(<Awkward instance at ", self.client.until("\n"))
+        hangs = threading.Event()
+        self.pay(Awkward(lambda: (hangs.set(), hang())))
+        self.assertTrue(hangs.wait(DEADLINE_S))
+        for number in range(5000):
+            self.pay("beside")
+        self.client.interrupt()
+        self.assertIn("KeyboardInterrupt", self.client.turn())
+        self.over()
+
+    def test_watch_keeps_a_when_that_hangs_or_raises_from_the_caller(self):
+        self.watching("pay, when=lambda call: 1 / 0")
+        self.assertEqual(self.pay("a"), ["a"])
+        self.assertIn("ZeroDivisionError", self.client.turn())
+        self.over()
+        calls = self.quiet(self.pay, when=lambda call: 1 / 0)
+        self.pay("a")
+        self.over()
+        self.assertRegex(repr(calls), r"is over: `when` raised ZeroDivisionError\(")
+        calls = self.quiet(self.pay, when=hang, seconds=0.3)
+        self.assertEqual(self.pay("a"), ["a"])
+        self.over()
+
+    def test_watch_shows_at_most_a_hundred_lines_a_second(self):
+        self.watching("pay, 150")
+        begun = time.monotonic()
+        for number in range(200):
+            self.pay("a")
+        self.assertEqual(len(self.client.turn().splitlines()), 150)
+        self.assertGreater(time.monotonic() - begun, 1.0)
+
+    def test_watch_refuses_what_it_cannot_watch(self):
+        for function in (len, 5, type(self), functools.partial(self.pay)):
+            with self.subTest(function), self.assertRaises(TypeError):
+                hotrepl.watch(function, quiet=True)
+        self.assertEqual(hotrepl._watched, {})
+        self.quiet(self.pay)
+        with self.assertRaisesRegex(RuntimeError, "pay is watched already"):
+            hotrepl.watch(self.pay)
+
+    def test_watch_and_a_patch_meanwhile_leave_the_function_patched(self):
+        calls = self.quiet(self.pay)
+        undo = patch(self.pay, lambda name, amount=1: "patched")
+        self.assertEqual(self.pay("a"), "patched")
+        calls.stop()
+        self.assertEqual(self.pay("a"), "patched")
+        undo()
+        self.assertEqual(self.pay("a"), ["a"])
+        self.over()
+
+    def test_watch_catches_the_slow_request_of_a_thousand(self):
+        program = self.folder().run(SERVE + """if True:
+            import http.server, threading, time
+            class Handler(http.server.BaseHTTPRequestHandler):
+                def do_GET(self):
+                    self.answer(int(self.path[1:]))
+                def answer(self, number):
+                    if number == 777:
+                        time.sleep(0.3)
+                    self.send_response(204)
+                    self.end_headers()
+                def log_message(self, *args):
+                    pass
+            web = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+            print(web.server_address[1], flush=True)
+            web.serve_forever()
+            """)
+        address, control_address = addresses(program)
+        web = ("127.0.0.1", int(program.until("\n")))
+        client = self.keep(Paired(address, control_address))
+        client.send("watch(Handler.answer, 1, when=lambda call: call.seconds > 0.25)")
+        other = self.keep(Paired(address, control_address))
+        eventually(lambda: other.ask("Handler.answer.__code__.co_name") != "'answer'\n")
+        for number in range(1000):
+            with socket.create_connection(web) as sock:
+                sock.sendall(b"GET /%d HTTP/1.0\r\n\r\n" % number)
+                self.assertTrue(sock.recv(100).startswith(b"HTTP/1.0 204 "))
+        self.assertRegex(client.turn(), r"^#778 Handler\.answer\(<.*Handler.*>, 777\) -> None  \[3\d\d\.\d\d\d ms, ")
+        self.assertEqual(other.ask("Handler.answer.__code__.co_name"), "'answer'\n")
+
 
 class Following(Case):
     def follow(self, served, **options):
@@ -13314,7 +13872,7 @@ class Promises(Case):
             cls.source = file.read()
         cls.tree = ast.parse(cls.source)
 
-    MAY_USE = {0: [], 1: [], 2: [1], 3: [2], 4: [2], 5: [2], 6: [2], 7: [2, 4], 8: [2], 9: [4, 6, 7, 8],
+    MAY_USE = {0: [], 1: [], 2: [1], 3: [2], 4: [2], 5: [2], 6: [2], 7: [2, 4], 8: [2], 9: [4, 5, 6, 7, 8],
                10: [2, 3],
                11: [3, 4, 5, 6, 7, 8, 9, 10], 12: [3, 5, 6, 10, 11], 13: [4, 7, 9, 10, 11, 12], 14: [2, 3, 10],
                15: [10, 13, 14]}
@@ -15167,6 +15725,33 @@ def bench_reload(subject):
     return [[host.value("one_round(%d)" % (1001 + number)) for number in range(subject.rounds)]]
 
 
+WATCHED = r"""
+def pay(name, amount=1):
+    return name
+
+def call_often(count):
+    begun = time.perf_counter()
+    for number in range(count):
+        pay(number)
+    return (time.perf_counter() - begun) / count * 1e9
+
+def one_round(count):
+    before = call_often(count)
+    calls = hotrepl.watch(pay, count, when=lambda call: False, quiet=True)
+    watched = call_often(count // 20)
+    calls.stop()
+    return before, watched, call_often(count)
+"""
+
+
+def bench_watch(subject):
+    if not subject.is_ours:
+        raise Unsupported("watches no calls")
+    host = subject.serving(WATCHED)
+    found = [host.value("one_round(%d)" % subject.size(200000, 20000)) for _ in range(subject.rounds)]
+    return [[(watched, before) for before, watched, _ in found], [(after, before) for before, _, after in found]]
+
+
 Row = collections.namedtuple("Row", "number function lines")
 Line = collections.namedtuple("Line", "what unit limit target")   # (relation, value, unit or "x")
 
@@ -15224,6 +15809,9 @@ ROWS = [
         Line("paste of 2,000 statements", "lines/s", "compile + exec there", (">=", 0.5, "x"))]),
     Row(18, bench_reload, [
         Line("reload, 1 of 1,000 functions changed", "ms", "importlib + gc", ("<=", 2, "x"))]),
+    Row(19, bench_watch, [
+        Line("call of a watched function", "ns", "not watched", None),
+        Line("of one that was watched before", "ns", "never watched", ("<=", 1.1, "x"))]),
 ]
 
 
