@@ -5887,7 +5887,7 @@ _Mark = collections.namedtuple("_Mark", "frame_id code title text")   # finds a 
 
 
 class Frame:
-    """The variables of a call that runs; each use looks for the frame anew, and keeps none alive."""
+    """The variables of a call that runs; each use looks for its frame anew, none is kept."""
 
     __slots__ = ("_mark",)
 
