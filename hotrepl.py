@@ -12,8 +12,8 @@ default only 127.0.0.1 is bound and only processes of your own user (or root) ar
 addresses want a token, TLS or ssh. The README has the table.
 
 AT THE PROMPT. All Python, plus names where they are free: doc, help, server_print, bg, fg, jobs,
-halt, reload, patch, main_thread, stacks, follow; `obj?`, `obj??`, `_`, `await`. Ctrl+C interrupts,
-Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
+halt, reload, patch, main_thread, stacks, frames, at, watch, follow; `obj?`, `obj??`, `_`, `await`.
+Ctrl+C interrupts, Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
 
 HOW IT WORKS. A daemon thread accepts connections. Each REPL connection gets a thread with its own
 console; all consoles share one namespace, the dict given to `start`. What a session's thread
@@ -135,6 +135,7 @@ FLUSH_INTERVAL_S = 0.008          # ... or after this time, whichever comes firs
 COMPLETION_TIMEOUT_S = 2.0        # how long an object's own __dir__ may take
 OUTCOME_LIMIT = 30000             # characters of a text in the reply to Outcome
 NOTE_NAME = "server-%d-%s.note"   # in the runtime folder; by these the client finds servers
+MAX_SESSIONS = 300                # open at once, unless start() is told another number
 STOP_TIMEOUT_S = 1.0              # how long stop() waits for the threads of its sessions
 CLOSE_TIMEOUT_S = 0.2             # how long a closed connection waits for the peer to close it too
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -190,6 +191,7 @@ CTRL_D = b"\x04"                  # client without a secret, as telnet: at a lin
 NO_ECHO = IAC + b"\xfb\x01"       # server: the next answer is a secret (WILL ECHO, RFC 857)
 BLOCK_KIND = b"b"                 # client: BEGIN "b" lines END, one unit of several lines
 SECRET_KIND = b"s"                # client: BEGIN "s" secret END, what PairWithSession has to show
+CONTROL_KIND = b"c"               # client: BEGIN "c" END; server: BEGIN "c" port proof END
 NOTE_KIND = b"n"                  # server: BEGIN "n" lines END, to be shown above the prompt
 STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
                 "value": b"v", "traceback": b"t"}     # what is displayed, not printed
@@ -198,8 +200,9 @@ Command = collections.namedtuple("Command", "name fields doc")
 
 COMMANDS = [  # fields: name -> (types, is it required)
     Command("DescribeServer", {}, "What the server is: its prompts, version and commands."),
-    Command("Authenticate", {"token": (str, True)},
-            "Show the token, where the server wants one; must come first."),
+    Command("Authenticate", {"token": (str, False), "proof": (str, False)},
+            "Show the token, where the server wants one, or the proof that the REPL channel gave "
+            "for the control channel; must come first."),
     Command("PairWithSession", {"id": (int, True), "secret": (str, False)},
             "Bind this control connection to REPL session `id`; the commands below need it. "
             "`secret` is what the session's client sent on the REPL channel; without one, both "
@@ -401,6 +404,7 @@ class InputDecoder:
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
         self.ready = collections.deque()
         self.secret = b""         # of the session, if its client sent one; the first counts
+        self.asks_for_control = False     # the client wants to be told where the control channel is
         self._limit_bytes = limit_bytes
         self._marks = MarkDecoder(limit_bytes)
         self._pieces = []         # of the line that is being received; empty: none is
@@ -470,6 +474,8 @@ class InputDecoder:
             self._append_text("block", payload[1:])
         elif payload[:1] == SECRET_KIND:
             self.secret = self.secret or payload[1:]
+        elif payload == CONTROL_KIND:
+            self.asks_for_control = True
 
     def _append_text(self, kind, data):
         try:
@@ -3193,6 +3199,7 @@ class _Edit:
         self.line = None        # where the top level stands, if it runs just now
         self.before = {}        # the namespace before; set when the edit is applied
         self.held = {}          # what statements bound and other threads shall not see yet
+        self.annotated = {}     # 3.14: id of a statement that ran -> numbers of its annotations
         self.successors = None  # _Successors; set when the edit is applied
         self.subs = {}          # id of the _Statement of a class -> the pairs of its body
         self.told = []          # old text unknown: _Found, what can't be told
@@ -3429,8 +3436,8 @@ class _Source:
     def _share(self, newer):
         """Take over statements of `newer`; return False if what is left is no whole statements."""
         ours, theirs = self.lines, newer.lines
-        head = len(os.path.commonprefix([ours, theirs]))  # of lists it compares the items
-        tail = len(os.path.commonprefix([ours[head:][::-1], theirs[head:][::-1]]))
+        head = _common_length(ours, theirs)
+        tail = _common_length(ours[head:][::-1], theirs[head:][::-1])
         shift = len(ours) - len(theirs)
         first = bisect.bisect([each.end for each in newer.statements], head)
         last = max(first, bisect.bisect_left([each.start for each in newer.statements],
@@ -3519,6 +3526,12 @@ class _Source:
         starts = [each.start for each in self.statements]
         i = bisect.bisect(starts, line - 1) - 1
         return self.statements[i] if i >= 0 else None
+
+
+def _common_length(lines, others):
+    """Return how many lines two texts begin with are the same."""
+    pairs = enumerate(zip(lines, others))
+    return next((i for i, pair in pairs if pair[0] != pair[1]), min(len(lines), len(others)))
 
 
 class _Statement:
@@ -3763,6 +3776,29 @@ def _executed_children(node):
     if kind == "ClassDef":
         return node.decorator_list + node.bases + node.keywords
     return ast.iter_child_nodes(node)
+
+
+def _annotation_maker(code):
+    """3.14: return the code that makes a module's annotations, or None."""
+    return next(filter(_makes_annotations, _nested_codes(code)), None)
+
+
+def _makes_annotations(code):
+    """3.14: tell whether it is the code of a module's __annotate__, which is no statement's."""
+    return "__conditional_annotations__" in code.co_names
+
+
+def _annotation_numbers(statements):
+    """3.14: return the numbers that each statement's annotations have in the module's code."""
+    import dis
+    numbers, last = [], 0
+    for each in statements:
+        maker = _annotation_maker(each.code) if "AnnAssign" in str(each.dump()) else None
+        count = sum(step.argval == "__conditional_annotations__"
+                    for step in (dis.get_instructions(maker) if maker else ()))
+        numbers.append(range(last, last + count))
+        last += count
+    return numbers
 
 
 def _name_of(node):
@@ -4263,6 +4299,14 @@ def _attribute(obj, name):
     return read, write, (id(obj), name)
 
 
+def _annotations(function):
+    """A function's annotations, or on 3.14 what will make them: they may not be evaluable yet."""
+    def write(value):
+        setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
+    return (lambda: getattr(function, "__annotate__", None) or function.__annotations__, write,
+            (id(function), "__annotations__"))
+
+
 def _member(obj, member):
     def read():
         try:
@@ -4419,6 +4463,10 @@ class _Apply:
         edit.successors = _Successors(edit)
         later = self._swap(edit)
         held = edit.held
+        for name in _ANNOTATIONS:
+            self.journal.keep(_entry(edit.space, name))
+        if "__annotate__" in edit.space:
+            edit.space.pop("__annotations__", None)     # only what somebody has read
         for pair in edit.pairs:
             if pair.new is None:
                 continue
@@ -4426,11 +4474,38 @@ class _Apply:
                 yield from _imported_by(pair.new.node, edit.space)
             self._apply_pair(scope, pair)
         edit.space.update(held)
+        self._annotate(edit)
         for function, found in later:
             self._swap_function(edit, function, found)
         self._run_for_closures(scope)
         self._retire_gone(scope, edit.pairs)
         self._follow(edit)
+
+    def _annotate(self, edit):
+        """3.14: make of the annotations that each statement brought one function, as an import does.
+
+        Those that ran have left the numbers of what they came to, from 0 on; the others are
+        those that the module had come to, counted in its old text.
+        """
+        if sys.version_info < (3, 14):
+            return
+        maker = _annotation_maker(edit.new.code)
+        for name in _ANNOTATIONS[0 if maker else 1:3]:
+            edit.space.pop(name, None)
+        if maker is None:
+            return
+        olds = _annotation_numbers(edit.old.statements) if edit.old else []
+        places = {id(each): k for k, each in enumerate(edit.old.statements if edit.old else ())}
+        before, found = edit.before.get("__conditional_annotations__", ()), set()
+        pairs = {id(pair.new): pair for pair in edit.pairs}
+        for each, numbers in zip(edit.new.statements, _annotation_numbers(edit.new.statements)):
+            pair = pairs[id(each)]
+            came_to = edit.annotated.get(id(each), range(len(numbers)) if pair.old else ())
+            if id(each) not in edit.annotated and pair.old is not None and olds:
+                came_to = [k for k, old in enumerate(olds[places[id(pair.old)]]) if old in before]
+            found.update(numbers[k] for k in came_to if k < len(numbers))
+        edit.space.update(__annotate__=types.FunctionType(maker, edit.space),
+                          __conditional_annotations__=found)
 
     def _apply_pair(self, scope, pair):
         """Do with one statement what its change asks for."""
@@ -4615,9 +4690,10 @@ class _Apply:
     def _fold_definition(self, scope, pair, raw, new):
         """Give a function code, defaults and the rest of one that was evaluated anew."""
         defaults = self._merged_defaults(pair, raw, new)
-        for name in _FUNCTION_ATTRIBUTES:
-            if hasattr(new, name) and getattr(raw, name, _MISSING) != getattr(new, name):
+        for name in ("__doc__", "__type_params__"):
+            if hasattr(new, name) and getattr(raw, name) != getattr(new, name):
                 self.put(_attribute(raw, name), getattr(new, name))
+        self.put(_annotations(raw), _annotations(new)[0]())
         self.olds.add(id(raw))
         self._put_code(raw, (new.__code__,) + defaults, raw.__qualname__)
 
@@ -4982,9 +5058,10 @@ class _Apply:
             # Later, else _redirect makes `old` of this reference.
             self.afterwards.append(functools.partial(self._put_wrapped, old, new))
         names = () if self.is_patch else ("__name__", "__qualname__", "__module__")
-        for name in names + _FUNCTION_ATTRIBUTES:
+        for name in names + ("__doc__", "__type_params__"):
             if hasattr(new, name):
                 self.put(_attribute(old, name), getattr(new, name))
+        self.put(_annotations(old), _annotations(new)[0]())
         if attributes != vars(old):
             self.put(_attribute(old, "__dict__"), attributes)
         self._put_code(old, state, is_changed=_behaviour(old.__code__) != _behaviour(state[0]))
@@ -5795,7 +5872,9 @@ class _Scope:
                 edit.space[name] = held[name]
             held.clear()
             apply.keep_names(statement, edit.space)
+            edit.space.pop("__conditional_annotations__", None)
             exec(code, edit.space)
+            edit.annotated[id(statement)] = edit.space.get("__conditional_annotations__", ())
             names = edit.space if "*" in statement.binds else statement.binds
             return {name: edit.space.get(name, _MISSING) for name in names}
         exec(code, edit.space, held)
@@ -6346,10 +6425,9 @@ _CLASS_KINDS = (    # (fits, what is done beside the attributes), each that fits
     (lambda cls: "__pydantic_core_schema__" in vars(cls), _Apply.fold_pydantic),
 )
 
-_ANNOTATIONS = ("__annotations__", "__annotate_func__", "__annotations_cache__")
-# 3.14: hasattr(types.FunctionType, "__annotate__") is False, though each function has it.
-_FUNCTION_ATTRIBUTES = ("__doc__", "__type_params__") + (
-    ("__annotate__",) if "__annotate__" in vars(types.FunctionType) else ("__annotations__",))
+# 3.14: what makes annotations, which of a module's it makes, what it has made of a class's.
+_ANNOTATIONS = ("__annotations__", "__annotate__", "__conditional_annotations__",
+                "__annotate_func__", "__annotations_cache__")
 _CLASS_SKIPS = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "_abc_registry", "_abc_cache",
                 "_abc_negative_cache", "_abc_negative_cache_version"}
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -6366,7 +6444,7 @@ _CONTENTS = {  # by the type's own methods: what a subclass makes of them is not
     type: lambda each: dict(vars(each))}
 _REACH = 5000  # objects that are looked at before a statement runs
 _INDIRECT = {"globals", "locals", "vars", "__dict__", "setattr", "delattr", "exec"}  # set any name
-_IMPORT_NAMES = {*vars(types.ModuleType("")), "__annotations__", "__builtins__", "__cached__",
+_IMPORT_NAMES = {*vars(types.ModuleType("")), *_ANNOTATIONS, "__builtins__", "__cached__",
                  "__file__", "__path__"}
 _PLAIN_TYPES = (int, float, complex, str, bytes, type(None))
 _CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
@@ -6830,9 +6908,10 @@ def _function_like(function, code, cells):
                              function.__defaults__, tuple(cells))
     new.__kwdefaults__ = function.__kwdefaults__
     new.__dict__.update(vars(function))
-    for name in ("__qualname__", "__module__") + _FUNCTION_ATTRIBUTES:
+    for name in ("__qualname__", "__module__", "__doc__", "__type_params__"):
         if hasattr(function, name):
             setattr(new, name, getattr(function, name))
+    _annotations(new)[1](_annotations(function)[0]())
     return new
 
 
@@ -6897,7 +6976,7 @@ def _names_in(code):
 
 
 def _is_in_file(code, source):
-    return code.co_name not in ("forward_call", "<module>") and (
+    return code.co_name not in ("forward_call", "<module>") and not _makes_annotations(code) and (
         code.co_filename == source.path or os.path.abspath(code.co_filename) == source.path
         or os.path.realpath(code.co_filename) == os.path.realpath(source.path))
 
@@ -7367,18 +7446,30 @@ def _best_match(code, codes):
 
 def _behaviour(code):
     """Return what a code object does, without its lines and file, to be compared."""
-    is_class = not code.co_flags & 1
-    consts = tuple(
-        _behaviour(const) if isinstance(const, types.CodeType)
-        else None if is_class and const == code.co_firstlineno  # 3.13: __firstlineno__
-        else _typed(const) for const in code.co_consts)
-    return (code.co_name, code.co_code, consts, code.co_names, code.co_varnames,
+    has_line = not code.co_flags & 1 and "__firstlineno__" in code.co_names  # 3.13: a class
+    body = _without_line(code) if has_line else (
+        code.co_code, tuple(map(_typed, code.co_consts)))
+    return (code.co_name, body, code.co_names, code.co_varnames,
             code.co_freevars, code.co_cellvars, code.co_flags, code.co_argcount,
             code.co_kwonlyargcount)
 
 
+def _without_line(code):
+    """Return what the body of a class does, but for __firstlineno__: that moves with it.
+
+    The number is a constant or, below 256 on 3.14, part of an instruction.
+    """
+    import dis
+    steps = [(step.opname, _typed(step.argval)) for step in dis.get_instructions(code)
+             if step.opname != "EXTENDED_ARG"]
+    at = steps.index(("STORE_NAME", _typed("__firstlineno__")))
+    return tuple(steps[:at - 1] + steps[at:])
+
+
 def _typed(const):
-    """Return a constant so that 1, 1.0 and True differ, also in tuples."""
+    """Return a constant so that 1, 1.0 and True differ, also in tuples; code: what it does."""
+    if isinstance(const, types.CodeType):
+        return _behaviour(const)
     if isinstance(const, (tuple, frozenset)):
         return type(const), type(const)(map(_typed, const))
     return type(const), repr(const) if isinstance(const, (float, complex)) else const
@@ -7450,54 +7541,68 @@ def main_thread(function, *args):
     return MAIN.call(function, *args)
 
 
-def stacks():
-    """Print where every thread is, and every asyncio task where a loop is known; this one last."""
-    import traceback
-    own = threading.get_ident()
-    frames = sys._current_frames()
-    known = {thread.ident: thread for thread in threading.enumerate()}
-    for ident in [each for each in known if each in frames and each != own]:
-        _print_stack(_thread_title(known[ident]), traceback.extract_stack(frames.pop(ident)))
-    for ident in [each for each in frames if each != own]:
-        _print_stack("unknown to threading, ident %d" % ident,
-                     traceback.extract_stack(frames[ident]))
-    session = current_session()
-    for task in [] if session is None else session.tasks():
-        _print_stack(_task_title(task), _await_chain(task.get_coro()))
-    _print_stack(_thread_title(known[own]), traceback.extract_stack(frames[own]))
+def stacks(locals=False):
+    """Print where every thread is, and every asyncio task where a loop is known; this one last.
+
+    With `locals` also the variables of the program's own functions, shortened.
+    """
+    for title, stack in _stacks():
+        _print_stack(title, stack, locals)
+    _print_stack(_thread_title(threading.current_thread()), _outwards(sys._getframe()), locals)
 
 
-def _print_stack(title, summary):
-    from code import InteractiveConsole
-    import traceback
-    print(title + ":")
-    print("".join(traceback.format_list(
-        [each for each in summary if each.filename not in (
-            _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
-         and not each.name.startswith("_bootstrap")])) or "  only hotrepl's own code\n")
+def frames():
+    """Print the program's own functions that run, by thread and task, numbered for at()."""
+    _listed.marks = marks = _marks()
+    for number, mark in enumerate(marks, 1):
+        if number == 1 or marks[number - 2].title != mark.title:
+            print(mark.title + ":")
+        print("%5d  %s" % (number, mark.text))
 
 
-def _thread_title(thread):
-    kind = ", daemon" if thread.daemon else ""
-    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+def at(where):
+    """Return the variables of a call that runs: its attributes, to be read and to be set.
+
+    `where` is the name of the function, or the number that frames() printed last. The call goes
+    on meanwhile. LookupError: it has ended, or there are several of that name.
+    """
+    if isinstance(where, int):
+        marks = getattr(_listed, "marks", ())
+        if not 0 < where <= len(marks):
+            raise LookupError("frames() has listed no frame %d here" % where)
+        return Frame(marks[where - 1])
+    marks = _marks()
+    fits = [number for number, mark in enumerate(marks, 1)
+            if where in (mark.code.co_name, getattr(mark.code, "co_qualname", ""))]
+    if not fits:
+        raise LookupError("no call of %s runs just now; frames() lists those that do"
+                          % shorten(where))
+    if len(fits) > 1:
+        _listed.marks = marks
+        raise LookupError("%d calls of %r run, name one by its number: %s" % (
+            len(fits), where, "; ".join("%d: %s" % (each, marks[each - 1].text)
+                                        for each in fits[-5:])))
+    return Frame(marks[fits[0] - 1])
 
 
-def _task_title(task):
-    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+def watch(function, count=10, when=None, quiet=False, seconds=600.0):
+    """Print the next calls of a function as they come, a line each; then it is as it was before.
 
-
-def _await_chain(coroutine):
-    """Return the stack of a task: its coroutine, what that awaits, and so on."""
-    import traceback
-    frames = []
-    while coroutine is not None:
-        kind = next((each for each in ("cr", "gi", "ag")
-                     if hasattr(coroutine, each + "_frame")), "")
-        frame = getattr(coroutine, kind + "_frame", None)
-        if frame is not None:
-            frames.append((frame, frame.f_lineno))
-        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
-    return traceback.StackSummary.extract(frames)
+    That is after `count` calls, of those for which when(call) is true; after `seconds`; on Ctrl+C;
+    at the session's end. With `quiet` return at once a list, which fills with the calls. A call has
+    args, kwargs, result, exception, seconds (waiting included), thread and again(). Of a cached
+    function only those calls that the cache does not answer are seen, and of an asynchronous
+    generator the one that makes it.
+    """
+    calls = Calls(function, count, when, seconds)
+    if quiet:
+        calls.start(calls.collect)
+        return calls
+    calls.start()
+    try:
+        return calls.show()
+    finally:
+        calls.stop()
 
 
 def follow(is_wanted=True):
@@ -7592,8 +7697,410 @@ def show_source(obj):
     print(source.rstrip())
 
 
+# --- Stacks and frames: what runs, and its variables ---
+
+_listed = threading.local()       # .marks: what frames() listed last in this thread
+_Mark = collections.namedtuple("_Mark", "frame_id code title text")   # finds a frame, holds none
+
+
+class Frame:
+    """The variables of a call that runs; each use looks for its frame anew, none is kept."""
+
+    __slots__ = ("_mark",)
+
+    def __init__(self, mark):
+        object.__setattr__(self, "_mark", mark)
+
+    @property
+    def __dict__(self):
+        return _variables(_find_frame(self._mark))
+
+    def __getattr__(self, name):
+        value = _variables(_find_frame(self._mark)).get(name, _MISSING)
+        if value is _MISSING:
+            raise AttributeError("no variable %r in %s" % (name, self._mark.text))
+        return value
+
+    def __setattr__(self, name, value):
+        problem = _set_variable(_find_frame(self._mark), name, value)
+        if problem:               # raised here, where no frame is held by the traceback
+            raise AttributeError("can't set %r in %s: %s" % (name, self._mark.text, problem))
+
+    def __repr__(self):
+        try:
+            variables = self.__dict__     # 3.6: vars() would raise another exception
+        except LookupError:
+            return "<%s, has ended>" % self._mark.text
+        lines = ["<%s, goes on meanwhile>" % self._mark.text]
+        return "\n".join(lines + ["    %s = %s" % each for each in _shown(variables).items()])
+
+
+def _marks():
+    """Return a _Mark for each frame of the program's own code, the outermost of a thread first."""
+    marks, seen = [], set()
+    for title, stack in _stacks():
+        for frame in stack:
+            code = frame.f_code
+            if id(frame) not in seen and _is_own_code(code):
+                seen.add(id(frame))       # a task that runs is on its thread's stack as well
+                marks.append(_Mark(id(frame), code, title, "%s, %s:%d" % (
+                    getattr(code, "co_qualname", code.co_name), code.co_filename,
+                    frame.f_lineno)))
+    return marks
+
+
+def _find_frame(mark):
+    """Return the frame, if the call goes on; LookupError."""
+    found = next((frame for _, stack in _stacks() for frame in stack
+                  if id(frame) == mark.frame_id and frame.f_code is mark.code), None)
+    if found is None:
+        raise LookupError("%s has ended" % mark.text)
+    return found
+
+
+def _is_own_code(code):
+    name = code.co_filename
+    return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
+
+
+def _variables(frame):
+    """Return {name: value} of the variables of a frame.
+
+    Before 3.13 the frame keeps f_locals, and with it what its variables let go of later: so that is
+    emptied, unless the program has it too, from locals().
+    """
+    variables = frame.f_locals
+    found = dict(variables)
+    if frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict:
+        ours = 3                  # references: the frame's, ours, and that of getrefcount
+        if getattr(sys, "getrefcount", id)(variables) == ours:
+            variables.clear()
+    return found
+
+
+def _set_variable(frame, name, value):
+    """Set a variable of a frame; return "", or why that can't be."""
+    code = frame.f_code
+    if not code.co_flags & CO_OPTIMIZED:
+        frame.f_locals[name] = value
+    elif name not in code.co_varnames + code.co_cellvars + code.co_freevars:
+        return "it has no such variable"
+    elif sys.implementation.name == "pypy":
+        return "PyPy has no way to do that"
+    elif sys.version_info >= (3, 13):
+        frame.f_locals[name] = value
+    else:
+        return _set_fast_variable(frame, name, value)
+    return ""
+
+
+def _set_fast_variable(frame, name, value):
+    """As _set_variable, before 3.13: f_locals is a copy, of which all that is there is put back.
+
+    So nothing else may be in it then, or the frame would get back what it has changed meanwhile.
+    """
+    import ctypes
+    put_back = ctypes.pythonapi.PyFrame_LocalsToFast
+    for _ in range(100):
+        variables = frame.f_locals
+        before = dict(variables)
+        variables.clear()
+        variables[name] = value
+        put_back(ctypes.py_object(frame), ctypes.c_int(0))
+        is_done = len(variables) == 1     # else it was filled again in between: by locals(), say
+        variables.update(before, **{name: value})
+        del variables
+        if is_done and _variables(frame):
+            return ""
+    return "the call fills locals() all the time"
+
+
+CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class body
+
+
+def _stacks():
+    """Yield (title, frames, the outermost first) of each other thread, then of each task."""
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    running = sys._current_frames()
+    del running[threading.get_ident()]
+    session = current_session()
+    loops = [] if session is None else session.loops()
+    for ident in [each for each in known if each in running] + list(set(running) - set(known)):
+        stack = _outwards(running.pop(ident))
+        loops += filter(None, map(_loop_run_by, stack))
+        yield (_thread_title(known[ident]) if ident in known
+               else "unknown to threading, ident %d" % ident), stack
+    for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
+        yield _task_title(task), _await_chain(getattr(task, "get_coro", lambda: task._coro)())
+
+
+def _outwards(frame):
+    """Return the frames of a stack, the outermost first."""
+    stack = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    return stack[::-1]
+
+
+def _loop_run_by(frame):
+    """Return the asyncio loop that a frame runs, or None."""
+    is_running = frame.f_code.co_name == "run_forever" and "asyncio" in frame.f_code.co_filename
+    return frame.f_locals.get("self") if is_running else None
+
+
+def _tasks(loop):
+    asyncio = sys.modules["asyncio"]
+    return (asyncio if hasattr(asyncio, "all_tasks") else asyncio.Task).all_tasks(loop)   # 3.6
+
+
+def _print_stack(title, stack, with_variables):
+    from code import InteractiveConsole
+    import traceback
+    stack = [frame for frame in stack if frame.f_code.co_filename not in (
+        _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
+        and not frame.f_code.co_name.startswith("_bootstrap")]
+    summary = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in stack)
+    for each, frame in zip(summary, stack if with_variables else ()):
+        if _is_own_code(frame.f_code):
+            each.locals = _shown(_variables(frame))
+    print(title + ":")
+    print("".join(summary.format()) or "  only hotrepl's own code\n")
+
+
+def _shown(variables):
+    """Return {name: shortened repr} of variables, without the names that every module has."""
+    return {name: _brief(value) for name, value in variables.items()
+            if not re.match(r"__\w+__$", name)}
+
+
+def _brief(value, width=60):
+    """Return repr(value) as one line of at most `width` characters, also where it raises."""
+    import reprlib
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = width
+    try:
+        return shorten(re.sub(r"\s*\n\s*", " ", shown.repr(value)), width)
+    except Exception as exc:
+        return "<%s, its repr raises %s>" % (type(value).__name__, type(exc).__name__)
+
+
+def _thread_title(thread):
+    kind = ", daemon" if thread.daemon else ""
+    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+
+
+def _task_title(task):
+    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+
+
+def _await_chain(coroutine):
+    """Return the frames of a task: its coroutine's, that of what it awaits, and so on."""
+    stack = []
+    while coroutine is not None:
+        kind = next((each for each in ("cr", "gi", "ag")
+                     if hasattr(coroutine, each + "_frame")), "")
+        frame = getattr(coroutine, kind + "_frame", None)
+        if frame is not None:
+            stack.append(frame)
+        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
+    return stack
+
+
+# --- Watched calls ---
+# The function is patched to call a copy of itself, which notes each call in a queue: that is all
+# that the program's threads do. Who looks at them, asks `when` and makes reprs, either of which may
+# hang, is the session's thread, or with quiet=True one of their own. A third thread, the keeper,
+# patches the function and sees to it that the patch is taken back, whatever hangs.
+
+WATCH_BACKLOG = 1000              # calls that wait to be looked at; the oldest go first
+WATCH_LINES_PER_S = 100
+WATCH_LOOK_S = 0.1                # how often the keeper looks whether it is over
+_watched = {}                     # function -> the Calls of it; guarded by nothing but the GIL
+
+
+class Call:
+    """One call of a watched function; a context manager around it."""
+
+    def __init__(self, calls, args, kwargs):
+        self.args = args
+        self.kwargs = kwargs
+        self.result = None
+        self.exception = None     # that it raised
+        self.seconds = None       # how long it took
+        self.number = 0           # among all that were noted
+        self.thread = ""          # its name; until somebody looks at the call, the Thread or ident
+        self._calls = calls
+        self._begun = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, exception, stack):
+        self.seconds = time.perf_counter() - self._begun
+        self.exception = exception
+        ident = threading.get_ident()     # current_thread() would make an object that stays
+        self.thread = threading._active.get(ident, ident)     # type: ignore[attr-defined]
+        self._calls.note(self)
+
+    def again(self):
+        """Call the function as it is now with the same arguments."""
+        return self._calls.function(*self.args, **self.kwargs)
+
+    def __repr__(self):
+        words = [_brief(each, 40) for each in self.args]
+        words += ["%s=%s" % (name, _brief(each, 40)) for name, each in self.kwargs.items()]
+        outcome = ("-> " + _brief(self.result) if self.exception is None
+                   else "raises " + _brief(self.exception))
+        time_taken = "%.3f ms" % (self.seconds * 1000) if self.seconds < 1 else (
+            "%.2f s" % self.seconds)
+        return "#%d %s(%s) %s  [%s, %s]" % (
+            self.number, self._calls.function.__qualname__, shorten(", ".join(words), 160),
+            outcome, time_taken, self.thread)
+
+
+class Calls(list):
+    """The calls of a function that were watched; it fills until it is over."""
+
+    def __init__(self, function, count, when, seconds):
+        super().__init__()
+        self.function = _patch_target(function)
+        if isinstance(self.function, type):
+            raise TypeError("expected a function or method, found %s; watch one of its methods"
+                            % shorten(function))
+        self._count = count
+        self._when = when         # which calls are wanted; None: all
+        self._end = time.monotonic() + seconds
+        self._session = current_session()
+        self._numbers = itertools.count(1)        # of calls that were noted
+        self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
+        self._came = threading.Lock()     # released when there is one: a signal handler's call too
+        self._has_begun = threading.Event()
+        self._is_over = threading.Event()
+        self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
+
+    def start(self, *others):
+        """Begin to watch, and let `others` run in threads meanwhile."""
+        try:
+            for work in (self._keep,) + others:
+                self._threads.append(Job(work))
+                self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
+                self._threads[-1].start()
+                while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
+                    pass
+            if self._is_over.is_set():
+                self.stop()       # raises why it can't be patched
+        except BaseException:
+            self._is_over.set()
+            raise
+
+    def stop(self):
+        """Watch no more; return once the function is as it was."""
+        self._is_over.set()
+        self._threads[0].join()
+        self._threads[0].outcome()
+
+    def note(self, call):
+        """Keep a call to be looked at; in the thread that made it, at whatever moment."""
+        if not self._is_over.is_set():
+            call.number = next(self._numbers)
+            self._queue.append(call)
+            if self._came.locked():
+                with suppress(RuntimeError):  # another thread was quicker
+                    self._came.release()
+
+    def collect(self):
+        """Put the calls that are wanted into the list, until it is over."""
+        try:
+            self.extend(self._wanted())
+        finally:
+            self._is_over.set()
+
+    def show(self):
+        """Print the calls that are wanted, until it is over."""
+        for shown, call in enumerate(self._wanted(), 1):
+            print(call)
+            if shown % WATCH_LINES_PER_S == 0:
+                self._is_over.wait(1.0)
+
+    def _wanted(self):
+        """Yield the calls that are wanted as they come, until it is over."""
+        wanted = 0
+        while wanted < self._count and not self._is_over.is_set():
+            if not self._queue:
+                self._came.acquire(True, WATCH_LOOK_S)
+                continue
+            call = self._queue.popleft()
+            call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
+            if self._when is None or self._when(call):
+                wanted += 1
+                yield call
+
+    def _keep(self):
+        """Patch the function, wait until it is over, and take the patch back."""
+        try:
+            if _watched.setdefault(self.function, self) is not self:
+                raise RuntimeError("%s is watched already" % self.function.__qualname__)
+            try:
+                undo = patch(self.function, _noting(self.function, self))
+                self._has_begun.set()
+                while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
+                           or self._session is not None and self._session.is_left()):
+                    pass
+                self._is_over.set()
+                undo()
+            finally:
+                del _watched[self.function]
+        finally:
+            self._is_over.set()
+            self._has_begun.set()
+            self._queue.clear()
+            self._end_collector()
+
+    def _end_collector(self):
+        for thread in self._threads[1:]:
+            thread.join(2 * WATCH_LOOK_S)
+            with suppress(ValueError):    # it has ended
+                async_raise(thread, SystemExit)
+
+    def __repr__(self):
+        state = "is over" if self._is_over.is_set() else "goes on"
+        for thread in self._threads[1:]:
+            if isinstance(thread.exception, Exception):
+                state = "is over: `when` raised " + _brief(thread.exception)
+        return "\n".join(list(map(repr, self)) + ["<watch of %s, %d calls, %s>" % (
+            self.function.__qualname__, len(self), state)])
+
+
+def _noting(function, calls):
+    """Return a function that calls a copy of `function`, and of the same kind, noted in `calls`."""
+    import inspect
+    original = types.FunctionType(function.__code__, function.__globals__, function.__name__,
+                                  function.__defaults__, function.__closure__)
+    original.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(original, function).__dict__ = dict(vars(function))
+    flags = function.__code__.co_flags
+    if flags & inspect.CO_COROUTINE:
+        async def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = await original(*args, **kwargs)
+            return call.result
+    elif flags & inspect.CO_GENERATOR and not flags & inspect.CO_ITERABLE_COROUTINE:
+        def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = yield from original(*args, **kwargs)
+            return call.result
+    else:
+        def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = original(*args, **kwargs)
+            return call.result
+    return functools.update_wrapper(noting, original)
+
+
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
-         "main_thread": main_thread, "stacks": stacks, "follow": follow,
+         "main_thread": main_thread, "stacks": stacks, "frames": frames, "at": at, "watch": watch,
+         "follow": follow,
          "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch}
 
 
@@ -7632,14 +8139,19 @@ GUESTS = Guests()
 # and nobody else can have one. Where it can't say (another system, another machine), a token or
 # a client certificate does. FirstBytes turns away what passes the door with the owner's uid: the
 # requests of web pages in the owner's browser. Every doubt is a refusal. Nothing here keeps a
-# thread, a descriptor or a table; any thread may call it, also after a fork. The server lends its
+# thread or a descriptor; any thread may call it, also after a fork. The server lends its
 # netlink socket: beside a thread that computes, to make and close one takes 10 ms. Uses 2 and 3.
 # Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), getpeereid(3).
 
 ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
 ADMISSION_LIMIT = 16              # connections that may be proving themselves at once
-TOKEN_ATTEMPTS = 3
+TOKEN_ATTEMPTS = 3                # on one connection
+FREE_GUESSES = 3                  # of a token or secret, by one peer; each further one waits longer
+GUESS_DELAY_S = 2.0               # ... up to this
+REFUSALS_PER_S = 1                # lines in the audit for one peer
+PEERS_REMEMBERED = 1000           # that guessed wrong or were refused
 TOKEN_LIMIT_BYTES = 1024          # what is read of a peer before its token has passed
+HEADER_LIMIT_BYTES = 65536        # how far lines of HTTP are looked for behind the first
 
 audit_log = Logger("hotrepl.audit")
 
@@ -7647,15 +8159,27 @@ audit_log = Logger("hotrepl.audit")
 class Refused(Exception):
     """A connection may not come in. The text is for our log; the peer is told nothing."""
 
+    def __init__(self, reason, peer):
+        super().__init__(reason)
+        self.peer = peer          # a Peer
+
 
 class Door:
     """Who may connect to one server. Only `check_bind` changes it, before the first connection."""
 
-    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None):
+    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None,
+                 allow_names=None):
         self.allow_uids = frozenset(allow_uids or ())     # besides our effective uid and 0
+        self.allow_names = allow_names and frozenset(allow_names)     # in certificates; None: any
         self.token = _checked_token(token)    # bytes; None while nobody needs one
         self.insecure = insecure              # everybody comes in
         self.ssl_context = ssl_context        # None: plain text
+        # Peer.who -> wrong guesses; -> (when a refusal was logged, how many were not since then).
+        # Any thread writes both, in single steps; a lost count does no harm.
+        self._guesses, self._refusals = collections.OrderedDict(), collections.OrderedDict()
+        if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
+            raise ValueError("allow_names takes a list of names, and an ssl_context with "
+                             "verify_mode CERT_REQUIRED")
         if not all(type(uid) is int for uid in self.allow_uids):
             raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
                             % shorten(allow_uids))
@@ -7701,9 +8225,9 @@ class Door:
         if peer.uid is None:
             peer.needs_token = self.token is not None
             if not (peer.needs_token or self.wants_certificate):
-                raise Refused("%s needs a token; pass token=True to have one" % peer)
+                raise Refused("%s needs a token; pass token=True to have one" % peer, peer)
         elif peer.uid not in self.allow_uids | {effective_uid(), 0}:
-            raise Refused("%s may not connect; allow_uids would let it in" % peer)
+            raise Refused("%s may not connect; allow_uids would let it in" % peer, peer)
         return peer
 
     def shake_hands(self, tls, peer, timeout_s=ADMISSION_TIMEOUT_S):
@@ -7712,15 +8236,23 @@ class Door:
             tls.settimeout(timeout_s)     # ssl takes it as a deadline for the whole handshake
             tls.do_handshake()
             tls.settimeout(None)
-            subject = (tls.getpeercert() or {}).get("subject", ())
+            shown = tls.getpeercert() or {}
         except (OSError, ValueError) as exc:
-            raise Refused("TLS handshake failed: %s" % exc) from exc
-        peer.certificate = ",".join("=".join(pair) for part in subject for pair in part)
+            raise Refused("TLS handshake failed: %s" % exc, peer) from exc
+        pairs = [pair for part in shown.get("subject", ()) for pair in part]
+        peer.certificate = ",".join("=".join(pair) for pair in pairs)
+        names = {value for key, value in pairs if key == "commonName"}
+        names.update(value for kind, value in shown.get("subjectAltName", ()))
+        if self.allow_names and not names & self.allow_names:
+            raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
+        if shown and CLIENT_PURPOSE not in tls.getpeercert(True):
+            raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
 
-    def ask_token(self, sock, is_control, timeout_s=ADMISSION_TIMEOUT_S):
+    def ask_token(self, sock, peer, is_control, check=None, timeout_s=ADMISSION_TIMEOUT_S):
         """Ask for the token; return the bytes that came after the right one. Blocks.
 
-        Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
+        `check(candidate)` may know another proof. Refused: three wrong ones, a foreign greeting,
+        1 KB or `timeout_s` in all.
         """
         asker, rest = (_TokenMessages if is_control else _TokenLines)(), b""
         first_bytes = FirstBytes(is_control)
@@ -7738,24 +8270,55 @@ class Door:
                         refusal = (first_bytes.feed(rest) if rest else "%d bytes instead of a token"
                                    % (TOKEN_LIMIT_BYTES - room))
                         if refusal:
-                            raise Refused(refusal)
+                            raise Refused(refusal, peer)
                     candidate, rest = asker.take(rest)
-                is_right = self.check_token(candidate)
+                is_right = self.check_guess(peer, "wrong token", check or self.check_token, candidate)
                 sock.sendall(asker.answer(is_right))
                 if is_right:
                     sock.settimeout(None)
                     return rest
         except (OSError, ProtocolError) as exc:
-            raise Refused("no token: %s" % exc) from exc
-        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS)
+            raise Refused("no token: %s" % exc, peer) from exc
+        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS, peer)
 
-    def check_token(self, candidate):
-        """Return whether `candidate`, from the wire, is the token, in constant time."""
+    def check_guess(self, peer, reason, check, *args):
+        """Return `check(*args)`, of a token or secret; late, where `peer` was wrong several times.
+
+        The wait comes first: a guesser learns nothing sooner by more connections. `reason` is what
+        is put on record where it is wrong.
+        """
+        wrong = self._guesses.get(peer.who, 0)
+        if wrong >= FREE_GUESSES:
+            time.sleep(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
+        is_right = check(*args)
+        if is_right:
+            self._guesses.pop(peer.who, None)
+        else:
+            _remember(self._guesses, peer.who, self._guesses.get(peer.who, 0) + 1)
+            self.refuse(peer, reason)
+        return is_right
+
+    def check_token(self, candidate, proofs=()):
+        """Return whether `candidate`, from the wire, is the token, in constant time.
+
+        Or one of the `proofs` that stand for it.
+        """
         import hmac
         if isinstance(candidate, str):
             candidate = candidate.encode("utf-8", "replace")
-        return (self.token is not None and isinstance(candidate, bytes)
-                and hmac.compare_digest(candidate, self.token))
+        known = [self.token, *proofs] if self.token is not None else []
+        return isinstance(candidate, bytes) and any(
+            [hmac.compare_digest(candidate, each) for each in known])
+
+    def refuse(self, peer, reason, **facts):
+        """Have a refusal on record; of many of one peer one line a second, with a count."""
+        logged, left_out = self._refusals.get(peer.who, (None, 0))
+        if logged is not None and time.monotonic() - logged < 1 / REFUSALS_PER_S:
+            return _remember(self._refusals, peer.who, (logged, left_out + 1))
+        _remember(self._refusals, peer.who, (time.monotonic(), 0))
+        if left_out:
+            facts["left_out"] = left_out
+        self.audit("refused", peer=peer, reason=reason, **facts)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
@@ -7774,6 +8337,17 @@ class Door:
         self.audit(event, session=number, peer=peer, source=source)
         if hasattr(sys, "audit"):
             sys.audit("hotrepl.exec", source, number)  # novm
+
+
+def _remember(table, key, value):
+    table[key] = value
+    with suppress(KeyError):      # another thread may have done it
+        if len(table) > PEERS_REMEMBERED:
+            table.popitem(last=False)
+
+
+# The extended key usage clientAuth, 1.3.6.1.5.5.7.3.2, as it stands in a certificate (RFC 5280).
+CLIENT_PURPOSE = bytes.fromhex("06082b06010505070302")
 
 
 def _checked_token(token):
@@ -7825,7 +8399,8 @@ class _TokenMessages:
         for at in range(1, len(received) + 1):
             for body in self._decoder.feed(received[at - 1:at]):
                 is_attempt = isinstance(body, dict) and body.get("command") == "Authenticate"
-                return (body.get("token") if is_attempt else None) or b"", received[at:]
+                shown = is_attempt and (body.get("proof") or body.get("token"))
+                return shown or b"", received[at:]
         return None, b""
 
     def answer(self, is_right):
@@ -7847,6 +8422,11 @@ class Peer:
     def host(self):
         """The address without the port."""
         return self.address.rpartition(":")[0]
+
+    @property
+    def who(self):
+        """What all connections of one user on one machine have in common."""
+        return self.host, self.uid
 
     def __str__(self):
         return "%s uid %s%s%s" % (
@@ -7876,9 +8456,10 @@ def identify(sock, netlink=None):
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
-        raise Refused("%s was gone before it was identified" % address) from exc
-    if inode == 0 and (uid is not None or _is_loopback(theirs[0]) or theirs[0] == ours[0]):
-        raise Refused("%s belongs to no process that can be seen from here" % address)
+        raise Refused("%s was gone before it was identified" % address, Peer(address)) from exc
+    if inode == 0 and (uid is not None or is_local(theirs)):
+        raise Refused("%s belongs to no process that can be seen from here" % address,
+                      Peer(address))
     return Peer(address, None if _is_ambiguous(uid) else uid)
 
 
@@ -7886,7 +8467,7 @@ def _peer_name(sock):
     try:
         return sock.getpeername()
     except OSError as exc:
-        raise Refused("it was gone at once") from exc
+        raise Refused("it was gone at once", Peer("unknown")) from exc
 
 
 def _address(name):
@@ -7926,17 +8507,48 @@ def tcp_owner(theirs, ours, netlink=None):
     """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
 
     A miss counts only in a table that lists our own end: a kernel without tcp_diag and the empty
-    /proc of a sandbox say "no such socket" to everything.
+    /proc of a sandbox say "no such socket" to everything. It is final for an address of another
+    machine; a socket of this one can be bound to a device, and is found by asking for that.
     """
-    for look_up in (functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs):
+    answer = None, None
+    for look_up in _look_ups(theirs, netlink):
         try:
             owner = look_up(theirs, ours)
-            if owner or look_up(ours, theirs):
-                return owner or (None, 0)
+            if owner:
+                return owner
+            if look_up(ours, theirs):
+                answer = None, 0
+                if not is_local(theirs):
+                    break
         except (OSError, AttributeError) as exc:      # a sandbox, or not Linux
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
                 raise             # this tells nothing about the peer
-    return None, None
+    return answer
+
+
+def _look_ups(theirs, netlink):
+    """Yield the ways to find an owner, each only tried when the one before it has failed."""
+    yield functools.partial(owner_by_netlink, netlink=netlink)
+    if is_local(theirs):
+        with suppress(OSError, AttributeError):
+            for index, _ in socket.if_nameindex():
+                yield functools.partial(owner_by_netlink, netlink=netlink, interface=index)
+    yield owner_by_procfs
+
+
+def is_local(address):
+    """Return whether a socket's address is one of this machine: the way there begins at it."""
+    if _is_loopback(address[0]):
+        return True
+    try:                          # a UDP socket sends nothing for it; bind() may take any address
+        with socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET,
+                           socket.SOCK_DGRAM) as probe:
+            probe.connect((address[0], 9) + tuple(address[2:]))
+            return _packed(probe.getsockname()[0]) == _packed(address[0])
+    except OSError as exc:
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            raise
+        return False
 
 
 # TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
@@ -7954,21 +8566,22 @@ def open_netlink():
     return netlink
 
 
-def owner_by_netlink(theirs, ours, netlink=None):
+def owner_by_netlink(theirs, ours, netlink=None, interface=0):
     """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
 
     Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer.
     """
     if netlink is None:
         with open_netlink() as netlink:
-            return owner_by_netlink(theirs, ours, netlink)
+            return owner_by_netlink(theirs, ours, netlink, interface)
     ports, ends = struct.pack("!HH", theirs[1], ours[1]), (_packed(theirs[0]), _packed(ours[0]))
     family = socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6
     number = next(_queries) & 0xFFFFFFFF
     query = struct.pack("=IHHII4BI4s16s16sIII",
                         72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
                         family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,   # inet_diag_req_v2
-                        ports, ends[0], ends[1], (theirs + (0, 0))[3], 0xFFFFFFFF, 0xFFFFFFFF)
+                        ports, ends[0], ends[1], interface or (theirs + (0, 0))[3], 0xFFFFFFFF,
+                        0xFFFFFFFF)
     netlink.sendto(query, (0, 0))
     answer = _receive_answer(netlink, number)
     kind, error = struct.unpack_from("=4xH10xi", answer)
@@ -8033,6 +8646,31 @@ def _is_loopback(host):
     return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
 
 
+def server_owner(sock):
+    """Return the uid of the server at the other end of a socket that we connected; None: unknown.
+
+    It may not have accepted yet: then the listener counts, which has the connection in its queue.
+    PermissionError: it is at an address of this machine, and no process that can be seen has it.
+    """
+    theirs = sock.getpeername()
+    if _address(theirs) == "unix socket":
+        return _unix_owner(sock)[0]
+    uid, inode = tcp_owner(theirs, sock.getsockname())
+    if inode == 0:
+        uids = [tcp_owner((host, theirs[1]), (nobody, 0))[0]
+                for host, nobody in _listening_for(theirs[0])]
+        uid = next((each for each in uids if each is not None), None)
+        if uid is None and is_local(theirs):
+            raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
+                                  % _address(theirs))
+    return None if _is_ambiguous(uid) else uid
+
+
+def _listening_for(host):
+    """Return the (address, peer's address) of listeners that get connections to `host`."""
+    return [(host, "::" if ":" in host else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
+
+
 def knows_local_peers():
     """Find out by a socket of our own whether this system tells whose a socket is.
 
@@ -8049,17 +8687,21 @@ def knows_local_peers():
 
 
 class FirstBytes:
-    """Finds out from its first line whether a connection speaks another protocol than ours.
+    """Finds out from its first lines whether a connection speaks another protocol than ours.
 
-    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. It holds
-    nothing back: the lines before its decision are blank. On the control channel one byte decides:
-    there is no skipping to the first message, since a web page can put one into a request's body.
+    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. The first
+    line that isn't blank decides. Up to the next blank one, at most HEADER_LIMIT_BYTES, no line may
+    name a Host: a browser's request has one, however its first line looks. It holds nothing back.
+    On the control channel one byte decides: there is no skipping to the first message, since a web
+    page can put one into a request's body.
     """
 
     def __init__(self, is_control=False):
         self.is_over = False
         self._is_control = is_control
-        self._line = b""          # the first line that isn't blank; of a long one, both ends
+        self._has_begun = False   # the first line that isn't blank is past
+        self._room = HEADER_LIMIT_BYTES
+        self._line = b""          # the line that is being received; of a long one, both ends
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -8069,11 +8711,18 @@ class FirstBytes:
             self.is_over = True
             known = foreign_greeting(received) or "not a control message"
             return None if received[:1] == IAC else known
-        line = self._line + received
-        line = line[re.match(_BLANK, line).end():]
-        is_ours = line.startswith(BEGIN)      # our client's secret
-        foreign = None if is_ours else foreign_greeting(line)
-        self.is_over = is_ours or foreign is not None or b"\n" in line or b"\r\0" in line
+        text, foreign = self._line + received, None
+        if not self._has_begun:
+            text = text[re.match(_BLANK, text).end():]
+            self.is_over = text.startswith(BEGIN)     # our client's secret
+            foreign = None if self.is_over else foreign_greeting(text)
+            self._has_begun = b"\n" in text or b"\r\0" in text
+        blank = re.search(rb"\n\r?\n", text)
+        if not (self.is_over or foreign) and re.search(_HOST_LINE, text[:blank and blank.end()]):
+            foreign = "an HTTP request"
+        self._room -= len(received)
+        self.is_over |= bool(foreign or blank or self._has_begun and self._room < 0)
+        line = text[max(text.rfind(b"\n"), 0):]
         # A web page can make the URL in its request as long as it likes.
         self._line = line if len(line) <= 2048 else line[:1024] + line[-1024:]
         return foreign
@@ -8082,22 +8731,29 @@ class FirstBytes:
 # Two words side by side are no Python, unless one is a keyword (`1and x` has one too).
 _NO_KEYWORD = (r"(?!\d*(?:%s)\b)" % "|".join(keyword.kwlist)).encode("ascii")
 
+_METHOD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"         # RFC 9110: a token
+_URL = rb"[A-Za-z][\w+.-]*:\S*"
+# A field name is caseless; but `host: str` in front of a bare LF is an annotation.
+_HOST_LINE = rb"(?m)^(?:(?i:host):[ \t]*[^\s\"#]*[ \t]*\r\n|H(?:ost|OST):[ \t]*[\w.:[\]-]*[ \t]*\n)"
+
 # What no Python program starts with. A row decides at its last byte, so one that could also begin
 # an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
 # for long: the bytes are a stranger's. What a web page can have its browser send is HTTP even where
-# it is Python too (`GET / HTTP/1.1` divides): any method, a target that begins with a slash, CRLF.
-# Hence a method may have signs of a comment or a string (`#x`) only in a line that ends in CRLF.
+# it is Python too (`GET / HTTP/1.1` divides): every request line of RFC 9112, with CRLF. In front
+# of a bare LF a method has no sign of a comment or a string, such as `#x`.
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
-    # RFC 9112: any method, any form of target. RTSP, SIP and ICAP look the same.
-    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|[\w*[][^\s#'\"]*)"
-                        rb"[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
-    ("an HTTP request", rb"[!#-'*+.^-z|~A-Z0-9-]+ /\S* HTTP/\d[\d.]*\r\n"),
+    # RFC 9112, and lines that are nearly valid. RTSP, SIP and ICAP look the same.
+    ("an HTTP request", _METHOD + rb" (?:/\S*|\*|" + _URL + rb"|[^\s/?#]*:\d*) HTTP/\d\.\d\r\n"),
+    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|" + _URL
+     + rb"|[\w*[][^\s#'\"]*)[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
     ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH) /[^\n]* HTTP/\d\.\d\r\n"),
     ("an HTTP request",           # and one that is not valid
      rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)[ \t]+HTTP/\d\.\d\r\n"),
-    ("an HTTP request", rb"GET /(?:[\w./-]*/)?\r?\n"),                # HTTP/0.9
+    # HTTP/0.9, or a URL with a line's end in it, which somebody talked the requester into
+    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE) /\S*\r?\n"),
+    ("an HTTP request", rb"[A-Z]+ [A-Za-z][\w+.-]*://\S*\r?\n"),
     ("a message with a header", rb"(?i:content-length): ?\d+\r?\n"),  # LSP, DAP
     ("a PROXY header", rb"PROXY (?:TCP[46] |UNKNOWN)"),
     ("an SMTP, FTP, POP3 or IRC command", rb"(?i:EHLO|HELO|LHLO|USER|PASS|NICK) +" + _NO_KEYWORD
@@ -8173,7 +8829,20 @@ def token_path(address):
     """Return the path of the file that holds the token of the server at `address`, as in Server."""
     if isinstance(address, str):
         return address + TOKEN_SUFFIX
-    return os.path.join(runtime_folder(), "token-%d" % address[1])
+    return os.path.join(runtime_folder(), _token_name(address))
+
+
+def stored_tokens(address):
+    """Yield the tokens that servers of ours have left in files for who connects to `address`."""
+    for path in ([token_path(address)] if isinstance(address, str)
+                 else runtime_files(_token_name(address))):
+        with suppress(OSError, ValueError):
+            yield read_private(path).decode("ascii").strip()
+
+
+def _token_name(address):
+    """By port and network: a container may share our folder, and its ports are not ours."""
+    return "-".join(["token-%d" % address[1]] + re.findall(r"net:\[(\d+)", str(namespaces())))
 
 
 def runtime_folder():
@@ -8250,6 +8919,22 @@ def process_mark(pid):
 def effective_uid():
     """Return the effective uid of this process; 0 where the system has none."""
     return getattr(os, "geteuid", int)()
+
+
+def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
+    """Return the bytes of the file `path`; OSError unless it is a small one that only we may open.
+
+    Whoever may write to its folder can put a link there to another file of ours, or a FIFO.
+    """
+    flags = os.O_RDONLY | sum(getattr(os, name, 0)
+                              for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    with open(os.open(path, flags), "rb") as file:
+        info = os.fstat(file.fileno())
+        is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
+        if (not stat.S_ISREG(info.st_mode) or is_open and os.name == "posix"
+                or info.st_nlink > 1 or info.st_size > limit_bytes):
+            raise PermissionError(errno.EPERM, "%s is no small file that only we may open" % path)
+        return file.read(limit_bytes)
 
 
 def write_private(path, content):
@@ -8404,6 +9089,13 @@ class Connection:
             self._backlog.append(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
             self.flush()
 
+    def name_control(self, address, proof):
+        """Tell the client the port of the control channel, and what to show there as a token."""
+        port = 0 if isinstance(address, str) else address[1]
+        with self.lock:
+            self._backlog.append(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END)
+            self.flush()
+
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
@@ -8461,6 +9153,16 @@ class Connection:
         except (OSError, ValueError):
             return b""
 
+    def is_closed_by_peer(self):
+        """Return whether a client with marks has closed the connection, which others do half."""
+        try:
+            return self.has_marks and hasattr(socket, "MSG_DONTWAIT") and not self.sock.recv(
+                1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):
+            return True
+
     def shut(self):
         """Wake whoever reads or writes here: nothing comes any more; from any thread."""
         self.is_broken = self.is_shut = True
@@ -8501,6 +9203,7 @@ class Session:
         self._inputs = InputDecoder()
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
+        self.proof = make_token()                 # told here, it passes for the token there
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -8610,11 +9313,14 @@ class Session:
             self._own_loop = OwnLoop()
         return run_on_loop(self.server.loop or self._own_loop.loop, function, *args)
 
-    def tasks(self):
-        """Return the asyncio tasks of the loops that the session knows."""
+    def loops(self):
+        """Return the asyncio loops that the session knows."""
         loops = [self.server.loop, self._own_loop and self._own_loop.loop]
-        return [task for loop in loops if loop is not None
-                for task in sys.modules["asyncio"].all_tasks(loop)]
+        return [loop for loop in loops if loop is not None]
+
+    def is_left(self):
+        """Return whether the client has gone, also while nothing is read."""
+        return self.connection.is_broken or self.connection.is_closed_by_peer()
 
     def follow(self, is_wanted):
         """Begin or end to show what the program's threads print and log."""
@@ -8705,8 +9411,10 @@ class Session:
     def _receive(self, kind):
         if self.turn == 1:        # while the user reads the first prompt
             note_sources()
-        if kind == "input":       # the prompt needs no waker: `_prompt_again` serves it
-            self._wait_for_data()
+        # Without a limit the prompt needs no waker: `_prompt_again` serves it.
+        if kind == "input" or self.server.idle_timeout_s is not None:
+            if not self._wait_for_data():
+                self._end_idle()
         data = self.connection.receive()
         if not self._first_bytes.is_over:
             data = self._without_foreign(data)
@@ -8714,6 +9422,9 @@ class Session:
             self._inputs.feed(data)
         else:
             self._inputs.close()
+        if self._inputs.asks_for_control:
+            self._inputs.asks_for_control = False
+            self.connection.name_control(self.server.control_address, self.proof)
         if not self._secret_came.is_set() and (self._inputs.secret or self._inputs.ready):
             self._secret_came.set()
 
@@ -8724,7 +9435,7 @@ class Session:
             return data
         self._inputs = InputDecoder()     # not even the half of a line runs
         self.connection.shut()
-        self.server.door.audit("refused", session=self.number, peer=self.peer, reason=foreign)
+        self.server.door.refuse(self.peer, foreign, session=self.number)
         return b""
 
     def _wait_for_data(self):
@@ -8735,11 +9446,17 @@ class Session:
             with selectors.DefaultSelector() as selector:
                 selector.register(pair[0], selectors.EVENT_READ)
                 selector.register(self.connection.sock, selectors.EVENT_READ)
-                selector.select()
+                return bool(selector.select(self.server.idle_timeout_s))
         except (OSError, ValueError):
-            pass                  # the connection was closed meanwhile: receive() tells
+            return True           # the connection was closed meanwhile: receive() tells
         finally:
             shield(self._drop_waker, pair)
+
+    def _end_idle(self):
+        self.connection.send_note("\nhotrepl: no input for %g s, this session ends\n"
+                                  % self.server.idle_timeout_s)
+        self.server.door.audit("idle", session=self.number, peer=self.peer)
+        self.close()
 
     def _make_waker(self, pair):
         pair.extend(socket.socketpair())
@@ -9189,8 +9906,7 @@ class ControlConnection(threading.Thread):
             for data in iter(self._receive, b""):
                 foreign = first_bytes.feed(data)
                 if foreign:
-                    return self.server.door.audit("refused", channel="control",
-                                                  peer=self.peer, reason=foreign)
+                    return self.server.door.refuse(self.peer, foreign, channel="control")
                 for body in decoder.feed(data):
                     self.sock.sendall(encode_message(self._reply(body)), NO_SIGNAL)
         except ProtocolError as exc:
@@ -9250,8 +9966,10 @@ class ControlConnection(threading.Thread):
 
     def _do_PairWithSession(self, request):
         session = self.server.find_session(request["id"])
-        if session is None or not session.may_pair(self.peer, request.get("secret")):
-            raise ProtocolError("no session %d that this connection may pair with" % request["id"])
+        reason = "no session %d that this connection may pair with" % request["id"]
+        if not self.server.door.check_guess(self.peer, reason, lambda: session is not None and
+                                            session.may_pair(self.peer, request.get("secret"))):
+            raise ProtocolError(reason)
         self.session = session
 
     def _do_TurnMarks(self, request):
@@ -9297,12 +10015,14 @@ class Server:
     """A running server: see `start`. Usable as a context manager, which stops it."""
 
     def __init__(self, namespace, door, console_class=None, banner=None, loop=None,
-                 run_coroutine=None):
+                 run_coroutine=None, max_sessions=MAX_SESSIONS, idle_timeout_s=None):
         self.namespace = namespace
         self.door = door
         self.console_class = console_class
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
+        self.max_sessions = max_sessions
+        self.idle_timeout_s = idle_timeout_s      # how long a session may wait for input; None: ever
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -9420,6 +10140,10 @@ class Server:
         with self._lock:
             return self._sessions.get(number)
 
+    def check_proof(self, candidate):
+        """Return whether `candidate` is the token, or what an open session was given for it."""
+        return self.door.check_token(candidate, [each.proof for each in self.sessions()])
+
     def session_ended(self, session):
         """Forget `session`; called by its thread at its end."""
         with self._lock:
@@ -9485,7 +10209,7 @@ class Server:
             self._is_short = False
         except Refused as exc:
             sock.close()
-            self.door.audit("refused", channel=channel, reason=str(exc))
+            self.door.refuse(exc.peer, str(exc), channel=channel)
         except BaseException as exc:
             sock.close()
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
@@ -9526,6 +10250,9 @@ class Server:
         with self._lock:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
+            if len(self._sessions) >= self.max_sessions:
+                _say_goodbye(sock, "no more than %d sessions are let in at once" % self.max_sessions)
+                raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = Session(self, self._last_number, Connection(sock, received), peer)
             self._sessions[session.number] = session
@@ -9559,7 +10286,7 @@ class Server:
 
 def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=None, console=None,
           unix=None, allow_uids=(), token=None, insecure=False, ssl_context=None, loop=None,
-          run_coroutine=None):
+          run_coroutine=None, allow_names=None, max_sessions=MAX_SESSIONS, idle_timeout_s=None):
     """Serve REPL sessions over the dict `locals` from now on; return the Server.
 
     `locals` is the namespace of every session: `globals()` to work inside the calling module,
@@ -9578,6 +10305,10 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     a client certificate does as well as a token. ValueError: `bind` can be reached from other
     machines, and none of these guards it; `insecure=True` lets in everybody. `unix`, a path,
     takes the place of `bind` and the ports: the control channel is beside it, PATH.control.
+
+    More than `max_sessions` at once are refused, and one that has waited `idle_timeout_s` for input
+    is ended; both are told why. Where the environment has HOTREPL_DISABLE=1 nothing is opened, and
+    the Server is one that is stopped.
     """
     namespace = {"__name__": "__console__", "__doc__": None} if locals is None else locals
     if not isinstance(namespace, dict):
@@ -9585,9 +10316,14 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     if loop is None and "asyncio" in sys.modules:
         loop = sys.modules["asyncio"]._get_running_loop()
     _use_real_threads()
-    door = Door(allow_uids, token, insecure, ssl_context)
-    server = Server(namespace, door, console, banner, loop, run_coroutine)
-    server.open(bind, port, control_port, unix)
+    door = Door(allow_uids, token, insecure, ssl_context, allow_names)
+    server = Server(namespace, door, console, banner, loop, run_coroutine, max_sessions,
+                    idle_timeout_s)
+    if os.environ.get("HOTREPL_DISABLE", "0") not in ("", "0"):
+        log.warning("HOTREPL_DISABLE is set: no server is started")
+        server.stop()
+    else:
+        server.open(bind, port, control_port, unix)
     return server
 
 
@@ -9639,15 +10375,16 @@ class Admission(threading.Thread):
                 door.shake_hands(self.sock, self.peer)
             received = b""
             if self.peer.needs_token:
-                received = door.ask_token(self.sock, self.channel == "control")
+                check = self.server.check_proof if self.channel == "control" else door.check_token
+                received = door.ask_token(self.sock, self.peer, self.channel == "control", check)
             if not self._decision.acquire(False):
-                raise Refused(self._reason)
+                raise Refused(self._reason, self.peer)
             self._hand_over(received)
         except Refused as exc:
             self.sock.close()
             reason = str(exc) if self._reason is None else self._reason
             if reason:
-                door.audit("refused", channel=self.channel, peer=self.peer, reason=reason)
+                door.refuse(self.peer, reason, channel=self.channel)
         except (OSError, ValueError, RuntimeError) as exc:    # it is gone, or we are stopping
             self.sock.close()
             log.debug("connection of %s dropped: %s", self.peer, exc)
@@ -9693,6 +10430,12 @@ def _hold_sigpipe(is_held):
     if hasattr(signal, "pthread_sigmask"):
         how = signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK
         signal.pthread_sigmask(how, [signal.SIGPIPE])
+
+
+def _say_goodbye(sock, text):
+    with suppress(OSError):       # nothing was sent there before: it has room, and does not block
+        sock.sendall(b"hotrepl: %s\n" % text.encode("ascii"), NO_SIGNAL)
+        shut_down(sock, socket.SHUT_WR)
 
 
 def stop():
@@ -9809,9 +10552,7 @@ def _token_file(address, token):
         yield
     finally:
         with suppress(OSError):   # it was removed with the folder, say
-            with open(path, "rb") as file:
-                is_ours = file.read() == token
-            if is_ours:
+            if read_private(path) == token:
                 os.unlink(path)
 
 
@@ -10825,11 +11566,7 @@ def _tokens(address, token):
         yield token
     elif isinstance(address, str) or address[0] in ("localhost", "127.0.0.1", "::1"):
         # No other machine is shown the token of a server on this one.
-        for path in ([token_path(address)] if isinstance(address, str)
-                     else runtime_files("token-%d" % address[1])):
-            with suppress(OSError):
-                with open(path) as file:
-                    yield file.read().strip()
+        yield from stored_tokens(address)
     while sys.stdin is not None and sys.stdin.isatty():
         yield getpass.getpass("token: ")
 
@@ -11276,6 +12013,10 @@ def _start_server(options, main_module, done):
     server = start(vars(main_module), options.bind, options.port, options.control_port,
                    unix=options.unix, token=options.token, insecure=options.insecure)
     server.on_stop = done.set
+    if server.address is None:
+        _say("HOTREPL_DISABLE is set: no server is started")
+        done.set()
+        return server
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
