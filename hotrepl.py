@@ -5149,7 +5149,8 @@ class _Apply:
         values, news = dict(vars(old)), dict(vars(new))
         skips = _CLASS_SKIPS | ({"__module__", "__qualname__"} if self.is_patch else set())
         found = None if self.is_patch else self._pair_of(new)
-        kept = _kept_class_names(found, new) if found else set()
+        kept = _kept_class_names(found, new) if found and not self.everything and (
+            found[1].change != "again") else set()
         for name, value in news.items():
             if name not in skips and not isinstance(value, _SLOT_TYPES):
                 folded = self.fold(values.get(name, _MISSING), value)
