@@ -2972,14 +2972,14 @@ def note_sources(modules=None):
 
 def _new_modules():
     """Return the program's own modules, or none where nothing was imported since the last call."""
-    loaded = list(map(id, list(sys.modules.values())))
-    if loaded == _looked_at:
+    count = len(sys.modules)
+    if _looked_at == [count]:
         return []
-    _looked_at[:] = loaded
+    _looked_at[:] = [count]
     return [(name, module) for name, module, _ in _own_modules()]
 
 
-_looked_at = []  # ids of the modules that were loaded when note_sources() looked last
+_looked_at = []  # [how many modules were loaded when note_sources() looked last]
 
 
 def _note(module):
@@ -3310,8 +3310,8 @@ def _pair(olds, news, is_compiled_alike=True):
     for j, new in enumerate(news):
         old = olds[partners[j]] if j in partners else None
         change = _change(old, new)
-        if change == "same" and not is_compiled_alike and new.has_definitions:
-            change = "moved"
+        if change in _LEFT_ALONE and not is_compiled_alike and new.has_definitions:
+            change = "live" if new.is_function else "again"
         pairs.append(_Pair(old, new, change))
     pairs = _with_uncovered(pairs, olds, news)
     return pairs + [_Pair(old, None, "gone") for i, old in enumerate(olds) if i not in taken]
@@ -4036,7 +4036,9 @@ class _Evidence:
             self.found += [_Found("%s.%s" % (path, name), "%s.%s is not in the file" % (path, name))
                            for name in _added_to_class(statement, cls, self.set_attributes)
                            if (path, name) not in self.gone]
-        return "same" if all(pair.change == "same" for pair in pairs) else "class"
+        is_same = all(pair.change == "same" for pair in pairs) and not any(
+            where == path for where, _ in self.gone)
+        return "same" if is_same else "class"
 
     def _look_for_extras(self, names):
         for name, value in list(self.space.items()):
@@ -4358,6 +4360,7 @@ class _Apply:
         self.by_name = {edit.name: edit for edit in edits}
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
+        self.ordered = []               # the edits in the order in which they were applied
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
         self.olds = set()               # ids of the functions and classes that were folded into
@@ -4480,6 +4483,7 @@ class _Apply:
         self._run_for_closures(scope)
         self._retire_gone(scope, edit.pairs)
         self._follow(edit)
+        self.ordered.append(edit)
 
     def _annotate(self, edit):
         """3.14: make of the annotations that each statement brought one function, as an import does.
@@ -5535,7 +5539,7 @@ class _Apply:
             function()
         self._fill_attributes()
         self._call_hooks()
-        for edit in self.edits:
+        for edit in self.ordered:
             self._report_names(edit)
             self._report_not_run_again(edit)
             self._report_removed(edit)
@@ -5796,9 +5800,16 @@ class _Apply:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
                 if self._is_old(first):
-                    name = getattr(first.f_code, "co_qualname", first.f_code.co_name)
-                    name = codes.get(id(first.f_code), (name,))[0]
+                    name = codes.get(id(first.f_code), (None,))[0] or self._path_of(first.f_code)
                     self.stuck[name, reason] += 1 + len(more)
+
+    def _path_of(self, code):
+        """Return the path of a code that is no live function's any more."""
+        for edit in self.edits if not hasattr(code, "co_qualname") else ():     # 3.6-3.10
+            for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
+                if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
+                    return path
+        return getattr(code, "co_qualname", code.co_name)
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
@@ -9410,7 +9421,7 @@ class Session:
                 self.connection.flush()
 
     def _receive(self, kind):
-        if self.turn == 1:        # while the user reads the first prompt
+        if kind == "prompt":      # while the user reads it: what was imported since the last one
             note_sources()
         # Without a limit the prompt needs no waker: `_prompt_again` serves it.
         if kind == "input" or self.server.idle_timeout_s is not None:
@@ -9885,6 +9896,11 @@ def _forget_error(error):
                 delattr(sys, name)
 
 
+def note_in_background():
+    """Have the sources of the program noted, once a server has started."""
+    threading.Thread(target=note_sources, name="hotrepl notes", daemon=True).start()
+
+
 # === 12. Control channel =====================================================
 # Requests that must not wait behind the text: a thread for each connection, one method for
 # each command of the table in section 3. Every request gets exactly one reply.
@@ -10094,6 +10110,7 @@ class Server:
             REGISTRY.add(self)
             undo.callback(REGISTRY.remove, self)
             self._undo = undo.pop_all()
+        note_in_background()
 
     def stop(self):
         """Close all sessions and listeners and put the process back as it was before `start`.

@@ -12285,7 +12285,8 @@ class Patch(Workspace):
         patch(m.f, new)()
         after = [getattr(m.f, name) for name in names]
         self.assertEqual(after, before)
-        self.assertEqual(list(map(id, after))[:5] if not IS_PYPY else ids[:5], ids[:5])
+        same = [0, 1, 2, 4] + [3] * (sys.version_info < (3, 14))    # since then made when they are read
+        self.assertEqual([id(after[k]) for k in same if not IS_PYPY], [ids[k] for k in same if not IS_PYPY])
 
     @unittest.skipIf(sys.version_info < (3, 7), "dataclasses came with 3.7")
     def test_patched_dataclass_gives_instances_the_new_fields_that_have_a_factory(self):
@@ -12380,17 +12381,17 @@ class Patch(Workspace):
         m = self.load("".join(textwrap.dedent(text.format(*each)) for each in (
             ("", "0", "def gone(self): return 1"), ("1", "1", "def one(self): return 1"),
             ("2", "2", "def one(self): return super().b() + '2'"))))
-        held = m.C0.m
+        held, n = m.C0.m, m.C0.N.n
 
         def state():
             return ([dict(vars(each)) for each in (m.C0, m.C1, m.C2, m.C0.N)],
-                    [each.__code__ for each in (held, m.C1.m, m.C2.one, m.C0.N.n)])
+                    [each.__code__ for each in (held, m.C1.m, m.C2.one, n)])
         states, undos = [], []
         for make in (lambda: patch(m.C0, m.C1), lambda: patch(held, lambda self, n="4": n),
                      lambda: patch(m.C0.N, type("N", (), {"x": 5})), lambda: patch(m.C0, m.C2)):
             states.append(state())
             undos.append(make())
-        self.assertEqual((m.C0().one(), held(m.C0())), ("b2", "2m"))
+        self.assertEqual((m.C0().one(), held(m.C0())), ("2b2", "2m"))
         while undos:
             undos.pop()()
             self.assertEqual(state(), states.pop(), len(undos))
