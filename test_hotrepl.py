@@ -12662,7 +12662,7 @@ class TablesOfTheReadme(Case):
         ("an ABC", "IdentityIsKept.test_abstract_class_keeps_registered_classes"),
         ("a class attribute",
          "IdentityIsKept.test_class_attribute_of_an_unchanged_line_keeps_its_value"),
-        ("a constant", "OnlyWhatChangedRuns.test_constant_imported_elsewhere_is_listed"),
+        ("a constant", "OnlyWhatChangedRuns.test_constant_imported_elsewhere_follows"),
         ("a method that is abstract",
          "IdentityIsKept.test_method_that_is_no_longer_abstract_frees_the_subclasses"),
         ("what a decorator or",
