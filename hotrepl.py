@@ -2218,16 +2218,9 @@ def _hint(name, called):
 
 def _signature(called):
     """Its inspect.Signature without what has a user's repr; None if none can be had safely."""
-    import functools
     import inspect
-    call = _find(type(called), "__call__")
-    if _find(type(called), "__getattr__") is not _MISSING:
-        return None
-    if type(call) is types.FunctionType and type(call.__code__) is types.CodeType:
-        if type(called) is not functools.partial:  # PyPy's is written in Python
-            called = types.MethodType(call, called)
     try:
-        found = inspect.signature(called)
+        found = inspect.signature(_bare(called))
     except Exception:
         return None
     return found.replace(return_annotation=found.empty, parameters=[
@@ -2235,10 +2228,84 @@ def _signature(called):
         for p in found.parameters.values()])
 
 
+def _bare(called, depth=0):
+    """Return something with the signature of `called` that runs nothing while that is looked at.
+
+    inspect itself asks for __signature__, __wrapped__ and more by getattr, and calls what it finds.
+    """
+    import functools
+    kind = type(called)
+    if _is_python(called):
+        own = _function_dict(called)
+        if _is_python(own.get("__wrapped__")) and depth < 20:
+            return _bare(own["__wrapped__"], depth + 1)
+        return _copy_function(called)
+    if kind is types.MethodType and _is_python(called.__func__):
+        return types.MethodType(_bare(called.__func__), 0)
+    if kind is functools.partial and type(called) is not type(called.func):
+        return functools.partial(_bare(called.func), *called.args, **called.keywords)
+    if issubclass(kind, type):
+        return _bare_class(called, kind)
+    call = _find(kind, "__call__")
+    if _is_python(call):
+        return types.MethodType(_bare(call), 0)
+    if _is_exactly(called, *_BINDABLE, types.BuiltinFunctionType):
+        return called
+    raise ValueError("its signature can't be had safely")
+
+
+def _bare_class(called, metaclass):
+    call = _find(metaclass, "__call__")
+    if _is_python(call):
+        return types.MethodType(_bare(call), 0)
+    for base in _class_mro(called):
+        for name in "__new__", "__init__":
+            made = _class_dict(base).get(name)
+            made = made.__func__ if type(made) is staticmethod else made
+            if _is_python(made):
+                return types.MethodType(_bare(made), 0)
+        if not type.__flags__.__get__(base) & _STATEMENTS:
+            return (lambda: None) if base is object else base
+    raise ValueError("its signature can't be had safely")
+
+
+def _is_python(function):
+    """Return whether it is a function with Python code; PyPy's builtins are functions without."""
+    return type(function) is types.FunctionType and type(function.__code__) is types.CodeType
+
+
+_STATEMENTS = 1 << 9              # Py_TPFLAGS_HEAPTYPE: a class statement made it
+_function_dict = vars(types.FunctionType)["__dict__"].__get__
+
+
+def _copy_function(function):
+    """Return a function of the same signature, without what its owner put into its __dict__."""
+    copy = types.FunctionType(function.__code__, {}, function.__name__, function.__defaults__,
+                              function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    annotate = getattr(function, "__annotate__", None)
+    if annotate is None:
+        copy.__annotations__ = function.__annotations__
+    elif annotate.__code__.co_name == "__annotate__":     # else the program's own
+        import annotationlib      # 3.14: as text, since to evaluate them would run code
+        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)
+        copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
+    return copy
+
+
+class _Shown(str):
+    """The text of an annotation, which inspect shows by its repr."""
+
+    __repr__ = str.__str__
+
+
 def _plain(value):
     """A default or an annotation; `...` for it if its text could be a user's code or long."""
-    is_plain = _is_exactly(value, type, type(None), bool, int, float, str, bytes)
-    return value if is_plain or _find(type(value), "__module__") == "typing" else ...
+    if type(value) is type:
+        return value if type(_class_dict(value).get("__module__", "")) is str else ...
+    if type(value) is _Shown:
+        return value if re.match(r"[\w.]+\Z", value) else ...
+    return value if _is_exactly(value, type(None), bool, int, float, str, bytes) else ...
 
 
 def _names_in_module(module):

@@ -9626,6 +9626,58 @@ class TestCompletingCalls(CompletionCase):
         self.assertEqual(self.hint("call(").replace(" ", ""), "call(first=...,second:...=1)")
         self.assertEqual(Sample.ran, [])
 
+    def test_no_code_of_the_program_s_is_run_for_the_hint(self):
+        class Odd(type):
+            def __getattribute__(cls, name):
+                Sample.ran.append("metaclass %s" % name)
+                return super().__getattribute__(name)
+
+            def __eq__(cls, other):
+                Sample.ran.append("metaclass ==")
+                return True
+
+            __hash__ = type.__hash__
+
+        class Thing(metaclass=Odd):
+            def __init__(self, width, height=2):
+                pass
+
+            def __getattribute__(self, name):
+                Sample.ran.append("thing %s" % name)
+                return object.__getattribute__(self, name)
+
+            def __call__(self, times):
+                Sample.ran.append("call")
+
+        def shown():
+            Sample.ran.append("signature")
+
+        def plain(first, second: Thing = 1):
+            pass
+
+        def wrapping(*args):
+            pass
+
+        def signed(first):
+            pass
+
+        Sample.ran.clear()
+        signed.__signature__ = shown
+        wrapping.__wrapped__ = object.__new__(Thing)
+        self.namespace.update(plain=plain, wrapping=wrapping, signed=signed, Thing=Thing, thing=object.__new__(Thing),
+                              part=functools.partial(object.__new__(Thing), 1), wrapped=functools.wraps(plain)(wrapping))
+        for line, hint in (("signed(", "signed(first)"), ("Thing(", "Thing(width, height=2)"),
+                           ("thing(", "thing(times)"), ("part(", "part()")):
+            Sample.ran.clear()
+            self.assertEqual((self.hint(line) or "").partition("\n")[0], hint)
+            self.assertEqual(Sample.ran, [], line)
+        self.assertIn(self.hint("wrapped(").replace(" ", ""), ("wrapped(first,second:...=1)", "wrapped(first,second:Thing=1)"))
+        wrapping.__wrapped__ = object.__new__(Thing)
+        Sample.ran.clear()
+        self.assertEqual((self.hint("wrapping("), Sample.ran), ("wrapping(*args)", []))
+        self.matches("part(tim")
+        self.assertEqual(Sample.ran, [])
+
     def test_there_is_no_hint_for_what_is_not_called(self):
         for line in ("function", "function(a", "(", "if (", "'text'(", "def function(", "nobody("):
             self.assertIsNone(self.hint(line), line)
@@ -13890,7 +13942,7 @@ class Promises(Case):
                 name.split(".")[0] for name in os.listdir(os.path.dirname(os.__file__))}
             names |= {name.split(".")[0] for folder in sys.path if "lib-dynload" in folder
                       for name in os.listdir(folder)}
-        names |= {"__pypy__", "msvcrt", "winreg", "_winapi", "readline"}
+        names |= {"__pypy__", "msvcrt", "winreg", "_winapi", "readline", "annotationlib"}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom):
                 self.assertEqual(node.level, 0)
