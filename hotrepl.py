@@ -10606,8 +10606,15 @@ def _misuse(text):
 
 
 def _say(text):
+    stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
+    raw = getattr(getattr(stderr, "buffer", None), "raw", None)
     with suppress(OSError):       # /dev/full, say
-        print("hotrepl: " + text, file=sys.stderr or io.StringIO(), flush=True)
+        stderr.flush()
+        # Past the buffer: what that cannot write it keeps, and the program's exit would fail for it.
+        if raw is None:
+            stderr.write(line)
+        else:
+            raw.write(line.encode(stderr.encoding, "backslashreplace"))
 
 
 if __name__ == "__main__":

@@ -8541,9 +8541,10 @@ class Programs(Case):
     def test_it_runs_though_stderr_is_closed_or_full(self):
         folder = self.folder()
         folder.write("script.py", "print('runs')")
-        for words in ("2>&-", "2>/dev/full"):
+        for words, unbuffered in (("2>&-", ""), ("2>&-", "1"), ("2>/dev/full", ""), ("2>/dev/full", "1")):
             command = " ".join(map(shlex.quote, python_command(*serve_words("script.py")))) + " " + words
-            out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL)
+            out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL,
+                                          env=environment(PYTHONUNBUFFERED=unbuffered))
             self.assertEqual(out, b"runs\n", words)
 
     def test_an_error_of_one_visitor_does_not_hide_what_died_from_the_next(self):
