@@ -9204,6 +9204,45 @@ class BusyPorts(Case):
         self.assertNotIn(":%d " % port, err.until("\n"))
 
 
+@unittest.skipUnless(hasattr(sys, "remote_exec"), "3.14: remote_exec")
+class RemoteExec(Case):
+    """The README's recipe for a process that did not start a server."""
+
+    WAITS = "import sys, time\nn = 41\nprint('runs', flush=True)\nwhile n: time.sleep(0.01)\nprint('over')"
+
+    def start(self, *flags, **env):
+        """Start a program; return it, and what `remote_exec` is told, out of the README."""
+        text = readme_text()
+        section = text[text.index("### A process that did not start a server"):]
+        folder = self.folder()
+        self.path = os.path.join(folder.path, "visit")
+        script = re.search("(?s)```python\n(# visit.py\n.*?)```", section).group(1)
+        for old, new in (("/srv/tools", os.path.dirname(SOURCE_PATH)), ("/run/user/1000/visit", self.path)):
+            self.assertEqual(script.count(old), 1)
+            script = script.replace(old, new)
+        self.assertEqual(len([line for line in script.splitlines() if line[0] != "#"]), 4)
+        folder.write("visit.py", script)
+        folder.write("program.py", self.WAITS)
+        program = folder.start("program.py", flags=flags, **env)
+        program.until("runs\n")
+        command = re.search(r"\$ sudo python3.14 -c '(.*)'", section).group(1)
+        return program, command.replace("4711", str(program.process.pid)).replace("/srv/tools", folder.path)
+
+    def test_it_is_visited_by_the_recipe_of_the_readme(self):
+        program, command = self.start()
+        exec(command)
+        eventually(lambda: os.path.exists(self.path + ".control"), "the server")
+        wire = self.wire(self.path)
+        self.assertEqual(wire.ask("n + 1"), "42\n")
+        wire.ask("n = 0")
+        self.assertEqual(program.end(), [0, "over\n", ""])
+
+    def test_the_interpreters_switches_forbid_it(self):
+        for flags, env in ((["-X", "disable-remote-debug"], {}), ([], {"PYTHON_DISABLE_REMOTE_DEBUG": "1"})):
+            _, command = self.start(*flags, **env)
+            self.assertRaisesRegex(RuntimeError, "not enabled in the remote process", exec, command)
+
+
 class Workers(NotesCase):
     """Pre-forking servers and pools: each process has its own server, one command reaches all."""
 
