@@ -3064,6 +3064,11 @@ class Commands(Case):
         self.assertEqual(outcome["exception"]["type"], "ZeroDivisionError")
         self.assertIn("Traceback", outcome["exception"]["traceback"])
 
+    def test_Place_has_the_next_block_run_in_a_module(self):
+        self.assertEqual(self.control.request("Place", module="json", line=7)["status"], "ok")
+        self.assertEqual(self.client.block("__name__"), "'json'\n")
+        self.assertEqual(self.client.block("'the next one', __name__"), self.client.ask("'the next one', __name__"))
+
     def test_Background_turns_the_evaluation_into_a_job(self):
         self.served.namespace["go"] = go = threading.Event()
         self.served.namespace["begun"] = begun = threading.Event()
@@ -6272,6 +6277,165 @@ class Watching(Case):
                 self.assertTrue(sock.recv(100).startswith(b"HTTP/1.0 204 "))
         self.assertRegex(client.turn(), r"^#778 Handler\.answer\(<.*Handler.*>, 777\) -> None  \[3\d\d\.\d\d\d ms, ")
         self.assertEqual(other.ask("Handler.answer.__code__.co_name"), "'answer'\n")
+
+
+class FromEditors(Case):
+    """Blocks that the Place command has run as lines of a module's file."""
+
+    SOURCE = """\
+        import functools
+        ran = []
+        def register(function):
+            ran.append(function.__name__)
+            return functools.wraps(function)(lambda *args: ("registered", function(*args)))
+        def step(x):
+            return x
+        @register
+        def view(x):
+            return x
+        class Till:
+            LIMIT = 3
+            def pay(self, amount=LIMIT):
+                return amount
+            @property
+            def size(self):
+                return 1
+            @size.setter
+            def size(self, value):
+                self.value = value
+            @staticmethod
+            def static(x):
+                return x
+            def __secret(self):
+                return "secret"
+            class Inner:
+                def deep(self):
+                    return 1
+        class Sub(Till):
+            def pay(self, amount=1):
+                return "sub", super().pay(amount)
+            def tell(self):
+                return 1
+        """
+
+    def setUp(self):
+        super().setUp()
+        folder = self.folder()
+        self.path = folder.write("edited_module.py", self.SOURCE)
+        self.module = types.ModuleType("edited_module")
+        self.module.__file__ = self.path
+        sys.modules["edited_module"] = self.module
+        self.addCleanup(sys.modules.pop, "edited_module")
+        exec(compile(textwrap.dedent(self.SOURCE), self.path, "exec"), vars(self.module))
+        self.names = set(vars(self.module))
+        self.client = self.serve().paired()
+
+    def send(self, source, **place):
+        """Return what is shown when `source` runs at that place."""
+        reply = self.client.control.request("Place", **dict({"file": self.path}, **place))
+        self.assertEqual(reply, {"status": "ok"})
+        return self.client.block(source)
+
+    def write(self, source, **place):
+        """The same for an edit of the file that replaces its lines from line `place["line"]` on."""
+        with open(self.path) as file:
+            lines = file.read().split("\n")
+        new = source.split("\n")[:-1]
+        lines[place["line"] - 1:place["line"] - 1 + len(new)] = new
+        with open(self.path, "w") as file:
+            file.write("\n".join(lines))
+        return self.send(source, **place)
+
+    def test_a_function_is_patched_wherever_it_is_held(self):
+        held = self.module.step
+        self.assertEqual(self.write("def step(x):\n    return x * 2\n", line=6), "patched edited_module.step\n")
+        self.assertEqual(held(4), 8)
+        self.assertIs(self.module.step, held)
+        self.assertEqual(set(vars(self.module)), self.names)
+        unpatch(held)
+        self.assertEqual(held(4), 4)
+
+    def test_tracebacks_and_the_source_are_those_of_the_file(self):
+        self.write("def step(x):\n    return x / 0\n", line=6)
+        self.assertEqual(inspect.getsource(self.module.step), "def step(x):\n    return x / 0\n")
+        self.client.ask("import edited_module")
+        self.assertIn('File "%s", line 7, in step\n    return x / 0\n' % self.path,
+                      self.client.ask("edited_module.step(1)"))
+
+    def test_decorators_do_not_run_again(self):
+        held = self.module.view
+        self.send("@register\ndef view(x):\n    return -x\n", line=8)
+        self.assertEqual(held(4), ("registered", -4))
+        self.assertEqual(self.module.ran, ["view"])
+        self.assertEqual(held.__wrapped__.__code__.co_firstlineno, 8)
+
+    def test_what_stands_in_a_class_is_patched_in_it(self):
+        module, held = self.module, self.module.Till.pay
+        self.assertEqual(self.send("    def pay(self, amount=LIMIT):\n        return amount * 2, self.__secret()\n",
+                                   line=13, within="Till"), "patched edited_module.Till.pay\n")
+        self.assertIs(module.Till.pay, held)
+        self.assertEqual(module.Till().pay(), (6, "secret"))
+        self.send("    @size.setter\n    def size(self, value):\n        self.value = -value\n", line=18, within="Till")
+        self.send("    @property\n    def size(self):\n        return 2\n", line=15, within="Till")
+        till = module.Till()
+        till.size = 5
+        self.assertEqual((till.size, till.value), (2, -5))
+        self.send("    @staticmethod\n    def static(x):\n        return -x\n", line=21, within="Till")
+        self.assertEqual(till.static(3), -3)
+        self.send("        def deep(self):\n            return 2\n", line=27, within="Till.Inner")
+        self.assertEqual(module.Till.Inner().deep(), 2)
+        self.assertEqual(self.send("    @classmethod\n    def new(cls):\n        return cls\n", line=24, within="Till"),
+                         "set edited_module.Till.new\n")
+        self.assertIs(till.new(), module.Till)
+        self.assertEqual(set(vars(module)), self.names)
+
+    def test_a_method_may_begin_to_use_super(self):
+        self.send("    def tell(self):\n        return super().pay(7), __class__\n", line=32, within="Sub")
+        self.assertEqual(self.module.Sub().tell(), (7, self.module.Sub))
+        self.send("    def pay(self, amount=1):\n        return 'new', super().pay(amount)\n", line=30, within="Sub")
+        self.assertEqual(self.module.Sub().pay(2), ("new", 2))
+
+    def test_a_class_is_patched_as_a_whole(self):
+        sub, instance = self.module.Sub, self.module.Sub()
+        self.assertEqual(self.send("class Sub(Till):\n    def pay(self):\n        return 'whole'\n", line=29),
+                         "patched edited_module.Sub\n")
+        self.assertIs(self.module.Sub, sub)
+        self.assertEqual(instance.pay(), "whole")
+
+    def test_other_statements_run_in_the_module_and_the_last_value_is_shown(self):
+        self.assertEqual(self.send("RATE = 5\nRATE * 2\n", line=40), "10\n")
+        self.assertEqual(self.module.RATE, 5)
+        self.assertEqual(self.send("        RATE = 6\n        RATE\n", line=12), "")
+        self.assertEqual(self.module.RATE, 6)
+        self.assertEqual(self.send("def fresh():\n    return 1\n", module="edited_module"), "")
+        self.assertEqual(self.module.fresh(), 1)
+
+    def test_what_is_wrong_is_told_and_changes_nothing(self):
+        before = dict(vars(self.module))
+        for source, place, expected in (
+                ("def step(x):\n    return (\n", {"line": 6}, 'File "%s", line ' % self.path),
+                ("    def pay(self):\n        return 0\n", {"line": 13}, "needs the name of the class around it"),
+                ("x = 1\n", {"file": "/no/such/file.py"}, "no module that is loaded here is '/no/such/file.py'"),
+                ("x = 1\n", {"module": "no.such"}, "no module that is loaded here is 'no.such'"),
+                ("    def pay(self):\n        pass\n", {"within": "Shop", "line": 5}, "no class 'Shop' in "),
+                ("def step(x, y=1/0):\n    pass\n", {"line": 6}, "ZeroDivisionError")):
+            with self.subTest(source=source, place=place):
+                self.assertIn(expected, self.send(source, **place))
+        self.assertEqual(dict(vars(self.module)), before)
+        self.assertEqual(self.client.ask("6*7"), "42\n")
+
+    def test_a_place_is_for_one_block_and_needs_a_module_or_a_file(self):
+        self.send("step", line=6)
+        self.assertIn("NameError", self.client.block("step"))
+        for fields in ({}, {"line": 3}, {"file": self.path, "line": 0}):
+            self.assertEqual(self.client.control.request("Place", **fields)["status"], "failed")
+
+    def test_it_knows_what_the_module_takes_from_the_future(self):
+        exec("from __future__ import annotations" if sys.version_info >= (3, 7)
+             else "from __future__ import generator_stop", vars(self.module))
+        self.send("def step(x: 1 / 0):\n    return 2\n" if sys.version_info >= (3, 7) else
+                  "def step(x):\n    return 2\n", line=6)
+        self.assertEqual(self.module.step(0), 2)
 
 
 class Following(Case):
