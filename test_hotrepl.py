@@ -77,6 +77,8 @@ IS_PYPY = sys.implementation.name == "pypy"
 HAS_READLINE = not IS_PYPY        # PyPy's is pyrepl, which draws its own way
 with contextlib.suppress(ImportError):
     importlib.import_module("readline")   # pdb does it in any case; PyPy's copies descriptors then
+with contextlib.suppress(ImportError):
+    importlib.import_module("ctypes")     # libffi 3.5 keeps itself open
 HAS_PTY = os.name == "posix"
 DEADLINE_S = 20.0                 # how long anything may take before it counts as lost
 WATCHDOG_S = 120.0                # a test that takes longer ends the run with all stacks
