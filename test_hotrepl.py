@@ -14253,14 +14253,19 @@ def names_in(code):
 
 # A program with tests of its own for our runner: each fails as often as its name says.
 UNLUCKY_TESTS = """
-import os, sys, unittest
+import os, sys, time, unittest
 import test_hotrepl
 
+test_hotrepl.WATCHDOG_S = 3
+
 class Unlucky(unittest.TestCase):
-    def fail_times(self, count):
+    def count(self):
         with open(self.id(), "a") as file:
             file.write("x")
-        self.assertGreater(os.path.getsize(self.id()), count)
+        return os.path.getsize(self.id())
+
+    def fail_times(self, times):
+        self.assertGreater(self.count(), times)
 
     def test_never(self):
         self.fail_times(0)
@@ -14276,6 +14281,19 @@ class Unlucky(unittest.TestCase):
     def test_thrice(self):
         self.fail_times(3)
 
+class Breaks(unittest.TestCase):
+    count, fail_times = Unlucky.count, Unlucky.fail_times
+
+    def test_a_crash(self):
+        if self.count() == 1:
+            os._exit(3)
+
+    def test_b_hang(self):
+        time.sleep(60)
+
+    def test_c(self):
+        self.fail_times(1)
+
 for number in range(int(os.environ.get("MANY", "0"))):
     setattr(Unlucky, "test_many_%d" % number, lambda self: self.fail_times(1))
 
@@ -14283,26 +14301,33 @@ sys.exit(test_hotrepl.run_tests(sys.argv))
 """
 
 
+@once("slow")
 class Runner(Case):
     def outcome(self, *words, **env):
         """Run the unlucky tests; return the exit code, and the lines before the closing line and it."""
         folder = self.folder()
         folder.write("unlucky.py", UNLUCKY_TESTS)
-        code, out, _ = folder.start("unlucky.py", *words, PYTHONPATH=os.path.dirname(SELF_PATH),
-                                    **env).end(60)
+        code, out, self.err = folder.start("unlucky.py", *words, PYTHONPATH=os.path.dirname(SELF_PATH),
+                                           **env).end(60)
         return [code] + [line for line in out.splitlines() if not line.startswith("seed of")]
 
     def test_a_test_that_fails_is_run_again_alone_up_to_twice(self):
-        self.assertEqual(self.outcome(), [
+        self.assertEqual(self.outcome("Unlucky"), [
             1, "flaky:", "    __main__.Unlucky.test_once", "    __main__.Unlucky.test_twice",
             "3 passed, 1 failed, 0 skipped"])
 
+    def test_one_that_hangs_or_crashes_has_failed_and_the_others_are_run(self):
+        self.assertEqual(self.outcome("Breaks"), [
+            1, "flaky:", "    __main__.Breaks.test_a_crash", "    __main__.Breaks.test_c",
+            "2 passed, 1 failed, 0 skipped"])
+        self.assertIn("exit 3: __main__.Breaks.test_a_crash\n", self.err)
+        self.assertIn("in test_b_hang", self.err)
+
     def test_one_row_has_its_tests_only(self):
         self.assertEqual(self.outcome("slow"), [1, "0 passed, 1 failed, 0 skipped"])
-        self.assertEqual(self.outcome("quick")[0::4], [0, "3 passed, 0 failed, 0 skipped"])
 
     def test_where_many_fail_nothing_is_run_again(self):
-        self.assertEqual(self.outcome("quick", MANY="9"), [1, "1 passed, 11 failed, 0 skipped"])
+        self.assertEqual(self.outcome("Unlucky", MANY="9"), [1, "1 passed, 12 failed, 0 skipped"])
 
     def test_the_slowest_tests_are_listed(self):
         lines = self.outcome("Unlucky.test_never", HOTREPL_TEST_SLOWEST="1")
@@ -16277,11 +16302,15 @@ def run_interrupts(argv):
 
 
 # === Runner ==================================================================
-# A test that fails is run again, in a process and with all for itself: what passes then was
-# unlucky, which counts as passed and is listed, as it stays a fault to be found.
+# The tests run in a child, which writes down what it begins and what came of it. So a test that
+# hangs or crashes has failed like any other: the next child goes on behind it. A test that failed
+# is run again, in a child and with all for itself; what passes then was unlucky, which counts as
+# passed and is listed, as it stays a fault to be found.
 
 RERUNS = 2                # how often at most
 UNLUCKY = 10              # where more than so many fail, it is no bad luck, and nothing is run again
+CRASHES = 5               # how many tests may end the child before the rest is given up
+REPORT = "HOTREPL_TEST_REPORT"        # in a child's environment: the file it writes to
 SLOWEST = int(os.environ.get("HOTREPL_TEST_SLOWEST", "0"))    # how many tests to list with their times
 
 
@@ -16298,97 +16327,171 @@ class Loader(unittest.TestLoader):
 
 
 class Result(unittest.TextTestResult):
-    """Counts whole tests: one that fails in several subtests or clean-ups has failed once."""
+    """Writes a line for each event of each test; runs in the child."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.passed = 0
-        self.unsuccessful = set()     # ids of tests, or of classes whose setUpClass failed
-        self.flaky = []               # ids of those that passed when they were run again
-        self.times = {}               # id -> seconds; of the running test, when it began
+        self._begun = 0.0             # when the running test began
+
+    def note(self, *event):
+        with open(os.environ[REPORT], "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
 
     def startTest(self, test):
         if hasattr(faulthandler, "dump_traceback_later"):
             faulthandler.dump_traceback_later(WATCHDOG_S, exit=True, file=sys.__stderr__)
-        self.times[test.id()] = time.monotonic()
+        self.note("begun", test.id())
+        self._begun = time.monotonic()
         super().startTest(test)
 
     def stopTest(self, test):
         super().stopTest(test)
-        self.times[test.id()] = time.monotonic() - self.times[test.id()]
+        self.note("ended", test.id(), time.monotonic() - self._begun)
 
     def addSuccess(self, test):
         super().addSuccess(test)
-        self.passed += 1
+        self.note("passed", test.id())
+
+    def addSkip(self, test, reason):
+        super().addSkip(test, reason)
+        self.note("skipped", test.id(), reason)
 
     def addError(self, test, err):
         super().addError(test, err)
-        self.unsuccessful.add(test.id())
+        self.note("failed", test.id())
 
     def addFailure(self, test, err):
         super().addFailure(test, err)
-        self.unsuccessful.add(test.id())
+        self.note("failed", test.id())
 
     def addSubTest(self, test, subtest, err):
         super().addSubTest(test, subtest, err)
         if err is not None:
-            self.unsuccessful.add(test.id())
+            self.note("failed", test.id())
 
     def addUnexpectedSuccess(self, test):
         super().addUnexpectedSuccess(test)
-        self.unsuccessful.add(test.id())
+        self.note("failed", test.id())
+
+
+class Outcome:
+    """What came of whole tests: one that fails in several subtests or clean-ups has failed once."""
+
+    def __init__(self, words):
+        self._words = words           # of the command line
+        self.passed = set()           # ids of tests
+        self.failed = set()           # and of classes whose setUpClass failed
+        self.flaky = []               # those that passed when they were run again
+        self.skipped = []             # (id, reason)
+        self.times = {}               # id -> seconds
+        self._path = None             # of the report, while they run
+
+    def run(self):
+        """Run them in as many children as it takes; return self."""
+        handle, self._path = tempfile.mkstemp(prefix="hotrepl test report ")
+        os.close(handle)
+        try:
+            for _ in range(1 + CRASHES):
+                if self._run_child():
+                    return self
+        finally:
+            os.unlink(self._path)
+        return self
+
+    def _run_child(self):
+        """Run what is not in the report yet, and take that in; return whether nothing is left to run."""
+        script = sys.modules["__main__"].__file__
+        code = subprocess.call(python_command(script, *self._words),
+                               env=dict(os.environ, **{REPORT: self._path}))
+        begun, is_over = None, False
+        with open(self._path, encoding="utf-8") as file:
+            for kind, name, *rest in map(json.loads, file):
+                begun = {"begun": name, "ended": None}.get(kind, begun)
+                is_over = kind == "over"
+                self._take(kind, name, *rest)
+        if is_over and code == 0:
+            return True
+        name = begun or "the process, between tests"
+        self.failed.add(name)
+        print("exit %d: %s" % (code, name), file=sys.stderr, flush=True)
+        return begun is None
+
+    def _take(self, kind, name, what=None):
+        if kind in ("passed", "failed"):
+            getattr(self, kind).add(name)
+        elif kind == "skipped" and (name, what) not in self.skipped:
+            self.skipped.append((name, what))
+        elif kind == "ended":
+            self.times[name] = what
 
     def run_again(self):
         """Run each test that failed again, alone; what passes counts as passed."""
-        if len(self.unsuccessful) > UNLUCKY:
-            return
-        for name in sorted(self.unsuccessful):
-            if any(passes_alone(name) for _ in range(RERUNS)):
-                self.unsuccessful.remove(name)
+        for name in sorted(self.failed) if len(self.failed) <= UNLUCKY else ():
+            words = name.split(".")
+            if words[0] == "__main__" and any(self._passes_alone(words) for _ in range(RERUNS)):
+                self.failed.remove(name)
+                self.passed.add(name)
                 self.flaky.append(name)
-                self.passed += 1
+
+    @staticmethod
+    def _passes_alone(words):
+        print("again: " + ".".join(words), file=sys.stderr, flush=True)
+        outcome = Outcome([".".join(words[1:])]).run()
+        return bool(outcome.passed - outcome.failed)
 
     def report(self):
         """Print what is to be known of the run; the last line is the one that CI adds up."""
         for name in sorted(self.times, key=self.times.get, reverse=True)[:SLOWEST]:
             print("%8.2f s  %s" % (self.times[name], name))
-        for test, reason in self.skipped:
-            print("%s ... skipped %r" % (test.id(), reason))
-        if self.unsuccessful or self.flaky:
+        for name, reason in self.skipped:
+            print("%s ... skipped %r" % (name, reason))
+        if self.failed or self.flaky:
             print("seed of the random tests: HOTREPL_TEST_SEED=%d" % SEED)
         if self.flaky:
             print("flaky:\n    " + "\n    ".join(self.flaky))
-        sys.stderr.flush()
         print("%d passed, %d failed, %d skipped" % (
-            self.passed, len(self.unsuccessful), len(self.skipped)), flush=True)
+            len(self.passed - self.failed), len(self.failed), len(self.skipped)), flush=True)
 
 
-def passes_alone(name):
-    """Run the test with the id `name` in a process of its own; return whether it passed."""
-    words = name.split(".")
-    if words[0] != "__main__":        # setUpClass of a whole class
-        return False
-    print("again: " + name, file=sys.stderr, flush=True)
-    script = sys.modules["__main__"].__file__
-    return subprocess.call(python_command(script, ".".join(words[1:])), stdout=sys.stderr,
-                           env=dict(os.environ, HOTREPL_TEST_AGAIN="1")) == 0
+class ChildRunner(unittest.TextTestRunner):
+    def run(self, test):
+        """Run the tests of a suite but for those that the report has already."""
+        with open(os.environ[REPORT], encoding="utf-8") as file:
+            done = {name for _, name, *_ in map(json.loads, file)}
+        return super().run(without(test, done))
 
 
-def run_tests(argv):
-    """Run the tests that `argv` names, or all; return the exit code."""
+def run_child(argv):
+    """Run the tests that `argv` names, or all, and write the report."""
     # A shell's background job ignores it, and so would all that we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     loader = unittest.defaultTestLoader
     if argv[1:2] and (argv[1] == "quick" or argv[1] in ONCE):
         loader = Loader(argv[1])
         del argv[1]
-    runner = unittest.TextTestRunner(resultclass=Result, stream=sys.stderr)
+    runner = ChildRunner(resultclass=Result, stream=sys.stderr)
     result = unittest.main(module="__main__", argv=argv, testRunner=runner, testLoader=loader,
                            exit=False).result
-    if "HOTREPL_TEST_AGAIN" not in os.environ:
-        result.run_again()
-    result.report()
-    return 1 if result.unsuccessful else 0
+    result.note("over", "")
+    return 0
+
+
+def without(suite, names):
+    """Return `suite` without the tests of these ids."""
+    return unittest.TestSuite(
+        without(each, names) if isinstance(each, unittest.TestSuite) else each
+        for each in suite if isinstance(each, unittest.TestSuite) or each.id() not in names)
+
+
+def run_tests(argv):
+    """Run the tests that `argv` names, or all; return the exit code."""
+    if REPORT in os.environ:
+        return run_child(argv)
+    os.environ["HOTREPL_TEST_SEED"] = str(SEED)       # the children's, too
+    outcome = Outcome(argv[1:]).run()
+    outcome.run_again()
+    outcome.report()
+    return 1 if outcome.failed else 0
 
 
 SCRIPTS = {   # first argument -> function(further arguments) -> exit code
