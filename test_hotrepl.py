@@ -4131,7 +4131,7 @@ class WithoutControl(Case):
                 each.close()
                 each.join(DEADLINE_S)
 
-    def test_ctrl_c_at_the_prompt_says_so_once_and_clears_the_line(self):
+    def test_ctrl_c_at_the_prompt_needs_none(self):
         self.lose_control()
         for at in range(3):
             self.terminal.type("1 / 0")
@@ -4141,7 +4141,7 @@ class WithoutControl(Case):
             self.terminal.until(">>> ")
             self.terminal.ask("6*7", "\n42")
         shown = self.terminal.received.decode()
-        self.assertEqual(shown.count(self.LOST), 1)
+        self.assertNotIn(self.LOST, shown)
         self.assertNotIn("ZeroDivisionError", shown)
         self.terminal.press("^D")
         self.assertEqual(self.terminal.end()[0], 0)
@@ -4873,15 +4873,6 @@ class Leaving(Case):
         self.spawn(answer)
         server = argparse.Namespace(address=repl.getsockname(), control_address=control.getsockname())
         return self.keep(Terminal(connect_command(server))), repl
-
-    def test_what_waits_for_keys_ends_in_silence_when_the_client_does(self):
-        sock, control, *peers = (each for _ in range(2) for each in socket.socketpair())
-        for each in (sock, control, *peers):
-            self.keep(each)
-        client = hotrepl.Client(sock, control)
-        client._kick.close()
-        client._kicked.close()
-        client._send_interrupts()
 
     def test_ctrl_d_typed_while_the_remote_works_does_no_harm(self):
         served = self.serve({"begun": threading.Event(), "go": threading.Event()})
