@@ -9179,7 +9179,7 @@ class Link:
         self._unsent = collections.deque()    # (request, what takes its reply); also from handlers
         self._owed = collections.deque()  # what takes the replies that are still to come, in order
         self._is_posting = False  # a handler that interrupts this leaves its request to it
-        control.settimeout(limit_s)
+        control.setblocking(False)    # a handler may have taken what a select() saw
         if hasattr(socket, "TCP_USER_TIMEOUT") and control.family != getattr(socket, "AF_UNIX", 0):
             control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
 
@@ -9258,9 +9258,11 @@ class Link:
         try:
             for request, use in take_all(self._unsent):
                 self._owed.append(use)
-                if not self.loss:
-                    self.control.sendall(request)
-        except OSError as exc:
+                while request and not self.loss:
+                    if not select.select([], [self.control], [], self.limit_s)[1]:
+                        raise ServerGone("it takes no requests")
+                    request = request[self.control.send(request):]
+        except (OSError, ServerGone) as exc:
             self.loss = str(exc)
         finally:
             self._is_posting = False
@@ -9272,6 +9274,8 @@ class Link:
             data = self.control.recv(RECEIVE_BYTES) or _gone("the control connection was closed")
             for reply in self._messages.feed(data):
                 self._owed.popleft()(reply if isinstance(reply, dict) else {})
+        except BlockingIOError:
+            pass
         except (OSError, ServerGone, ProtocolError, IndexError) as exc:
             self.loss = str(exc)
             self._give_up()
@@ -10450,9 +10454,8 @@ class _History:
     def __enter__(self):
         if hasattr(self._readline, "set_auto_history"):
             self._readline.set_auto_history(False)
-        with suppress(Exception):     # PyPy's readline raises its own on a terminal it can't use
-            for entry in self._read():
-                self._offer(entry)
+        for entry in self._read():
+            self._offer(entry)
         return self
 
     def __exit__(self, *exc_info):
@@ -10467,15 +10470,18 @@ class _History:
         entry = entry.rstrip("\n")
         if not entry.strip() or self._last == entry:
             return
-        if is_longer:
-            with suppress(Exception):     # as in __enter__
-                self._readline.remove_history_item(self._readline.get_current_history_length() - 1)
         self._last = entry
         self._save(entry)
-        self._offer(entry)
+        if hasattr(self._readline, "set_auto_history"):
+            with suppress(Exception):
+                if is_longer:
+                    at = self._readline.get_current_history_length() - 1
+                    self._readline.remove_history_item(at)
+            self._offer(entry)
 
     def _offer(self, entry):
-        with suppress(UnicodeError):  # LC_ALL=C: Python reads UTF-8, readline can't keep it
+        # LC_ALL=C: Python reads UTF-8, readline can't keep it; PyPy's has errors of its own.
+        with suppress(Exception):
             self._readline.add_history(entry)
 
     def _save(self, entry):
