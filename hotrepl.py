@@ -5,7 +5,7 @@ One file, standard library only, CPython 3.6 and newer and PyPy3. Copy it beside
     import hotrepl                                  # in the program
     hotrepl.start(locals=globals())
 
-    python hotrepl.py connect                       # in another terminal; or: nc localhost 1337
+    python hotrepl.py connect                       # in another terminal; or: nc 127.0.0.1 1337
 
 SECURITY. A REPL is a back door by design: who gets in can do whatever this process can. By
 default only 127.0.0.1 is bound and only processes of your own user (or root) are let in; other
@@ -10165,40 +10165,44 @@ def _write_out(name, data):
 
 
 def execute(source, output, host, port, control_port, ssl_context=None, token=None,
-            timeout_s=None):
+            is_plain=False, timeout_s=None):
     """Run `source`, bytes, in a session with a server; return an exit code.
 
     Where that is and what the other arguments mean is as in `connect`. socket.timeout: it did not
     even greet us in time.
     """
     limit_s = None if timeout_s is None else timeout_s + Execution.GRACE_S
-    with _channels(host, port, control_port, ssl_context, token, limit_s) as link:
+    with _channels(host, port, control_port, ssl_context, token, is_plain, limit_s) as link:
         return Execution(link, output, timeout_s).run(source)
 
 
 def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PORT,
-            ssl_context=None, token=None):
+            ssl_context=None, token=None, is_plain=False):
     """Run the client in this terminal against a server; return an exit code, 0 or 1.
 
     `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
     machine that is reached with ssh; there "ssh://.../PATH" means a unix socket. `token` is sent
-    where the server asks for one. Blocks until the user leaves. Belongs in the main thread, which
-    Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
+    where the server asks for one. Nothing is sent to a server of another user, or whose that is
+    can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Belongs in the
+    main thread, which Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
     """
-    with _channels(host, port, control_port, ssl_context, token) as link:
+    with _channels(host, port, control_port, ssl_context, token, is_plain) as link:
         return Conversation(link).run()
 
 
 @contextmanager
-def _channels(host, port, control_port, ssl_context, token, timeout_s=None):
+def _channels(host, port, control_port, ssl_context, token, is_plain, timeout_s=None):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
     with _reach(host, port, control_port) as (address, control_address), ExitStack() as undo:
-        sock = undo.enter_context(_dial(address, ssl_context))
+        sock, is_ours = _dial(address, ssl_context, is_plain)
+        undo.callback(sock.close)
         sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
         try:
-            shown = _show_token(sock, _tokens(address, token))
-            link = Link(sock, undo.enter_context(_dial(control_address, ssl_context)), limit_s)
+            shown = _show_token(sock, _tokens(address, token, is_ours))
+            control = _dial(control_address, ssl_context, is_plain)[0]
+            undo.callback(control.close)
+            link = Link(sock, control, limit_s)
             if shown is not None:
                 link.ask("Authenticate", token=shown)
             yield link
@@ -10267,20 +10271,61 @@ kill $watch 2>/dev/null
 exit $code"""
 
 
-def _dial(address, ssl_context=None):
+def _dial(address, ssl_context=None, is_plain=False):
+    """Return a socket that is connected to a server, and whether that is this user's own.
+
+    Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
+    user's word, vouches for it.
+    """
     where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
     try:
         if isinstance(address, str):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.connect(address)
         else:
-            sock = socket.create_connection(address)
+            sock = _connect_to(*address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as exc:
         raise OSError(exc.errno, "nobody answers at %s (%s); start a server there with "
                       "'python hotrepl.py serve' or hotrepl.start()"
                       % (where, exc.strerror or exc)) from exc
-    return sock if ssl_context is None else _encrypted(sock, ssl_context, where)
+    try:
+        is_ours = _check_owner(sock, where, ssl_context is not None or is_plain)
+    except BaseException:
+        sock.close()
+        raise
+    return sock if ssl_context is None else _encrypted(sock, ssl_context, where), is_ours
+
+
+def _connect_to(host, port):
+    """Return a connected socket; localhost is 127.0.0.1 first, where a server listens by default."""
+    if host == "localhost":
+        with suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port))
+        host = "::1"
+    return socket.create_connection((host, port))
+
+
+def _check_owner(sock, where, is_vouched):
+    """Return whether the server is our user's; PermissionError if it isn't, and nobody vouches.
+
+    Root may visit another user's, as it may do all else, and is told so.
+    """
+    try:
+        owner = server_owner(sock)
+    except PermissionError:       # as behind a container's published port
+        owner = None
+    if owner is None and not is_vouched:
+        raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
+                              "nothing was sent; come by --tls or ssh, or pass --plain to send all, "
+                              "a token too, in clear text" % where)
+    is_ours = owner is not None and owner == effective_uid()
+    if owner is not None and not is_ours:
+        if effective_uid() != 0 and not is_vouched:
+            raise PermissionError(errno.EACCES, "the server at %s is uid %d's, not yours, so "
+                                  "nothing was sent; 'list' shows yours" % (where, owner))
+        print("hotrepl: the server at %s is uid %d's" % (where, owner), file=sys.stderr)
+    return is_ours
 
 
 def _encrypted(sock, ssl_context, where):
@@ -10326,14 +10371,13 @@ def _show_token(sock, tokens):
         sock.sendall(token.encode("utf-8") + b"\n")
 
 
-def _tokens(address, token):
-    """Yield what may be the token: as we were told, as a server here left it, as is typed."""
+def _tokens(address, token, is_ours):
+    """Yield what may be the token: as we were told, as a server of ours left it, as is typed."""
     import getpass
     token = token or os.environ.get("HOTREPL_TOKEN")
     if token:
         yield token
-    elif isinstance(address, str) or address[0] in ("localhost", "127.0.0.1", "::1"):
-        # No other machine is shown the token of a server on this one.
+    elif is_ours:
         yield from stored_tokens(address)
     while sys.stdin is not None and sys.stdin.isatty():
         yield getpass.getpass("token: ")
@@ -10627,6 +10671,8 @@ def _parser():
     for command in client, execute:
         command.add_argument("--token-file", metavar="FILE", help="holds the server's token")
         command.add_argument("--tls", action="store_true", help="encrypt; verify the server's name")
+        command.add_argument("--plain", action="store_true",
+                             help="send all in clear text, to whoever's server it is")
         command.add_argument("--cafile", metavar="FILE",
                              help="--tls, and who may sign for the server")
         command.add_argument("--cert", metavar="FILE", help="--tls, and our certificate and key")
@@ -10826,7 +10872,7 @@ def _connect_command(server):
 
 _HOST_HELP = ("HOST, HOST:PORT, unix:PATH, USER@HOST or ssh://USER@HOST:PORT by ssh, or "
               "the PID of a server of the list (default: the only one in the list; where that is "
-              "empty, localhost)")
+              "empty, 127.0.0.1)")
 
 _CONNECT_HELP = """\
 Open a session: an interactive Python in the process of a server. exit() or Ctrl+D leaves it,
@@ -10873,9 +10919,9 @@ def _connect(options):
 
 
 def _credentials(options):
-    """Return (ssl_context, token), as `connect` and `execute` take them."""
+    """Return (ssl_context, token, is_plain), as `connect` and `execute` take them."""
     token = _read_file(options.token_file).decode().strip() if options.token_file else None
-    return _tls_context(options), token
+    return _tls_context(options), token, options.plain
 
 
 def _tls_context(options):
@@ -10973,7 +11019,7 @@ def _find_server(options, word):
         raise SystemExit(2)
     if found:
         return _place_of_note(found[0])
-    host, port = _split_address(word or "localhost", options.port or DEFAULT_PORT)
+    host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
     return host, port, options.control_port or _control_port(host, port)
 
 
@@ -11021,7 +11067,7 @@ def _split_address(text, default_port):
         raise SystemExit(_misuse("%r has no number as its port, expected HOST:PORT" % text))
     if not match:
         return text, default_port
-    return match.group(1) or match.group(2) or "localhost", int(match.group(3) or default_port)
+    return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
 
 
 def _read_file(path):

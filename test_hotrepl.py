@@ -6781,6 +6781,201 @@ class Pairing(AccessCase):
         self.assertEqual(self.pair(control, wire.number, secret="ours"), "ok")
 
 
+# A process that becomes `uid` before it runs the code in argv[2], or the command line in argv[3:]; what may
+# be imported later, from folders that this user may not read, is imported first.
+AS_USER = r"""
+import argparse, ast, base64, code, ctypes, encodings.idna, fnmatch, getpass, gettext, hmac, importlib.util, inspect
+import json, logging, os, pdb, pty, queue, readline, secrets, selectors, shutil, signal, socket, ssl, struct
+import subprocess, sys, tempfile, termios, textwrap, time, traceback, tty
+sys.path.insert(0, %r)
+import hotrepl
+uid, code_to_run = int(sys.argv[1]), sys.argv[2]
+os.setgroups([]); os.setgid(uid); os.setuid(uid)
+sys.argv[:] = ["hotrepl.py"] + sys.argv[3:]
+if code_to_run:
+    exec(code_to_run)
+else:
+    sys.exit(hotrepl.main())
+"""
+
+OWNER, ATTACKER = 1500, 1600
+
+# What a false server does: greets as a true one, and prints what it gets, byte for byte.
+FALSE_SERVER = r"""
+import json, socket, sys, threading
+address = json.loads(sys.argv[1])
+family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+listener = socket.socket(family)
+if family != socket.AF_UNIX:
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(address if family == socket.AF_UNIX else tuple(address))
+if family == socket.AF_UNIX:
+    import os
+    os.chmod(address, 0o777)
+listener.listen(8)
+print("listening", flush=True)
+while True:
+    sock, _ = listener.accept()
+    print("visited", flush=True)
+    sock.sendall(sys.argv[2].encode())
+    sock.settimeout(5)
+    try:
+        for data in iter(lambda: sock.recv(999), b""):
+            print("GOT %r" % data, flush=True)
+    except OSError as exc:
+        print(exc, flush=True)
+"""
+
+
+class FalseServers(AccessCase):
+    """Our client, of uid 1500, against what uid 1600 does to get its token, a line or a file."""
+
+    def setUp(self):
+        super().setUp()
+        if not IS_ROOT:
+            lack("root, to be two other users")
+        self.base = tempfile.mkdtemp(prefix="hr")
+        self.addCleanup(shutil.rmtree, self.base)
+        os.chmod(self.base, 0o755)
+        for uid in (OWNER, ATTACKER):
+            os.mkdir(self.home(uid), 0o700)
+            os.chown(self.home(uid), uid, uid)
+
+    def home(self, uid, *names):
+        return os.path.join(self.base, str(uid), *names)
+
+    def as_user(self, uid, *words, code="", **options):
+        """Start the command line with `words`, or `code`, as the user `uid`; return the Program."""
+        return self.keep(Program(
+            [sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), str(uid), code, *words],
+            cwd="/", XDG_RUNTIME_DIR=self.home(uid), HOME=self.home(uid), TMPDIR=self.base, **options))
+
+    def server(self, port=0, host="127.0.0.1", uid=OWNER, options="", then=""):
+        """Start a server of a user; return its Program, which has `ports`."""
+        program = self.as_user(uid, code="server = hotrepl.start(globals(), bind=%r, port=%d, banner='', %s)\n"
+                               "print(server.address[1], server.control_address[1], flush=True)\ninput()\n%s"
+                               % (host, port, options or "control_port=0", then))
+        program.ports = [int(port) for port in program.until("\n").split()]
+        return program
+
+    def false_server(self, address, said="token: ", uid=ATTACKER):
+        program = self.as_user(uid, json.dumps(address), said, code=FALSE_SERVER)
+        program.until("listening\n")
+        return program
+
+    def ran(self, *words, uid=OWNER, **options):
+        """Return [exit code, stdout, stderr] of `exec WORDS -c 6*7` of our user."""
+        return self.as_user(uid, "exec", *words + ("-c", "6*7"), stdin=subprocess.DEVNULL, **options).end()
+
+    def assert_refused(self, ended, *words):
+        code, out, said = ended
+        self.assertEqual((code, out), (1, ""), said)
+        self.assertRegex(said, r"\Ahotrepl: [^\n]*\n\Z")
+        for word in words or ("uid %d's" % ATTACKER, "nothing was sent"):
+            self.assertIn(word, said)
+
+    def assert_heard_nothing(self, false_server):
+        false_server.kill(signal.SIGTERM)
+        self.assertNotIn("GOT", false_server.end()[1])
+
+    def test_another_user_at_localhosts_other_address_gets_nothing(self):
+        for true_host, false_host in (("127.0.0.1", "::1"), ("::1", "127.0.0.1")):
+            with self.subTest(true_host):
+                server = self.server(host=true_host, options="control_port=0, token='a-token-of-ours!'")
+                port = server.ports[0]
+                false_server = self.false_server([false_host, port])
+                for words in (["localhost:%d" % port], ["--port", str(port)], ["localhost", "--port", str(port)]):
+                    ended = self.ran(*words, HOTREPL_TOKEN="a-token-of-ours!")
+                    if true_host == "127.0.0.1":
+                        self.assertEqual(ended[:2], [0, "42\n"])
+                    else:
+                        self.assert_refused(ended)
+                self.assertEqual(self.ran("[::1]:%d" % port if ":" in true_host else "127.0.0.1:%d" % port)[:2],
+                                 [0, "42\n"])
+                self.assertEqual(self.ran(str(server.process.pid))[:2], [0, "42\n"])
+                self.assert_heard_nothing(false_server)
+
+    def test_another_user_where_no_server_of_ours_runs_gets_nothing(self):
+        for said in ("token: ", "REPL session 1 connected.\n>>> ", ""):
+            false_server = self.false_server(["127.0.0.1", free_port()], said)
+            port = str(json.loads(false_server.process.args[-2])[1])
+            self.assert_refused(self.ran("--port", port, HOTREPL_TOKEN="a-token-of-ours!"))
+            terminal = self.as_user(OWNER, "connect", "--port", port)
+            self.assert_refused(terminal.finish("6*7\n"))
+            self.assert_heard_nothing(false_server)
+
+    def test_the_word_of_our_user_is_enough_but_gives_no_file_away(self):
+        server = self.server(uid=ATTACKER, options="control_port=0, allow_uids=[%d]" % OWNER)
+        words = ["127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1])]
+        self.assert_refused(self.ran(*words))
+        code, out, said = self.ran("--plain", *words)
+        self.assertEqual((code, out), (0, "42\n"))
+        self.assertIn("is uid %d's\n" % ATTACKER, said)
+        false_server = self.false_server(["127.0.0.1", free_port()])
+        port = json.loads(false_server.process.args[-2])[1]
+        self.as_user(OWNER, code="hotrepl.write_private(hotrepl.token_path(('', %d)), b'a-token-of-ours!')" % port).end()
+        code, out, said = self.ran("--plain", "127.0.0.1:%d" % port)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("the server wants its token", said)
+        self.assert_heard_nothing(false_server)
+
+    def test_root_may_visit_and_is_told_whose_it_is(self):
+        server = self.server()
+        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1]), uid=0)
+        self.assertEqual((code, out), (0, "42\n"))
+        self.assertEqual(set(said.splitlines()), {"hotrepl: the server at 127.0.0.1 port %d is uid %d's" % (each, OWNER)
+                                                  for each in server.ports})
+
+    def test_a_pids_server_whose_ports_are_another_users_by_now_gets_nothing(self):
+        server = self.server(then="import os\nfor each in server._listeners: os.close(each.fileno())\n"
+                                  "print('closed', flush=True)\ninput()")
+        server.send("\n")
+        server.until("closed\n")
+        false_servers = [self.false_server(["127.0.0.1", port]) for port in server.ports]
+        self.assert_refused(self.ran(str(server.process.pid)))
+        self.assert_refused(self.ran())
+        for each in false_servers:
+            self.assert_heard_nothing(each)
+
+    def test_another_users_unix_socket_gets_no_file_of_ours(self):
+        shared = os.path.join(self.base, "shared")
+        os.mkdir(shared)
+        os.chmod(shared, 0o1777)
+        path, key = os.path.join(shared, "socket"), self.home(OWNER, "id_ed25519")
+        with open(key, "w") as file:
+            file.write("private key")
+        os.chmod(key, 0o600)
+        os.chown(key, OWNER, OWNER)
+        false_servers = [self.false_server(each) for each in (path, path + ".control")]
+        for make in (lambda: os.symlink(key, path + ".token"), lambda: os.mkfifo(path + ".token", 0o666)):
+            make()
+            self.assert_refused(self.ran("unix:" + path))
+            code, out, said = self.ran("unix:" + path, uid=0)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("the server wants its token", said)
+            os.unlink(path + ".token")
+        for each in false_servers:
+            self.assert_heard_nothing(each)
+
+    def test_our_own_unix_socket_is_visited_without_a_question_and_with_a_token(self):
+        path = self.home(OWNER, "socket")
+        for options in ("", ", token=True"):
+            server = self.as_user(OWNER, code="server = hotrepl.start({}, unix=%r%s)\nprint('up', flush=True)\ninput()"
+                                  % (path, options))
+            server.until("up\n")
+            self.assertEqual(self.ran("unix:" + path), [0, "42\n", ""])
+            server.finish("\n")
+
+    def test_where_the_system_can_not_tell_the_user_has_to_say_so(self):
+        server = self.server(options="control_port=0, token='a-token-of-ours!'")
+        hidden = "hotrepl.tcp_owner = lambda *_: (None, None); sys.exit(hotrepl.main())"
+        words = ["exec", "127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1]), "-c", "6*7"]
+        ended = self.as_user(OWNER, *words, code=hidden, stdin=subprocess.DEVNULL).end()
+        self.assert_refused(ended, "can't tell whose server", "--plain", "nothing was sent")
+        self.assertEqual(self.as_user(OWNER, "exec", "--plain", *words[1:], code=hidden, stdin=subprocess.DEVNULL).end(),
+                         [0, "42\n", ""])
+
+
 class OtherProtocols(AccessCase):
     def test_a_web_request_runs_no_line(self):
         path, address = os.path.join(self.folder().path, "file"), self.serve().server.address
