@@ -6817,9 +6817,9 @@ print("listening", flush=True)
 while True:
     sock, _ = listener.accept()
     print("visited", flush=True)
-    sock.sendall(sys.argv[2].encode())
     sock.settimeout(5)
     try:
+        sock.sendall(sys.argv[2].encode())
         for data in iter(lambda: sock.recv(999), b""):
             print("GOT %r" % data, flush=True)
     except OSError as exc:
