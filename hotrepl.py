@@ -7523,13 +7523,13 @@ class Connection:
         """Tell the client the port of the control channel, and what to show there as a token."""
         port = 0 if isinstance(address, str) else address[1]
         with self.lock:
-            self._backlog.append(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END)
+            self._backlog.append(_Mark(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
             self.flush()
 
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
-            self._backlog.append(IAC + b"\xfb\x06")
+            self._backlog.append(_Mark(IAC + b"\xfb\x06"))
 
     def flush(self):
         """Send all that was put; blocks while the client is slow."""
@@ -8198,23 +8198,22 @@ class Evaluator(Job):
             self.session.outcome["exit"] = status
 
     def _ask(self):
-        if self.is_detached:
-            return ""
-        asked_for = "secret" if self.asks_secret else "debugger" if _is_debugger() else "input"
-        kind, text = self.session.read(self, asked_for, "")
-        if kind == "eof":
-            return ""
-        if kind == "line":
-            self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
-            return text + "\n"
-        if kind == "interrupt":
-            self.session.audit_interrupt(self.session.peer)
-            raise KeyboardInterrupt
-        if kind == "block":
-            self.session.unread([("line", line) for line in text.split("\n")])
-        else:
-            getattr(self, "_take_" + kind)(text)
-        return self._ask()
+        while not self.is_detached:
+            word = "secret" if self.asks_secret else "debugger" if _is_debugger() else "input"
+            kind, text = self.session.read(self, word, "")
+            if kind == "eof":
+                break
+            if kind == "line":
+                self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
+                return text + "\n"
+            if kind == "interrupt":
+                self.session.audit_interrupt(self.session.peer)
+                raise KeyboardInterrupt
+            if kind == "block":
+                self.session.unread([("line", line) for line in text.split("\n")])
+            else:
+                getattr(self, "_take_" + kind)(text)
+        return ""
 
     def ask_secret(self, prompt):
         """Return a line that the user types unseen, where the client can hide it."""
@@ -9489,7 +9488,10 @@ class Conversation:
             return self.link.ask("Complete", limit_s=2 * COMPLETION_TIMEOUT_S, line=line,
                                  cursor=len(line))
         except (ProtocolError, ServerGone) as exc:
-            self._tell_loss(exc)
+            if self.link.loss:
+                self._tell_loss(exc)
+            else:
+                self._say("no completions: %s" % exc)
             self._show_notes()
             return {}
 
@@ -9505,8 +9507,8 @@ class Conversation:
                 self._explain_at = time.monotonic()
 
     def _tell_loss(self, why):
-        if not self._is_loss_told and not self.link.is_closed:
-            self._is_loss_told = bool(self.link.loss)
+        if self.link.loss and not self._is_loss_told and not self.link.is_closed:
+            self._is_loss_told = True
             self._say("the control connection is lost, and with it Tab and interrupts: %s" % why)
 
     def _say(self, text):
@@ -9679,14 +9681,13 @@ class Terminal:
 
         EOFError after Ctrl+D, KeyboardInterrupt after Ctrl+C, and what `owner.on_ready` raises.
         """
-        import getpass
         self._prompt, self._is_secret = prompt, is_secret
         begun, self._begun = self._begun or begun, ""
         try:
             with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
-                if is_secret:
+                if is_secret:     # `_kept_modes` shows again what is typed
                     self._mark_pastes(False)
-                    return self._read_plain(getpass.getpass, prompt)
+                    return self._read_plain(_read_secret, prompt)
                 text = (self._read_plain(_input, _hide_escapes(prompt), begun)
                         if self._library is None else self._read_keys(_hide_escapes(prompt), begun))
         except EOFError:
@@ -9949,6 +9950,24 @@ def _kept_modes():
     finally:
         if termios.tcgetattr(0) != before:
             termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def _read_secret(prompt):
+    """As getpass.getpass, which drops what is typed behind Ctrl+C."""
+    if os.name != "posix" or not os.isatty(0):
+        import getpass
+        return getpass.getpass(prompt)
+    import termios
+    modes = termios.tcgetattr(0)
+    modes[3] &= ~termios.ECHO
+    termios.tcsetattr(0, termios.TCSADRAIN, modes)
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    line = os.read(0, RECEIVE_BYTES)
+    sys.stdout.write("\n" * bool(line))
+    if not line:
+        raise EOFError
+    return line.decode("utf-8", "surrogateescape").rstrip("\n")
 
 
 def _read_without_waiting():

@@ -2818,6 +2818,120 @@ class Sessions(Case):
             self.assertIn(b"\xff\xfa" + kind + b"\xff\xf0" + text, data)
 
 
+class Waits(Case):
+    """A client that asks for it is told what each turn is for."""
+
+    KIND = re.compile(r"\xff\xfak(\w+)\xff\xf0")
+
+    def setUp(self):
+        super().setUp()
+        self.client = self.serve({"go": threading.Event()}).paired(kinds=True)
+
+    def kinds(self, *lines):
+        """Return what the turns are for that follow `lines`, each told once and in its place."""
+        found = []
+        for line in lines:
+            self.client.send(line)
+            begun = self.client._position
+            self.client.turn()
+            data = self.client.received[begun:self.client._position].decode("latin-1")
+            kind, = self.KIND.findall(data)
+            is_prompt = kind in ("primary", "continuation")
+            self.assertRegex(data, r"\xff\xfak\w+\xff\xf0%s\xff\xf9\Z" % (".{4}" if is_prompt else ""))
+            found.append(kind)
+        return found
+
+    def test_at_the_prompt(self):
+        self.assertEqual(self.KIND.findall(self.client.received.decode("latin-1")), ["primary"])
+        self.assertEqual(self.kinds("6 * 7", "if True:", "    pass", ""),
+                         ["primary", "continuation", "continuation", "primary"])
+
+    def test_within_an_evaluation(self):
+        self.assertEqual(self.kinds("input('>>> ')", "x", "import getpass; getpass.getpass()", "x"),
+                         ["input", "primary", "secret", "primary"])
+
+    def test_what_looks_like_a_prompt_is_input(self):
+        for name in ("ps1", "ps2"):
+            self.addCleanup(vars(sys).pop, name, None)
+        self.assertEqual(self.kinds("import code; code.interact('', local={})", "6 * 7", "if 1:", b"\xff\xec"),
+                         ["input", "input", "input", "primary"])
+
+    def test_a_debugger_and_what_is_asked_in_it(self):
+        self.assertEqual(self.kinds("import pdb; pdb.set_trace(); n = 1", "p 6 * 7", "p input('(Pdb) ')", "x", "c"),
+                         ["debugger", "debugger", "input", "debugger", "primary"])
+
+    def test_after_an_interrupt_it_is_the_primary_prompt_again(self):
+        self.assertEqual(self.kinds("if True:", b"\xff\xf4"), ["continuation", "primary"])
+
+    def test_where_a_prompt_is_out_already_it_follows_at_once(self):
+        self.client.control.request("TurnMarks", kinds=True)
+        self.client.until(b"\xff\xfakprimary\xff\xf0\xff\xf9")
+
+    def test_clients_that_do_not_ask_see_plain_marks(self):
+        plain = self.serve().paired()
+        plain.ask("if True:")
+        plain.ask("    input()")
+        plain.ask("")
+        self.assertEqual(plain.ask("x"), "'x'\n")
+        self.assertNotIn(b"\xff\xfa", plain.received)
+
+    def test_any_number_of_invalid_lines_at_input_is_no_answer(self):
+        self.client.send("x = input()")
+        self.client.turn()
+        self.client.send(b"\xc0\n" * 1500 + b"\xff\xfd\x06" * 1500 + b"an answer\n")
+        self.client.until("primary")
+        self.client.turn()
+        self.assertEqual(self.client.ask("x"), "'an answer'\n")
+
+
+class MuchOutput(Case):
+    """Ctrl+C and Ctrl+Z while what was printed is being sent to a slow client."""
+
+    def setUp(self):
+        super().setUp()
+        self.client = self.serve().paired(kinds=True)
+        self.client.send("import time; print('x' * 60000000, end=''); time.sleep(60)")
+        self.client.until("x" * 1000)
+        eventually(lambda: "sending" in self.client.control.request("Where"))
+
+    def test_Where_says_how_much_is_sent(self):
+        reply = self.client.control.request("Where")
+        self.assertEqual(reply["sending"][1], 60000000)
+        self.assertLess(reply["sending"][0], 60000000)
+        self.assertNotIn("hotrepl.py", reply["where"] or "")
+
+    def test_an_interrupt_drops_the_rest(self):
+        self.client.interrupt()
+        self.assertLess(self.client.skim(b"KeyboardInterrupt\n"), 30000000)
+        self.client.turn()
+        self.assertEqual(self.client.control.request("Where")["where"], None)
+
+    def test_the_background_drops_the_rest(self):
+        self.client.control.send({"command": "Background"})
+        self.assertLess(self.client.skim(b"fetches its value\n"), 30000000)
+        self.assertEqual(self.client.control.reply()["status"], "ok")
+        job = hotrepl.jobs()[-1]
+        hotrepl.async_raise(job)
+        hotrepl.JOBS.drop(job)
+
+
+class Pieces(Case):
+    """Much is sent in parts after each of which something else may come."""
+
+    def test_no_character_and_no_doubled_byte_is_cut(self):
+        for filler in ("\u20ac", "\U0001F40D", "a\u20ac"):
+            data = (filler * 100000).encode()
+            pieces = list(hotrepl._pieces(data))
+            self.assertEqual(b"".join(pieces), data)
+            self.assertGreater(len(pieces), 3)
+            for each in pieces:
+                each.decode()
+        for data in (b"\xff\xff" * 100000, b"a" + b"\xff\xff" * 100000, b"\xff\xffa" * 100000):
+            pieces = list(hotrepl._pieces(data))
+            self.assertEqual(b"".join(pieces), data)
+            self.assertEqual([each for each in pieces if each.count(b"\xff") % 2], [])
+
+
 class Exceptions(Case):
     """Every exception shows its traceback, and then there is the next prompt."""
 
@@ -4111,6 +4225,167 @@ class CtrlC(Case):
         self.terminal.press("^C")
         self.terminal.until("KeyboardInterrupt\n")
         self.assert_nothing_is_left()
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
+class BehindCtrlC(Case):
+    """What is typed right behind Ctrl+C, in one write, is read; what is before it is dropped."""
+
+    def setUp(self):
+        super().setUp()
+        self.served = self.serve({"begun": threading.Event()})
+        self.terminal = self.served.terminal(TERM="xterm")
+
+    def test_at_the_prompt(self):
+        for at in range(10):
+            self.terminal.type("some text\x03print('value', %d*2)\n" % at)
+            self.terminal.until("KeyboardInterrupt")
+            self.terminal.until("\nvalue %d\n" % (at * 2))
+            self.terminal.until(">>> ")
+        self.assertNotIn(b"Error", self.terminal.received)
+
+    def test_at_the_continuation_prompt(self):
+        self.terminal.type("if True:\n")
+        self.terminal.until("... ")
+        self.terminal.type("print('not' + ' this')\x036*7\n")
+        self.terminal.until("KeyboardInterrupt")
+        self.terminal.until("\n42\n")
+        self.assertNotIn(b"not this", self.terminal.received)
+
+    def test_at_work(self):
+        self.terminal.type("begun.set(); any(each for each in iter(int, 1))\n")
+        self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
+        self.terminal.type("some text\x036*7\n")
+        self.terminal.until("KeyboardInterrupt")
+        self.terminal.until("\n42\n")
+
+    def test_at_input_and_at_a_secret(self):
+        for ask in ("input", "__import__('getpass').getpass"):
+            self.terminal.type("%s('your' + ' name? ')\n" % ask)
+            self.terminal.until("your name? ")
+            self.terminal.type("some text\x036*7\n")
+            self.terminal.until("KeyboardInterrupt")
+            self.terminal.until("\n42\n")
+
+    def test_several_lines(self):
+        self.terminal.type("x\x03a = 6\nb = 7\na * b\n")
+        self.terminal.until("\n42\n")
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
+class LongLines(Case):
+    """A line of any length takes the client time by its length, and can be stopped."""
+
+    def seconds(self, function, *args):
+        begun = time.monotonic()
+        function(*args)
+        return time.monotonic() - begun
+
+    def test_the_terminal_shows_one_in_linear_time(self):
+        terminal = self.serve().terminal()
+        times = []
+        for size in (10, 40):
+            terminal.type("print('x' * %d000000, end=''); print(' the ' + 'end')\n" % size)
+            times.append(self.seconds(terminal.skim, b" the end\n"))
+            terminal.until(">>> ")
+        self.assertLess(times[1], 10 * times[0] + 1)
+        terminal.type("print('x' * 20000, end='')\n")
+        terminal.until("xx\n>>> ")
+        terminal.ask("6*7", "\n42")
+
+    def test_exec_passes_one_on_in_linear_time(self):
+        served = self.serve()
+        times = [self.seconds(subprocess.check_output, python_command(
+            SOURCE_PATH, "exec", "--json", "--port", str(served.server.address[1]),
+            "--control-port", str(served.server.control_address[1]), "-c", "'x' * %d000000" % size))
+            for size in (10, 40)]
+        self.assertLess(times[1], 8 * times[0] + 1)
+
+    def test_ctrl_c_drops_what_is_not_sent_yet(self):
+        terminal = self.serve().terminal()
+        terminal.type("print('x' * 200000000)\n")
+        terminal.until("x" * 1000)
+        terminal.press("^C")
+        begun = time.monotonic()
+        self.assertLess(terminal.skim(b">>> "), 100000000)
+        self.assertLess(time.monotonic() - begun, 5)
+        terminal.ask("6*7", "\n42")
+
+    def test_ctrl_z_drops_it_too(self):
+        terminal = self.serve().terminal()
+        self.addCleanup(lambda: [hotrepl.JOBS.drop(each) for each in hotrepl.JOBS.all() if not each.join()])
+        terminal.type("print('x' * 200000000)\n")
+        terminal.until("x" * 1000)
+        terminal.press("^Z")
+        self.assertLess(terminal.skim(b"fetches its value\n"), 100000000)
+        terminal.until(">>> ")
+        terminal.ask("6*7", "\n42")
+
+
+@unittest.skipUnless(HAS_PTY and hasattr(signal, "SIGSTOP"), "needs a pty and SIGSTOP")
+class NoAnswer(Case):
+    """The process is stopped, or takes no requests: Ctrl+C says what is known, twice leaves."""
+
+    SILENT = "hotrepl: no answer from the server: the process is stopped or very busy; Ctrl+C again leaves, and it goes on\n"
+
+    def connect(self):
+        self.program = self.folder().run(SERVE + "import time; time.sleep(1000)")
+        server = argparse.Namespace(**dict(zip(("address", "control_address"), addresses(self.program))))
+        terminal = self.keep(Terminal(connect_command(server)))
+        terminal.until(">>> ")
+        return terminal
+
+    def assert_told_and_left(self, terminal):
+        begun = time.monotonic()
+        terminal.press("^C")
+        terminal.until(self.SILENT)
+        self.assertLess(time.monotonic() - begun, 3)
+        terminal.press("^C")
+        self.assertEqual(terminal.end(2)[0], 0)
+
+    def test_stopped_at_work(self):
+        terminal = self.connect()
+        terminal.type("print('be' + 'gun'); time.sleep(1000)\n")
+        terminal.until("begun\n")
+        self.program.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.assert_told_and_left(terminal)
+
+    def test_stopped_at_the_prompt(self):
+        terminal = self.connect()
+        self.program.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.assert_told_and_left(terminal)
+
+    def test_one_that_goes_on_is_as_before(self):
+        terminal = self.connect()
+        self.program.process.send_signal(signal.SIGSTOP)
+        terminal.press("^C")
+        terminal.until(self.SILENT)
+        self.program.process.send_signal(signal.SIGCONT)
+        terminal.until("KeyboardInterrupt\n>>> ")
+        terminal.ask("6*7", "\n42")
+
+    def test_tab_gives_up(self):
+        terminal = self.connect()
+        terminal.type("some_lo")
+        terminal.until("some_lo")
+        self.program.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        terminal.press("Tab")
+        terminal.until("hotrepl: no completions: no answer on the control connection\n", 6)
+        terminal.until("some_lo")
+
+    def test_a_mute_control_port_is_told_in_ten_seconds(self):
+        mute = self.keep(socket.socket())
+        mute.bind(("127.0.0.1", 0))
+        mute.listen(5)
+        served = self.serve()
+        server = argparse.Namespace(address=served.server.address, control_address=mute.getsockname())
+        terminal = self.keep(Terminal(connect_command(server)))
+        code, text = terminal.end(13)
+        self.assertEqual(code, 1)
+        self.assertIn("hotrepl: the server is gone: no answer on the control connection\n", text)
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
