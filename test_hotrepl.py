@@ -16790,12 +16790,13 @@ class Loader(unittest.TestLoader):
 class Result(unittest.TextTestResult):
     """Writes a line for each event of each test; runs in the child."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, report, *args, **options):
         super().__init__(*args, **options)
+        self._report = report         # path of the file
         self._begun = 0.0             # when the running test began
 
     def note(self, *event):
-        with open(os.environ[REPORT], "a", encoding="utf-8") as file:
+        with open(self._report, "a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
     def startTest(self, test):
@@ -16915,14 +16916,18 @@ class Outcome:
 
 
 class ChildRunner(unittest.TextTestRunner):
+    def __init__(self, report):
+        super().__init__(resultclass=functools.partial(Result, report), stream=sys.stderr)
+        self._report = report         # path of the file
+
     def run(self, test):
         """Run the tests of a suite but for those that the report has already."""
-        with open(os.environ[REPORT], encoding="utf-8") as file:
+        with open(self._report, encoding="utf-8") as file:
             done = {name for _, name, *_ in map(json.loads, file)}
         return super().run(without(test, done))
 
 
-def run_child(argv):
+def run_child(argv, report):
     """Run the tests that `argv` names, or all, and write the report."""
     # A shell's background job ignores it, and so would all that we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -16930,9 +16935,8 @@ def run_child(argv):
     if argv[1:2] and (argv[1] == "quick" or argv[1] in ONCE):
         loader = Loader(argv[1])
         del argv[1]
-    runner = ChildRunner(resultclass=Result, stream=sys.stderr)
-    result = unittest.main(module="__main__", argv=argv, testRunner=runner, testLoader=loader,
-                           exit=False).result
+    result = unittest.main(module="__main__", argv=argv, testRunner=ChildRunner(report),
+                           testLoader=loader, exit=False).result
     result.note("over", "")
     return 0
 
@@ -16946,8 +16950,9 @@ def without(suite, names):
 
 def run_tests(argv):
     """Run the tests that `argv` names, or all; return the exit code."""
-    if REPORT in os.environ:
-        return run_child(argv)
+    report = os.environ.pop(REPORT, None)
+    if report is not None:
+        return run_child(argv, report)
     os.environ["HOTREPL_TEST_SEED"] = str(SEED)       # the children's, too
     outcome = Outcome(argv[1:]).run()
     outcome.run_again()
