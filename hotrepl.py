@@ -5960,7 +5960,7 @@ def show_source(obj):
 # --- Stacks and frames: what runs, and its variables ---
 
 _listed = threading.local()       # .marks: what frames() listed last in this thread
-_Mark = collections.namedtuple("_Mark", "frame_id code title text")   # finds a frame, holds none
+_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")   # finds a frame, holds none
 
 
 class Frame:
@@ -5996,14 +5996,14 @@ class Frame:
 
 
 def _marks():
-    """Return a _Mark for each frame of the program's own code, the outermost of a thread first."""
+    """Return a _FrameMark for each frame of the program's own code, the outermost of a thread first."""
     marks, seen = [], set()
     for title, stack in _stacks():
         for frame in stack:
             code = frame.f_code
             if id(frame) not in seen and _is_own_code(code):
                 seen.add(id(frame))       # a task that runs is on its thread's stack as well
-                marks.append(_Mark(id(frame), code, title, "%s, %s:%d" % (
+                marks.append(_FrameMark(id(frame), code, title, "%s, %s:%d" % (
                     getattr(code, "co_qualname", code.co_name), code.co_filename,
                     frame.f_lineno)))
     return marks

@@ -14601,6 +14601,15 @@ class Promises(Case):
         return [(int(match.group(1)), match.group(2).strip(), self.source[:match.start()].count("\n") + 1)
                 for match in re.finditer(r"^# === (\d+)\. ([^=\n]*) =+$", self.source, re.M)]
 
+    def test_no_class_or_function_takes_the_name_of_another(self):
+        for path in (SOURCE_PATH, SELF_PATH):
+            with open(path, encoding="utf-8") as file:
+                body = ast.parse(file.read()).body
+            names = [getattr(each, "name", None) or getattr(each.targets[0], "id", None) for each in body
+                     if isinstance(each, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
+            self.assertEqual([name for name, count in collections.Counter(names).items()
+                              if name and count > 1], [], path)
+
     def test_only_the_standard_library_is_imported(self):
         if hasattr(sys, "stdlib_module_names"):
             names = set(sys.stdlib_module_names)
