@@ -3240,9 +3240,10 @@ def _tops(folders):
 def _typed_over(module):
     """Yield the functions of a module that were typed at a prompt over those of its file."""
     for name, value in list(_space_of(module).items()):
-        if type(value) is types.FunctionType and _is_from_console(value) and (
-                _statement_of(module, name) is not None):
-            yield name
+        if type(value) is types.FunctionType and value.__code__.co_filename[:1] == "<":
+            found = _statement_of(module, name)
+            if found is not None and found[1].is_function and not found[1].node.decorator_list:
+                yield name
 
 
 def _statement_of(module, name):
@@ -3344,6 +3345,18 @@ class _Edit:
                     and pair.old.start < self.line], default=-1)
         at = next(k for k, pair in enumerate(self.pairs) if pair.new is statement)
         return at > last
+
+    def lost_values(self, statement):
+        """Return the values of names that a statement reads, which its module deletes again."""
+        found = {}
+        for each in self.new.statements:
+            if each is statement:
+                break
+            if each.is_pure and each.binds & statement.names.reads and not (
+                    each.binds & set(self.space)):
+                value = _value_of(each, dict(self.space, **found))
+                found.update((name, value) for name in each.binds if value is not _MISSING)
+        return found
 
     def may_drop(self, name):
         """Tell whether the module may take a name away itself."""
@@ -4016,7 +4029,7 @@ class _Evidence:
         """Return a _Pair for each statement."""
         pairs = self._look_at(self.source.statements, self.space, "", None)
         names, doc = self.source.names, self.space.get("__doc__")
-        if "*" not in names:
+        if "*" not in names and _INDIRECT.isdisjoint(self.source.code.co_names):
             self._look_for_extras(names | self.set_globals)
         if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
             self.gone.append(("", "__doc__"))
@@ -4050,7 +4063,7 @@ class _Evidence:
 
     def _change_of_value(self, statement, items, prefix, cls, counts):
         skips = self.set_globals if cls is None else self.set_attributes
-        change = "same"
+        literals, change = _literals(statement.node), "same"
         for name in statement.binds:
             live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
             if name.startswith("__") or name in skips or counts[name] > 1:
@@ -4060,10 +4073,9 @@ class _Evidence:
                     change = "new" if statement.is_pure and len(statement.binds) == 1 else change
                     self.found.append(_Found(prefix + name, "" if change == "new" else (
                         "%s is not there, the file has it" % (prefix + name))))
-            elif _is_other_literal(statement.node, live):
+            elif name in literals and _is_unlike(literals[name], live):
                 self.found.append(_Found(prefix + name, "%s is %s, the file says %s" % (
-                    prefix + name, shorten(repr(live), 40), shorten(repr(_literal(
-                        statement.node.value)), 40))))
+                    prefix + name, shorten(repr(live), 40), shorten(repr(literals[name]), 40))))
         return change
 
     def _change_of_definition(self, statement, items, prefix, cls, counts):
@@ -4137,17 +4149,27 @@ def _is_plain_class(cls):
         "__dataclass_fields__" not in vars(cls) and "__attrs_attrs__" not in vars(cls))
 
 
-def _is_other_literal(node, live):
-    """Tell whether a live value is surely not the literal that a statement gives."""
-    if not all(type(target).__name__ == "Name" for target in getattr(node, "targets", ())):
-        return False
-    value = _literal(node.value)
+def _literals(node):
+    """Return {name: value} of the literals that an assignment gives to names."""
+    value, found = _literal(node.value), {}
+    for target in getattr(node, "targets", None) or [node.target]:
+        if type(target).__name__ == "Name":
+            found[target.id] = value
+        elif type(target).__name__ == "Tuple" and _is(value, (tuple, list)) and (
+                len(value) == len(target.elts)):
+            found.update((each.id, item) for each, item in zip(target.elts, value)
+                         if type(each).__name__ == "Name")
+    return found
+
+
+def _is_unlike(literal, live):
+    """Tell whether a live value is surely not what a literal gives."""
     try:
-        hash(value)  # a list or a dict is there to be changed
+        hash(literal)  # a list or a dict is there to be changed
     except TypeError:
         return False
-    return value is not _MISSING and (
-        type(live) is not type(value) or _typed(live) != _typed(value))
+    return literal is not _MISSING and (
+        type(live) is not type(literal) or _typed(live) != _typed(literal))
 
 
 def _defaults_fit(function, node):
@@ -4161,17 +4183,7 @@ def _defaults_fit(function, node):
         if (default is None) != (live is _MISSING):
             return False
         pairs += [(default, live)] if default is not None else []
-    return all(_is_unlike_literal(*pair) is False for pair in pairs)
-
-
-def _is_unlike_literal(node, live):
-    value = _literal(node)
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return value is not _MISSING and (
-        type(live) is not type(value) or _typed(live) != _typed(value))
+    return not any(_is_unlike(_literal(default), live) for default, live in pairs)
 
 
 def _added_to_class(statement, cls, stored):
@@ -4553,7 +4565,7 @@ class _Apply:
             if len(self.edits) > 1 and pair.new.kind in _IMPORTERS:
                 yield from _imported_by(pair.new.node, edit.space)
             self._apply_pair(scope, pair)
-        edit.space.update(held)
+        edit.space.update((name, held[name]) for name in held if name not in edit.space)
         self._annotate(edit)
         for function, found in later:
             self._swap_function(edit, function, found)
@@ -4740,7 +4752,7 @@ class _Apply:
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
         old, new = pair.old.node, pair.new.node
-        if any(_decorator_name(each) == "overload" for each in new.decorator_list):
+        if _is_overload(new):
             return
         if scope.cls is not None and scope.count(new.name) > 1:
             self._run_group(scope, new.name)
@@ -4787,7 +4799,7 @@ class _Apply:
             return {name for name, node in news.items() if name in live and name in olds
                     and _key(olds[name], False) == _key(node, False)}
         return {name for name, node in news.items() if name in live
-                and not _is_unlike_literal(node, live[name])}
+                and not _is_unlike(_literal(node), live[name])}
 
     def _merged_defaults(self, pair, raw, new):
         live, values, kept = _live_defaults(raw), _live_defaults(new), self._kept_parameters(pair, raw)
@@ -4846,7 +4858,7 @@ class _Apply:
             return
         self.started.add((id(scope.cls), name))
         nodes = [each.node for each in scope.statements if each.is_function and name in each.binds
-                 and not any(_decorator_name(line) == "overload" for line in each.node.decorator_list)]
+                 and not _is_overload(each.node)]
         self._learn()
         for key, value in scope.execute(nodes, self).items():
             self._bind(scope, key, self.fold(scope.get_raw(key), value), None)
@@ -4941,6 +4953,8 @@ class _Apply:
         if statement.is_constant:
             self._put_docstring(scope, statement)
             return
+        if _is_overload(statement.node) and scope.last_binder(statement.node.name) is not statement:
+            return
         if scope.cls is None and self.everything and self._is_kept_out(edit, statement):
             return
         self._learn()
@@ -4980,18 +4994,19 @@ class _Apply:
         if statement is scope.statements[0]:
             bound = scope.execute([statement.node], self)
             doc = bound.get("__doc__", scope.edit.space.get("__doc__"))
-            if scope.cls is not None:
-                self.put(_attribute(scope.cls, "__doc__"), doc)
+            self.put(_entry(scope.edit.space, "__doc__") if scope.cls is None else _attribute(
+                scope.cls, "__doc__"), doc)
 
     def _settle(self, scope, statement, name, old, new):
         """Give the name the object it had before, with the behaviour of the new one."""
         last = scope.last_binder(name)
-        if new is _MISSING and name not in scope.held:
+        if new is _MISSING:
             return
         if last is not statement and not scope.runs(last):
             new = old           # a later statement, which does not run again, has the last word
         elif last is not statement and scope.runs(last) and scope.cls is None:
-            return              # it will be settled then
+            scope.held[name] = new      # it will be settled then
+            return
         elif old is not _MISSING and new is not _MISSING:
             new = self.fold(old, new, statement)
         self._bind(scope, name, new, statement)
@@ -5434,7 +5449,7 @@ class _Apply:
             self._follow_pure(follower, source, before, values)
             changed = {name for name in set(before) | set(follower.space)
                        if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
-                       and (not name.startswith("__") or name == "__all__")}
+                       and name not in _IMPORT_NAMES}
             if changed:
                 todo += self._follow_imports(follower, before, changed)
 
@@ -5475,7 +5490,7 @@ class _Apply:
                         values[name] = was, now
                         self.report.add("followed", edit.name, [name])
                     elif not _is_plain_equal(live, now):
-                        self.report.add("not_run_again", edit.name, [each.title])
+                        self._report_not_run(edit, each, used)
             elif used and each.kind == "ClassDef":
                 self._follow_class(edit, each, olds, news, set(values))
             if used and each.is_function:
@@ -5576,7 +5591,12 @@ class _Apply:
         for pair in edit.pairs:
             if pair.new is not None and pair.change in _LEFT_ALONE and (
                     pair.new.names.reads & names) and not pair.new.is_main_guard:
-                self.report.add("not_run_again", edit.name, [pair.new.title])
+                self._report_not_run(edit, pair.new, pair.new.names.reads & names)
+
+    def _report_not_run(self, edit, statement, names):
+        title = statement.node.name if statement.is_definition else statement.title
+        self.report.add("not_run_again", edit.name, [
+            "%s (%s changed)" % (title, ", ".join(sorted(names)))])
 
     def _report_not_run_again(self, edit):
         """Name unchanged statements that called, or were made by, code that is another now."""
@@ -5592,7 +5612,7 @@ class _Apply:
             used = each.names.heads if each.is_definition else each.names.calls
             reads = each.names.reads & values - each.binds if not each.is_definition else set()
             if used & changed or reads and not (each.is_pure or each.is_definition):
-                self.report.add("not_run_again", edit.name, [each.title])
+                self._report_not_run(edit, each, used & changed | reads)
         for pair in edit.pairs:
             if pair.new is not None and pair.change not in _LEFT_ALONE and self._is_kept_out(
                     edit, pair.new) and (edit.name == "__main__" or not pair.new.is_main_guard):
@@ -5607,6 +5627,9 @@ class _Apply:
                 self.put(_entry(edit.space, name), None if name == "__doc__" else _MISSING)
                 if type(edit.space.get("__annotations__")) is dict:
                     self.put(_entry(edit.space["__annotations__"], name), _MISSING)
+        for edit in self.ordered:
+            if edit.names_gone(is_done=True):
+                self._follow(edit)
         for _, function, path, reason in self.closures.values():
             self.stuck[path, reason] += 1
         self._move_classes()
@@ -5966,9 +5989,11 @@ class _Scope:
             edit.annotated[id(statement)] = edit.space.get("__conditional_annotations__", ())
             names = edit.space if "*" in statement.binds else statement.binds
             return {name: edit.space.get(name, _MISSING) for name in names}
-        exec(code, edit.space, held)
-        return {name: held[name] for name in (statement.binds if statement else held)
-                if name in held}
+        lost = edit.lost_values(statement) if statement is not None else {}
+        space = dict(lost, **held)
+        exec(code, edit.space, space)
+        names = statement.binds if statement is not None else set(space).difference(lost, held)
+        return {name: space[name] for name in names if name in space}
 
     def _in_class(self, nodes):
         """Run statements in the class's scope; `super()` in what they define means the class."""
@@ -6215,6 +6240,10 @@ def _decorator_name(node):
     while type(node).__name__ == "Call":
         node = node.func
     return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def _is_overload(node):
+    return any(_decorator_name(each) == "overload" for each in getattr(node, "decorator_list", ()))
 
 
 _TRANSPARENT = {"staticmethod", "classmethod", "property", "setter", "getter", "deleter", "wraps",
@@ -6945,8 +6974,7 @@ def unpatch(old):
             if change.target is target:
                 undo(change.number)
                 return
-        if type(target) is not types.FunctionType or not _is_from_console(target) or (
-                not _bring_files_version(target)):
+        if type(target) is not types.FunctionType or not _bring_files_version(target):
             raise ValueError("%r is not patched" % (old,))
 
 
@@ -6956,7 +6984,8 @@ def _bring_files_version(typed):
         space = _space_of(module)
         for key in [key for key, value in list(space.items()) if value is typed]:
             found = _statement_of(module, key)
-            if found is None or not found[1].is_function:
+            if found is None or not found[1].is_function or _is_in_file(
+                    typed.__code__, found[0]):
                 continue
             source, statement = found
             line = statement.start + 1
