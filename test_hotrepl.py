@@ -12010,6 +12010,1435 @@ class Threads(Workspace):
         self.assertEqual(self.hammer(m.f, lambda i: patch(m.f, news[i % 2])(), 300), [])
 
 
+# === 8. Hot patching: judged by a fresh process ==============================
+# Nobody wrote down here what is right: a live program is used, edited and reloaded, and a process that
+# starts with the edited files says it. `python test_hotrepl.py judge [NAME...]` does it for each
+# framework that this Python has. A row of the table is a program, questions to it, and edits. Of each
+# edit, and of the way back, the engine compares
+#   answers    to the questions, which use the framework's own client, made before; of those that begin with
+#              "live" (what an object answers that was made before) it is enough if the report has a stale line;
+#   portrait   the code of functions, the attributes of classes, the names of modules;
+#   state      what `kept()` returned before, and is to return still.
+# What differs must be named in the report, and in the answers only where the edit says what may differ.
+
+class Edit:
+    """One edit of a program: `changes` are texts and what they become, each found in one place."""
+
+    def __init__(self, title, *changes, named=None):
+        self.title = title
+        self._changes = list(zip(changes[::2], changes[1::2]))
+        self.named = named        # what the report says where the answers may differ, a pattern
+
+    def apply(self, files):
+        """Return {name: text} of the program after this edit."""
+        files = dict(files)
+        for old, new in self._changes:
+            found = [name for name, text in files.items() if text.count(old) == 1]
+            if len(found) != 1:
+                raise ValueError("%s: %r is in %s" % (self.title, old, found or "no file once"))
+            files[found[0]] = files[found[0]].replace(old, new)
+        return files
+
+
+class Judged:
+    """A row of the table: a framework, a program, questions, edits."""
+
+    def __init__(self, name, program, questions, *edits, is_rewritten=False):
+        self.name = name
+        self.is_rewritten = is_rewritten      # the framework compiles another text than the file's
+        self.files = split_files(program)
+        self.questions = textwrap.dedent(questions)
+        self.edits = edits
+
+
+def split_files(text):
+    """Return {name: text} of a text with lines `# file: NAME`."""
+    pieces = re.split(r"^# file: (.+)\n", textwrap.dedent(text), flags=re.M)
+    return dict(zip(pieces[1::2], pieces[2::2]))
+
+
+class Portrait(dict):
+    """{site: what stands there} of modules, in words that another process has too."""
+
+    SKIPPED = re.compile(r"__(dict|weakref|builtins|file|path|cached|loader|spec|firstlineno|warningregistry)__\Z"
+                         r"|_abc_|__pydantic_(core_schema|parent_namespace|serializer|validator)__|@py")
+
+    def __init__(self, modules):
+        super().__init__()
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if not self.SKIPPED.match(name):
+                    self._add(module.__name__, name, value)
+
+    def _add(self, where, name, value):
+        site = where + "." + name
+        if not isinstance(value, type) or value.__module__.partition(".")[0] != where.partition(".")[0]:
+            self[site] = self._words(value)
+        elif site not in self:
+            self[site] = "class %s%s" % (value.__qualname__, [each.__name__ for each in value.__mro__])
+            for inner, each in list(vars(value).items()):
+                if not self.SKIPPED.match(inner):
+                    self._add(site, inner, each)
+
+    def _words(self, value, depth=4):
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, types.FunctionType) and depth:
+            return "def " + " ".join(self._parts(value, depth))
+        if isinstance(value, property) and depth:
+            return "property " + " ".join(
+                self._words(each, depth - 1) for each in (value.fget, value.fset, value.fdel))
+        if isinstance(value, (type, types.FunctionType, types.ModuleType)):
+            return value.__name__
+        if isinstance(value, (str, bytes, int, float, complex, bool, type(None))) and type(value) in (
+                str, bytes, int, float, complex, bool, type(None)):
+            return repr(value)
+        if type(value) in (tuple, list, set, frozenset, dict) and depth:
+            found = [self._words(each, depth - 1) for each in value]
+            if type(value) is dict:
+                found = ["%s: %s" % (key, self._words(each, depth - 1))
+                         for key, each in zip(found, value.values())]
+            return "%s(%s)" % (type(value).__name__, ", ".join(sorted(found)))
+        return type(value).__name__
+
+    def _parts(self, function, depth):
+        yield function.__name__
+        yield self.code(function.__code__)
+        for each in (function.__defaults__, function.__kwdefaults__, function.__doc__):
+            yield self._words(each, depth - 1)
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):
+                yield self._words(cell.cell_contents, depth - 1)
+
+    @classmethod
+    def code(cls, code):
+        """Return a short text that differs where the code of a function does."""
+        import hashlib
+        parts = [code.co_name, code.co_firstlineno, code.co_flags, code.co_argcount, code.co_code.hex(),
+                 code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars]
+        for each in code.co_consts:
+            parts.append(cls.code(each) if hasattr(each, "co_code") else
+                         sorted(map(repr, each)) if isinstance(each, frozenset) else each)
+        return hashlib.md5(repr(parts).encode()).hexdigest()[:8]
+
+    def differences(self, other):
+        """Return the sites that stand in one of two portraits, or otherwise in the other."""
+        return {site for site in set(self) | set(other) if self.get(site) != other.get(site)}
+
+
+class Live:
+    """A program in a process of its own: this one, which ends after it."""
+
+    def __init__(self, files, questions, folder):
+        self._folder = folder
+        os.chdir(folder)
+        sys.path.insert(0, folder)
+        self._files = {}
+        self.write(files)
+        self._space = {}
+        exec(questions, self._space)
+
+    def write(self, files):
+        """Make the folder hold these files, and no others of the program."""
+        for name in set(self._files) - set(files):
+            os.remove(name)
+        for name, text in files.items():
+            if self._files.get(name) != text:
+                os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+                with open(name, "w") as file:
+                    file.write(text)
+        self._files = files
+
+    def answers(self):
+        """Return what it answers now, by question; an exception is an answer too."""
+        found = {}
+        for name, question in self._space["ASK"].items():
+            try:
+                found[name] = question()
+            except (Exception, SystemExit) as exc:
+                found[name] = "%s: %s" % (type(exc).__name__, exc)
+        return json.loads(json.dumps(found, default=repr))
+
+    def kept(self):
+        """Return what a reload is to keep."""
+        return json.loads(json.dumps(self._space["kept"](), default=repr))
+
+    def portrait(self):
+        return Portrait([module for name, module in sorted(sys.modules.items())
+                         if str(getattr(module, "__file__", "")).startswith(self._folder + os.sep)])
+
+    def look(self):
+        return {"answers": self.answers(), "portrait": self.portrait(), "report": ""}
+
+    def edited(self, files):
+        """Write the files, reload, and return what it is like afterwards."""
+        self.write(files)
+        try:
+            report = repr(hotrepl.reload())
+        except ReloadError as exc:
+            report = "ReloadError: %s" % exc
+        return dict(self.look(), report=report)
+
+
+def live_and_back(judged, edits, folder):
+    """Return what a live program is like in the beginning, after each edit, and after its way back."""
+    live = Live(judged.files, judged.questions, folder)
+    fresh, answers = live.portrait(), live.answers()
+    live.answers()
+    kept = live.kept()
+    hotrepl.note_sources()
+    looks = [{"answers": answers, "state": sorted(fresh.differences(live.portrait()))}]
+    for edit in edits:
+        for files in (edit.apply(judged.files), judged.files):
+            looks.append(dict(live.edited(files), kept=[kept, live.kept()]))
+    return looks
+
+
+def fresh_look(judged, files, folder):
+    """Return what a fresh process with these files is like."""
+    return Live(files, judged.questions, folder).look()
+
+
+def in_child(function, *args, deadline_s=60):
+    """Return what `function(*args, folder)` returns in a forked process, in a folder of its own."""
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="hotrepl judged "))
+    result, said = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(deadline_s)
+            for number, file in enumerate((open(os.devnull), said, said)):
+                os.dup2(file.fileno(), number)
+            json.dump(function(*args, folder), result)
+            result.flush()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    shutil.rmtree(folder)
+    with said, result:
+        for file in (said, result):
+            file.seek(0)
+        if status:
+            raise ChildProcessError("the program ended with status %d:\n%s" % (status, said.read()[-3000:]))
+        return json.load(result)
+
+
+class Judge:
+    """Compares a live program with fresh ones, and tells what is wrong."""
+
+    def __init__(self, judged):
+        self._judged = judged
+        self._first = in_child(fresh_look, judged, judged.files)
+        self.wrong = []           # sentences
+
+    def judge(self):
+        """Try each edit in a process of its own, then all in one; return what is wrong."""
+        fresh = []
+        for edit in self._judged.edits:
+            fresh += [in_child(fresh_look, self._judged, edit.apply(self._judged.files)), self._first]
+            self._compare([edit], fresh[-2:])
+        if not self.wrong:        # or each would be told twice
+            self._compare(self._judged.edits, fresh)
+        return self.wrong
+
+    def _compare(self, edits, fresh):
+        try:
+            looks = in_child(live_and_back, self._judged, edits)
+        except ChildProcessError as exc:
+            self.wrong.append("%s: %s" % (edits[0].title, exc))
+            return
+        for at, (live, right) in enumerate(zip(looks[1:], fresh)):
+            edit, title = edits[at // 2], edits[at // 2].title + (", taken back" if at % 2 else "")
+            for problem in self._problems(live, right, edit, set(looks[0]["state"])):
+                self.wrong.append("%s: %s" % (title, problem))
+                if "-v" in sys.argv:
+                    self.wrong[-1] += "\n    report: " + live["report"].replace("\n", "\n    ")
+
+    def _problems(self, live, right, edit, state):
+        kept, is_kept = live["kept"]
+        if kept != is_kept:
+            yield "state was %s and is %s" % (kept, is_kept)
+        wrong = [name for name, answer in live["answers"].items() if answer != right["answers"][name]
+                 and not (name.startswith("live") and re.search("(?m)^stale", live["report"]))]
+        if wrong and not (edit.named and re.search(edit.named, live["report"])):
+            found, wanted = (shorten_answer(each["answers"][wrong[0]]) for each in (live, right))
+            yield "%s: %s, not %s" % (", ".join(wrong), found, wanted)
+        if live["report"] == "nothing changed":
+            yield "reload() saw no change"
+        found = set()
+        if not self._judged.is_rewritten:
+            found = Portrait.differences(live["portrait"], right["portrait"]) - state
+        unnamed = sorted(site for site in found if not is_named(site, live["report"]))
+        if unnamed:
+            yield "not as in a fresh process, and not named: %s" % ", ".join(unnamed[:12])
+
+
+def is_named(site, report):
+    """Return whether a report says something of `module.Class.name`, or of what it is in."""
+    parts = site.split(".")
+    return any(re.search(r"(?m)^(stale|note|not run again|can't tell).*\b%s\b" % re.escape(part), report)
+               for part in parts[1:])
+
+
+def shorten_answer(answer):
+    return textwrap.shorten(json.dumps(answer, ensure_ascii=False), 160, placeholder="...")
+
+
+def run_judge(argv):
+    """Judge the edits of the frameworks named, or of all; return the exit code."""
+    names = [each for each in argv if not each.startswith("-")]
+    is_wrong = False
+    for judged in FRAMEWORKS:
+        if not names or judged.name in names:
+            importlib.import_module(judged.name)
+            wrong = Judge(judged).judge()
+            is_wrong |= bool(wrong)
+            print("%-11s %d edits, %d wrong" % (judged.name, len(judged.edits), len(wrong)), flush=True)
+            for each in wrong:
+                print("  " + each, flush=True)
+    return int(is_wrong)
+
+
+FRAMEWORKS = [
+
+    Judged("flask", """
+        # file: app.py
+        import click
+        from flask import Flask, g
+        import pages
+        STATE = {"hits": 0}
+        app = Flask(__name__)
+
+        @app.before_request
+        def first():
+            g.marks = ["first 1"]
+
+        @app.after_request
+        def last(response):
+            response.headers["X-Last"] = "last 1"
+            return response
+
+        @app.route("/")
+        def home():
+            STATE["hits"] += 1
+            return "home 1 %s" % g.marks
+
+        @app.route("/item/<int:number>")
+        def item(number):
+            return "item %d" % number
+
+        @app.errorhandler(404)
+        def missing(error):
+            return "missing 1", 404
+
+        @app.template_filter("loud")
+        def loud(text):
+            return text.upper()
+
+        @app.context_processor
+        def more():
+            return {"name": "context 1"}
+
+        @app.cli.command("init")
+        @click.option("--count", default=1)
+        def init(count):
+            print("init", count)
+
+        app.register_blueprint(pages.pages, url_prefix="/pages")
+        # file: pages.py
+        from flask import Blueprint, render_template_string
+        from flask.views import MethodView
+        pages = Blueprint("pages", __name__)
+
+        @pages.route("/about")
+        def about():
+            return render_template_string("{{ 'about 1'|loud }} {{ name }}")
+
+        class Thing(MethodView):
+            things = ["a"]
+
+            def get(self):
+                return "get %s" % self.things
+
+        pages.add_url_rule("/thing", view_func=Thing.as_view("thing"))
+        """, """
+        import app
+        server = app.app
+        client = server.test_client()
+        def get(path, method="get", **options):
+            answer = getattr(client, method)(path, **options)
+            return answer.status_code, answer.text, answer.headers.get("X-Last")
+        ASK = {path: lambda path=path: get(path) for path in (
+            "/", "/item/3", "/item/3/red", "/article/3", "/new", "/start", "/pages/about", "/pages/thing", "/none")}
+        ASK["POST /"] = lambda: get("/", "post")[0]
+        ASK["POST thing"] = lambda: get("/pages/thing", "post")[0]
+        ASK["commands"] = lambda: sorted(server.cli.commands)
+        ASK["init"] = lambda: server.test_cli_runner().invoke(args=["init"]).output
+        def kept():
+            return server is app.app, list(app.STATE), app.STATE["hits"] > 1
+        """,
+        Edit("body of a view", '"home 1', '"home 2'),
+        Edit("body of a blueprint's view", "about 1", "about 2"),
+        Edit("body of before_request", "first 1", "first 2"),
+        Edit("body of after_request", "last 1", "last 2"),
+        Edit("body of an error handler", "missing 1", "missing 2"),
+        Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
+        Edit("body of a context processor", "context 1", "context 2"),
+        Edit("body of a command", '"init", count', '"init 2", count'),
+        Edit("body of a view class", '"get %s"', '"get 2 %s"'),
+        Edit("attribute of a view class", '["a"]', '["a", "b"]'),
+        Edit("methods of a route", 'route("/")', 'route("/", methods=["GET", "POST"])'),
+        Edit("path of a route", '"/item/<int:number>")', '"/article/<int:number>")'),
+        Edit("path and parameter", '"/item/<int:number>")', '"/item/<int:number>/<colour>")',
+             "def item(number):", "def item(number, colour):", '"item %d" % number', '"item %d %s" % (number, colour)'),
+        Edit("view renamed", "def item(number)", "def article(number)", '"/item/<int:number>"', '"/article/<int:number>"'),
+        Edit("another code for an error", 'errorhandler(404)\n', 'errorhandler(405)\n'),
+        Edit("another name of a filter", '"loud"', '"noisy"', "'about 1'|loud", "'about 1'|noisy"),
+        Edit("view added", "@app.errorhandler", '@app.route("/new")\ndef new():\n    return "new"\n\n@app.errorhandler'),
+        Edit("blueprint's view added", "class Thing", '@pages.route("/new")\ndef new():\n    return "new"\n\nclass Thing'),
+        Edit("second route of a view", '@app.route("/")', '@app.route("/")\n@app.route("/start")'),
+        Edit("before_request added before another", "@app.before_request", """
+@app.before_request
+def zeroth():
+    g.zero = True
+
+@app.before_request"""),
+        Edit("before_request that comes second", "@app.after_request", """
+@app.before_request
+def second():
+    g.marks.append("second")
+
+@app.after_request"""),
+        Edit("command renamed", '"init")', '"setup")'),
+        Edit("default of a command's option", "default=1", "default=2"),
+        Edit("method of a view class", '        return "get %s" % self.things',
+             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"'),
+        ),
+
+    Judged("fastapi", """
+        # file: app.py
+        from fastapi import FastAPI, Depends, HTTPException, Request
+        from fastapi.responses import JSONResponse
+        from models import Item
+        import more
+        STATE = {"items": {}}
+        app = FastAPI()
+
+        def settings():
+            return "settings 1"
+
+        @app.middleware("http")
+        async def mark(request, call_next):
+            answer = await call_next(request)
+            answer.headers["X-Mark"] = "mark 1"
+            return answer
+
+        @app.exception_handler(KeyError)
+        async def missing(request: Request, error):
+            return JSONResponse({"missing": "1"}, 404)
+
+        @app.get("/")
+        async def home(mode: str = Depends(settings)):
+            return {"home": 1, "mode": mode}
+
+        @app.get("/item/{number}")
+        def item(number: int):
+            return {"item": number}
+
+        @app.post("/items")
+        def add(thing: Item):
+            STATE["items"][thing.name] = thing
+            return thing
+
+        @app.get("/lost")
+        def lost():
+            raise KeyError
+
+        app.include_router(more.router, prefix="/more")
+        # file: models.py
+        from pydantic import BaseModel
+
+        class Item(BaseModel):
+            name: str
+            price: float = 1.5
+        # file: more.py
+        from fastapi import APIRouter
+        router = APIRouter()
+
+        @router.get("/about")
+        def about():
+            return "about 1"
+        """, """
+        import app
+        from fastapi.testclient import TestClient
+        server = app.app
+        client = TestClient(server)
+        def get(path):
+            answer = client.get(path)
+            return answer.status_code, answer.json(), answer.headers.get("X-Mark")
+        ASK = {path: lambda path=path: get(path) for path in (
+            "/", "/item/3", "/item/3?colour=red", "/article/3", "/new", "/more/about", "/more/new", "/more/about?n=2", "/lost")}
+        ASK["post"] = lambda: client.post("/items", json={"name": "a", "size": 3, "price": 2}).json()
+        ASK["post nothing"] = lambda: client.post("/items", json={}).status_code
+        ASK["schema"] = lambda: client.get("/openapi.json").json()
+        ASK["routes"] = lambda: [getattr(each, "path", type(each).__name__) for each in server.routes]
+        def kept():
+            return server is app.app, list(app.STATE["items"])
+        """,
+        Edit("body of a handler", '"home": 1', '"home": 2'),
+        Edit("body of a dependency", "settings 1", "settings 2"),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("body of an exception handler", '"missing": "1"', '"missing": "2"'),
+        Edit("body of a router's handler", "about 1", "about 2"),
+        Edit("path", '"/item/{number}"', '"/article/{number}"'),
+        Edit("status code", '"/item/{number}"', '"/item/{number}", status_code=203'),
+        Edit("parameter", "number: int", 'number: int, colour: str = "blue"',
+             '{"item": number}', '{"item": number, "colour": colour}'),
+        Edit("annotation of a parameter", "number: int", "number: str"),
+        Edit("another dependency", "@app.get(\"/\")", "def other():\n    return 'other'\n\n@app.get(\"/\")",
+             "Depends(settings)", "Depends(other)"),
+        Edit("dependency gets a parameter", "def settings():", "def settings(level: int = 7):", '"settings 1"', '"settings %d" % level'),
+        Edit("handler added", '@app.get("/lost")', '@app.get("/new")\ndef new():\n    return "new"\n\n@app.get("/lost")'),
+        Edit("handler renamed", "def item(", "def article(", '"/item/{number}"', '"/article/{number}"'),
+        Edit("router's handler added", "about 1\"\n", 'about 1"\n\n@router.get("/new")\ndef new():\n    return "new"\n'),
+        Edit("router's handler gets a parameter", "def about():", "def about(n: int = 1):", '"about 1"', '"about %d" % n'),
+        Edit("router's path", '"/about"', '"/about/{n}"'),
+        Edit("field added", "price: float = 1.5", "price: float = 1.5\n    size: int = 0"),
+        Edit("default of a field", "1.5", "2.5"),
+        Edit("field that gets no default", "price: float = 1.5", "price: float\n    size: int"),
+        Edit("method of a model", "price: float = 1.5", "price: float = 1.5\n\n    def total(self):\n        return 2 * self.price",
+             "return thing\n", "return thing.total()\n"),
+        ),
+
+    Judged("starlette", """
+        # file: app.py
+        from starlette.applications import Starlette
+        from starlette.endpoints import HTTPEndpoint
+        from starlette.middleware import Middleware
+        from starlette.middleware.base import BaseHTTPMiddleware
+        from starlette.responses import PlainTextResponse
+        from starlette.routing import Mount, Route
+        STATE = {"hits": 0}
+
+        class Mark(BaseHTTPMiddleware):
+            async def dispatch(self, request, call_next):
+                answer = await call_next(request)
+                answer.headers["X-Mark"] = "mark 1"
+                return answer
+
+        async def home(request):
+            STATE["hits"] += 1
+            return PlainTextResponse("home 1")
+
+        def item(request):
+            return PlainTextResponse("item %s" % request.path_params["number"])
+
+        class Thing(HTTPEndpoint):
+            size = 1
+
+            async def get(self, request):
+                return PlainTextResponse("thing %d" % self.size)
+
+        async def missing(request, error):
+            return PlainTextResponse("missing 1", 404)
+
+        routes = [
+            Route("/", home),
+            Route("/item/{number:int}", item),
+            Mount("/sub", routes=[Route("/thing", Thing)]),
+        ]
+        app = Starlette(routes=routes, middleware=[Middleware(Mark)], exception_handlers={404: missing})
+        """, """
+        import app
+        from starlette.testclient import TestClient
+        server = app.app
+        client = TestClient(server)
+        def get(path, method="GET"):
+            answer = client.request(method, path)
+            return answer.status_code, answer.text, answer.headers.get("X-Mark")
+        ASK = {path: lambda path=path: get(path) for path in ("/", "/item/3", "/article/3", "/new", "/sub/thing", "/none")}
+        ASK["POST"] = lambda: get("/sub/thing", "POST")
+        def kept():
+            return app.STATE["hits"] > 1
+        """,
+        Edit("body of an endpoint", "home 1", "home 2"),
+        Edit("body of a sync endpoint", '"item %s"', '"item: %s"'),
+        Edit("body of a class's method", '"thing %d"', '"thing: %d"'),
+        Edit("attribute of a class", "size = 1", "size = 2"),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("body of an exception handler", "missing 1", "missing 2"),
+        Edit("method of a class", '"thing %d" % self.size)\n',
+             '"thing %d" % self.size)\n\n    async def post(self, request):\n        return PlainTextResponse("posted")\n'),
+        Edit("path", '"/item/{number:int}"', '"/article/{number:int}"', named="app = Starlette|app:"),
+        Edit("endpoint added", "class Thing", 'def new(request):\n    return PlainTextResponse("new")\n\nclass Thing',
+             'Route("/", home),', 'Route("/", home),\n    Route("/new", new),', named="app = Starlette|app:"),
+        Edit("endpoint renamed", "def item(", "def article(", ", item)", ", article)"),
+        ),
+
+    Judged("django", """
+        # file: settings.py
+        SECRET_KEY = "x"
+        DEBUG = True
+        ALLOWED_HOSTS = ["*"]
+        ROOT_URLCONF = "urls"
+        INSTALLED_APPS = ["django.contrib.contenttypes", "shop"]
+        MIDDLEWARE = ["shop.middle.Mark"]
+        TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
+        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+        DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+        # file: urls.py
+        from django.urls import include, path
+        from shop import views
+        urlpatterns = [
+            path("", views.home),
+            path("item/<int:number>", views.item),
+            path("list", views.Items.as_view()),
+            path("sub/", include("shop.urls")),
+        ]
+        # file: shop/__init__.py
+        # file: shop/urls.py
+        from django.urls import path
+        from . import views
+        urlpatterns = [path("about", views.about, name="about")]
+        # file: shop/middle.py
+        class Mark:
+            def __init__(self, get_response):
+                self.get_response = get_response
+
+            def __call__(self, request):
+                answer = self.get_response(request)
+                answer["X-Mark"] = "mark 1"
+                return answer
+        # file: shop/models.py
+        from django.db import models
+
+        class Item(models.Model):
+            name = models.CharField(max_length=10)
+
+            def greet(self):
+                return "greet 1 " + self.name
+        # file: shop/forms.py
+        from django import forms
+
+        class ItemForm(forms.Form):
+            name = forms.CharField(max_length=5)
+
+            def clean_name(self):
+                return self.cleaned_data["name"] + " 1"
+        # file: shop/signals.py
+        from django.db.models.signals import pre_save
+        from django.dispatch import receiver
+        from .models import Item
+        SEEN = []
+
+        @receiver(pre_save, sender=Item)
+        def saved(sender, instance, **options):
+            SEEN.append(instance.name)
+            instance.name = instance.name + " s1"
+        # file: shop/templatetags/__init__.py
+        # file: shop/templatetags/own.py
+        from django import template
+        register = template.Library()
+
+        @register.filter
+        def loud(text):
+            return text.upper()
+
+        @register.simple_tag
+        def tag(value):
+            return "tag 1 %s" % value
+        # file: shop/views.py
+        from django.http import HttpResponse
+        from django.template import engines
+        from django.views import View
+        from django.views.decorators.http import require_http_methods
+        from . import signals
+        from .forms import ItemForm
+        from .models import Item
+        STATE = {"hits": 0}
+
+        def home(request):
+            STATE["hits"] += 1
+            return HttpResponse("home 1")
+
+        @require_http_methods(["GET"])
+        def item(request, number):
+            return HttpResponse("item %d" % number)
+
+        def about(request):
+            text = engines["django"].from_string("{% load own %}{{ 'about 1'|loud }} {% tag 3 %}")
+            return HttpResponse(text.render())
+
+        class Items(View):
+            def get(self, request):
+                return HttpResponse("items %d" % Item.objects.count())
+        """, """
+        import os, sys
+        os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+        import django
+        django.setup()
+        from django.db import connection
+        from django.test import Client
+        from shop import forms, models, signals, views
+        with connection.schema_editor() as editor:
+            editor.create_model(models.Item)
+        models.Item.objects.create(name="a")
+        first = models.Item.objects.get()
+        client = Client(raise_request_exception=False)
+        def get(path, method="get"):
+            answer = getattr(client, method)(path)
+            return answer.status_code, answer.content.decode()[:60], answer.headers.get("X-Mark")
+        def form():
+            found = forms.ItemForm({"name": "abc", "size": "3"})
+            return found.is_valid(), found.cleaned_data, list(found.fields)
+        def save():
+            item = models.Item(name="b")
+            signals.pre_save.send(models.Item, instance=item)
+            return item.name
+        ASK = {path: lambda path=path: get(path) for path in (
+            "/", "/item/3", "/article/3", "/new", "/sub/about", "/sub/new")}
+        ASK["POST"] = lambda: get("/item/3", "post")
+        ASK["list"] = lambda: get("/list")
+        ASK["POST list"] = lambda: get("/list", "post")
+        ASK["form"] = form
+        ASK["save"] = save
+        ASK["fields"] = lambda: [each.name for each in models.Item._meta.get_fields()]
+        ASK["greet"] = lambda: first.greet()[:7]
+        def kept():
+            return views.STATE["hits"] > 1, len(signals.SEEN) > 1, type(first) is models.Item
+        """,
+        Edit("body of a view", "home 1", "home 2"),
+        Edit("body of a decorated view", '"item %d"', '"item: %d"'),
+        Edit("body of a view class", '"items %d"', '"items: %d"'),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("body of a model's method", "greet 1", "greet 2"),
+        Edit("body of a form's method", '"] + " 1"', '"] + " 2"'),
+        Edit("body of a receiver", '" s1"', '" s2"'),
+        Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
+        Edit("body of a tag", "tag 1", "tag 2"),
+        Edit("argument of a decorator", '(["GET"])', '(["GET", "POST"])'),
+        Edit("path", '"item/<int:number>"', '"article/<int:number>"'),
+        Edit("view added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
+             'path("", views.home),', 'path("", views.home),\n    path("new", views.new),'),
+        Edit("view of an included file added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
+             'urlpatterns = [path("about", views.about, name="about")]',
+             'urlpatterns = [path("about", views.about, name="about"), path("new", views.new)]'),
+        Edit("view renamed", "def item(", "def article(", "views.item", "views.article"),
+        Edit("method of a view class", "class Items(View):",
+             'class Items(View):\n    def post(self, request):\n        return HttpResponse("posted")\n'),
+        Edit("method of a model", "    def greet(self):\n", "    def loud(self):\n        return self.name.upper()\n\n    def greet(self):\n",
+             '"greet 1 " + self.name', "self.loud()"),
+        Edit("field of a form", "max_length=5)", "max_length=5)\n    size = forms.IntegerField()"),
+        Edit("argument of a form's field", "max_length=5", "max_length=2"),
+        Edit("receiver added", "SEEN = []", """SEEN = []
+
+@receiver(pre_save, sender=Item)
+def before(sender, instance, **options):
+    instance.name = "new " + instance.name"""),
+        Edit("filter renamed", "def loud", "def noisy", "|loud", "|noisy"),
+        Edit("model added", "class Item(", "class Other(models.Model):\n    size = models.IntegerField()\n\nclass Item("),
+        ),
+
+    Judged("aiohttp", """
+        # file: app.py
+        from aiohttp import web
+        STATE = web.AppKey("state", dict)
+        LOG = []
+        routes = web.RouteTableDef()
+
+        @web.middleware
+        async def mark(request, handler):
+            answer = await handler(request)
+            answer.headers["X-Mark"] = "mark 1"
+            return answer
+
+        @routes.get("/")
+        async def home(request):
+            request.app[STATE]["hits"] += 1
+            return web.Response(text="home 1")
+
+        @routes.get("/item/{number}")
+        async def item(request):
+            return web.Response(text="item " + request.match_info["number"])
+
+        @routes.view("/thing")
+        class Thing(web.View):
+            async def get(self):
+                return web.Response(text="thing 1")
+
+        async def started(app):
+            LOG.append("started")
+
+        app = web.Application(middlewares=[mark])
+        app[STATE] = {"hits": 0}
+        app.on_startup.append(started)
+        app.add_routes(routes)
+        """, """
+        import asyncio, app
+        from aiohttp.test_utils import TestClient, TestServer
+        loop = asyncio.new_event_loop()
+        server = app.app
+        async def connect():
+            client = TestClient(TestServer(server))
+            await client.start_server()
+            return client
+        client = loop.run_until_complete(connect())
+        async def request(path, method):
+            async with client.request(method, path) as answer:
+                return answer.status, await answer.text(), answer.headers.get("X-Mark")
+        def get(path, method="GET"):
+            return loop.run_until_complete(request(path, method))
+        ASK = {path: lambda path=path: get(path) for path in ("/", "/item/3", "/article/3", "/new", "/thing")}
+        ASK["POST"] = lambda: get("/thing", "POST")
+        ASK["def"] = lambda: [each.path for each in app.routes]
+        def kept():
+            return server[app.STATE]["hits"] > 1, app.LOG
+        """,
+        Edit("body of a handler", "home 1", "home 2"),
+        Edit("body of a class's method", "thing 1", "thing 2"),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("path", '"/item/{number}"', '"/article/{number}"', named=r"add_routes"),
+        Edit("method of a class", "class Thing(web.View):",
+             'class Thing(web.View):\n    async def post(self):\n        return web.Response(text="posted")\n'),
+        Edit("handler added", '@routes.view', '@routes.get("/new")\nasync def new(request):\n    return web.Response(text="new")\n\n@routes.view',
+             named="add_routes"),
+        Edit("handler renamed", "def item(", "def article("),
+        ),
+
+    Judged("sqlalchemy", """
+        # file: app.py
+        from sqlalchemy import ForeignKey, String, create_engine, event, select
+        from sqlalchemy.ext.hybrid import hybrid_property
+        from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, validates
+        engine = create_engine("sqlite://")
+        SEEN = []
+
+        class Base(DeclarativeBase):
+            def describe(self):
+                return "base 1"
+
+        class User(Base):
+            __tablename__ = "user"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str] = mapped_column(String(30))
+            notes: Mapped[list["Note"]] = relationship(back_populates="user")
+            kind = "kind 1"
+
+            def greet(self):
+                return "greet 1 " + self.name
+
+            @hybrid_property
+            def loud(self):
+                return self.name + "!"
+
+            @validates("name")
+            def check(self, key, value):
+                return value.strip()
+
+        class Note(Base):
+            __tablename__ = "note"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            user_id: Mapped[int] = mapped_column(ForeignKey("user.id"))
+            user: Mapped[User] = relationship(back_populates="notes")
+
+        @event.listens_for(User, "before_insert")
+        def inserted(mapper, connection, user):
+            SEEN.append(user.name)
+            user.name = user.name + " i1"
+        """, """
+        import app
+        from sqlalchemy import create_engine, select
+        from sqlalchemy.orm import Session
+        app.Base.metadata.create_all(app.engine)
+        session = Session(app.engine)
+        first = app.User(name=" a ")
+        session.add(first)
+        session.commit()
+        def users():
+            engine = create_engine("sqlite://")
+            app.Base.metadata.create_all(engine)
+            with Session(engine) as session:
+                session.add(app.User(name=" b ", notes=[app.Note()]))
+                session.commit()
+                found = session.scalars(select(app.User).where(app.User.loud.like("%!"))).all()
+                return [(each.name, each.greet(), each.loud, len(each.notes), each.kind, each.describe()) for each in found]
+        ASK = {"users": users,
+               "first": lambda: (type(first.name), first.kind, first.describe()),
+               "greet": lambda: first.greet().split()[:2],
+               "columns": lambda: [(each.name, str(each.type)) for each in app.User.__table__.columns],
+               "tables": lambda: sorted(app.Base.metadata.tables),
+               "mapped": lambda: sorted(app.User.__mapper__.attrs.keys()),
+               "age": lambda: app.User(name="c", age=3).age,
+               "new": lambda: first.new()}
+        def kept():
+            return type(first) is app.User, first in session, len(app.SEEN) > 1, app.User.__mapper__.class_ is app.User
+        """,
+        Edit("body of a method", "greet 1", "greet 2"),
+        Edit("body of the base's method", "base 1", "base 2"),
+        Edit("body of a hybrid", '+ "!"', '+ "!!"'),
+        Edit("body of a validator", "value.strip()", "value.strip() + 'v'"),
+        Edit("body of a listener", "i1", "i2"),
+        Edit("plain attribute", "kind 1", "kind 2"),
+        Edit("method added", "    def greet(self)", "    def new(self):\n        return 'new'\n\n    def greet(self)"),
+        Edit("method of the base added", "    def describe", "    def new(self):\n        return 'new'\n\n    def describe"),
+        Edit("column added", '    kind = ', '    age: Mapped[int | None] = mapped_column(default=7)\n    kind = ',
+             named=r"\bage\b"),
+        Edit("length of a column", "String(30)", "String(40)", named=r"\bname\b"),
+        Edit("class added", "@event", """class Tag(Base):
+    __tablename__ = "tag"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+@event""", named=r"\bTag\b|\btag\b"),
+        Edit("hybrid added", "    @validates", "    @hybrid_property\n    def new(self):\n        return lambda: 5\n\n    @validates"),
+        ),
+
+    Judged("pydantic", """
+        # file: app.py
+        from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator
+        LIVE = []
+
+        class Address(BaseModel):
+            street: str = "s1"
+
+        class User(BaseModel):
+            model_config = ConfigDict(extra="ignore")
+            name: str = Field(max_length=5)
+            age: int = 1
+            address: Address = Address()
+
+            @field_validator("name")
+            @classmethod
+            def check(cls, value):
+                return value + " v1"
+
+            @computed_field
+            @property
+            def shown(self) -> str:
+                return "shown 1"
+
+            def greet(self):
+                return "greet 1 " + self.name
+
+        class Admin(User):
+            level: int = 3
+
+        LIVE.append(User(name="a"))
+        """, """
+        import app
+        first, user, admin = app.LIVE[0], app.User, app.Admin
+        def make(cls, **values):
+            return cls(**values).model_dump()
+        ASK = {"user": lambda: make(user, name="b", size=3, address={"street": "x", "city": "y"}),
+               "default": lambda: make(user, name="b"),
+               "admin": lambda: make(admin, name="b"),
+               "long": lambda: make(user, name="abcdef"),
+               "wrong": lambda: make(user, name="b", age="c"),
+               "missing": lambda: make(user),
+               "title": lambda: make(user, title="b"),
+               "nested": lambda: make(app.Address, city="y"),
+               "schema": lambda: admin.model_json_schema(),
+               "live": lambda: (first.greet()[:7], first.shown)}
+        def kept():
+            return app.LIVE[0] is first, first.name, user is app.User, type(first) is user
+        """,
+        Edit("body of a method", "greet 1", "greet 2", "a\"))\n", "a\"))\n"),
+        Edit("body of a validator", " v1", " v2", named=None),
+        Edit("body of a computed field", "shown 1", "shown 2"),
+        Edit("field added", "    age: int = 1", "    age: int = 1\n    size: int = 0"),
+        Edit("default of a field", "int = 1", "int = 2"),
+        Edit("type of a field", "age: int = 1", 'age: str = "x"'),
+        Edit("limit of a field", "max_length=5", "max_length=6"),
+        Edit("field renamed", "    name: str", "    title: str", '("name")', '("title")', "self.name", "self.title",
+             'name="a"', 'title="a"'),
+        Edit("field of a nested model", 'street: str = "s1"', 'street: str = "s1"\n    city: str = "c"'),
+        Edit("config", 'extra="ignore"', 'extra="forbid"'),
+        Edit("validator added", "    @computed_field", """    @field_validator("age")
+    @classmethod
+    def older(cls, value):
+        return value + 10
+
+    @computed_field"""),
+        Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
+             '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
+        Edit("field of a subclass", "level: int = 3", "level: int = 3\n    rank: int = 4"),
+        ),
+
+    Judged("attrs", """
+        # file: app.py
+        import attr
+        from attrs import define, field, frozen
+        LIVE = []
+
+        @define
+        class User:
+            name: str = field(converter=str.strip)
+            age: int = 1
+
+            @name.validator
+            def check(self, attribute, value):
+                if not value:
+                    raise ValueError("empty 1")
+
+            def greet(self):
+                return "greet 1 " + self.name
+
+        @frozen
+        class Point:
+            x: int = 0
+
+        @attr.s
+        class Old:
+            size = attr.ib(default=1)
+
+        @define
+        class Admin(User):
+            level: int = 3
+
+        LIVE.append(User(" a "))
+        LIVE.append(Old())
+        """, """
+        import app, attrs
+        first, old, user = app.LIVE[0], app.LIVE[1], app.User
+        def make(cls, *args, **options):
+            made = cls(*args, **options)
+            return repr(made), attrs.asdict(made)
+        ASK = {"user": lambda: make(app.User, " b "), "empty": lambda: app.User(" "),
+               "user size": lambda: make(app.User, "b", size=3),
+               "point": lambda: make(app.Point), "point y": lambda: make(app.Point, y=3),
+               "old": lambda: make(app.Old), "old colour": lambda: make(app.Old, colour="red"),
+               "admin": lambda: make(app.Admin, "b"), "live": lambda: first.greet()[:7],
+               "live old": lambda: sorted(attrs.asdict(old)),
+               "equal": lambda: (app.Point() == app.Point(), len({app.Point(), app.Point()}))}
+        def kept():
+            return app.LIVE[0] is first, first.name, first.age
+        """,
+        Edit("body of a method", "greet 1", "greet 2"),
+        Edit("body of a validator", "empty 1", "empty 2"),
+        Edit("default", "age: int = 1", "age: int = 2"),
+        Edit("field added", "age: int = 1", "age: int = 1\n    size: int = 0", named="size|User"),
+        Edit("field of a frozen class", "x: int = 0", "x: int = 0\n    y: int = 0"),
+        Edit("field of an old-style class", "size = attr.ib(default=1)", "size = attr.ib(default=1)\n    colour = attr.ib(default='blue')"),
+        Edit("field renamed", "size = attr.ib(default=1)", "colour = attr.ib(default='blue')", named=r"\bOld\b"),
+        Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
+             '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
+        Edit("argument of the decorator", "@frozen\n", "@frozen(order=True)\n"),
+        Edit("converter", "str.strip", "str.upper"),
+        ),
+
+    Judged("click", """
+        # file: app.py
+        import click
+        LOG = []
+
+        @click.group()
+        @click.option("--level", default=1)
+        @click.pass_context
+        def cli(ctx, level):
+            ctx.obj = level
+
+        @cli.command("list")
+        @click.argument("what")
+        @click.option("--count", default=1)
+        @click.pass_obj
+        def listing(level, what, count):
+            "Help 1."
+            LOG.append(what)
+            click.echo("list 1 %s %s %s" % (level, what, count))
+
+        @cli.group()
+        def sub():
+            pass
+
+        @sub.command()
+        def inner():
+            click.echo("inner 1")
+
+        @click.command()
+        def apart():
+            click.echo("apart 1")
+
+        cli.add_command(apart)
+        """, """
+        import app
+        from click.testing import CliRunner
+        tool = app.cli
+        def run(*words):
+            result = CliRunner().invoke(tool, words)
+            return result.exit_code, result.output
+        ASK = {words: lambda words=words: run(*words.split()) for words in (
+            "--help", "list a", "list a b", "list a --count 3", "list a --size 3", "list --help", "ls a", "sub --help", "sub inner", "apart", "new")}
+        ASK["commands"] = lambda: sorted(tool.commands)
+        def kept():
+            return tool is app.cli, app.LOG[:2]
+        """,
+        Edit("body of a command", "list 1", "list 2"),
+        Edit("body of a group", "ctx.obj = level", "ctx.obj = -level"),
+        Edit("body of a sub-group's command", "inner 1", "inner 2"),
+        Edit("body of a command that was added", "apart 1", "apart 2"),
+        Edit("help", "Help 1", "Help 2"),
+        Edit("default of an option", '"--count", default=1', '"--count", default=2'),
+        Edit("default of a group's option", '"--level", default=1', '"--level", default=2'),
+        Edit("option added", '@click.pass_obj\ndef listing(level, what, count):', '@click.option("--size", default=7)\n@click.pass_obj\ndef listing(level, what, count, size):',
+             "(level, what, count))", "(level, what, count * size))"),
+        Edit("argument added", '@click.argument("what")', '@click.argument("what")\n@click.argument("other", default="o")',
+             "def listing(level, what, count):", "def listing(level, what, count, other):"),
+        Edit("command renamed", 'command("list")', 'command("ls")'),
+        Edit("function renamed", "def inner", "def other"),
+        Edit("command added", "@cli.group", '@cli.command()\ndef new():\n    click.echo("new")\n\n@cli.group'),
+        Edit("command without a decorator renamed", "def apart", "def other", "(apart)", "(other)"),
+        ),
+
+    Judged("typer", """
+        # file: app.py
+        from typing import Annotated
+        import typer
+        LOG = []
+        app = typer.Typer()
+        sub = typer.Typer()
+        app.add_typer(sub, name="sub")
+
+        @app.callback()
+        def main(level: int = 1):
+            LOG.append(level)
+
+        @app.command()
+        def hello(name: str, count: Annotated[int, typer.Option(help="Help 1.")] = 1):
+            typer.echo("hello 1 %s %d %s" % (name, count, LOG[-1]))
+
+        @app.command("list")
+        def listing():
+            typer.echo("list 1")
+
+        @sub.command()
+        def inner():
+            typer.echo("inner 1")
+        """, """
+        import app
+        from typer.testing import CliRunner
+        tool = app.app
+        def run(*words):
+            result = CliRunner().invoke(tool, words)
+            return result.exit_code, result.output
+        ASK = {words: lambda words=words: run(*words.split()) for words in (
+            "--help", "hello a", "hello a --count 3", "hello a --size 3", "hello --help", "list", "ls", "new", "sub inner", "sub new")}
+        ASK["commands"] = lambda: [each.name or each.callback.__name__ for each in tool.registered_commands]
+        def kept():
+            return tool is app.app, len(app.LOG) > 2
+        """,
+        Edit("body of a command", "hello 1", "hello 2"),
+        Edit("body of the callback", "append(level)", "append(-level)"),
+        Edit("default of the callback", "level: int = 1", "level: int = 2"),
+        Edit("body of a sub-command", "inner 1", "inner 2"),
+        Edit("help", "Help 1", "Help 2"),
+        Edit("default", '"Help 1.")] = 1', '"Help 1.")] = 2'),
+        Edit("parameter added", '"Help 1.")] = 1', '"Help 1.")] = 1, size: int = 1', "(name, count, ", "(name, count * size, "),
+        Edit("command renamed", '"list"', '"ls"'),
+        Edit("function renamed", "def inner", "def new"),
+        Edit("command added", '@app.command("list")', '@app.command()\ndef new():\n    typer.echo("new")\n\n@app.command("list")'),
+        ),
+
+    Judged("celery", """
+        # file: app.py
+        from celery import Celery, Task, shared_task
+        LOG = []
+        app = Celery("app", broker="memory://", backend="cache+memory://")
+        app.conf.task_always_eager = True
+
+        class Base(Task):
+            def before_start(self, task_id, args, kwargs):
+                LOG.append("base 1")
+
+        @app.task
+        def add(x, y):
+            LOG.append(x)
+            return x + y
+
+        @app.task(bind=True, name="named", max_retries=2)
+        def bound(self, x=1):
+            return ["bound 1", self.name, self.max_retries, x]
+
+        @app.task(base=Base)
+        def based():
+            return LOG[-1]
+
+        @shared_task
+        def shared():
+            return "shared 1"
+        """, """
+        import app
+        server, add = app.app, app.add
+        def run(name, *args):
+            return server.tasks[name].delay(*args).get()
+        ASK = {"add": lambda: run("app.add", 1, 2), "add 3": lambda: run("app.add", 1, 2, 3),
+               "held": lambda: add.delay(3, 4).get(), "called": lambda: add(3, 4),
+               "named": lambda: run("named"), "other": lambda: run("other"), "based": lambda: run("app.based"),
+               "shared": lambda: run("app.shared"), "new": lambda: run("app.new"),
+               "tasks": lambda: sorted(name for name in server.tasks if not name.startswith("celery."))}
+        def kept():
+            return server is app.app, app.LOG[:2]
+        """,
+        Edit("body of a task", "return x + y", "return x - y"),
+        Edit("body of a bound task", "bound 1", "bound 2"),
+        Edit("body of a base's method", "base 1", "base 2"),
+        Edit("body of a shared task", "shared 1", "shared 2"),
+        Edit("argument of the decorator", "max_retries=2", "max_retries=3"),
+        Edit("parameter added", "def add(x, y):", "def add(x, y, z=10):", "return x + y", "return x + y + z"),
+        Edit("default", "x=1", "x=2"),
+        Edit("task renamed", 'name="named"', 'name="other"'),
+        Edit("function renamed", "def shared", "def new"),
+        Edit("task added", "@app.task(base", "@app.task\ndef new():\n    return 'new'\n\n@app.task(base"),
+        ),
+
+    Judged("pytest", """
+        # file: conftest.py
+        import pytest
+        LOG = []
+
+        @pytest.fixture
+        def number():
+            LOG.append("number")
+            return 1
+
+        @pytest.fixture(params=["a", "b"])
+        def letter(request):
+            yield request.param
+            LOG.append("after")
+        # file: test_app.py
+        import pytest
+
+        @pytest.fixture
+        def double(number):
+            return 2 * number
+
+        def test_number(number):
+            assert number == 1
+
+        def test_double(double):
+            assert double == 2
+
+        @pytest.mark.parametrize("value", [1, 2])
+        def test_each(value, number):
+            assert value == number
+
+        class TestThing:
+            size = 1
+
+            def test_letter(self, letter):
+                assert letter == "a" * self.size
+        """, """
+        import os, sys, pytest
+        class Seen:
+            def __init__(self):
+                self.outcomes = {}
+            def pytest_runtest_logreport(self, report):
+                if report.when == "call" or report.outcome != "passed":
+                    self.outcomes[report.nodeid.split("::", 1)[1]] = report.outcome
+        def outcomes():
+            seen = Seen()
+            pytest.main(["-q", "-p", "no:cacheprovider", "."], plugins=[seen])
+            return seen.outcomes
+        outcomes()
+        import conftest
+        ASK = {"outcomes": outcomes}
+        def kept():
+            return conftest.LOG[:2]
+        """,
+        Edit("body of a fixture", "return 1", "return 2"),
+        Edit("body of a fixture of the file", "return 2 * number", "return 3 * number"),
+        Edit("body of a test", "number == 1\n", "number == 3\n"),
+        Edit("parameters of a fixture", '["a", "b"]', '["a", "b", "c"]'),
+        Edit("parameters of a test", "[1, 2]", "[1, 2, 3]"),
+        Edit("fixture asks for another", "def double(number)", "def double(number, letter)"),
+        Edit("fixture renamed", "def number(", "def other(", "def double(number)", "def double(other)", "2 * number", "2 * other",
+             "test_number(number)", "test_number(other)", "assert number == 1", "assert other == 1",
+             "(value, number)", "(value, other)", "value == number", "value == other"),
+        Edit("test renamed", "test_double", "test_other"),
+        Edit("test added", "class TestThing", "def test_new(letter, number):\n    assert letter\n\nclass TestThing"),
+        Edit("test of a class added", "    size = 1", "    size = 1\n\n    def test_new(self, number):\n        assert number"),
+        Edit("attribute of a class", "size = 1", "size = 2"),
+        is_rewritten=True),
+]
+
+
+@once("frameworks")
+class Frameworks(Case):
+    """The table above, a framework a test."""
+
+    def judge(self, name):
+        program = self.keep(Program(python_command(
+            "-W", "ignore", os.path.abspath(__file__), "judge", name, python=third_party("frameworks"))))
+        code, out, err = program.end(WATCHDOG_S)
+        self.assertEqual((code, out.count("\n"), err), (0, 1, ""), out)
+
+
+for _judged in FRAMEWORKS:
+    setattr(Frameworks, "test_%s_answers_as_a_fresh_process_does" % _judged.name,
+            lambda self, name=_judged.name: self.judge(name))
+
+
+# Of the ways to start a program: its name, its files, the command; {} in the command is the folder of the
+# Python that has what it needs. START serves first, so that what is imported then is not noted by that.
+START = "import hotrepl\nhotrepl.start(globals(), port=0, control_port=0)\nimport shop\n"
+LAUNCHERS = {
+    "script": ({"app.py": START + "input()\n"}, "{}/python app.py"),
+    "module": ({"pkg/__init__.py": "", "pkg/__main__.py": START + "input()\n"}, "{}/python -m pkg"),
+    "gunicorn": ({"app.py": START + "def application(environ, start): pass\n"},
+                 "{}/gunicorn -w 2 -b 127.0.0.1:0 app:application"),
+    "uvicorn": ({"app.py": START + "async def app(scope, receive, send): pass\n"},
+                "{}/uvicorn --port 0 --lifespan off app:app"),
+    "flask": ({"app.py": "from flask import Flask\napp = Flask(__name__)\n" + START}, "{}/flask run --port 0"),
+    "django": ({"manage.py": """
+        import os, sys
+        from django.core.management import execute_from_command_line
+        os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+        execute_from_command_line(sys.argv)
+        """, "settings.py": "SECRET_KEY = 'x'\nDEBUG = True\nROOT_URLCONF = 'urls'\nUSE_TZ = True\n",
+                "urls.py": START + "urlpatterns = []\n"}, "{}/python manage.py runserver --noreload 127.0.0.1:0"),
+    "pytest": ({"test_app.py": START + "import threading\ndef test_wait(): threading.Event().wait()\n"},
+               "{}/pytest -p no:cacheprovider test_app.py"),
+    "celery": ({"app.py": "from celery import Celery\napp = Celery(broker='memory://')\n" + START},
+               "{}/celery -A app worker --pool solo"),
+}
+
+
+@once("frameworks")
+class Launchers(NotesCase):
+    """However a program was started, an edit of it is found, does what it says or is named, and loses nothing."""
+
+    MODULE = """
+        SESSIONS = {{}}
+        LIMIT = {0}
+        class Config:
+            depth = {0}
+            conn: object
+            def method(self): return {0}
+        def answer(n={0}): return {0}, n
+        def only_{0}(): return {0}
+        SESSIONS.setdefault("user", (answer, Config()))
+        """
+    ASK = """
+        import json, sys
+        module = sys.modules[%r]
+        answer, config = module.SESSIONS["user"]
+        module.SESSIONS["count"] = module.SESSIONS.get("count", 0) + 1
+        print(json.dumps({"body": answer()[0], "default": answer()[1], "LIMIT": module.LIMIT,
+            "depth": config.depth, "method": config.method(), "only": [
+                name for name in vars(module) if name.startswith("only")], "count": module.SESSIONS["count"]}))
+        """
+
+    def exec(self, code):
+        """Run code in each server; return {pid: what it printed}."""
+        status, out, err = self.hotrepl("exec", "--all", "-", stdin=textwrap.dedent(code))
+        self.assertEqual((status, err), (0, ""))
+        found = collections.defaultdict(str)
+        for line in out.splitlines(True):
+            pid, _, text = line.partition(": ")
+            found[pid] += text
+        return found
+
+    def reload(self):
+        """Reload each; return {pid: report}."""
+        return self.exec("import hotrepl\nprint(hotrepl.reload())")
+
+    def look(self, module, version, count, reports, is_known):
+        """Check what each process answers: that version, or the report names what does not."""
+        for pid, text in self.exec(self.ASK % module).items():
+            found = json.loads(text)
+            self.assertEqual(found.pop("count"), count, reports)
+            for what, value in found.items():
+                wanted = ["only_%d" % version] if what == "only" else version
+                is_named = what in ("LIMIT", "depth") and not is_known and re.search(
+                    r"can't tell.*\b%s\b" % what, reports[pid])
+                if value != wanted and not is_named:
+                    self.fail("%s is %s, not %s; the report: %s" % (what, value, wanted, reports[pid]))
+
+    def check(self, folder, command, processes=1, cache=None, **env):
+        """Start the program, edit it before and after the first connection, and what is imported then."""
+        def edit(name, version):
+            self.edit(folder, name, version)
+            if cache == "rewritten":
+                subprocess.run([sys.executable, "-c", "import shop." + name], cwd=folder.path, check=True,
+                               env=environment())
+        edit("core", 1)
+        edit("late", 1)
+        folder.write("shop/__init__.py", "from . import core\n")
+        if cache is None:
+            env["PYTHONDONTWRITEBYTECODE"] = "1"
+        program = self.keep(Program(command, cwd=folder.path, **env))
+        eventually(lambda: len(self.notes_there()) >= processes, "%d servers" % processes)
+        eventually(lambda: len(self.hotrepl("list")[1].splitlines()) > processes, "the list")
+        edit("core", 2)
+        self.look("shop.core", 2, 1, self.reload(), is_known=False)
+        edit("core", 3)
+        self.look("shop.core", 3, 2, self.reload(), is_known=True)
+        self.exec("import shop.late")
+        edit("late", 2)
+        self.look("shop.late", 2, 1, self.reload(), is_known=True)
+        for report in self.reload().values():
+            self.assertRegex(report, r"nothing changed")
+        program.kill(signal.SIGKILL)
+
+    def edit(self, folder, name, version):
+        folder.write("shop/%s.py" % name, textwrap.dedent(self.MODULE).format(version))
+
+    def notes_there(self):
+        return os.listdir(self.notes) if os.path.isdir(self.notes) else ()
+
+    def launch(self, name, cache):
+        files, command = LAUNCHERS[name]
+        folder = self.folder()
+        for path in ["shop/"] + list(files):
+            os.makedirs(os.path.join(folder.path, os.path.dirname(path)), exist_ok=True)
+            if files.get(path) is not None:
+                folder.write(path, files[path])
+        self.check(folder, command.format(os.path.dirname(third_party("frameworks"))).split(),
+                   processes=2 if name == "gunicorn" else 1, cache=cache)
+
+    # A wheel of an editable install, as setuptools makes it, without what it needs from the network.
+    BACKEND = '''
+        import os, zipfile
+        META = "Metadata-Version: 2.1\\nName: tool\\nVersion: 1\\n"
+        WHEEL = "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+        def build_editable(folder, *rest):
+            with zipfile.ZipFile(os.path.join(folder, "tool-1-py3-none-any.whl"), "w") as file:
+                file.writestr("__editable__.tool.pth", os.path.abspath("src") + "\\n")
+                file.writestr("tool-1.dist-info/METADATA", META)
+                file.writestr("tool-1.dist-info/WHEEL", WHEEL)
+                file.writestr("tool-1.dist-info/entry_points.txt", "[console_scripts]\\ntool = shop.tool:main\\n")
+                file.writestr("tool-1.dist-info/RECORD", "")
+            return "tool-1-py3-none-any.whl"
+        '''
+
+    def test_console_script_of_an_editable_install_with_a_src_layout(self):
+        folder = self.folder()
+        venv = os.path.join(folder.path, "venv")
+        subprocess.run([third_party("frameworks"), "-m", "venv", venv], check=True)
+        os.makedirs(os.path.join(folder.path, "project/src/shop"))
+        folder.write("project/backend.py", self.BACKEND)
+        folder.write("project/pyproject.toml", "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n")
+        folder.write("project/src/shop/tool.py", "def main():\n    import hotrepl, shop.core\n"
+                     "    hotrepl.start(globals(), port=0, control_port=0)\n    input()\n")
+        shutil.copy(os.path.join(folder.path, "hotrepl.py"), os.path.join(folder.path, "project/src"))
+        project = os.path.join(folder.path, "project")
+        subprocess.run([venv + "/bin/python", "-m", "pip", "install", "-q", "--no-index", "--no-deps",
+                        "--disable-pip-version-check", "-e", project], check=True, stdin=subprocess.DEVNULL)
+        folder.path, path = os.path.join(project, "src"), folder.path
+        try:
+            self.check(folder, [venv + "/bin/tool"])
+        finally:
+            folder.path = path
+
+
+for _name, _cache in itertools.product(LAUNCHERS, (None, "written", "rewritten")):
+    setattr(Launchers, "test_%s_with_%s_bytecode" % (_name, _cache or "no"),
+            lambda self, name=_name, cache=_cache: self.launch(name, cache))
+
+
 # === Reliability =============================================================
 # What hostile and unlucky clients, an unlucky program and long time can do to a server. Each test
 # here takes seconds; `fuzz`, `load`, `exits` and `soak` do the same for as long as they are told to,
@@ -15168,7 +16597,7 @@ def run_tests(argv):
 
 SCRIPTS = {   # first argument -> function(further arguments) -> exit code
     "bench": run_bench, "interrupts": run_interrupts, "fuzz": run_fuzz, "load": run_load,
-    "exits": run_exits, "soak": run_soak}
+    "exits": run_exits, "soak": run_soak, "judge": run_judge}
 
 
 if __name__ == "__main__":
