@@ -12010,6 +12010,387 @@ class Threads(Workspace):
         self.assertEqual(self.hammer(m.f, lambda i: patch(m.f, news[i % 2])(), 300), [])
 
 
+
+
+class RealPrograms(Workspace):
+    """What programs do that small examples don't, each a kind of edit that once went wrong."""
+
+    # What runs
+
+    def test_own_registry_follows_a_changed_key(self):
+        text = "R = {}\ndef reg(key):\n    def deco(f):\n        R[key] = f\n        return f\n    return deco\n" \
+               "@reg(%r)\ndef f(): return %d\n"
+        m = self.load(text % ("a", 1))
+        held, registry = m.R["a"], m.R
+        self.again(text % ("b", 2))
+        self.assertEqual((list(m.R), m.R["b"](), held()), (["b"], 2, 2))
+        self.assertIs(m.R, registry)
+
+    def test_own_registry_in_another_module_follows_a_changed_key(self):
+        self.load("R = {}\ndef reg(key):\n    def deco(f):\n        R[key] = f\n        return f\n    return deco\n", "reg")
+        text = "from reg import reg\n@reg(%r)\ndef f(): return %d\n"
+        m = self.load(text % ("a", 1))
+        self.again(text % ("b", 2))
+        self.assertEqual({key: f() for key, f in sys.modules["reg"].R.items()}, {"b": 2})
+        self.assertIs(sys.modules["reg"].R["b"], m.f)
+
+    def test_new_handler_comes_where_the_file_has_it(self):
+        text = "HANDLERS = []\ndef on(f):\n    HANDLERS.append(f)\n    return f\n%s@on\ndef z(): return 'z'\n"
+        m = self.load(text % "@on\ndef a(): return 'a'\n")
+        self.again(text % "@on\ndef a(): return 'a'\n@on\ndef b(): return 'b'\n")
+        self.assertEqual([f() for f in m.HANDLERS], ["a", "b", "z"])
+
+    def test_handler_that_is_taken_away_is_called_no_more(self):
+        text = "HANDLERS = []\ndef on(f):\n    HANDLERS.append(f)\n    return f\n%s@on\ndef z(): return 'z'\n"
+        m = self.load(text % "@on\ndef a(): return 'a'\n")
+        report = self.again(text % "")
+        self.assertEqual([f() for f in m.HANDLERS], ["z"], report)
+
+    def test_handler_whose_body_changed_is_registered_once_and_stays_where_it_is(self):
+        text = "import atexit\nRUNS = []\nHANDLERS = []\ndef on(f):\n    RUNS.append(1)\n    HANDLERS.append(f)\n    return f\n" \
+               "@on\ndef a(): return %d\n@on\ndef b(): return 'b'\n"
+        m = self.load(text % 1)
+        self.again(text % 2)
+        self.assertEqual(([f() for f in m.HANDLERS], m.RUNS), ([2, "b"], [1, 1]))
+
+    def test_function_at_exit_runs_once(self):
+        output = self.run_script("""
+            import hotrepl
+            write("m.py", "import atexit\\n@atexit.register\\ndef bye(): print('old')\\n")
+            import m
+            hotrepl.note_sources()
+            write("m.py", "import atexit\\n@atexit.register\\ndef bye(): print('new')\\n")
+            hotrepl.reload(m)
+            """)
+        self.assertEqual(output, "new\n")
+
+    def test_class_decorator_runs_no_more_for_a_body(self):
+        text = "MADE = []\ndef single(cls):\n    one = cls()\n    MADE.append(one)\n    return lambda: one\n" \
+               "@single\nclass C:\n    def __init__(self): self.x = 1\n    def m(self): return %d\n"
+        m = self.load(text % 1)
+        one = m.C()
+        one.x = 5
+        self.again(text % 2)
+        self.assertEqual((m.C().x, m.C().m(), len(m.MADE)), (5, 2, 1))
+        self.assertIs(m.C(), one)
+
+    # What is known of a text that nobody noted
+
+    UNKNOWN = """
+        SESSIONS = {}
+        LIMIT = 1
+        import os
+        class Svc:
+            depth = 1
+            conn: object
+            def m(self): return 1
+        class Gone: pass
+        def f(x=1): return 1, x
+        @staticmethod
+        def deco(): return 1
+        def gone(): pass
+        pair, other = 1, "a"
+        SESSIONS["count"] = len(SESSIONS)
+        """
+    # (what differs, what it is to be, its value then, in a text that is not known: applied or named)
+    EDITS = (
+        ("def f(x=1): return 1, x", "def f(x=1): return 2, x", "m.f()", (2, 1), True),
+        ("def f(x=1): return 1, x", "def f(x=2): return 1, x", "m.f()", (1, 2), True),
+        ("def f(x=1): return 1, x", "def f(x=1, y=3): return 1, x, y", "m.f()", (1, 1, 3), True),
+        ("def f(x=1): return 1, x", "def f(x=1):\n    'doc'\n    return 1, x", "m.f.__doc__", "doc", True),
+        ("def m(self): return 1", "def m(self): return 2", "m.Svc().m()", 2, True),
+        ("def m(self): return 1", "def m(self): return 1\n    def n(self): return 3", "m.Svc().n()", 3, True),
+        ("def deco(): return 1", "def deco(): return 2", "m.deco.__func__()", 2, True),
+        ("    depth = 1", "    depth = 2", "m.Svc.depth", 2, False),
+        ("LIMIT = 1", "LIMIT = 2", "m.LIMIT", 2, False),
+        ("pair, other = 1", "pair, other = 2", "m.pair", 2, False),
+        ("LIMIT = 1", "LIMIT = 1\nNEW = 7", "m.NEW", 7, False),
+        ("LIMIT = 1", "LIMIT = 1\ndef new(): return 7", "m.new()", 7, True),
+        ("class Gone: pass\n", "", "hasattr(m, 'Gone')", False, False),
+        ("def gone(): pass\n", "", "hasattr(m, 'gone')", False, False),
+    )
+
+    def check_unknown(self, old, new, question, wanted, must):
+        before = textwrap.dedent(self.UNKNOWN)
+        sys.modules.pop("m", None)
+        m = self.load(before, is_noted=False)
+        m.SESSIONS["user"] = held = m.Svc()
+        m.Svc.conn = "connected"
+        self.assertEqual(before.count(old), 1)
+        report = self.again(before.replace(old, new))
+        self.assertEqual((m.SESSIONS, m.Svc.conn), ({"count": 0, "user": held}, "connected"), report)
+        try:
+            found = eval(question, {"m": m})
+        except Exception as exc:
+            found = exc
+        name = re.findall(r"\w+", old if wanted is False else new)[1 if wanted is False else 0]
+        if found != wanted and (must or not re.search(r"can't tell.*\b%s\b" % name, repr(report))):
+            self.fail("%s is %r; the report: %s" % (question, found, report))
+        again = self.again(before.replace(old, new).replace("return 1", "return 9"))
+        self.assertEqual(9 in (m.f()[0], m.Svc().m()), "return 1" in before.replace(old, new), again)
+
+    def test_edit_of_an_unknown_text_is_applied_or_named_and_keeps_what_lives(self):
+        for has_cache in (False, True):
+            for edit in self.EDITS:
+                with self.subTest(edit[1], cache=has_cache):
+                    sys.dont_write_bytecode = not has_cache
+                    self.check_unknown(*edit)
+                    sys.dont_write_bytecode = False
+
+    def test_release_symlink_that_was_switched_is_followed(self):
+        output = self.run_script("""
+            import hotrepl, os, sys
+            for number in (1, 2):
+                os.mkdir("r%d" % number)
+                write("r%d/shop.py" % number, "S = {}\\nLIMIT = %d\\ndef f(): return %d, LIMIT\\n" % (number, number))
+            os.symlink("r1", "current")
+            sys.path.insert(0, os.path.abspath("current"))
+            import shop
+            shop.S[1] = 1
+            hotrepl.note_sources()
+            os.remove("current")
+            os.symlink("r2", "current")
+            hotrepl.reload()
+            print(shop.f(), shop.S)
+            """)
+        self.assertEqual(output, "(2, 2) {1: 1}\n")
+
+    def test_modules_that_lie_elsewhere_than_the_script_are_found(self):
+        elsewhere = os.path.realpath(tempfile.mkdtemp(prefix="hotrepl elsewhere "))
+        self.addCleanup(shutil.rmtree, elsewhere)
+        output = self.run_script("""
+            import hotrepl, sys
+            sys.path.insert(0, %r)
+            write(%r, "def f(): return 1\\n")
+            import other
+            hotrepl.note_sources()
+            write(%r, "def f(): return 2\\n")
+            hotrepl.reload()
+            print(other.f())
+            """ % ((elsewhere,) + 2 * (os.path.join(elsewhere, "other.py"),)))
+        self.assertEqual(output, "2\n")
+
+    def test_report_says_how_many_modules_were_looked_at_and_where(self):
+        output = self.run_script("""
+            import hotrepl
+            write("a.py", "x = 1\\n")
+            import a
+            hotrepl.note_sources()
+            print(hotrepl.reload())
+            """)
+        self.assertRegex(output, r"\Anothing changed.*\b[23] modules\b.*%s" % re.escape(os.path.basename(self.folder)))
+
+    def test_star_import_follows(self):
+        self.load("X = 1\ndef f(): return 1\n_hidden = 1\n", "a")
+        b = self.load("from a import *\n", "b")
+        c = self.load("from b import *\nf = f\n", "c")
+        self.edit("a", "X = 2\nY = 3\ndef g(): return 2\n_hidden = 2\n")
+        report = reload("a")
+        self.assertEqual((b.X, b.Y, b.g(), hasattr(b, "f"), hasattr(b, "_hidden"), c.X, c.g()),
+                         (2, 3, 2, False, False, 2, 2), report)
+
+    def test_re_export_of_a_changed_constant_follows(self):
+        self.load("X = 1\n", "a")
+        b = self.load("from a import X\nfrom a import X as Y\n", "b")
+        self.edit("a", "X = 2\n")
+        reload("a")
+        self.assertEqual((b.X, b.Y), (2, 2))
+
+    # What is kept
+
+    STATE = "class Svc:\n    conn: object\n    _one = None\n    @classmethod\n    def get(cls):\n" \
+            "        if cls._one is None: cls._one = cls()\n        return cls._one\n    def m(self): return %s\n"
+
+    def test_attribute_that_is_only_annotated_keeps_the_value_that_was_put_there(self):
+        m = self.load(self.STATE % 1)
+        m.Svc.conn = conn = object()
+        self.again(self.STATE % 2)
+        self.assertIs(m.Svc.conn, conn)
+
+    def test_singleton_in_a_class_attribute_is_kept(self):
+        m = self.load(self.STATE % 1)
+        one = m.Svc.get()
+        self.again(self.STATE % "2\n    def n(self): return 3")
+        self.assertIs(m.Svc.get(), one)
+        self.assertEqual((one.m(), one.n()), (2, 3))
+
+    def test_method_replaced_from_outside_is_kept_when_another_is_edited(self):
+        text = "class C:\n    def f(self): return %d\n    def g(self): return 'g'\n"
+        m = self.load(text % 1)
+        original = m.C.g
+        m.C.g = traced = lambda self: "traced " + original(self)
+        self.again(text % 2)
+        self.assertEqual((m.C().f(), m.C().g(), vars(m.C)["g"]), (2, "traced g", traced))
+
+    def test_default_that_serves_as_a_memo_is_kept(self):
+        text = "def f(x, cache={}):\n    cache[x] = %d\n    return cache\n"
+        m = self.load(text % 1)
+        m.f("a")
+        self.again(text % 2)
+        self.assertEqual(m.f("b"), {"a": 1, "b": 2})
+
+    def test_default_that_serves_as_a_memo_is_kept_where_another_parameter_is_new(self):
+        m = self.load("def f(x, cache={}):\n    cache[x] = 1\n    return cache\n")
+        m.f("a")
+        self.again("def f(x, cache={}, y=2):\n    cache[x] = y\n    return cache\n")
+        self.assertEqual(m.f("b"), {"a": 1, "b": 2})
+
+    # Odd modules
+
+    def test_odd_modules_end_nobody(self):
+        output = self.run_script("""
+            import hotrepl, importlib.util, pathlib, sys, types
+            write("a.py", "def f(): return 1\\n")
+            write("lazy.py", "print('the lazy one ran')\\n")
+            import a
+            spec = importlib.util.find_spec("lazy")
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+            lazy = importlib.util.module_from_spec(spec)
+            sys.modules["lazy"] = lazy
+            spec.loader.exec_module(lazy)
+            class Liar(types.ModuleType):
+                @property
+                def __file__(self): raise RuntimeError("never ask")
+                def __getattr__(self, name): raise RuntimeError("never ask")
+            sys.modules["liar"] = Liar("liar")
+            sys.modules["number"] = 5
+            for name, path in (("p", pathlib.Path("a.py")), ("b", b"a.py"), ("n", 3), ("z", "a\\0.py"), ("c", "a.pyc"), ("d", "/")):
+                sys.modules[name] = module = types.ModuleType(name)
+                module.__file__ = path
+            hotrepl.note_sources()
+            write("a.py", "def f(): return 2\\n")
+            hotrepl.note_sources()
+            hotrepl.reload()
+            print(a.f())
+            """)
+        self.assertEqual(output, "2\n")
+
+    def test_compiled_program_can_be_looked_into(self):
+        output = self.run_script("""
+            import hotrepl, py_compile, subprocess, sys
+            write("app.py", "import hotrepl\\nhotrepl.note_sources()\\nprint(hotrepl.reload() is not None)\\n")
+            py_compile.compile("app.py", "app.pyc")
+            print(subprocess.check_output([sys.executable, "app.pyc"]).decode(), end="")
+            """)
+        self.assertEqual(output, "True\n")
+
+    def test_deleted_file_is_named_and_blocks_no_other(self):
+        output = self.run_script("""
+            import hotrepl, os
+            write("a.py", "def f(): return 1\\n")
+            write("gone.py", "def f(): return 1\\n")
+            import a, gone
+            hotrepl.note_sources()
+            os.remove("gone.py")
+            write("a.py", "def f(): return 2\\n")
+            report = repr(hotrepl.reload())
+            print(a.f(), gone.f(), "gone" in report)
+            """)
+        self.assertEqual(output, "2 1 True\n")
+
+    # What is put back
+
+    def test_failed_reload_puts_back_what_a_name_leads_to_that_it_imported(self):
+        self.load("R = {}\ndef reg(f):\n    R[f.__name__] = f\n    return f\n", "reg")
+        self.load("x = 1\n")
+        with self.assertRaises(ReloadError):
+            self.again("x = 1\nfrom reg import reg\n@reg\ndef g(): pass\n1 / 0\n")
+        self.assertEqual(sys.modules["reg"].R, {})
+
+    def test_failed_reload_puts_back_the_process(self):
+        other = self.load("V = 1\nL = []\n", "other")
+        self.load("import os, sys, other\nx = 1\n")
+        before = dict(os.environ), list(sys.path), set(sys.modules)
+        self.addCleanup(os.environ.pop, "HOTREPL_X", None)
+        with self.assertRaises(ReloadError):
+            self.again("import os, sys, other\nx = 1\nos.environ['HOTREPL_X'] = '1'\nsys.path.append('x')\n"
+                       "import this_is_new\nother.V = 2\nother.L.append(1)\n")
+        self.edit("fresh", "y = 1\n")
+        importlib.invalidate_caches()
+        with self.assertRaises(ReloadError):
+            self.again("import os, sys, other\nx = 1\nos.environ['HOTREPL_X'] = '1'\nsys.path.append('x')\n"
+                       "import fresh\nother.V = 2\nother.L.append(1)\n1 / 0\n")
+        self.assertEqual((dict(os.environ), list(sys.path), set(sys.modules)), before)
+        self.assertEqual((other.V, other.L), (1, []))
+
+    # What is said
+
+    def test_everything_says_that_it_ran_everything(self):
+        m = self.load("A = 1\nB = {}\n")
+        m.A = 5
+        report = reload(m, everything=True)
+        self.assertEqual(m.A, 1)
+        self.assertNotIn("nothing changed", repr(report))
+
+    def test_class_that_stays_a_class_is_not_said_to_become_one(self):
+        text = "import enum, typing, collections\nclass C:\n    x = %d\nclass E(enum.Enum):\n    a = %d\nclass N(typing.NamedTuple):\n    a: int = %d\n"
+        m = self.load(text % (1, 1, 1))
+        report = self.again(text % (2, 2, 2))
+        self.assertNotRegex(repr(report), r"is a class now|\(0 live\)")
+        self.assertEqual((m.C.x, m.E.a.value, m.N().a), (2, 2, 2))
+
+    def test_names_that_a_loop_made_and_makes_no_more_go_or_are_named(self):
+        text = "for name in %r:\n    globals()[name] = name\n"
+        m = self.load(text % (["a", "b"],))
+        report = self.again(text % (["a", "c"],))
+        self.assertEqual(m.c, "c")
+        self.assertTrue(not hasattr(m, "b") or re.search(r"\bb\b", repr(report)), report)
+
+    def test_renamed_enum_member_is_renamed_or_named(self):
+        text = "import enum\nclass E(enum.Enum):\n    a = 1\n    %s = 2\n"
+        m = self.load(text % "b")
+        held = m.E.b
+        report = self.again(text % "c")
+        self.assertEqual((m.E.c.value, m.E(2).name, list(m.E.__members__)), (2, "c", ["a", "c"]), report)
+        self.assertTrue(held is m.E.c or re.search(r"stale.*\bb\b", repr(report)), report)
+
+    def test_code_that_ran_for_a_class_and_changed_is_named(self):
+        for text in ("class M(type):\n    def __new__(meta, *args):\n        x = %d\n        return type.__new__(meta, *args)\nclass C(metaclass=M): pass\n",
+                     "class B:\n    def __init_subclass__(cls):\n        cls.x = %d\nclass C(B): pass\n",
+                     "def deco(cls):\n    cls.x = %d\n    return cls\n@deco\nclass C: pass\n",
+                     "def deco(f):\n    f.x = %d\n    return f\n@deco\ndef C(): pass\n"):
+            with self.subTest(text):
+                sys.modules.pop("m", None)
+                self.load(text % 1)
+                self.assertRegex(repr(self.again(text % 2)), r"not run again: .*\bC\b")
+
+    def test_name_that_the_file_deletes_does_not_come_back(self):
+        m = self.load("tmp = 1\nX = tmp * 2\ndel tmp\n")
+        self.again("tmp = 1\nX = tmp * 3\ndel tmp\n")
+        self.assertEqual((m.X, hasattr(m, "tmp")), (3, False))
+
+    def test_combination_of_flags_keeps_its_meaning_or_is_named(self):
+        text = "import enum\nclass P(enum.Flag):\n    READ = enum.auto()\n%s    WRITE = enum.auto()\nHELD = [P.READ | P.WRITE, P.WRITE]\n"
+        m = self.load(text % "")
+        held, single = m.HELD
+        report = self.again(text % "    ADMIN = enum.auto()\n")
+        means = bool(held & m.P.WRITE), bool(held & m.P.READ), bool(held & m.P.ADMIN)
+        if means != (True, True, False):
+            self.assertRegex(repr(report), r"stale.*\bP\b")
+        self.assertTrue(single is m.P.WRITE or re.search(r"stale.*WRITE", repr(report)), report)
+
+    def test_instances_get_literals_of_the_new_init_and_the_rest_is_named(self):
+        text = "class Group:\n    def __init__(self):\n        self.a = 1\n%s    def m(self): return %s\n"
+        m = self.load(text % ("", 1))
+        groups = [m.Group() for _ in range(3)]
+        report = self.again(text % ("        self._help = None\n        self.made = list(range(3))\n", "self._help"))
+        self.assertEqual([group.m() for group in groups], [None] * 3, report)
+        self.assertRegex(repr(report), r"3 live.*\bmade\b|\bmade\b.*3 live")
+
+    # What was typed
+
+    def test_def_typed_over_a_function_of_the_file_is_named_and_taken_back(self):
+        m = self.load("def step(): return 'file'\nX = 1\n")
+        held = m.step
+        exec("def step(): return 'typed'", vars(m))
+        for report in (reload(m), reload(m, dry_run=True), self.again("def step(): return 'file'\nX = 2\n")):
+            self.assertIn("step", repr(report))
+        self.assertEqual((m.step(), m.X), ("typed", 2))
+        unpatch(m.step)
+        self.assertEqual((m.step(), held()), ("file", "file"))
+        self.assertNotIn("step", repr(reload(m)))
+
+
 # === 8. Hot patching: judged by a fresh process ==============================
 # Nobody wrote down here what is right: a live program is used, edited and reloaded, and a process that
 # starts with the edited files says it. `python test_hotrepl.py judge [NAME...]` does it for each
@@ -12066,19 +12447,20 @@ class Portrait(dict):
     def __init__(self, modules):
         super().__init__()
         for module in modules:
-            for name, value in list(vars(module).items()):
-                if not self.SKIPPED.match(name):
-                    self._add(module.__name__, name, value)
+            self._add_all(module.__name__, module.__name__ + ":", vars(module))
 
-    def _add(self, where, name, value):
-        site = where + "." + name
-        if not isinstance(value, type) or value.__module__.partition(".")[0] != where.partition(".")[0]:
-            self[site] = self._words(value)
-        elif site not in self:
-            self[site] = "class %s%s" % (value.__qualname__, [each.__name__ for each in value.__mro__])
-            for inner, each in list(vars(value).items()):
-                if not self.SKIPPED.match(inner):
-                    self._add(site, inner, each)
+    def _add_all(self, module, prefix, space):
+        for name, value in list(space.items()):
+            if isinstance(name, str) and not self.SKIPPED.match(name):
+                site = prefix + name
+                if getattr(value, "__module__", None) != module and isinstance(value, (type, types.FunctionType)):
+                    self[site] = "%s.%s" % (value.__module__, value.__qualname__)      # its module has it
+                elif not isinstance(value, type):
+                    self[site] = self._words(value)
+                else:
+                    self[site] = "class %s%s" % (value.__qualname__, [each.__qualname__ for each in value.__mro__])
+                    if "%s:%s" % (module, value.__qualname__) == site:
+                        self._add_all(module, site + ".", vars(value))
 
     def _words(self, value, depth=4):
         if isinstance(value, (staticmethod, classmethod)):
@@ -12129,25 +12511,11 @@ class Portrait(dict):
 class Live:
     """A program in a process of its own: this one, which ends after it."""
 
-    def __init__(self, files, questions, folder):
-        self._folder = folder
-        os.chdir(folder)
-        sys.path.insert(0, folder)
-        self._files = {}
-        self.write(files)
+    def __init__(self, files, questions):
+        self._files = files
+        self._folder = os.getcwd()
         self._space = {}
         exec(questions, self._space)
-
-    def write(self, files):
-        """Make the folder hold these files, and no others of the program."""
-        for name in set(self._files) - set(files):
-            os.remove(name)
-        for name, text in files.items():
-            if self._files.get(name) != text:
-                os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-                with open(name, "w") as file:
-                    file.write(text)
-        self._files = files
 
     def answers(self):
         """Return what it answers now, by question; an exception is an answer too."""
@@ -12172,7 +12540,8 @@ class Live:
 
     def edited(self, files):
         """Write the files, reload, and return what it is like afterwards."""
-        self.write(files)
+        write_files(self._folder, self._files, files)
+        self._files = files
         try:
             report = repr(hotrepl.reload())
         except ReloadError as exc:
@@ -12180,28 +12549,43 @@ class Live:
         return dict(self.look(), report=report)
 
 
-def live_and_back(judged, edits, folder):
+def write_files(folder, old, new):
+    """Make the folder, which holds the files `old` of a program, hold the files `new`."""
+    for name in set(old) - set(new):
+        os.remove(os.path.join(folder, name))
+    for name, text in new.items():
+        if old.get(name) != text:
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+
+def live_and_back(files, judged, edits):
     """Return what a live program is like in the beginning, after each edit, and after its way back."""
-    live = Live(judged.files, judged.questions, folder)
+    live = Live(files, judged.questions)
     fresh, answers = live.portrait(), live.answers()
     live.answers()
     kept = live.kept()
     hotrepl.note_sources()
     looks = [{"answers": answers, "state": sorted(fresh.differences(live.portrait()))}]
     for edit in edits:
-        for files in (edit.apply(judged.files), judged.files):
-            looks.append(dict(live.edited(files), kept=[kept, live.kept()]))
+        for text in (edit.apply(files), files):
+            looks.append(dict(live.edited(text), kept=[kept, live.kept()]))
     return looks
 
 
-def fresh_look(judged, files, folder):
+def fresh_look(files, judged):
     """Return what a fresh process with these files is like."""
-    return Live(files, judged.questions, folder).look()
+    return Live(files, judged.questions).look()
 
 
-def in_child(function, *args, deadline_s=60):
-    """Return what `function(*args, folder)` returns in a forked process, in a folder of its own."""
+def in_child(function, files, *args, deadline_s=60):
+    """Return what `function(files, *args)` returns in a forked process, in a folder of its own with these files."""
     folder = os.path.realpath(tempfile.mkdtemp(prefix="hotrepl judged "))
+    write_files(folder, {}, files)
+    written = time.monotonic()    # the files are to be older than the process, whose age is told in 1/100 s
+    eventually(lambda: time.monotonic() - written > 0.05)
     result, said = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
     sys.stdout.flush()
     child = os.fork()
@@ -12211,7 +12595,9 @@ def in_child(function, *args, deadline_s=60):
             signal.alarm(deadline_s)
             for number, file in enumerate((open(os.devnull), said, said)):
                 os.dup2(file.fileno(), number)
-            json.dump(function(*args, folder), result)
+            os.chdir(folder)
+            sys.path.insert(0, folder)
+            json.dump(function(files, *args), result)
             result.flush()
             code = 0
         except BaseException:
@@ -12233,14 +12619,14 @@ class Judge:
 
     def __init__(self, judged):
         self._judged = judged
-        self._first = in_child(fresh_look, judged, judged.files)
+        self._first = in_child(fresh_look, judged.files, judged)
         self.wrong = []           # sentences
 
     def judge(self):
         """Try each edit in a process of its own, then all in one; return what is wrong."""
         fresh = []
         for edit in self._judged.edits:
-            fresh += [in_child(fresh_look, self._judged, edit.apply(self._judged.files)), self._first]
+            fresh += [in_child(fresh_look, edit.apply(self._judged.files), self._judged), self._first]
             self._compare([edit], fresh[-2:])
         if not self.wrong:        # or each would be told twice
             self._compare(self._judged.edits, fresh)
@@ -12248,7 +12634,7 @@ class Judge:
 
     def _compare(self, edits, fresh):
         try:
-            looks = in_child(live_and_back, self._judged, edits)
+            looks = in_child(live_and_back, self._judged.files, self._judged, edits)
         except ChildProcessError as exc:
             self.wrong.append("%s: %s" % (edits[0].title, exc))
             return
@@ -12279,10 +12665,12 @@ class Judge:
 
 
 def is_named(site, report):
-    """Return whether a report says something of `module.Class.name`, or of what it is in."""
-    parts = site.split(".")
-    return any(re.search(r"(?m)^(stale|note|not run again|can't tell).*\b%s\b" % re.escape(part), report)
-               for part in parts[1:])
+    """Return whether a report says of `module:Class.name`, or of its class, that it is not as in a fresh process."""
+    names = site.partition(":")[2].split(".")
+    if names == [""]:             # a module that is no more
+        names = site[:-1].split(".")
+    return any(re.search(r"(?m)^(stale|note|not run again|can't tell).*(?<![\w.])([\w.]+\.)?%s\b" % re.escape(name), report)
+               for name in {".".join(names), names[0], names[-1]})
 
 
 def shorten_answer(answer):
@@ -13265,6 +13653,254 @@ def before(sender, instance, **options):
 ]
 
 
+# --- Live upgrades: the files of a package become those of its next release ---
+# `python test_hotrepl.py upgrade NAME OLD NEW` does it with any two releases that pip finds. What it prints
+# is how many sites (functions, class attributes, names of modules) differ between the two, how many are not
+# as in a fresh process afterwards, and which of those the report names. Of the packages below it also
+# compares what objects answer that were made before.
+
+class Release:
+    """A package at two releases, and how it is used."""
+
+    def __init__(self, name, old, new, use="ASK = {}", needs=()):
+        self.name, self.old, self.new = name, old, new
+        self.use = textwrap.dedent(use)
+        self.needs = needs        # what pip is to install besides
+
+    def paths(self):
+        """Return the folders with the old release, the new one, and what they depend on."""
+        return [fetched("%s==%s" % (self.name, self.old), "--no-deps"),
+                fetched("%s==%s" % (self.name, self.new), "--no-deps"),
+                fetched("%s==%s" % (self.name, self.old), *self.needs)]
+
+
+UPGRADES = [
+    Release("click", "8.1.3", "8.1.8", """
+        import click
+        from click.testing import CliRunner
+        def make():
+            @click.group(context_settings={"help_option_names": ["-h"]})
+            @click.option("--verbose/--quiet", default=False)
+            def cli(verbose): click.echo("verbose %s" % verbose)
+            @cli.command("hello")
+            @click.option("--count", default=2, show_default=True, type=click.IntRange(1, 5))
+            @click.option("--colour", type=click.Choice(["red", "blue"]), multiple=True)
+            @click.argument("name", required=False)
+            def hello(count, colour, name): click.echo("hello %s %s %s" % (count, colour, name))
+            return cli
+        def run(cli, *words):
+            result = CliRunner().invoke(cli, words)
+            return result.exit_code, result.output
+        made = make()
+        def ask(make, words): return run(make(), *words.split())
+        ASK = {"%s %s" % (kind, words): lambda make=get, words=words: ask(make, words) for words in (
+            "-h", "hello a", "hello -h", "--verbose hello --count 3 a", "hello --count 9", "hello --colour red b", "other")
+            for kind, get in (("live", lambda: made), ("new", make))}
+        """),
+    Release("flask", "2.3.3", "3.0.3", """
+        import flask
+        from flask.views import MethodView
+        def make():
+            app = flask.Flask("shop")
+            app.secret_key = "x"
+            pages = flask.Blueprint("pages", "pages")
+            @app.route("/")
+            def home():
+                flask.session["count"] = flask.session.get("count", 0) + 1
+                return flask.render_template_string("home {{ request.path }} {{ url_for('item', number=3) }}")
+            @app.route("/item/<int:number>", methods=["GET", "POST"])
+            def item(number): return {"item": number, "form": dict(flask.request.form)}
+            @pages.route("/about")
+            def about(): flask.abort(418)
+            @app.errorhandler(404)
+            def missing(error): return "missing", 404
+            class Thing(MethodView):
+                def get(self): return flask.jsonify(flask.g.mark)
+            @app.before_request
+            def first(): flask.g.mark = "mark"
+            app.add_url_rule("/thing", view_func=Thing.as_view("thing"))
+            app.register_blueprint(pages)
+            return app
+        made = make()
+        def get(app, path, **options):
+            answer = app.test_client().open(path, **options)
+            return answer.status_code, answer.text, answer.headers["Content-Type"]
+        ASK = {"%s %s" % (kind, path): lambda make=give, path=path: get(make(), path)
+               for path in ("/", "/item/3", "/about", "/thing", "/none") for kind, give in (("live", lambda: made), ("new", make))}
+        ASK["live post"] = lambda: get(made, "/item/3", method="POST", data={"a": "b"})
+        """, ("werkzeug<3.1",)),
+    Release("httpx", "0.25.2", "0.28.1", """
+        import asyncio, httpx
+        def handle(request):
+            return httpx.Response(200, json={"path": request.url.path, "query": str(request.url.query), "body": request.content.decode(),
+                                             "cookie": request.headers.get("cookie")}, headers={"set-cookie": "a=b"})
+        def make():
+            return httpx.Client(transport=httpx.MockTransport(handle), base_url="http://x/api/", params={"p": "1"}, headers={"a": "b"})
+        made, url, response = make(), httpx.URL("http://a/b?c=d"), httpx.Response(200, json=[1])
+        session = httpx.AsyncClient(transport=httpx.MockTransport(handle))
+        def get(client):
+            answer = client.post("things", json={"x": [1]})
+            return answer.status_code, answer.json()["body"], answer.json()["path"], dict(client.cookies)
+        async def later(): return (await session.get("http://x/y")).json()["path"]
+        ASK = {"live client": lambda: get(made), "new client": lambda: get(make()),
+               "live url": lambda: str(url.join("e").copy_with(params={"f": "1"})), "live response": lambda: (response.json(), response.is_success),
+               "live async client": lambda: asyncio.run(later()), "live auth": lambda: get(made) and made.get("z", auth=("u", "p")).status_code}
+        """),
+    Release("jinja2", "3.0.3", "3.1.6", """
+        import jinja2
+        from jinja2.sandbox import SandboxedEnvironment
+        FILES = {"base": "<{% block body %}{% endblock %}>", "page": "{% extends 'base' %}{% block body %}{{ name|upper }} {{ items|join(',') }}{% endblock %}",
+                 "macro": "{% macro m(x) %}[{{ x }}]{% endmacro %}{% for i in items if i %}{{ m(i) }}{{ loop.index }}{% endfor %}",
+                 "more": "{% set x = namespace(a=1) %}{{ x.a }}{{ items|map('string')|list|length }}{{ [1,2]|sum }}{{ '<'|e }}{% include 'base' %}"}
+        def make(kind=jinja2.Environment): return kind(loader=jinja2.DictLoader(FILES), autoescape=True)
+        made, sandbox = make(), make(SandboxedEnvironment)
+        held = {name: made.get_template(name) for name in FILES}
+        def render(template): return template.render(name="n", items=[0, 1, 2])
+        ASK = {}
+        for name in FILES:
+            ASK["live template " + name] = lambda name=name: render(held[name])
+            ASK["live environment " + name] = lambda name=name: render(made.from_string(FILES[name]))
+            ASK["live sandbox " + name] = lambda name=name: render(sandbox.get_template(name))
+            ASK["new " + name] = lambda name=name: render(make().get_template(name))
+        ASK["live error"] = lambda: made.from_string("{% if %}")
+        """),
+    Release("requests", "2.31.0", "2.32.3", """
+        import http.server, threading
+        import requests
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(302 if self.path == "/away" else 200)
+                self.send_header("Location", "/there")
+                self.send_header("Set-Cookie", "a=b")
+                self.send_header("Content-Length", str(len(self.path)))
+                self.end_headers()
+                self.wfile.write(self.path.encode())
+            do_POST = do_GET
+            def log_message(self, *words): pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        made = requests.Session()
+        response = made.get("http://127.0.0.1:%d/first" % server.server_port)
+        def get(session, path, **options):
+            answer = session.request("GET", "http://127.0.0.1:%d/%s" % (server.server_port, path), **options)
+            return answer.status_code, answer.text, len(answer.history), dict(session.cookies)
+        ASK = {"live get": lambda: get(made, "x", params={"p": [1, 2]}), "live away": lambda: get(made, "away"),
+               "live auth": lambda: get(made, "x", auth=("u", "p"), timeout=5), "new get": lambda: get(requests.Session(), "x", json={"a": 1}),
+               "live response": lambda: (response.text, response.ok, response.headers["content-length"], response.iter_content and list(response.iter_lines()) and 1),
+               "function": lambda: requests.get("http://127.0.0.1:%d/y" % server.server_port).text,
+               "live error": lambda: made.get("nonsense")}
+        """),
+]
+
+
+def fetched(*requirements):
+    """Return a folder with these installed by pip, which is kept for the next time."""
+    base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hotrepl-ci", "releases")
+    name = re.sub(r"[^\w.=-]", "_", "%d.%d %s" % (sys.version_info[:2] + (" ".join(requirements),)))
+    path = os.path.join(base, name, "site-packages")      # which makes it a library's folder, not the program's
+    if not os.path.isdir(path):
+        made = tempfile.mkdtemp(dir=os.makedirs(base, exist_ok=True) or base)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--no-warn-conflicts",
+                        "--disable-pip-version-check", "--target", os.path.join(made, "site-packages")]
+                       + list(requirements), check=True, stdout=sys.stderr)
+        shutil.rmtree(os.path.join(base, name), True)
+        os.rename(made, os.path.join(base, name))
+    return path
+
+
+def files_of(path):
+    """Return {name: text} of the Python files in a folder."""
+    found = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if name.endswith(".py"):
+                with open(os.path.join(folder, name), encoding="utf-8") as file:
+                    found[os.path.relpath(file.name, path)] = file.read()
+    return found
+
+
+def use(files, release):
+    """Return this process as one that uses a release, whose files lie in its folder."""
+    sys.path.insert(1, release.paths()[2])
+    for name in sorted(files):
+        module = re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
+        if not module.endswith("__main__"):
+            with contextlib.suppress(Exception):      # of what is optional, or for another system
+                importlib.import_module(module)
+    return Live(files, release.use)
+
+
+def upgraded(files, release):
+    """Return what a process is like with the old release, and after it was upgraded while it ran."""
+    live = use(files, release)
+    before = live.portrait()
+    live.answers()
+    hotrepl.note_sources()
+    state = sorted(before.differences(live.portrait()))
+    begun = time.perf_counter()
+    look = live.edited(files_of(release.paths()[1]))
+    return dict(look, before=before, state=state, seconds=time.perf_counter() - begun)
+
+
+def fresh_release(files, release):
+    """Return what a fresh process is like with the new release."""
+    return use(files, release).look()
+
+
+class Upgrade:
+    """The comparison of an upgraded process with a fresh one."""
+
+    def __init__(self, release):
+        old, new, _ = map(files_of, release.paths())
+        self.fresh, self.live = in_child(fresh_release, new, release), in_child(upgraded, old, release)
+        modules = {site.partition(":")[0] for site in self.live["portrait"]}
+        ours = {site: words for site, words in self.fresh["portrait"].items() if site.partition(":")[0] in modules}
+        gone = modules - {site.partition(":")[0] for site in self.fresh["portrait"]}
+        for site in list(self.live["portrait"]):      # of a module that is no more: one difference
+            if site.partition(":")[0] in gone:
+                del self.live["portrait"][site]
+        self.live["portrait"].update({module + ":": "the module" for module in gone})
+        state = set(self.live["state"])
+        self.changed = Portrait.differences(self.live["before"], ours) - state
+        wrong = Portrait.differences(self.live["portrait"], ours) - state
+        self.unnamed = {site for site in wrong if not is_named(site, self.live["report"])}
+        self.named = wrong - self.unnamed
+        self.answers = {name: (answer, self.fresh["answers"][name]) for name, answer in self.live["answers"].items()
+                        if answer != self.fresh["answers"][name]}
+
+    def tell(self):
+        """Print it."""
+        print("%d sites differ between the releases; afterwards %d are not as in a fresh process, %d of them "
+              "named in the report; %d of %d answers differ; reload() took %.1f s" % (
+                  len(self.changed), len(self.named | self.unnamed), len(self.named), len(self.answers),
+                  len(self.fresh["answers"]), self.live["seconds"]), flush=True)
+        for site in sorted(self.unnamed):
+            print("  not named: %s: %s" % (site, "%s, not %s" % first_difference(
+                *(str(each["portrait"].get(site)) for each in (self.live, self.fresh)))))
+        for site in sorted(self.named):
+            print("  named: " + site)
+        for name, (found, wanted) in sorted(self.answers.items()):
+            print("  answer %s: %s, not %s" % (name, shorten_answer(found), shorten_answer(wanted)))
+        if "-v" in sys.argv or self.live["report"].startswith("ReloadError"):
+            print(self.live["report"])
+
+
+def first_difference(*texts):
+    """Return a few words of each text, from a little before they differ."""
+    start = next((at for at, pair in enumerate(zip(*texts)) if pair[0] != pair[1]), min(map(len, texts)))
+    start = max(0, start - 20)
+    return tuple(repr(text[start:start + 60]) for text in texts)
+
+
+def run_upgrade(argv):
+    """Upgrade a package in a running process and print what differs from a fresh one; return the exit code."""
+    name, old, new = [each for each in argv if not each.startswith("-")]
+    known = [each for each in UPGRADES if (each.name, each.old, each.new) == (name, old, new)]
+    found = Upgrade(known[0] if known else Release(name, old, new))
+    found.tell()
+    return int(bool(found.unnamed or found.answers))
+
+
 @once("frameworks")
 class Frameworks(Case):
     """The table above, a framework a test."""
@@ -13437,6 +14073,115 @@ class Launchers(NotesCase):
 for _name, _cache in itertools.product(LAUNCHERS, (None, "written", "rewritten")):
     setattr(Launchers, "test_%s_with_%s_bytecode" % (_name, _cache or "no"),
             lambda self, name=_name, cache=_cache: self.launch(name, cache))
+
+
+@once("frameworks")
+class Upgrades(Case):
+    """Releases of real packages, exchanged while they are used."""
+
+    def upgrade(self, release):
+        program = self.keep(Program(python_command(
+            "-W", "ignore", os.path.abspath(__file__), "upgrade", release.name, release.old, release.new,
+            python=third_party("frameworks")), HOME=os.path.expanduser("~"), **{
+                name: value for name, value in os.environ.items() if name == "XDG_CACHE_HOME"}))
+        code, out, err = program.end(WATCHDOG_S)
+        self.assertEqual((code, err), (0, ""), out)
+
+
+for _release in UPGRADES:
+    setattr(Upgrades, "test_%s_becomes_another_release" % _release.name,
+            lambda self, release=_release: self.upgrade(release))
+
+
+# --- Do the tests see faults? ---
+# `python test_hotrepl.py faults [COUNT] [SEED]` puts small faults into section 8, one at a time, and prints those
+# that the tests of that section do not notice: a condition's operand dropped, an `if` that is never taken.
+
+class Mutant:
+    """A fault: a piece of the source, and what stands there instead."""
+
+    def __init__(self, source, node, other=None):
+        lines = source.encode().splitlines(True)
+        starts = [0] + list(itertools.accumulate(map(len, lines)))
+        self._span = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        begin, end = self._span
+        self._kept = b"False"
+        if other is not None:
+            self._kept = lines[other.lineno - 1][other.col_offset:other.end_col_offset]
+            if other.lineno != other.end_lineno:
+                self._kept = source.encode()[starts[other.lineno - 1] + other.col_offset:
+                                             starts[other.end_lineno - 1] + other.end_col_offset]
+        self.text = "line %d: %s -> %s" % (node.lineno, " ".join(source.encode()[begin:end].decode().split()),
+                                           " ".join(self._kept.decode().split()))
+
+    def apply(self, source):
+        """Return the source with the fault."""
+        begin, end = self._span
+        data = source.encode()
+        return (data[:begin] + b"(" + self._kept + b")" + data[end:]).decode()
+
+    @classmethod
+    def all_of(cls, source):
+        """Return each that section 8 of hotrepl.py can have on this Python."""
+        found = []
+        lines = source.splitlines()
+        begin, end = (next(number for number, line in enumerate(lines, 1) if line.startswith("# === %d." % section))
+                      for section in (8, 9))
+        for node in ast.walk(ast.parse(source)):
+            if not begin <= getattr(node, "lineno", 0) < end:
+                continue
+            if isinstance(node, ast.BoolOp):
+                rest = node.values[1:] if len(node.values) == 2 else []
+                found += [cls(source, node, each) for each in rest + node.values[:1] if rest]
+            elif isinstance(node, (ast.If, ast.IfExp)):
+                found.append(cls(source, node.test))
+        return [each for each in found if not re.search("version|pypy|PYPY", each.text)]
+
+    def is_noticed(self, source, tests):
+        """Run the tests, until one fails, with this fault in hotrepl.py; return whether one did."""
+        folder = Folder()
+        try:
+            folder.write("hotrepl.py", self.apply(source))
+            shutil.copy(os.path.abspath(__file__), folder.path)
+            command = python_command("-m", "unittest", "-f", *("test_hotrepl." + each for each in tests))
+            process = subprocess.Popen(command, cwd=folder.path, env=environment(), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            try:
+                return process.wait(WATCHDOG_S * 3) != 0
+            except subprocess.TimeoutExpired:
+                return True       # it hangs, which somebody notices
+            finally:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        finally:
+            folder.close()
+
+
+def tests_of_reload():
+    """Return the names of the quick test classes that stand in the chapter of section 8, fast ones first."""
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        chapter = file.read().partition("# === 8. Hot patching =")[2].partition("# === Reliability")[0]
+    return [name for name in re.findall(r"(?m)^class (\w+)\(", chapter)
+            if issubclass(globals()[name], unittest.TestCase) and not hasattr(globals()[name], "row")]
+
+
+def run_faults(argv):
+    """Print which of COUNT random faults in section 8 its tests do not notice; return the exit code."""
+    import concurrent.futures
+    count, seed = int(argv[0]) if argv else 60, int(argv[1]) if len(argv) > 1 else SEED
+    with open(SOURCE_PATH, encoding="utf-8") as file:
+        source = file.read()
+    mutants, tests = Mutant.all_of(source), tests_of_reload()
+    print("seed %d: %d of %d possible faults; tests: %s" % (seed, count, len(mutants), " ".join(tests)), flush=True)
+    chosen, unnoticed = random.Random(seed).sample(mutants, count), 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, noticed in zip(chosen, pool.map(lambda each: each.is_noticed(source, tests), chosen)):
+            unnoticed += not noticed
+            if not noticed:
+                print("not noticed: " + mutant.text, flush=True)
+    print("%d of %d were not noticed" % (unnoticed, count))
+    return 0
 
 
 # === Reliability =============================================================
@@ -16597,7 +17342,8 @@ def run_tests(argv):
 
 SCRIPTS = {   # first argument -> function(further arguments) -> exit code
     "bench": run_bench, "interrupts": run_interrupts, "fuzz": run_fuzz, "load": run_load,
-    "exits": run_exits, "soak": run_soak, "judge": run_judge}
+    "exits": run_exits, "soak": run_soak, "judge": run_judge,
+    "upgrade": run_upgrade, "faults": run_faults}
 
 
 if __name__ == "__main__":
