@@ -12,8 +12,8 @@ default only 127.0.0.1 is bound and only processes of your own user (or root) ar
 addresses want a token, TLS or ssh. The README has the table.
 
 AT THE PROMPT. All Python, plus names where they are free: doc, help, server_print, bg, fg, jobs,
-halt, reload, patch, main_thread, stacks, follow; `obj?`, `obj??`, `_`, `await`. Ctrl+C interrupts,
-Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
+halt, reload, patch, main_thread, stacks, frames, at, watch, follow; `obj?`, `obj??`, `_`, `await`.
+Ctrl+C interrupts, Ctrl+Z sends the evaluation to the background, Ctrl+D leaves.
 
 HOW IT WORKS. A daemon thread accepts connections. Each REPL connection gets a thread with its own
 console; all consoles share one namespace, the dict given to `start`. What a session's thread
@@ -135,6 +135,7 @@ FLUSH_INTERVAL_S = 0.008          # ... or after this time, whichever comes firs
 COMPLETION_TIMEOUT_S = 2.0        # how long an object's own __dir__ may take
 OUTCOME_LIMIT = 30000             # characters of a text in the reply to Outcome
 NOTE_NAME = "server-%d-%s.note"   # in the runtime folder; by these the client finds servers
+MAX_SESSIONS = 300                # open at once, unless start() is told another number
 STOP_TIMEOUT_S = 1.0              # how long stop() waits for the threads of its sessions
 CLOSE_TIMEOUT_S = 0.2             # how long a closed connection waits for the peer to close it too
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
@@ -190,6 +191,7 @@ CTRL_D = b"\x04"                  # client without a secret, as telnet: at a lin
 NO_ECHO = IAC + b"\xfb\x01"       # server: the next answer is a secret (WILL ECHO, RFC 857)
 BLOCK_KIND = b"b"                 # client: BEGIN "b" lines END, one unit of several lines
 SECRET_KIND = b"s"                # client: BEGIN "s" secret END, what PairWithSession has to show
+CONTROL_KIND = b"c"               # client: BEGIN "c" END; server: BEGIN "c" port proof END
 NOTE_KIND = b"n"                  # server: BEGIN "n" lines END, to be shown above the prompt
 STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
                 "value": b"v", "traceback": b"t"}     # what is displayed, not printed
@@ -198,8 +200,9 @@ Command = collections.namedtuple("Command", "name fields doc")
 
 COMMANDS = [  # fields: name -> (types, is it required)
     Command("DescribeServer", {}, "What the server is: its prompts, version and commands."),
-    Command("Authenticate", {"token": (str, True)},
-            "Show the token, where the server wants one; must come first."),
+    Command("Authenticate", {"token": (str, False), "proof": (str, False)},
+            "Show the token, where the server wants one, or the proof that the REPL channel gave "
+            "for the control channel; must come first."),
     Command("PairWithSession", {"id": (int, True), "secret": (str, False)},
             "Bind this control connection to REPL session `id`; the commands below need it. "
             "`secret` is what the session's client sent on the REPL channel; without one, both "
@@ -401,6 +404,7 @@ class InputDecoder:
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
         self.ready = collections.deque()
         self.secret = b""         # of the session, if its client sent one; the first counts
+        self.asks_for_control = False     # the client wants to be told where the control channel is
         self._limit_bytes = limit_bytes
         self._marks = MarkDecoder(limit_bytes)
         self._pieces = []         # of the line that is being received; empty: none is
@@ -470,6 +474,8 @@ class InputDecoder:
             self._append_text("block", payload[1:])
         elif payload[:1] == SECRET_KIND:
             self.secret = self.secret or payload[1:]
+        elif payload == CONTROL_KIND:
+            self.asks_for_control = True
 
     def _append_text(self, kind, data):
         try:
@@ -2818,51 +2824,68 @@ MAIN = MainThread()
 
 
 # === 8. Hot patching =========================================================
-# Three ideas carry it. *Units*: the statements of the source that runs now are
-# compared with those on disk; only what changed is executed, one statement
-# after the other, in the real namespace of the module. *Folding*: what a
-# statement defines goes into the object that the name had before: the old
-# function gets the new code, the old class the new attributes, so whoever holds
-# the old object has the new behaviour. Where that is impossible, an old
-# function forwards to the new one, instances and references of a class move
-# over, and the report says so. *Journal*: each change in place is noted with
-# what takes it back.
-# Runs in the thread that calls it, one transaction at a time; other threads go
-# on and see each function either old or new. May use: section 2.
+# After reload() the process behaves as a fresh process of the new files would, and its state
+# is kept. Four phases hand values on:
+#   know   module -> the text that runs, or unknown         touches files
+#   diff   old and new text -> pairs of statements          pure
+#   apply  pairs -> journal, in the order of the imports    touches the program
+#   tell   pairs, steps, journal -> ReloadReport            touches nothing
+# A worked example. shop.py had              and has now
+#   RATE = 2                                   RATE = 3
+#   PRICE = RATE * 10                          PRICE = RATE * 10
+#   @app.route("/buy")                         @app.route("/buy")
+#   def buy(n): return PRICE * n               def buy(n): return PRICE * n + 1
+# know: the text of back then was noted. diff: (RATE = 2, RATE = 3, "value"), (buy, buy, "body");
+# all else is "same". apply: buy's old function gets the code that the new file has at that line,
+# and no decorator runs; `RATE = 3` runs; PRICE is pure, reads RATE and is what RATE = 2 made of
+# it, so it is 30 now. Each of the three is in the journal with what takes it back. tell:
+# "changed: RATE, buy", "followed: PRICE".
+# Words: an *edit* is one module of a reload; a *pair* is a statement of the old text and its like
+# in the new one; a *scope* is a module or a class, where statements bind names; to *fold* is to
+# give an old object what a new one is; *registrations* are the entries in lists and dicts that a
+# decorator or a class statement made.
+# Runs in the thread that calls it, one transaction at a time; other threads go on and see each
+# function either old or new. May use: section 2.
 
-# Set only if absent: reloading this file must not forget what runs.
-_noted = globals().setdefault("_noted", {})  # module name -> _Noted; guarded by _reload_lock
-_patches = globals().setdefault("_patches", [])  # of _Patch, newest last; guarded by the same
-_reload_lock = globals().setdefault("_reload_lock", threading.RLock())
-_loaded_at = globals().setdefault("_loaded_at", time.time())
-_paths = globals().setdefault("_paths", weakref.WeakKeyDictionary())  # module -> _file_of() it
 
-_Noted = collections.namedtuple("_Noted", "module data is_sure cached")  # cached: code in its .pyc
+class _Hot:
+    """What must outlive a reload of this file itself."""
+
+    def __init__(self):
+        self.lock = threading.RLock()   # one transaction at a time
+        self.known = {}                 # module name -> _Known; each operation on it is atomic
+        self.changes = []               # _Change, newest last; guarded by lock
+        self.count = 0                  # of changes so far; guarded by lock
+        self.hooks = weakref.WeakKeyDictionary()   # class -> functions of on_reload()
+        self.paths = weakref.WeakKeyDictionary()   # module -> _file_of() it
+        self.loaded_at = time.time()
+
+
+_hot = globals().setdefault("_hot", _Hot())
+
 _COMPILE_ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError)  # the last two: too deep
 
 
 def reload(module=None, *, everything=False, dry_run=False):
     """Make the file on disk the running program, or change nothing; return a ReloadReport.
 
-    `module` is a module or its name; without it, every loaded module below the program's own
-    folder whose source changed is reloaded, all in one transaction. Only statements that changed
-    are executed, and definitions whose names somebody took away, unless `everything`. With
-    `dry_run` nothing changes and the report says what would. Raises ReloadError (with the cause)
-    when a file can't be read or compiled, or when its code raises. May be called in any thread;
-    waits for a reload that runs in another one.
+    `module` is a module or its name; without it, every loaded module of the program whose source
+    changed is reloaded, all in one transaction. Only statements that changed are executed, and of
+    functions whose bodies changed none, unless `everything`. With `dry_run` nothing changes and
+    the report says what would run. Raises ReloadError (with the cause) when a file can't be read
+    or compiled, or when its code raises. May be called in any thread; waits for a reload that
+    runs in another one.
     """
-    with _reload_lock:
-        plans = [_Plan(each) for each in (
-            _own_modules() if module is None else [_as_module(module)])]
-        if module is None and not everything:
-            plans = [plan for plan in plans if plan.may_be_edited]
-        transaction = _Transaction(ReloadReport(is_qualified=module is None))
-        transaction.prepare(plans, everything)
+    with _hot.lock, _collector_off():
+        report = ReloadReport(is_qualified=module is None)
+        edits = _find_edits(module, everything, report)
+        apply = _Apply(report, edits, everything)
         if dry_run:
-            transaction.foretell()
-        else:
-            transaction.commit()
-        return transaction.report
+            apply.foretell()
+        elif edits:
+            apply.commit()
+            _hot_remember("reload", report.names(), apply.journal)
+        return report
 
 
 Stale = collections.namedtuple("Stale", "name reason count")
@@ -2871,378 +2894,638 @@ Stale = collections.namedtuple("Stale", "name reason count")
 class ReloadReport:
     """What a reload did, or with dry_run would do; prints as a short list."""
 
+    _TITLES = ("changed", "added", "removed", "followed", "not_run_again", "unsaved")
+
     def __init__(self, is_qualified=False):
-        self.changed = []  # names that ran anew (a statement without a name: its first line)
+        self.changed = []  # names whose code or value is new (a statement without one: its line)
         self.added = []  # names that are new
         self.removed = []  # names and nameless statements that the new source no longer has
-        self.not_run_again = []  # unchanged statements that read something which changed
+        self.followed = []  # unchanged: names that were made of what changed, or imported it
+        self.not_run_again = []  # unchanged statements that used what changed
+        self.unsaved = []  # typed over a file's definition; dry_run: all that is in no file
         self.stale = []  # Stale(name, reason, count of live objects): what still runs old code
-        self.unsaved = []  # dry_run only: what is alive and in no file, or otherwise in it
+        self.cant_tell = []  # where nobody knows what ran: what is otherwise than in the file
         self.notes = []  # sentences on how it was done
+        self.looked_at = 0  # how many modules were looked at ...
+        self.folders = []  # ... and the folders that they lie in
         self._is_qualified = is_qualified  # names carry their module
 
     def __repr__(self):
         lines = []
-        for title in ("changed", "added", "removed", "not_run_again", "unsaved"):
+        for title in self._TITLES:
             if getattr(self, title):
                 lines.append("%s: %s" % (title.replace("_", " "), ", ".join(getattr(self, title))))
         lines += ["stale: %s: %s (%d live)" % entry for entry in self.stale]
+        lines += ["can't tell: " + text for text in self.cant_tell]
         lines += ["note: " + note for note in self.notes]
-        return "\n".join(lines) or "nothing changed"
+        return "\n".join(lines) or "nothing changed" + self._looked_at()
 
-    def add(self, title, module, names):
+    def _looked_at(self):
+        if not self._is_qualified:
+            return ""
+        return " in %d module%s below %s" % (self.looked_at, "s" * (self.looked_at != 1), (
+            ", ".join(self.folders[:3] + ["..."] * (len(self.folders) > 3)) or "no folder"))
+
+    def add(self, title, module_name, names):
         """Append `names` of a module to one list of the report, each once."""
         entries = getattr(self, title)
         for name in names:
-            name = "%s.%s" % (module.__name__, name) if self._is_qualified else name
+            name = "%s.%s" % (module_name, name) if self._is_qualified else name
             if name not in entries:
                 entries.append(name)
 
+    def names(self):
+        return self.changed + self.added + self.removed
 
-# --- Units: what runs now, what is on disk, and what to execute ---
 
-class _Plan:
-    """One module of a reload: the source that runs, the source on disk, what to execute."""
+@contextmanager
+def _collector_off():
+    """Keep the garbage collector from walking the heap again and again while much is made."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
-    def __init__(self, module):
-        self.module = module
-        self.space = module.__dict__
-        self.path = _source_path(module)
+
+# --- Know: which modules are the program's, and what text runs in them ---
+
+_Known = collections.namedtuple("_Known", "module path text stamp")   # text None: unknown
+
+
+def note_sources(modules=None):
+    """Remember the source that each module of the program runs now.
+
+    Called in the background when the server has started, and at each prompt. Only modules not
+    seen before are looked at; each costs the reading of its file. May be called in any thread.
+    """
+    for name, module in _new_modules() if modules is None else [
+            (module.__name__, module) for module in modules]:
+        known = _hot.known.get(name)
+        if known is None or known.module() is not module:
+            known = _note(module)
+            if known is not None:
+                _hot.known[name] = known
+
+
+def _new_modules():
+    """Return the program's own modules, or none where nothing was imported since the last call."""
+    loaded = list(map(id, list(sys.modules.values())))
+    if loaded == _looked_at:
+        return []
+    _looked_at[:] = loaded
+    return [(name, module) for name, module, _ in _own_modules()]
+
+
+_looked_at = []  # ids of the modules that were loaded when note_sources() looked last
+
+
+def _note(module):
+    """Return the _Known of a module from its file, or None where it has none or is half imported.
+
+    What was written after the process began may not be what runs: it is compared with what lives.
+    """
+    space, path = _space_of(module), _source_path(module)
+    if path is None:
+        return None
+    if getattr(space.get("__spec__"), "_initializing", False):
+        _looked_at.clear()
+        return None
+    try:
+        stamp = _stamp(path)
+        with open(path, "rb") as file:
+            text = file.read()
+    except (OSError, ValueError):
+        return None
+    is_older = max(stamp[0], stamp[3]) < _process_start() * 1e9
+    if is_older or space is globals() or _fits(module, text, path):
+        return _Known(weakref.ref(module), path, text, stamp)
+    return _Known(weakref.ref(module), path, None, None)
+
+
+def _stamp(path):
+    """Return what tells whether a file was written; of a switched link, whether it leads elsewhere."""
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
+
+
+@functools.lru_cache(maxsize=None)
+def _process_start():
+    """Return when this process began, in seconds as time.time() has them."""
+    try:
+        with open("/proc/self/stat") as file:
+            ticks = int(file.read().rpartition(")")[2].split()[19])
+        with open("/proc/uptime") as file:
+            uptime_s = float(file.read().split()[0])
+        return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
+    except (OSError, ValueError, IndexError, AttributeError):
+        return _hot.loaded_at  # no /proc: when this file was loaded
+
+
+def _space_of(module):
+    """Return the namespace of a module without running its code; None for what is no module."""
+    if not _is(module, types.ModuleType) or type(module).__name__ == "_LazyModule":
+        return None
+    return types.ModuleType.__dict__["__dict__"].__get__(module)
+
+
+def _source_path(module):
+    """Return the absolute path of a module's source, or None where it has none."""
+    space = _space_of(module)
+    path = space.get("__file__") if space else None
+    if type(path) is not str or not path or "\0" in path or path.endswith(".pyc"):
+        return None
+    if not path.endswith((".py", ".pyw")) and space.get("__name__") != "__main__":
+        return None
+    return path if os.path.isabs(path) else _file_of(module)
+
+
+def _file_of(module):
+    """Return the absolute path of a module's file, whatever os.chdir() the program calls later.
+
+    3.6-3.8: a script's is relative, but the folder of the script stands first in sys.path.
+    """
+    path = _space_of(module)["__file__"]
+    beside = [os.path.join(folder, os.path.basename(path)) for folder in sys.path[:1]
+              if module.__name__ == "__main__"]
+    for each in [path] + beside if module not in _hot.paths else ():
+        if os.path.isfile(each):
+            _hot.paths.setdefault(module, os.path.abspath(each))
+    return _hot.paths.get(module) or os.path.abspath(path)
+
+
+def _own_modules():
+    """Return (name, module, path) of the loaded modules that lie in no folder of a library."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        space = _space_of(module)
+        path = space.get("__file__") if space else None
+        if type(path) is str and type(name) is str and space.get("__name__") == name and (
+                not _is_library_folder(os.path.dirname(path))):
+            path = _source_path(module)
+            if path is not None:
+                found.append((name, module, path))
+    return found
+
+
+@functools.lru_cache(maxsize=None)
+def _is_library_folder(folder):
+    """Tell whether a folder is the standard library's or that of an installed package."""
+    if not _is_installed(folder):
+        folder = os.path.realpath(folder)   # beside a busy thread each lstat() can take 5 ms
+    return _is_installed(folder)
+
+
+def _is_installed(folder):
+    parts = folder.split(os.sep)
+    return ("site-packages" in parts or "dist-packages" in parts or folder.startswith("<")
+            or (folder + os.sep).startswith(_library_folders()))
+
+
+@functools.lru_cache(maxsize=None)
+def _library_folders():
+    """Return where the standard library is, by both its names, each with a separator at its end."""
+    library = os.path.dirname(os.__file__)
+    return library + os.sep, os.path.realpath(library) + os.sep
+
+
+def _is_library(path):
+    return not path or type(path) is not str or _is_library_folder(os.path.dirname(path))
+
+
+def _is_library_module(name):
+    space = _space_of(sys.modules.get(name)) or {}
+    return _is_library(space.get("__file__") or os.__file__)
+
+
+def _is_standard(name):
+    """Tell whether a module is built in or the standard library's own."""
+    path = (_space_of(sys.modules.get(name)) or {}).get("__file__") or os.__file__
+    return type(path) is str and path.startswith(_library_folders()) and "-packages" not in path
+
+
+def _as_module(module):
+    if isinstance(module, str):
+        if module not in sys.modules:
+            raise ValueError("no module %r is loaded; import it first" % module)
+        module = sys.modules[module]
+    if not isinstance(module, types.ModuleType):
+        raise TypeError("expected a module or its name, not %r" % (module,))
+    if _source_path(module) is None:
+        path = _space_of(module).get("__file__") if _space_of(module) else None
+        if path is None:
+            raise ReloadError("%r has no source file; use patch() for what lives in no file"
+                              % module.__name__)
+        raise ReloadError("%r is not Python source: %s" % (module.__name__, path))
+    return module.__name__, module, _source_path(module)
+
+
+def _find_edits(module, everything, report):
+    """Return an _Edit for each module whose file is not what runs, read, compiled and compared."""
+    modules = _own_modules() if module is None else [_as_module(module)]
+    report.looked_at = len(modules)
+    report.folders = _tops({os.path.dirname(path) for _, _, path in modules})
+    edits = []
+    for name, module_, path in modules:
+        report.add("unsaved", name, _typed_over(module_))
         try:
-            with open(self.path, "rb") as file:
-                self.data = file.read()
-        except OSError as exc:
-            raise ReloadError("can't read the source of %r (%s); nothing was changed"
-                              % (module.__name__, exc)) from exc
-        self.noted = _noted_source(module) or _Noted(weakref.ref(module), self.data, False, None)
-        self.new = self.old = None  # _Source; old is None where nobody knows what runs
-        self.pairs = {}  # index of a new unit -> index of the same unit in old
-        self.same = {}  # the reverse, for the units that do not run again
-        self.missing = {}  # name -> index of the unchanged unit that defines it, though it's gone
-        self.changed = []  # indexes of the new units that differ, or depend on what does
-        self.run = []  # indexes of the new units to execute, in order
-        self.guards = []  # changed statements that run now, or that the script's end is made of
-        self.before = {}  # name -> value before this reload, for each name that units in run bind
-        self.live = []  # functions from this file that were alive before
+            known = _hot.known.get(name)
+            stamp = _stamp(path)
+            is_same = known and known.module() is module_ and known.stamp == stamp
+            if not is_same or everything:
+                edits.append(_Edit(name, module_, path, stamp))
+            elif module is not None:
+                edits.append(_Edit(name, module_, path, stamp))
+        except (OSError, ValueError) as exc:
+            if module is not None:
+                raise ReloadError("can't read the source of %r (%s); nothing was changed"
+                                  % (name, exc)) from exc
+            report.notes.append("%s is gone; %s runs on" % (path, name))
+    edits = [edit for edit in edits if edit.is_edited or everything or module is not None]
+    for edit in edits:
+        edit.compile()
+    for edit in edits:
+        edit.compare()
+    return edits
+
+
+def _tops(folders):
+    """Return those of some folders that are below none of the others."""
+    found = []
+    for folder in sorted(folders):
+        if not found or not (folder + os.sep).startswith(found[-1] + os.sep):
+            found.append(folder)
+    return found
+
+
+def _typed_over(module):
+    """Yield the functions of a module that were typed at a prompt over those of its file."""
+    for name, value in list(_space_of(module).items()):
+        if type(value) is types.FunctionType and _is_from_console(value) and (
+                _statement_of(module, name) is not None):
+            yield name
+
+
+def _statement_of(module, name):
+    """Return the (edit, statement) that defines a name in the text that a module runs, or None."""
+    known = _hot.known.get(module.__name__)
+    if known is None or known.text is None or known.module() is not module:
+        return None
+    try:
+        source = _Source(known.text, known.path)
+    except _COMPILE_ERRORS:
+        return None
+    found = [each for each in source.statements if name in each.names.binds]
+    return (source, found[-1]) if found else None
+
+
+class _Edit:
+    """One module of a reload: the text that ran, the text on disk, what differs."""
+
+    def __init__(self, name, module, path, stamp):
+        self.name, self.module, self.path, self.stamp = name, module, path, stamp
+        self.space = _space_of(module)
+        with open(path, "rb") as file:
+            self.text = file.read()
+        known = _hot.known.get(name)
+        if known is None or known.module() is not module:
+            known = _note(module)
+        self.was = known        # _Known before, which an undo puts back
+        self.old_text = known.text if known else None    # None: nobody knows
+        self.new = self.old = None      # _Source; old is None where nobody knows what ran
+        self.pairs = []         # _Pair in the order of the new file, what is gone at the end
+        self.line = None        # where the top level stands, if it runs just now
+        self.before = {}        # the namespace before; set when the edit is applied
+        self.held = {}          # what statements bound and other threads shall not see yet
+        self.annotated = {}     # 3.14: id of a statement that ran -> numbers of its annotations
+        self.successors = None  # _Successors; set when the edit is applied
+        self.subs = {}          # id of the _Statement of a class -> the pairs of its body
+        self.told = []          # old text unknown: _Found, what can't be told
+        self.gone = []          # the same: (path of a class, name) of what the text has no more
 
     @property
-    def may_be_edited(self):
-        return self.noted.data != self.data or not self.noted.is_sure
+    def is_edited(self):
+        return self.text != self.old_text
 
-    @property
-    def may_drop_names(self):
-        """Tell whether the module may take names away by `globals().pop(name)` or the like."""
-        return any(_may_drop_names(code) for _, code in _code_paths([self.new.code]))
-
-    def compare(self, everything, report):
-        """Find the old source, decide which units of the new one to execute, compile those."""
-        self.old = self._find_old()
-        if self.old is not None:
-            self.pairs = self.old.pair_with(self.new)
-        elif not everything:
-            report.notes.append("everything in %s was executed: the file was edited before the "
-                                "source that ran could be noted" % self.module.__name__)
-        units = self.new.units
-        changed = {j for j in range(len(units)) if j not in self.pairs}
-        changed.update(self._uncovered())
-        self._add_dependents(changed)
-        last = self._last_executed()
-        self.missing = {name: j for name, j in self._missing() if j <= last and j not in changed}
-        self.changed = sorted(changed.union(self.missing.values()))
-        self.run = list(range(len(units))) if everything else self.changed
-        self._keep_out_what_runs(last)
-        for j in self.run + self.guards:
-            units[j].code  # compiles it
-        left = set(self.pairs).difference(self.run)
-        self.same = {self.pairs[j]: j for j in left}
-
-    def _uncovered(self):
-        """Yield the units whose names a later statement, which is gone, had bound anew."""
-        olds, news = (_last_binders(source.units) for source in (self.old or self.new, self.new))
-        for name, j in news.items():
-            i = olds.get(name, self.pairs.get(j))
-            if j in self.pairs and i != self.pairs[j] and self.old.units[i].binds_surely and (
-                    self.old.units[i].text_key() != self.new.units[j].text_key()):
-                yield j
-
-    def _last_executed(self):
-        """Return the index of the last unit that the module, which may be at it, has come to."""
-        last = len(self.new.units)
-        for frame in _top_frames(self.module) if self.old is not None else ():
-            last = max([j for j, i in self.pairs.items()
-                        if self.old.first_line(i) <= frame.f_lineno], default=-1)
-        return last
-
-    def _missing(self):
-        """Yield (name, j) of definitions that somebody took away, unless the module does itself."""
-        for j in self.pairs:
-            for node in self.new.units[j].nodes:
-                name = getattr(node, "decorator_list", None) is not None and node.name
-                if name and name not in self.space and not self.may_drop_names and not any(
-                        name in _stored_names(code, "GLOBAL")
-                        for _, code in _code_paths([self.new.code])) and (
-                        sum(name in unit.binds for unit in self.new.units) == 1):
-                    yield name, j
-
-    def _keep_out_what_runs(self, last):
-        """Take out of run what would start the script, or the loop at its top level, once more."""
-        units = self.new.units
-        self.guards = [j for j in self.run if j > last and not units[j].is_harmless or (
-            units[j].is_main_guard and self.module.__name__ == "__main__")]
-        self.run = [j for j in self.run if j not in self.guards]
-
-    def _find_old(self):
-        """Return the source that runs, if what is alive and the .pyc of back then agree with it."""
-        noted = self.noted
+    def compile(self):
+        """Parse and compile the new text, parse the old one."""
         try:
-            source = _Source(noted.data, self.path, self.new)
-            if noted.is_sure or (noted.cached in (None, source.code)
-                                 and source.agrees_with(self.live) and (self.live or noted.cached)):
-                return source
+            self.new = _Source(self.text, self.path)
+            self.new.code  # some errors show only where the whole is compiled
+        except _COMPILE_ERRORS as exc:
+            raise ReloadError("can't compile %s (%s); nothing was changed"
+                              % (self.path, str(exc) or type(exc).__name__)) from exc
+        try:
+            if self.old_text is not None:
+                self.old = _Source(self.old_text, self.path, self.new)
         except _COMPILE_ERRORS:
             pass  # it was edited, and broken, before it was noted
-        source = _CachedSource(noted.cached) if noted.cached is not None else None
-        return source if source and source.agrees_with(self.live) else None
 
-    def _add_dependents(self, run):
-        """Add the units which must run again because what they are made with changed."""
-        units, size = self.new.units, -1
-        while size != len(run):
-            size = len(run)
-            names = _bound_by(units[j] for j in run) | self.gone_names()
-            for j, unit in enumerate(units):
-                rebinds = unit.binds & unit.reads
-                if j in run:  # to wrap f again, start from f itself
-                    run.update(k for k in range(j if rebinds else 0) if units[k].binds & rebinds)
-                elif unit.decorators & names or rebinds and rebinds & _bound_by(
-                        units[k] for k in run if k < j) or self._is_dataclass_on(names, unit):
-                    run.add(j)  # `@changed def f`, or `f = wrap(f)` below a changed f
+    def compare(self):
+        lines = [frame.f_lineno for frame in _top_frames(self.module)]
+        self.line = min(lines) if lines else None
+        if self.old is None:
+            self.pairs = _compare_with_live(self)
+        else:
+            self.pairs = _pair(self.old.statements, self.new.statements,
+                               self.old.flags == self.new.flags)
 
-    def _is_dataclass_on(self, names, unit):
-        """Tell whether a unit defines a dataclass, which takes over the fields of changed bases."""
-        return bool(unit.reads & names) and any(
-            type(node).__name__ == "ClassDef" and _Names(node.bases).reads & names
-            and _dataclass_fields(self.space.get(node.name)) for node in unit.nodes)
+    def sub_pairs(self, pair):
+        """Return the pairs of the body of a class that both texts have."""
+        found = self.subs.get(id(pair.new))
+        if found is None:
+            olds, news = pair.old.body(), pair.new.body()
+            shift = pair.old.start + 1 - _first_line(pair.old.node)
+            if shift:   # its nodes were taken over from the new text
+                olds = [each.at(each.start + shift) for each in olds]
+            found = self.subs[id(pair.new)] = _pair(olds, news)
+        return found
 
-    def gone_names(self):
-        """Return the names that the old source bound and the new one doesn't."""
+    @property
+    def paths(self):
+        """{path: [code, ...]} of the functions in the new text."""
+        found = collections.defaultdict(list)
+        for path, code in _code_paths(_nested_codes(self.new.code)):
+            found[path].append(code)
+        return found
+
+    def runs(self, statement):
+        """Tell whether a statement of the new text, of the module or of a class, is executed."""
+        pairs = self.pairs + [pair for some in self.subs.values() for pair in some]
+        return any(pair.new is statement and pair.change not in _LEFT_ALONE for pair in pairs)
+
+    def is_not_reached(self, statement):
+        """Tell whether the top level, which runs just now, has not come to a statement yet."""
+        if self.line is None:
+            return False
+        if self.old is None:
+            return statement.end >= self.line
+        last = max([k for k, pair in enumerate(self.pairs) if pair.new is not None
+                    and pair.old is not None and pair.change in ("same", "moved")
+                    and pair.old.start < self.line], default=-1)
+        at = next(k for k, pair in enumerate(self.pairs) if pair.new is statement)
+        return at > last
+
+    def may_drop(self, name):
+        """Tell whether the module may take a name away itself."""
+        codes = [code for _, code in _code_paths([self.new.code])]
+        return any(_may_drop_names(code) or name in _stored_names(code, "GLOBAL")
+                   for code in codes)
+
+    def names_gone(self, is_done=False):
+        """Return the names to take away: bound by the old text and not by the new one."""
         names = self.new.names
-        return set() if "*" in names else self.old_names() - names - {"*"}
+        if self.old is None:
+            gone = {name for path, name in self.gone if not path}
+        else:
+            gone = set() if "*" in names else self.old.names - names - {"*"}
+        space = self.before if is_done else self.space
+        return sorted(name for name in gone if name in space and (
+            name not in _IMPORT_NAMES or name == "__doc__" and space[name] is not None)
+            and not _is_submodule(self.name, name, space[name]))
 
-    def old_names(self):
-        if self.old is not None:
-            return self.old.names
-        return {name for name, value in self.space.items() if self._is_from_file(value)}
 
-    def _is_from_file(self, value):
-        """Tell whether a value surely came from this file, where its old source isn't known."""
-        return (_is_definition(value) and value.__module__ == self.module.__name__
-                and not _has_console_code(value))
+def _is_submodule(package, name, value):
+    return value is not None and sys.modules.get("%s.%s" % (package, name)) is value
 
-    def removed(self):
-        """Return the names to take away."""
-        return sorted(name for name in self.gone_names() if name in self.space and (
-            name not in _IMPORT_NAMES or name == "__doc__" and self.space[name] is not None))
 
-    def removed_statements(self):
-        """Return the statements that are gone without a trace, and were not edited in place."""
-        olds, news = collections.defaultdict(list), collections.Counter()
-        partners, place = {i: j for j, i in self.pairs.items()}, None
-        for i, unit in enumerate(self.old.units if self.old else ()):
-            place = partners.get(i, place)  # behind which unit of both sources it stands
-            if i not in partners and self._acts_unseen(unit):
-                olds[place].append(unit)
-        place = None
-        for j, unit in enumerate(self.new.units):
-            place = j if j in self.pairs else place
-            news[place] += j not in self.pairs and self._acts_unseen(unit)
-        return [unit for place, units in olds.items() if len(units) > news[place]
-                for unit in units]
+# --- Diff: the statements of two texts, and what became of each; pure ---
 
-    def _acts_unseen(self, unit):
-        """Tell whether what a statement did may show in no name that is gone or bound anew."""
-        return unit.acts_without_a_name or bool(unit.binds) and (
-            unit.binds_surely is False and unit.binds <= self.new.names and not unit.is_main_guard)
+# change: same; moved (other lines or comments); body (only inside functions); def, class, value
+# (by kind); again (unchanged, but must be executed); new; gone; live (the old text is unknown, and
+# what lives is otherwise)
+_Pair = collections.namedtuple("_Pair", "old new change")
+_LEFT_ALONE = ("same", "moved", "body")
+_FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
 
-    def keeps_old(self, name, j):
-        """Tell how unit j may settle `name`: True: leave the old value, None: don't fold, False."""
-        last = max(k for k, unit in enumerate(self.new.units) if name in unit.binds)
-        if last > j and last not in self.run:
-            return True  # a later unit, which does not run again, has the last word
-        olds = [i for i, unit in enumerate(self.old.units if self.old else ())
-                if name in unit.binds]
-        return None if olds and olds[-1] in self.same else False
 
-    def changed_names(self):
-        """Return (names with a new value, names of definitions changed in place)."""
-        values, definitions = set(), set()
-        for name, before in self.before.items():
-            if name in self.missing:
-                continue  # it is what it was
-            now = self.space.get(name, _MISSING)
-            if now is before and callable(now):
-                definitions.add(name)
-            elif before is _MISSING or before is not now and not (  # it may have been deleted again
-                    type(now) is type(before) and isinstance(now, _PLAIN_TYPES) and now == before):
-                values.add(name)
-        return values, definitions
+def _pair(olds, news, is_compiled_alike=True):
+    """Return the _Pairs of two lists of _Statement, in the order of the new ones, gone ones last."""
+    partners = _equal_partners(olds, news)
+    _add_namesakes(partners, olds, news)
+    taken = set(partners.values())
+    pairs = []
+    for j, new in enumerate(news):
+        old = olds[partners[j]] if j in partners else None
+        change = _change(old, new)
+        if change == "same" and not is_compiled_alike and new.has_definitions:
+            change = "moved"
+        pairs.append(_Pair(old, new, change))
+    pairs = _with_uncovered(pairs, olds, news)
+    return pairs + [_Pair(old, None, "gone") for i, old in enumerate(olds) if i not in taken]
 
-    def not_run_again(self, values, definitions):
-        """Return the titles of units left alone that read `values` or call `definitions`."""
-        left = sorted(self.same.values())
-        read = [j for j in left if not self.new.units[j].is_main_guard and (
-            self.new.units[j].reads & values or self.new.units[j].calls & definitions)]
-        return [self.new.units[j].title for j in sorted(set(read + self.guards))]
+
+def _equal_partners(olds, news):
+    """Return {index in news: index in olds} of statements that are one object, text or tree."""
+    partners, left_olds, left_news = {}, range(len(olds)), range(len(news))
+    for key in (id, _Statement.text_key, _Statement.dump):
+        free = collections.defaultdict(collections.deque)
+        for i in left_olds:
+            free[key(olds[i])].append(i)
+        for j in left_news if free else ():
+            found = free.get(key(news[j]))
+            if found:
+                partners[j] = found.popleft()
+        taken = set(partners.values())
+        left_olds = [i for i in left_olds if i not in taken]
+        left_news = [j for j in left_news if j not in partners]
+    return partners
+
+
+def _add_namesakes(partners, olds, news):
+    """Add pairs of statements that bind the same: equal heads first, then only if it is clear."""
+    groups = collections.defaultdict(lambda: ([], []))
+    places = {i: j for j, i in partners.items()}
+    for side, statements, matched in ((0, olds, places), (1, news, partners)):
+        place = -1
+        for k, statement in enumerate(statements):
+            if k in matched:
+                place = k if side else matched[k]
+            else:
+                groups[statement.label(place)][side].append(k)
+    for ours, theirs in groups.values():
+        for key in (_Statement.shell, _Statement.decorator_dump):
+            for j in theirs[::-1] if ours else ():
+                like = [i for i in ours if key(olds[i]) == key(news[j])]
+                if like:
+                    partners[j] = like[-1]
+                    ours.remove(like[-1])
+                    theirs.remove(j)
+        if len(ours) == len(theirs):
+            partners.update(zip(theirs, ours))
+
+
+def _change(old, new):
+    if old is None:
+        return "new"
+    if old is new or old.text_key() == new.text_key() or old.dump() == new.dump():
+        is_same = old.start == new.start and old.text_key() == new.text_key()
+        return "same" if is_same else "moved"
+    if old.kind == new.kind and old.shell() == new.shell():
+        return "body"
+    if old.is_function and new.is_function:
+        return "def"
+    return "class" if old.kind == new.kind == "ClassDef" else "value"
+
+
+def _with_uncovered(pairs, olds, news):
+    """Mark as "again" what must run though it is unchanged: for its names, or for what it reads.
+
+    A later statement that had bound its name anew is gone or another; or it binds what it also
+    reads, as in `f = wrap(f)`, and all that does so for one name must start from the first.
+    """
+    last_olds, last_news = _last_binders(olds), _last_binders(news)
+    again = {id(pair.new) for pair in pairs for name in pair.new.binds
+             if pair.old and last_news[name] is pair.new
+             and last_olds.get(name, pair.old) is not pair.old and last_olds[name].binds_surely
+             and last_olds[name].text_key() != pair.new.text_key()}
+    runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE} | again
+    size = -1
+    while size != len(runs):
+        size = len(runs)
+        for k, pair in enumerate(pairs):
+            rebinds = pair.new.rebinds
+            before = [each.new for each in pairs[:k] if each.new.binds & rebinds] if rebinds else []
+            if id(pair.new) in runs:
+                runs.update(map(id, before))
+            elif any(id(each) in runs and not each.is_definition for each in before):
+                runs.add(id(pair.new))
+    return [pair._replace(change="again") if id(pair.new) in runs and pair.change in _LEFT_ALONE
+            else pair for pair in pairs]
+
+
+def _last_binders(statements):
+    """Return name -> the last statement that binds it."""
+    return {name: statement for statement in statements for name in statement.binds}
 
 
 class _Source:
-    """A source text cut into units: the top-level statements; those that share a line are one.
+    """A source text cut into statements.
 
-    With `newer`, the units of that source in front of the first line that differs and behind the
-    last one are taken over: to parse, compile and examine them costs more than all else here.
+    With `newer`, the statements of that source in front of the first line that differs and behind
+    the last one are taken over: to parse and examine them costs more than all else here.
     """
 
     def __init__(self, data, path, newer=None):
         import importlib.util
         self.path = path
         self.lines = importlib.util.decode_source(data).split("\n")
-        self.starts, self.units = [], []  # index of the first line of each unit
-        self._code = self._tops = None
+        self.statements = []
+        self._code = self._index = None      # made when they are asked for
         if newer is None or not self._share(newer):
-            self._cut(0, len(self.lines))
+            self.statements = self._cut(0, len(self.lines))
 
     def _cut(self, start, end):
-        """Append the units in a span of lines."""
         import ast
         text = "\n" * start + "\n".join(self.lines[start:end]) + "\n"
-        groups = []
-        for node in compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True).body:
-            if node.col_offset > 0 and groups:
-                groups[-1].append(node)  # it follows a semicolon
-            else:
-                groups.append([node])
-        starts = [_first_line(nodes[0]) - 1 for nodes in groups]
-        for nodes, first, last in zip(groups, starts, starts[1:] + [end]):
-            self.starts.append(first)
-            self.units.append(_Unit(nodes, "\n".join(self.lines[first:last]).rstrip(), self))
+        return self.statements_of(compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True).body, end)
+
+    def statements_of(self, nodes, end):
+        """Return a _Statement for each of some nodes that follow each other until a line."""
+        starts = [_first_line(node) - 1 for node in nodes]
+        found = []
+        for k, node in enumerate(nodes):
+            stop = next((start for start in starts[k + 1:k + 9] if start > starts[k]), end)
+            is_alone = starts.count(starts[k]) == 1 if len(starts) < 9 else (
+                starts[k] not in starts[max(k - 1, 0):k] + starts[k + 1:k + 2])
+            found.append(_Statement(node, self, starts[k], stop, is_alone))
+        return found
 
     def _share(self, newer):
-        """Take over units of `newer`; return False if what is left is no whole statements."""
+        """Take over statements of `newer`; return False if what is left is no whole statements."""
         ours, theirs = self.lines, newer.lines
         head = _common_length(ours, theirs)
         tail = _common_length(ours[head:][::-1], theirs[head:][::-1])
-        ends = newer.starts[1:] + [len(theirs)]
-        first = bisect.bisect(ends, head)
-        last = max(first, bisect.bisect_left(newer.starts, len(theirs) - tail))
         shift = len(ours) - len(theirs)
-        middle = (ends[first - 1] if first else 0,
-                  newer.starts[last] + shift if last < len(newer.starts) else len(ours))
-        self.starts, self.units = newer.starts[:first], newer.units[:first]
+        first = bisect.bisect([each.end for each in newer.statements], head)
+        last = max(first, bisect.bisect_left([each.start for each in newer.statements],
+                                             len(theirs) - tail))
+        middle = (newer.statements[first - 1].end if first else 0,
+                  newer.statements[last].start + shift if last < len(newer.statements)
+                  else len(ours))
         try:
-            self._cut(*middle)
+            inner = self._cut(*middle)
         except SyntaxError:
-            self.starts, self.units = [], []
             return False
-        self.starts += [start + shift for start in newer.starts[last:]]
-        self.units += newer.units[last:]
+        self.statements = newer.statements[:first] + inner + [
+            each.at(each.start + shift) for each in newer.statements[last:]]
         return True
 
     @property
     def names(self):
-        """The names that the units bind, also by a docstring."""
-        return _bound_by(self.units) | {"__doc__" for unit in self.units[:1] if unit.is_constant}
+        """The names that the statements bind, also by a docstring."""
+        return _bound_by(self.statements) | {
+            "__doc__" for each in self.statements[:1] if each.is_constant}
 
     @property
     def code(self):
         """The code object of the whole text."""
         if self._code is None:
-            text = "\n".join(self.lines) + "\n"
-            self._code = compile(text, self.path, "exec", 0, True)
+            self._code = compile("\n".join(self.lines) + "\n", self.path, "exec", 0, True)
         return self._code
 
-    def tops(self, unit):
-        """Return the code objects in a unit that was cut from this source, as an import has them.
+    @property
+    def index(self):
+        """{(name, first line): [code, ...]} of all functions and class bodies."""
+        if self._index is None:
+            self._index = collections.defaultdict(list)
+            for path, code in _code_paths(_nested_codes(self.code)):
+                self._index[code.co_name, code.co_firstlineno].append(code)
+        return self._index
 
-        3.11: compiled alone, a unit calls methods of imported modules by other instructions.
-        """
-        if self._tops is None:
-            self._tops = collections.defaultdict(list)
-            for nested in _nested_codes(self.code):
-                i = bisect.bisect(self.starts, nested.co_firstlineno - 1) - 1
-                if not _makes_annotations(nested):
-                    self._tops[id(self.units[i])].append(nested)
-        return self._tops[id(unit)]
+    @property
+    def own_names(self):
+        """The names that statements bind other than by an import of all names."""
+        return self.names - {"*"}
+
+    def has(self, code):
+        """Tell whether some code in it does what `code` does."""
+        return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
+                   for _, other in _code_paths(_nested_codes(self.code)))
 
     @property
     def flags(self):
         """What `from __future__` demands of the compiler."""
         import __future__
         return functools.reduce(int.__or__, (
-            getattr(__future__, alias.name).compiler_flag for unit in self.units
-            if "__future__" in unit.text for node in unit.nodes
-            if getattr(node, "module", None) == "__future__" for alias in node.names), 0)
+            getattr(__future__, alias.name).compiler_flag for each in self.statements
+            if each.kind == "ImportFrom" and each.node.module == "__future__"
+            for alias in each.node.names), 0)
 
-    @property
-    def definitions(self):
-        """{path: node} of the classes and functions in it, except those in functions."""
-        return dict(_definitions([node for unit in self.units for node in unit.nodes]))
+    def compile(self, nodes):
+        """Compile statements alone, with the codes of functions as the whole text has them.
 
-    def pair_with(self, new):
-        """Return {index of a unit in new: index of the same unit here}."""
-        pairs, taken = {}, set()
-        is_compiled_alike = self.flags == new.flags
-        for key in (id, _Unit.text_key, _Unit.dump):
-            free = collections.defaultdict(collections.deque)
-            for i, unit in enumerate(self.units):
-                if i not in taken:
-                    free[key(unit)].append(i)
-            for j, unit in enumerate(new.units):
-                if j not in pairs and free and free.get(key(unit)) and (
-                        is_compiled_alike or not unit.has_definitions):
-                    pairs[j] = free[key(unit)].popleft()
-                    taken.add(pairs[j])
-        return pairs
+        3.11: compiled alone, they call methods of imported modules by other instructions.
+        """
+        import ast
+        tree = ast.parse("")
+        tree.body = nodes
+        return self.with_own_codes(compile(tree, self.path, "exec", self.flags, True))
 
-    def first_line(self, i):
-        return self.starts[i] + 1
+    def with_own_codes(self, code):
+        consts = []
+        for const in code.co_consts:
+            if isinstance(const, types.CodeType):
+                found = self.index.get((const.co_name, const.co_firstlineno), ())
+                is_like = len(found) == 1 and found[0].co_freevars == const.co_freevars and (
+                    const.co_flags & 1)     # CO_OPTIMIZED: a function
+                const = found[0] if is_like else self.with_own_codes(const)
+            consts.append(const)
+        return _with_consts(code, tuple(consts))
+
+    def code_of(self, node, siblings=()):
+        """Return the code of a function; `siblings` are the nodes with its name and line."""
+        found = self.index.get((_name_of(node), _first_line(node)), ())
+        k = next((k for k, each in enumerate(siblings) if each is node), 0)
+        return found[min(k, len(found) - 1)] if found else None
 
     def at(self, line):
-        """Return (index of the unit at a line, how many lines it is below its own numbers)."""
-        i = max(bisect.bisect(self.starts, line - 1) - 1, 0)
-        return i, self.starts[i] - self.units[i].start if self.units else 0
-
-    def locate(self, live):
-        """Return (index of a unit, code in it) for a live function or class, code or None."""
-        name, line, code = _place_of(live)
-        i, shift = self.at(line)
-        return i, _best_match(code, [other for other in (self.units[i].codes if self.units else ())
-                                     if other.co_name == name
-                                     and other.co_firstlineno + shift == line])
-
-    def has_moved(self, line, new, j):
-        """Tell whether unit j of a new source may have other lines than the same one here."""
-        i, shift = self.at(line)
-        return shift != 0 or self.units[i] is not new.units[j]
-
-    def agrees_with(self, functions):
-        """Tell whether the functions that are alive were compiled from this source."""
-        for function in functions:
-            code = self.locate(function)[1]
-            if code is None or code != function.__code__ and (
-                    _behaviour(code) != _behaviour(function.__code__)):
-                return False
-        return True
-
-    def has(self, code):
-        """Tell whether some code in it does what `code` does; a reload compiles units alone."""
-        wholes = itertools.chain([self.code], (unit.code for unit in self.units))
-        return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
-                   for whole in wholes for _, other in _code_paths(_nested_codes(whole)))
-
-    def function_node(self, code):
-        """Return the node of a function, or None."""
-        i, shift = self.at(code.co_firstlineno)
-        return self.units[i].function_node(code, shift) if self.units else None
+        """Return the statement at a line, or None."""
+        starts = [each.start for each in self.statements]
+        i = bisect.bisect(starts, line - 1) - 1
+        return self.statements[i] if i >= 0 else None
 
 
 def _common_length(lines, others):
@@ -3251,234 +3534,212 @@ def _common_length(lines, others):
     return next((i for i, pair in pairs if pair[0] != pair[1]), min(len(lines), len(others)))
 
 
-class _CachedSource(_Source):
-    """The same from compiled code alone, for a file that was edited before it could be noted.
+class _Statement:
+    """One statement of a module or of a class body."""
 
-    A unit of the new source is unchanged if its instructions, without line numbers, stand in the
-    compiled module one after the other.
-    """
+    def __init__(self, node, source, start, end, is_alone=True):
+        self.node, self.source, self.start, self.end = node, source, start, end
+        self.kind = type(node).__name__
+        self.is_alone = is_alone        # on its lines
+        self._text = self._dump = self._shell = self._names = self._body = None
 
-    def __init__(self, code):
-        self._steps = _steps(code)
-        self.units = [_CachedUnit(self._steps)]  # cut by pair_with
-
-    def first_line(self, i):
-        return self.units[i].line
+    def at(self, start):
+        """Return the same statement at another line; what was found out about it is shared."""
+        if start == self.start:
+            return self
+        twin = _Statement(self.node, self.source, start, start + self.end - self.start)
+        twin._text, twin._dump = self.text_key(), self._dump
+        twin._shell, twin._names = self._shell, self.names
+        return twin
 
     @property
-    def definitions(self):
-        return {}
-
-    def pair_with(self, new):
-        wanted = collections.defaultdict(list)
-        for step in _steps(new.code):
-            wanted[bisect.bisect(new.starts, step.line - 1) - 1].append(step.key)
-        pairs, used, units = {}, set(), []
-        keys = [step.key for step in self._steps]
-        places = collections.defaultdict(list)
-        for at, key in enumerate(keys):
-            places[key].append(at)
-        for j in range(len(new.units)):
-            size = len(wanted[j])
-            for at in places[wanted[j][0]] if size else [0]:
-                if at not in used and keys[at:at + size] == wanted[j] and not (
-                        self._is_decorated(at, at + size)):
-                    pairs[j] = len(units)
-                    units.append(_CachedUnit(self._steps[at:at + size]))
-                    used.update(range(at, at + size))
-                    break
-        rest = [step for at, step in enumerate(self._steps) if at not in used]
-        self.units = units + [_CachedUnit(rest)]
-        return pairs
-
-    def _is_decorated(self, start, end):
-        """Tell whether steps bind what others made: a decorator's call, of a line above them."""
-        return any(step.key[0] == "STORE_NAME" and not start <= step.behind < end
-                   for step in self._steps[start:end])
-
-    def names_of_class(self, qualname):
-        """Return what the body of a class bound, dunders aside."""
-        return {name for path, code in _code_paths(step.code for step in self._steps if step.code)
-                if path == qualname and not code.co_flags & 1   # CO_OPTIMIZED: a function
-                for name in _stored_names(code, "NAME") if not name.startswith("__")}
-
-    def has_moved(self, line, new, j):
-        return True
-
-    def locate(self, live):
-        name, line, code = _place_of(live)
-        found = {id(other): i for i, unit in enumerate(self.units) for other in unit.codes
-                 if (other.co_name, other.co_firstlineno) == (name, line)}
-        code = _best_match(code, [other for unit in self.units for other in unit.codes
-                                  if id(other) in found])
-        return found.get(id(code)), code
-
-    def function_node(self, code):
-        return None
-
-
-class _CachedUnit:
-    """Steps of a compiled module."""
-
-    is_constant = False  # a docstring is bound by steps
-    acts_without_a_name = False
-    binds_surely = None  # nobody knows
-
-    def __init__(self, steps):
-        self.line = steps[0].line if steps else 0
-        self.binds = {step.key[1][1] for step in steps if step.key[0] == "STORE_NAME"}
-        self.tops = [step.code for step in steps if step.code]
-        self.codes = [code for _, code in _code_paths(self.tops)]
-
-    def defaults_of(self, code):
-        return ()  # nobody knows
-
-
-class _Unit:
-    """One top-level statement, or several on one line."""
-
-    def __init__(self, nodes, text, source=None):
-        self.nodes, self.text, self._source = nodes, text, source
-        self.start = _first_line(nodes[0]) - 1
-        names = _Names(nodes)
-        self.binds, self.reads = names.binds, names.reads
-        self.calls, self.decorators = names.calls, names.decorators
-        self._code = self._codes = self._dump = None
+    def names(self):
+        if self._names is None:
+            self._names = _Names([self.node])
+        return self._names
 
     @property
     def code(self):
-        """The code object of this unit alone, to be executed in the module's namespace."""
+        """The code of the statement alone, to look at its names."""
         import ast
-        if self._code is None:
-            tree = ast.parse("")
-            tree.body = self.nodes
-            self._code = compile(tree, self._source.path, "exec", self._source.flags, True)
-        return self._code
+        tree = ast.parse("")
+        tree.body = [self.node]
+        return compile(tree, self.source.path, "exec", self.source.flags, True)
 
     @property
-    def tops(self):
-        return self._source.tops(self)
+    def binds(self):
+        return self.names.binds
 
     @property
-    def codes(self):
-        """The code objects of all functions and class bodies in it."""
-        if self._codes is None:
-            self._codes = [code for _, code in _code_paths(self.tops)]
-        return self._codes
+    def rebinds(self):
+        """The names that it binds from what they were."""
+        return self.binds & self.names.reads if not self.is_definition else set()
 
-    def function_node(self, code, shift=0):
-        """Return the node of a function, whose lines are shifted, or None."""
-        import ast
-        for node in itertools.chain(*map(ast.walk, self.nodes)):
-            if (type(node).__name__ in ("FunctionDef", "AsyncFunctionDef", "Lambda")
-                    and getattr(node, "name", "<lambda>") == code.co_name
-                    and _first_line(node) + shift == code.co_firstlineno):
-                return node
-        return None
+    @property
+    def is_function(self):
+        return self.kind in _FUNCTIONS
 
-    def defaults_of(self, code):
-        """Return the texts of the defaults of a lambda or an inner function."""
-        import ast
-        if "<lambda>" == code.co_name or code.co_flags & 0x10:  # CO_NESTED
-            return tuple(map(ast.dump, _default_nodes(self.function_node(code)).values()))
-        return ()
+    @property
+    def is_definition(self):
+        return self.kind in _FUNCTIONS + ("ClassDef",)
 
     def text_key(self):
         # 3.6, 3.7: where a long string comes first, its last line counts as the first one.
-        return self.text if self.nodes[0].col_offset >= 0 else self.dump()
+        if self._text is None:
+            text = "\n".join(self.source.lines[self.start:self.end]).rstrip()
+            self._text = text if self.is_alone and self.node.col_offset >= 0 else self.dump()
+        return self._text
 
     def dump(self):
-        import ast
         if self._dump is None:
-            self._dump = "\n".join(map(ast.dump, self.nodes))
+            self._dump = _key(self.node, False)
         return self._dump
+
+    def shell(self):
+        """The tree with all function bodies emptied."""
+        if self._shell is None:
+            self._shell = _key(self.node, True)
+        return self._shell
+
+    def decorator_dump(self):
+        return self.kind, _key(getattr(self.node, "decorator_list", []), False)
+
+    def label(self, place):
+        """What pairs it with its like in another text; `place`: behind which equal statement."""
+        if self.is_definition:
+            return "def", self.node.name
+        names = tuple(sorted(self.binds))
+        if self.kind in ("Assign", "AnnAssign", "AugAssign"):
+            return "=", names or (self.kind == "AnnAssign", place)
+        if self.kind == "ImportFrom":
+            return "from", self.node.module, self.node.level, "*" in names
+        return (self.kind, names) if names else ("acts", place) if self.acts_without_a_name else (
+            self.kind, place)
+
+    def body(self):
+        """Return the statements of a class body."""
+        if self._body is None:
+            self._body = self.source.statements_of(self.node.body, self.source_end())
+        return self._body
+
+    def source_end(self):
+        # What was taken over from a newer text has the lines of that one.
+        return _first_line(self.node) - 1 + self.end - self.start
 
     @property
     def is_constant(self):
         """A docstring or another statement that does nothing."""
-        return all(type(node).__name__ == "Expr" and type(node.value).__name__ in
-                   ("Constant", "Str", "Ellipsis", "Num", "NameConstant") for node in self.nodes)
+        return self.kind == "Expr" and type(self.node.value).__name__ in (
+            "Constant", "Str", "Ellipsis", "Num", "NameConstant", "Bytes")
 
     @property
     def acts_without_a_name(self):
         """Such as `H.append(f)`: what it did shows in no name of its own."""
-        return not self.binds and not self.is_constant and not self.is_main_guard and any(
-            type(node).__name__ not in ("Pass", "Assert", "Global") for node in self.nodes)
+        return not self.binds and not self.is_constant and not self.is_main_guard and (
+            self.kind not in ("Pass", "Assert", "Global", "AnnAssign"))
 
     @property
     def changes(self):
         """The names of what `H.append(f)` or `H[k] = f` changes; empty where that is unknown."""
+        value = self.node.value if self.kind == "Expr" else self.node
         names = set()
-        for node in self.nodes:
-            value = node.value if type(node).__name__ == "Expr" else node
-            places = getattr(value, "targets", None) or [
-                getattr(value, "target", None) or getattr(value, "func", None)]
-            for place in places:
-                if not hasattr(place, "value"):
-                    return set()  # such as `setup(H)`
-                while hasattr(place, "value"):
-                    place = place.value
-                names.add(getattr(place, "id", None))
+        for place in getattr(value, "targets", None) or [
+                getattr(value, "target", None) or getattr(value, "func", None)]:
+            if not hasattr(place, "value"):
+                return set()  # such as `setup(H)`
+            while hasattr(place, "value"):
+                place = place.value
+            names.add(getattr(place, "id", None))
         return names if None not in names else set()
 
     @property
     def binds_at_its_end(self):
-        """One statement that binds its names when all else is done, and looks at no namespace."""
-        return len(self.nodes) == 1 and type(self.nodes[0]).__name__ in (
-            "FunctionDef", "AsyncFunctionDef", "ClassDef", "Assign") and (
-            not self.reads & {"dir", "exec", "locals", "vars"})
-
-    @property
-    def is_plain(self):
-        """Nothing but the definition of a function without decorators: nobody else can hold it."""
-        return not self.decorators and all(
-            type(node).__name__ in ("FunctionDef", "AsyncFunctionDef") for node in self.nodes)
+        """It binds its names when all else is done, and looks at no namespace."""
+        return (self.is_definition or self.kind == "Assign") and (
+            not self.names.reads & {"dir", "exec", "locals", "vars", "globals"})
 
     @property
     def has_definitions(self):
-        return "Def(" in self.dump() or "AnnAssign(" in self.dump()
+        return "Def'" in str(self.dump()) or self.kind == "AnnAssign"
 
     @property
     def is_harmless(self):
         """Nothing but definitions, assignments and imports."""
-        return all(type(node).__name__ in (
-            "FunctionDef", "AsyncFunctionDef", "ClassDef", "Import", "ImportFrom", "Assign",
-            "AnnAssign") for node in self.nodes)
+        return self.is_definition or self.kind in ("Import", "ImportFrom", "Assign", "AnnAssign")
 
     @property
     def binds_surely(self):
-        return self.is_harmless or all(type(node).__name__ == "AugAssign" for node in self.nodes)
+        return self.is_harmless or self.kind == "AugAssign"
 
     @property
     def is_main_guard(self):
-        import ast
-        node = self.nodes[0]
-        test = ast.dump(node.test) if type(node).__name__ == "If" else ""
+        if self.kind != "If":
+            return False
+        test = repr(_key(self.node.test, False))
         return "'__name__'" in test and "'__main__'" in test
+
+    @property
+    def is_pure(self):
+        """An assignment to names of an expression that runs nobody's code."""
+        import ast
+        targets = getattr(self.node, "targets", None) or [getattr(self.node, "target", None)]
+        return (self.kind in ("Assign", "AnnAssign") and self.node.value is not None
+                and all(type(each).__name__ == "Name" for each in targets)
+                and all(type(each).__name__ in _PURE for each in ast.walk(self.node.value)))
 
     @property
     def title(self):
         """The first line, for the report."""
-        line = self.text.split("\n")[0].strip().rstrip(":")
+        line = self.source.lines[_first_line(self.node) - 1]
+        line = line[max(self.node.col_offset, 0):] if not self.is_alone else line
+        line = line.split(";")[0].strip().rstrip(":") if not self.is_alone else (
+            line.strip().rstrip(":"))
         return line if len(line) <= 60 else line[:57] + "..."
+
+
+_PURE = {"Constant", "Num", "Str", "Bytes", "NameConstant", "Name", "BinOp", "UnaryOp", "BoolOp",
+         "Compare", "IfExp", "Tuple", "JoinedStr", "FormattedValue", "Attribute", "Subscript",
+         "Index", "Load", "Add", "Sub", "Mult", "Div", "FloorDiv", "Mod", "Pow", "LShift",
+         "RShift", "BitOr", "BitXor", "BitAnd", "MatMult", "UAdd", "USub", "Not", "Invert", "And",
+         "Or", "Eq", "NotEq", "Lt", "LtE", "Gt", "GtE", "Is", "IsNot", "In", "NotIn"}
+
+
+def _key(node, is_shell):
+    """Return a tree as tuples, to be compared; as a shell without the bodies of functions."""
+    fields = getattr(node, "_fields", None)
+    if fields is not None:
+        kind = type(node).__name__
+        is_body = is_shell and kind in _FUNCTIONS + ("Lambda",)
+        return (kind,) + tuple([
+            _key(getattr(node, name, None), is_shell) for name in fields
+            if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")])
+    if isinstance(node, list):
+        return tuple([_key(each, is_shell) for each in node])
+    return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
 
 
 class _Names:
     """The names that nodes bind, read, call and decorate with while they are executed."""
 
     def __init__(self, nodes):
-        self.binds, self.reads, self.calls, self.decorators = set(), set(), set(), set()
+        self.binds, self.reads, self.calls = set(), set(), set()
+        self.heads = set()      # read by decorators, bases and keywords of definitions
+        self.deletes = set()
         for node in nodes:
             self._add(node)
 
     def _add(self, node):
         kind = type(node).__name__
         if kind == "Name":
-            (self.reads if type(node.ctx).__name__ == "Load" else self.binds).add(node.id)
+            context = type(node.ctx).__name__
+            (self.reads if context == "Load" else self.binds).add(node.id)
+            self.deletes |= {node.id} if context == "Del" else set()
         elif kind == "alias":
             self.binds.add(node.asname or node.name.split(".")[0])
         elif kind.endswith("Comp") or kind == "GeneratorExp":
             self._add_scope(_executed_children(node))
+        elif kind == "AnnAssign" and node.value is None:
+            self._add(node.annotation)
         else:
             self._add_other(node, kind)
 
@@ -3492,8 +3753,9 @@ class _Names:
             self.reads |= _Names([node.target]).binds
         elif kind == "ClassDef":
             self._add_scope(node.body)
-        if getattr(node, "decorator_list", None):
-            self.decorators |= _Names(node.decorator_list).reads
+        if hasattr(node, "decorator_list"):
+            self.heads |= _Names(node.decorator_list + getattr(node, "bases", [])
+                                 + getattr(node, "keywords", [])).reads
         for child in _executed_children(node):
             self._add(child)
 
@@ -3501,31 +3763,19 @@ class _Names:
         inner = _Names(nodes)
         self.reads |= inner.reads - inner.binds
         self.calls |= inner.calls - inner.binds
-        self.decorators |= inner.decorators - inner.binds
+        self.heads |= inner.heads - inner.binds
 
 
 def _executed_children(node):
     """Return the nodes in a node that are executed with it and in its scope."""
     import ast
     kind = type(node).__name__
-    if kind in ("FunctionDef", "AsyncFunctionDef", "Lambda"):
+    if kind in _FUNCTIONS + ("Lambda",):
         returns = getattr(node, "returns", None)
         return [node.args] + getattr(node, "decorator_list", []) + ([returns] if returns else [])
     if kind == "ClassDef":
         return node.decorator_list + node.bases + node.keywords
     return ast.iter_child_nodes(node)
-
-
-def _definitions(nodes, prefix=""):
-    """Yield (path, node) of classes and functions, also in classes, but not in functions."""
-    import ast
-    for node in nodes:
-        if hasattr(node, "decorator_list"):
-            yield prefix + node.name, node
-            if hasattr(node, "bases"):
-                yield from _definitions(node.body, prefix + node.name + ".")
-        elif hasattr(node, "body"):
-            yield from _definitions(ast.iter_child_nodes(node), prefix)
 
 
 def _annotation_maker(code):
@@ -3534,16 +3784,16 @@ def _annotation_maker(code):
 
 
 def _makes_annotations(code):
-    """3.14: tell whether it is the code of a module's __annotate__, which is no unit's."""
+    """3.14: tell whether it is the code of a module's __annotate__, which is no statement's."""
     return "__conditional_annotations__" in code.co_names
 
 
-def _annotation_numbers(units):
-    """3.14: return the numbers that each unit's annotations have in the whole module's code."""
+def _annotation_numbers(statements):
+    """3.14: return the numbers that each statement's annotations have in the module's code."""
     import dis
     numbers, last = [], 0
-    for unit in units:
-        maker = _annotation_maker(unit.code) if "AnnAssign(" in unit.dump() else None
+    for each in statements:
+        maker = _annotation_maker(each.code) if "AnnAssign" in str(each.dump()) else None
         count = sum(step.argval == "__conditional_annotations__"
                     for step in (dis.get_instructions(maker) if maker else ()))
         numbers.append(range(last, last + count))
@@ -3551,78 +3801,413 @@ def _annotation_numbers(units):
     return numbers
 
 
-def _head(node):
-    """Return texts for what makes a definition besides its body: decorators, bases, keywords."""
-    import ast
-    return [ast.dump(part) for part in getattr(node, "decorator_list", [])
-            + getattr(node, "bases", []) + getattr(node, "keywords", [])]
-
-
-def _decorators(node):
-    """Return the texts of the decorators of a definition."""
-    return set(_head(node)[:len(node.decorator_list)]) if node else set()
+def _name_of(node):
+    return getattr(node, "name", "<lambda>")
 
 
 def _first_line(node):
     return min([node.lineno] + [line.lineno for line in getattr(node, "decorator_list", ())])
 
 
-def _bound_by(units):
-    return set().union(*[unit.binds for unit in units])
+def _bound_by(statements):
+    return set().union(*[each.binds for each in statements])
 
 
-def _last_binders(units):
-    """Return name -> index of the last unit that binds it."""
-    return {name: k for k, unit in enumerate(units) for name in unit.binds}
+def _functions_below(node, path="", in_function=False):
+    """Yield (path, node) of all functions in a node, with itself; a path is like __qualname__."""
+    import ast
+    kind = type(node).__name__
+    if kind in _FUNCTIONS + ("Lambda",):
+        path += _name_of(node)
+        yield path, node
+        inner = node.body if isinstance(node.body, list) else [node.body]
+        for each in inner:
+            yield from _functions_below(each, path + ".<locals>.")
+        outer = [each for each in _executed_children(node)]
+        path = path[:-len(_name_of(node))]
+    elif kind == "ClassDef":
+        for each in node.body:
+            yield from _functions_below(each, path + node.name + ".")
+        outer = _executed_children(node)
+    else:
+        outer = ast.iter_child_nodes(node)
+    for each in outer:
+        yield from _functions_below(each, path)
 
 
-# --- The transaction ---
+def _pair_functions(old, new, path=""):
+    """Return (pairs, left): (path, old node, new node) of all functions in two nodes, and paths.
+
+    Where several have one path, those that are equal belong together; the others in order, but
+    only if as many are left on both sides. `left`: of new ones without an old one.
+    """
+    groups = collections.defaultdict(lambda: ([], []))
+    for side, node in enumerate((old, new)):
+        for where, each in _functions_below(node, path):
+            groups[where][side].append(each)
+    pairs, left = [], set()
+    for where, (ours, theirs) in groups.items():
+        for node in theirs[:] if len(ours) > 1 or len(theirs) > 1 else ():
+            like = [each for each in ours if _key(each, False) == _key(node, False)]
+            if like:
+                pairs.append((where, like[0], node))
+                ours.remove(like[0])
+                theirs.remove(node)
+        if len(ours) == len(theirs):
+            pairs += [(where,) + pair for pair in zip(ours, theirs)]
+        elif theirs:
+            left.add(where)
+    return pairs, left
+
+
+def _default_nodes(node):
+    """Return {parameter: node of its default}."""
+    if node is None:
+        return {}
+    args = node.args
+    positional = [arg.arg for arg in getattr(args, "posonlyargs", []) + args.args]
+    found = dict(zip(reversed(positional), reversed(args.defaults)))
+    found.update((arg.arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)
+                 if default is not None)
+    return found
+
+
+def _literal(node):
+    """Return the value of a literal, or _MISSING."""
+    import ast
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError):
+        return _MISSING
+
+
+def _mangled(name, class_name):
+    if name.startswith("__") and not name.endswith("__") and class_name:
+        return "_%s%s" % (class_name.lstrip("_"), name)
+    return name
+
+
+# --- Unknown text: what lives is compared with the file ---
+
+_Found = collections.namedtuple("_Found", "path text")   # text: how it is otherwise
+
+
+def _fits(module, text, path):
+    """Tell whether a text may well be the one that a module runs."""
+    try:
+        source = _Source(text, path)
+        evidence = _Evidence(module, source)
+    except _COMPILE_ERRORS:
+        return False
+    pairs = evidence.look()
+    return not evidence.found and not evidence.gone and all(
+        pair.change == "same" for pair in pairs)
+
+
+def _compare_with_live(edit):
+    """Return the pairs of an edit whose old text is unknown; what can't be told goes into it."""
+    evidence = _Evidence(edit.module, edit.new, edit.line)
+    pairs = evidence.look()
+    edit.subs.update(evidence.subs)
+    edit.told = [found for found in evidence.found if found.text]
+    edit.gone = evidence.gone
+    return pairs
+
+
+class _Evidence:
+    """A module's live functions, classes and values beside a text of it.
+
+    Only of a definition and of a literal is it known what was made. Not what the module's own code
+    sets, such as a counter: names that it assigns or deletes by `global`, or as an attribute.
+    """
+
+    def __init__(self, module, source, line=None):
+        self.name, self.space, self.source = module.__name__, _space_of(module), source
+        self.line = line        # where the top level stands, if it runs just now
+        codes = list(_code_paths([source.code]))
+        self.codes = collections.defaultdict(list)      # path -> codes of functions
+        for path, code in _code_paths(_nested_codes(source.code)):
+            self.codes[path].append(code)
+        self.set_globals = {name for _, code in codes for name in _stored_names(code, "GLOBAL")}
+        self.set_attributes = {name for _, code in codes for name in _stored_attributes(code)}
+        self.drops_names = any(_may_drop_names(code) for _, code in codes)
+        self.found = []         # _Found: what can't be told
+        self.gone = []          # (scope, name) of definitions that the text has no more
+        self.subs = {}          # id of the _Statement of a class -> pairs of its body
+
+    def look(self):
+        """Return a _Pair for each statement."""
+        pairs = self._look_at(self.source.statements, self.space, "", None)
+        names, doc = self.source.names, self.space.get("__doc__")
+        if "*" not in names:
+            self._look_for_extras(names | self.set_globals)
+        if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
+            self.gone.append(("", "__doc__"))
+        return pairs
+
+    def _look_at(self, statements, items, prefix, cls):
+        counts = collections.Counter(name for each in statements for name in each.binds)
+        lasts = _last_binders(statements)
+        pairs = []
+        for each in statements:
+            is_done = self.line is None or each.end < self.line
+            is_last = "*" not in counts and not each.names.deletes and all(
+                lasts[name] is each for name in each.binds)
+            change = "same" if not is_done or not is_last else self._change(
+                each, items, prefix, cls, counts)
+            pairs.append(_Pair(None, each, change))
+        return pairs
+
+    def _change(self, statement, items, prefix, cls, counts):
+        """Return what a statement needs: same, new, live or class."""
+        if statement.is_definition:
+            return self._change_of_definition(statement, items, prefix, cls, counts)
+        if statement.kind in ("Import", "ImportFrom"):
+            is_missing = cls is None and any(name not in items for name in statement.binds)
+            return "new" if is_missing and getattr(statement.node, "module", 0) != "__future__" else (
+                "same")
+        if statement.kind in ("Assign", "AnnAssign") and statement.node.value is not None and (
+                cls is None or _is_plain_class(cls)):
+            return self._change_of_value(statement, items, prefix, cls, counts)
+        return "same"
+
+    def _change_of_value(self, statement, items, prefix, cls, counts):
+        skips = self.set_globals if cls is None else self.set_attributes
+        change = "same"
+        for name in statement.binds:
+            live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
+            if name.startswith("__") or name in skips or counts[name] > 1:
+                continue
+            if live is _MISSING:
+                if not (cls is None and self.drops_names):
+                    change = "new" if statement.is_pure and len(statement.binds) == 1 else change
+                    self.found.append(_Found(prefix + name, "" if change == "new" else (
+                        "%s is not there, the file has it" % (prefix + name))))
+            elif _is_other_literal(statement.node, live):
+                self.found.append(_Found(prefix + name, "%s is %s, the file says %s" % (
+                    prefix + name, shorten(repr(live), 40), shorten(repr(_literal(
+                        statement.node.value)), 40))))
+        return change
+
+    def _change_of_definition(self, statement, items, prefix, cls, counts):
+        node = statement.node
+        live = items.get(_mangled(node.name, cls and cls.__name__), _MISSING)
+        path = prefix + node.name
+        if live is _MISSING:
+            is_set = cls is None and (node.name in self.set_globals or self.drops_names)
+            if not is_set:
+                self.found.append(_Found(path, ""))
+            return "same" if is_set else "new"
+        if statement.kind == "ClassDef":
+            if _is(live, type) and (live.__module__, live.__qualname__) == (self.name, path):
+                return self._change_of_class(statement, live, path)
+            if not node.keywords and not node.bases and not node.decorator_list:
+                self.found.append(_Found(path, "%s is not the class of the file" % path))
+            return "same"
+        own = [each for each in _functions_in(live) if each.__globals__ is self.space
+               and each.__code__.co_name == node.name and _is_in_file(each.__code__, self.source)]
+        if not own and type(live) is types.FunctionType is not None and not node.decorator_list:
+            if live.__globals__ is not self.space and counts[node.name] == 1:
+                self.found.append(_Found(path, "%s is not the function of the file" % path))
+        elif not own and not node.decorator_list and counts[node.name] == 1 and (
+                not _is(live, (type, staticmethod, classmethod, property))):
+            self.found.append(_Found(path, "%s is not the function of the file" % path))
+        if all(self._is_like(each, path, node, counts[node.name]) for each in own):
+            return "same"
+        return "live" if counts[node.name] == 1 else "new"
+
+    def _is_like(self, function, path, node, count):
+        behaviours = [_behaviour(code) for code in self.codes[path]]
+        if _behaviour(function.__code__) not in behaviours:
+            return False
+        return count > 1 or _defaults_fit(function, node)
+
+    def _change_of_class(self, statement, cls, path):
+        body = statement.body()
+        pairs = self.subs[id(statement)] = self._look_at(body, vars(cls), path + ".", cls)
+        names = {_mangled(name, cls.__name__) for name in _bound_by(body)}
+        for name, value in list(vars(cls).items()):
+            if name not in names and any(
+                    each.__globals__ is self.space and _is_in_file(each.__code__, self.source)
+                    and each.__code__.co_name == name and each.__qualname__ == path + "." + name
+                    for each in _functions_in(value)):
+                self.gone.append((path, name))
+        if _is_plain_class(cls) and not statement.node.decorator_list:
+            self.found += [_Found("%s.%s" % (path, name), "%s.%s is not in the file" % (path, name))
+                           for name in _added_to_class(statement, cls, self.set_attributes)
+                           if (path, name) not in self.gone]
+        return "same" if all(pair.change == "same" for pair in pairs) else "class"
+
+    def _look_for_extras(self, names):
+        for name, value in list(self.space.items()):
+            if name in names or name.startswith("__") or _is(value, types.ModuleType):
+                continue
+            if type(value) is types.FunctionType and _is_in_file(value.__code__, self.source) and (
+                    value.__qualname__ == name) or _is(value, type) and (
+                    value.__module__, value.__qualname__) == (self.name, name) and (
+                    not _has_console_code(value)):
+                self.gone.append(("", name))
+            elif getattr(value, "__module__", None) != __name__:
+                is_typed = _has_console_code(value)
+                self.found.append(_Found(name, "" if is_typed else "%s is not in the file" % name))
+
+
+def _is_plain_class(cls):
+    import abc
+    return type(cls) in (type, abc.ABCMeta) and not issubclass(cls, tuple) and (
+        "__dataclass_fields__" not in vars(cls) and "__attrs_attrs__" not in vars(cls))
+
+
+def _is_other_literal(node, live):
+    """Tell whether a live value is surely not the literal that a statement gives."""
+    if not all(type(target).__name__ == "Name" for target in getattr(node, "targets", ())):
+        return False
+    value = _literal(node.value)
+    try:
+        hash(value)  # a list or a dict is there to be changed
+    except TypeError:
+        return False
+    return value is not _MISSING and (
+        type(live) is not type(value) or _typed(live) != _typed(value))
+
+
+def _defaults_fit(function, node):
+    """Tell whether literal defaults and the number of them are those of a live function."""
+    defaults = function.__defaults__ or ()
+    if len(defaults) != len(node.args.defaults):
+        return False
+    pairs = list(zip(node.args.defaults, defaults))
+    for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults):
+        live = (function.__kwdefaults__ or {}).get(arg.arg, _MISSING)
+        if (default is None) != (live is _MISSING):
+            return False
+        pairs += [(default, live)] if default is not None else []
+    return all(_is_unlike_literal(*pair) is False for pair in pairs)
+
+
+def _is_unlike_literal(node, live):
+    value = _literal(node)
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return value is not _MISSING and (
+        type(live) is not type(value) or _typed(live) != _typed(value))
+
+
+def _added_to_class(statement, cls, stored):
+    """Yield the attributes that surely no statement and no method has put on a class."""
+    stored = stored | _stored_by_methods(cls)
+    body = _Names(statement.node.body)
+    if "setattr" in stored or not body.reads.isdisjoint(("exec", "locals", "vars")) or any(
+            "__init_subclass__" in vars(base) for base in cls.__mro__[1:-1]):
+        return
+    known = stored.union(_CLASS_SKIPS, (_mangled(name, cls.__name__) for name in body.binds))
+    for name, value in vars(cls).items():
+        if name not in known and not name.startswith("__") and not isinstance(value, _SLOT_TYPES):
+            yield name
+
+
+def _stored_by_methods(cls):
+    """Return what methods of a class, and of descriptors that are told of it, may put there."""
+    sources = _own_bases(cls) + [
+        getattr(type(value), "__set_name__", None) for value in vars(cls).values()]
+    codes = [function.__code__ for each in sources for function in _functions_in(each)]
+    return set().union(*[_stored_attributes(code) for _, code in _code_paths(codes)])
+
+
+def _unsaved(edit):
+    """Return what is defined in a live module and stands in no file, or otherwise in its own."""
+    source = edit.old or edit.new
+    evidence = _Evidence(edit.module, source, edit.line)
+    evidence.look()
+    found = {each.path for each in evidence.found}
+    for name, value in list(edit.space.items()):
+        if name.startswith("__") or _is(value, types.ModuleType):
+            continue
+        if _is(value, type) and value.__module__ == edit.name:
+            found.update("%s.%s" % (name, key) for key, inner in vars(value).items()
+                         if _has_console_code(inner))
+        elif _has_console_code(value):
+            found.add(name)
+    runs = _bound_by(pair.new for pair in edit.pairs if pair.new and pair.change not in _LEFT_ALONE)
+    return sorted(found - runs)
+
+
+# --- Journal: the only thing that undoes ---
 
 class _Journal:
     """Changes made in place, each with what takes it back."""
 
     def __init__(self):
-        self._undo = []  # (id of what is changed, callable), oldest first
-        self._about = None  # that id
+        self._entries = []      # callables (is_sealed), the oldest first
+        self.touched = set()    # (id of what is changed, name): whether a newer change covers it
+        self._kept = {}         # id -> (container, its content before), to copy each once
+        self._unsealed = []     # callables to call when the transaction has succeeded
 
     def put(self, slot, value):
-        """Write `value` to a slot, a pair of (read, write); undo restores it if still ours."""
-        read, write = slot
+        """Write `value` to a slot; undo restores it if it is still ours."""
+        read, write, key = slot
         before = read()
         if before is not value:
-            self.on_undo(lambda: _is_same(read(), value) and write(before))
+            self.on_undo(lambda: _is_same(read(), value) and write(before), key)
             write(value)
 
     def keep(self, slot):
-        """Have undo put back what is in a slot now, whoever writes to it."""
-        read, write = slot
-        before = read()
-        self.on_undo(lambda: read() is before or write(before))
+        """Have undo put back what is in a slot now, whoever writes to it meanwhile."""
+        read, write, key = slot
+        before, after = read(), []
 
-    def on_undo(self, function, *args):
-        self._undo.append((self._about, functools.partial(function, *args)))
+        def undo():
+            if read() is not before and (not after or read() is after[0]):
+                write(before)
 
-    def undo(self, covered=()):
-        """Take everything back, the newest first; return the errors, of which none stops it.
+        def seal():
+            after.append(read())
+            if after[0] is not before:
+                self.touched.add(key)
+        self._entries.append(undo)
+        self._unsealed.append(seal)
 
-        What was done to one of `covered`, a set of ids, stays noted for another call.
-        """
-        errors, left = [], []
-        while self._undo:
-            about, function = self._undo.pop()
-            if about in covered:
-                left.insert(0, (about, function))
-                continue
+    def keep_content(self, container):
+        """Have undo put back what a container holds now, or, once sealed, what differs then."""
+        if id(container) in self._kept:
+            return
+        before, after = _content(container), []
+        self._kept[id(container)] = container, before
+
+        def undo():
+            if after:
+                _take_back(container, before, after[0])
+            else:
+                _restore_container(container, before)
+
+        def seal():
+            now = _content(container)
+            after.append(before if _is_same_content(now, before) else now)
+        self._entries.append(undo)
+        self._unsealed.append(seal)
+
+    def on_undo(self, function, key=None):
+        self._entries.append(function)
+        if key is not None:
+            self.touched.add(key)
+
+    def seal(self):
+        """The transaction has succeeded: from now on undo leaves alone what others have changed."""
+        for function in self._unsealed:
+            function()
+        self._unsealed, self._kept = [], {}
+
+    def undo(self):
+        """Take everything back, the newest first; return the errors, of which none stops it."""
+        errors = []
+        while self._entries:
             try:
-                function()
+                self._entries.pop()()
             except Exception as exc:
                 errors.append(exc)
-        self._undo = left
         return errors
-
-    @property
-    def is_undone(self):
-        return not self._undo
 
 
 def _is_same(a, b):
@@ -3630,180 +4215,740 @@ def _is_same(a, b):
     return a is b or type(a) is tuple and type(b) is tuple and a == b
 
 
-class _Transaction(_Journal):
-    """One reload (of several modules) or one patch: executes, folds, moves, and reports."""
+def _is_same_content(now, before):
+    if type(now) is dict:
+        return list(now) == list(before) and all(now[key] is before[key] for key in now)
+    return len(now) == len(before) and all(a is b for a, b in zip(now, before))
 
-    def __init__(self, report):
-        super().__init__()
-        self.report = report
-        self.plans = []
-        self._known = {}  # id -> function or class that was alive before
-        self._folded = {}  # id of a new object -> (new, what stands for it from now on)
-        self.olds = set()  # ids of the old functions and classes that were folded into
-        self._moves = []  # (old class, new class, reason): instances and references go over
-        self._fills = []  # (class, attribute, factory): what its live instances lack
-        self._afterwards = []  # callables for the end of a success
-        self._old_codes = {}  # id of a code object that was replaced by another -> (name, code)
-        self._registries = []  # lists that what runs may add to
-        self._stuck = collections.Counter()  # (name, reason) -> functions left on old code
-        self._name, self._unit = None, None  # what is being settled, and the _Unit that binds it
-        self._plan, self._nodes = None, ({}, {})  # module at work, its old and new {path: node}
-        self._is_patch = False  # every new object counts as fresh then
 
-    def prepare(self, plans, everything):
-        """Read, compile and compare; nothing is changed yet."""
-        plan = None
+class _ClassItems:
+    """The attributes of a class, as the items of a dict."""
+
+    @staticmethod
+    def __delitem__(cls, name):
+        type.__delattr__(cls, name)
+
+    @staticmethod
+    def __setitem__(cls, name, value):
+        type.__setattr__(cls, name, value)
+
+
+def _take_back(container, before, after):
+    """Undo in a container what one change did to it, whatever others have done since."""
+    kind = _ClassItems if _is(container, type) else _container_kind(container)
+    if before is after:
+        return
+    if type(before) is dict:
+        now = _content(container)
+        for key in set(before) | set(after):
+            was, ours = before.get(key, _MISSING), after.get(key, _MISSING)
+            if was is not ours and now.get(key, _MISSING) is ours:
+                if was is _MISSING:
+                    kind.__delitem__(container, key)
+                else:
+                    kind.__setitem__(container, key, was)
+    elif kind is set:
+        set.difference_update(container, set(after) - set(before))
+        set.update(container, set(before) - set(after))
+    else:
+        gained, _ = _gained(before, after)
+        lost, _ = _gained(after, before)
+        ids = set(map(id, gained))
+        items = [item for item in _content(container) if id(item) not in ids]
+        for item in lost:
+            at = next(i for i, each in enumerate(before) if each is item)
+            items.insert(min(at, len(items)), item)
+        _replace_items(container, items)
+
+
+def _gained(before, after):
+    """Return (the items that a list has gained, those that it had)."""
+    left, news, olds = collections.Counter(map(id, before)), [], []
+    for item in after:
+        (olds if left[id(item)] > 0 else news).append(item)
+        left[id(item)] -= 1
+    return news, olds
+
+
+# A slot is a place for the journal: (read, write, key).
+
+def _entry(mapping, key):
+    def write(value):
+        if value is _MISSING:
+            dict.pop(mapping, key, None)
+        else:
+            dict.__setitem__(mapping, key, value)
+    return lambda: dict.get(mapping, key, _MISSING), write, (id(mapping), key)
+
+
+def _attribute(obj, name):
+    # type's own methods, because enums refuse theirs; object's, because of frozen dataclasses.
+    is_class = isinstance(obj, type)
+    kind = type if is_class else object
+
+    def read():
+        if is_class and name != "__bases__":
+            return vars(obj).get(name, _MISSING)  # not what it inherits
+        return getattr(obj, name, _MISSING)
+
+    def write(value):
+        if value is _MISSING:
+            kind.__delattr__(obj, name)
+        else:
+            kind.__setattr__(obj, name, value)
+    return read, write, (id(obj), name)
+
+
+def _annotations(function):
+    """A function's annotations, or on 3.14 what will make them: they may not be evaluable yet."""
+    def write(value):
+        setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
+    return (lambda: getattr(function, "__annotate__", None) or function.__annotations__, write,
+            (id(function), "__annotations__"))
+
+
+def _member(obj, member):
+    def read():
         try:
-            for plan in plans:
-                plan.new = _Source(plan.data, plan.path)
-                plan.new.code  # some errors show only where the whole is compiled
-            self.plans = plans = _in_dependency_order(plans)
-            self._known = {id(each): each for each in itertools.chain(
-                _functions_of(plans), _all_classes())}
-            for plan in plans:
-                plan.live = [each for each in self._known.values()
-                             if type(each) is types.FunctionType
-                             and each.__globals__ is plan.space
-                             and _is_in_file(each.__code__, plan)]
-                plan.compare(everything, self.report)
-        except _COMPILE_ERRORS as exc:
-            raise ReloadError("can't compile %s (%s); nothing was changed"
-                              % (plan.path, str(exc) or type(exc).__name__)) from exc
+            return member.__get__(obj)
+        except AttributeError:
+            return _MISSING
+
+    def write(value):
+        if value is _MISSING:
+            member.__delete__(obj)
+        else:
+            member.__set__(obj, value)
+    return read, write, (id(obj), member.__name__)
+
+
+def _cell(cell):
+    return lambda: _cell_value(cell), functools.partial(_set_cell, cell), (id(cell), "")
+
+
+def _cell_value(cell):
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _MISSING
+
+
+def _set_cell(cell, value):
+    def outer(content):
+        def setter(value):
+            nonlocal content
+            if value is _MISSING:
+                del content
+            else:
+                content = value
+        return setter
+    if _cell_value(cell) is not value:
+        # 3.6: cell_contents can't be assigned, but a function over the cell can write it.
+        types.FunctionType(outer(None).__code__, globals(), "setter", None, (cell,))(value)
+
+
+# --- Apply: the order of the import system, one pair after the other ---
+
+class _Apply:
+    """One transaction: a reload of several modules, or a patch."""
+
+    def __init__(self, report, edits=(), everything=False):
+        self.report, self.edits, self.everything = report, edits, everything
+        self.journal = _Journal()
+        self.by_name = {edit.name: edit for edit in edits}
+        self.is_patch = False           # every new object counts as made by this transaction then
+        self.started = set()            # names of the modules whose turn has come
+        self.known = None               # id -> function or class that was alive before; see _learn
+        self.folded = {}                # id of a new object -> (new, what stands for it now)
+        self.olds = set()               # ids of the functions and classes that were folded into
+        self.moves = []                 # (old class, new class, reason): instances go over
+        self.fills = []                 # (class, attribute, factory): what its instances lack
+        self.afterwards = []            # callables for the end of a success
+        self.old_codes = {}             # id of a code that was replaced -> (path, code)
+        self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
+        self.closures = {}              # id -> live closure that can't take its new code
+        self.inits = []                 # (class, old node, new node) of changed __init__
+        self.classes = {}               # id -> class that changed, for the hooks
+        self.import_index = None        # {module: those that import from it}; made when needed
+        self.sources = {}               # name -> _Source of a module that is not edited
+        self.refielded = {}             # id -> class with other fields: who copies them follows
+
+    def patch(self, old, new):
+        """Fold `new` into `old`; both go on living."""
+        self.is_patch, self.known = True, {}
+        try:
+            (self.fold_class if isinstance(old, type) else self.fold_function)(old, new)
+            if self.moves:
+                raise TypeError("can't patch %r in place: %s; define a new class instead"
+                                % (old.__qualname__, self.moves[0][2]))
+            self._fill_instances()
+            self._redirect()
+            for function in self.afterwards:
+                function()
+        except BaseException:
+            self.journal.undo()
+            raise
+        self.journal.seal()
 
     def foretell(self):
         """Fill the report with what a commit would do, and with what is in no file."""
-        for plan in self.plans:
-            self._report_names(plan, plan.space)
-            bound = _bound_by(plan.new.units[j] for j in plan.run).difference(plan.missing)
-            definitions = {name for name in bound if _is_definition(plan.space.get(name))}
-            self.report.add("not_run_again", plan.module,
-                            plan.not_run_again(bound - definitions, definitions))
-            self.report.add("unsaved", plan.module, _unsaved(plan))
-            self._report_removed(plan, bound - definitions)
+        for edit in self.edits:
+            self._report_names(edit)
+            runs = [pair.new for pair in edit.pairs if pair.new and pair.change in _VALUES
+                    and not self._is_kept_out(edit, pair.new)]
+            self._report_readers(edit, _bound_by(runs))
+            self.report.add("unsaved", edit.name, _unsaved(edit))
+            self.report.unsaved.sort()
+            self._report_removed(edit)
         self._report_stuck()
 
     def commit(self):
         """Do it all; after an exception everything is as before and ReloadError is raised."""
         import linecache
         modules = dict(sys.modules)
-        lines = {plan.path: linecache.cache.pop(plan.path, None) for plan in self.plans}
-        self.on_undo(_forget_subclasses)  # the last thing, for an undo goes backwards
+        lines = {edit.path: linecache.cache.pop(edit.path, None) for edit in self.edits}
+        self.journal.keep_content(os.environ)
+        self.journal.keep_content(sys.path)
         try:
-            for plan in self.plans:
-                self._execute(plan)
+            self._visit_all()
             self._finish()
         except BaseException as exc:
-            errors = self.undo()
+            errors = self.journal.undo()
             _forget_new_modules(modules)
             linecache.cache.update((path, entry) for path, entry in lines.items() if entry)
             if not isinstance(exc, (Exception, SystemExit)):
                 raise
-            raise ReloadError("%s: %s; everything was put back%s" % (
-                type(exc).__name__, exc,
-                " except for %r" % (errors,) if errors else "")) from exc
-        for plan in self.plans:
-            linecache.cache.pop(plan.path, None)
-            _noted[plan.module.__name__] = _Noted(
-                weakref.ref(plan.module), plan.data, True, None)
+            seen = self._calls_without_a_trace()
+            raise ReloadError("%s: %s; everything was put back%s%s" % (
+                type(exc).__name__, exc, " except for %r" % (errors,) if errors else "",
+                "; what these did can't be seen: " + ", ".join(seen) if seen else "")) from exc
+        for edit in self.edits:
+            linecache.cache.pop(edit.path, None)
+            _hot.known[edit.name] = _Known(
+                weakref.ref(edit.module), edit.path, edit.text, edit.stamp)
+            self.journal.on_undo(functools.partial(_know_again, edit))
+        self.journal.seal()
 
-    def patch(self, old, new):
-        """Fold `new` into `old`; both go on living."""
-        self._is_patch, self._about = True, id(old)
-        if isinstance(old, type):
-            self.on_undo(_forget_subclasses)
-        try:
-            (self.fold_class if isinstance(old, type) else self.fold_function)(old, new)
-            if self._moves:
-                raise TypeError("can't patch %r in place: %s; define a new class instead"
-                                % (old.__qualname__, self._moves[0][2]))
-            self._folded = {key: pair for key, pair in self._folded.items()
-                            if hasattr(type(pair[0]), "_member_map_")}
-            self._fill_instances()
-            self._redirect()
-            for function in self._afterwards:
-                function()
-        except BaseException:
-            self.undo()
-            raise
+    # The order.
 
-    def _execute(self, plan):
-        """Run the changed units of one module, folding each name after its last binding."""
-        units, space = plan.new.units, plan.space
-        before = dict(space)
-        last = {name: j for j in plan.run for name in units[j].binds}
-        plan.before = {name: before.get(name, _MISSING)
-                       for name in (before if "*" in last else last)}
-        self._report_names(plan, before)
-        self._snapshot(plan)
-        self.on_undo(_restore_names, space, before, plan.before)
-        self._plan = plan
-        self._nodes = plan.old.definitions if plan.old else {}, plan.new.definitions
-        annotated = {}  # 3.14: index of a unit that ran -> numbers of its annotations
-        self.on_undo(_restore_names, space, before, {
-            name: before.get(name, _MISSING) for name in _ANNOTATIONS})
-        if "__annotate__" in space:
-            space.pop("__annotations__", None)  # only what somebody has read
-        held = {}  # what statements bound and other threads shall not see, as it is not settled
-        for j in plan.run:
-            if units[j].is_constant and j > 0:
-                continue  # compiled alone, a string would become the docstring
-            befores = [] if units[j].is_plain else [
-                (items, _content(items)) for items in self._registries]
-            for name in set(held).difference(units[j].binds if units[j].binds_at_its_end else ()):
-                space[name] = held.pop(name)
-            space.pop("__conditional_annotations__", None)
-            exec(units[j].code, space, held if units[j].binds_at_its_end else space)
-            annotated[j] = space.get("__conditional_annotations__", ())
-            for name in sorted(units[j].binds):
-                if last[name] == j:
-                    self._settle(plan, name, j, held.pop(name, space.get(name, _MISSING)))
-            if units[j].has_definitions:
-                self._drop_doubles(befores)
-        space.update(held)
-        self._annotate(plan, annotated, before.get("__conditional_annotations__", ()))
+    def _visit_all(self):
+        """Apply each edit when an import of the whole program would come to its module."""
+        if len(self.edits) > 1:
+            names = list(sys.modules)
+            tops = dict.fromkeys(name.partition(".")[0] for name in names)
+            names = list(tops) + names
+        else:
+            names = list(self.by_name)
+        stack = [iter(names)]       # not recursive: a thousand modules may import each other
+        while stack:
+            for name in stack[-1]:
+                if name not in self.started:
+                    self.started.add(name)
+                    stack.append(self._visit(name))
+                    break
+            else:
+                stack.pop()
 
-    def _annotate(self, plan, annotated, before):
+    def _visit(self, name):
+        """Apply the edit of a module; yield the names of those that come before it, or within."""
+        edit = self.by_name.get(name)
+        if edit is not None:
+            yield from self._apply(edit)
+        elif len(self.edits) > 1:
+            yield from _imports_of_unchanged(name)
+
+    def _apply(self, edit):
+        edit.before = dict(edit.space)
+        scope = _Scope(edit)
+        edit.successors = _Successors(edit)
+        later = self._swap(edit)
+        held = edit.held
+        for name in _ANNOTATIONS:
+            self.journal.keep(_entry(edit.space, name))
+        if "__annotate__" in edit.space:
+            edit.space.pop("__annotations__", None)     # only what somebody has read
+        for pair in edit.pairs:
+            if pair.new is None:
+                continue
+            if len(self.edits) > 1 and pair.new.kind in _IMPORTERS:
+                yield from _imported_by(pair.new.node, edit.space)
+            self._apply_pair(scope, pair)
+        edit.space.update(held)
+        self._annotate(edit)
+        for function, found in later:
+            self._swap_function(edit, function, found)
+        self._run_for_closures(scope)
+        self._retire_gone(scope, edit.pairs)
+        self._follow(edit)
+
+    def _annotate(self, edit):
         """3.14: make of the annotations that each statement brought one function, as an import does.
 
-        `annotated`: index of a unit that ran -> the numbers of those which it came to, from 0 on;
-        `before`: the numbers of those that the module had come to, counted in its old source.
+        Those that ran have left the numbers of what they came to, from 0 on; the others are
+        those that the module had come to, counted in its old text.
         """
-        maker = _annotation_maker(plan.new.code)
-        for name in _ANNOTATIONS[0 if maker else 1:3]:
-            plan.space.pop(name, None)
-        olds = _annotation_numbers(plan.old.units) if type(plan.old) is _Source else []
-        found = set()
-        for j, numbers in enumerate(_annotation_numbers(plan.new.units)):
-            came_to = annotated.get(j, () if j not in plan.pairs else range(len(numbers)))
-            if j not in annotated and j in plan.pairs and olds:
-                came_to = [k for k, old in enumerate(olds[plan.pairs[j]]) if old in before]
-            found.update(numbers[k] for k in came_to)
-        if maker is not None:
-            plan.space.update(__annotate__=types.FunctionType(maker, plan.space),
-                              __conditional_annotations__=found)
-
-    def _settle(self, plan, name, j, new):
-        """Give the name the object it had before, with the behaviour of the new one."""
-        old = plan.before.get(name, _MISSING)
-        if new is _MISSING:
+        if sys.version_info < (3, 14):
             return
-        if plan.missing.get(name) == j and old is _MISSING:
-            old = self._lost(plan, name)
-            if old is _MISSING and not plan.new.units[j].is_plain:
-                del plan.missing[name]  # what was registered with it, or made of it, is lost
-        keeps = plan.keeps_old(name, j)
-        if keeps:
-            new = old
-        elif old is not _MISSING and keeps is False:
-            self._name, self._unit = name, plan.new.units[j]
-            new = self.fold(old, new)
-        _entry(plan.space, name)[1](new)
+        maker = _annotation_maker(edit.new.code)
+        for name in _ANNOTATIONS[0 if maker else 1:3]:
+            edit.space.pop(name, None)
+        if maker is None:
+            return
+        olds = _annotation_numbers(edit.old.statements) if edit.old else []
+        places = {id(each): k for k, each in enumerate(edit.old.statements if edit.old else ())}
+        before, found = edit.before.get("__conditional_annotations__", ()), set()
+        pairs = {id(pair.new): pair for pair in edit.pairs}
+        for each, numbers in zip(edit.new.statements, _annotation_numbers(edit.new.statements)):
+            pair = pairs[id(each)]
+            came_to = edit.annotated.get(id(each), range(len(numbers)) if pair.old else ())
+            if id(each) not in edit.annotated and pair.old is not None and olds:
+                came_to = [k for k, old in enumerate(olds[places[id(pair.old)]]) if old in before]
+            found.update(numbers[k] for k in came_to if k < len(numbers))
+        edit.space.update(__annotate__=types.FunctionType(maker, edit.space),
+                          __conditional_annotations__=found)
 
-    def _lost(self, plan, name):
+    def _apply_pair(self, scope, pair):
+        """Do with one statement what its change asks for."""
+        change = pair.change
+        if change in _LEFT_ALONE:
+            if self.everything and scope.cls is None and not pair.new.is_definition:
+                self._run(scope, pair)
+            elif self.everything and scope.cls is None:
+                self._run(scope, pair)
+            elif self._is_deleted(scope, pair):
+                self._bring_back(scope, pair)
+            elif self.refielded and pair.new.is_definition:
+                self._follow_fields(scope, pair)
+            else:
+                self._note_body(scope, pair)
+        elif scope.cls is None and self._is_kept_out(scope.edit, pair.new):
+            return
+        elif change == "live":
+            self._define(scope, pair)
+        elif pair.new.is_function and scope.cls is not None and scope.count(
+                pair.new.node.name) > 1:
+            self._run_group(scope, pair.new.node.name)
+        elif change == "def":
+            self._apply_def(scope, pair)
+        elif change == "class":
+            self._apply_class(scope, pair)
+        else:
+            self._run(scope, pair)
+
+    def _is_kept_out(self, edit, statement):
+        """Tell whether a statement would start the script, or the loop at its top level, again."""
+        return statement.is_main_guard or edit.line is not None and not statement.is_harmless and (
+            edit.is_not_reached(statement))
+
+    # Functions.
+
+    def _swap(self, edit):
+        """Give the live functions of a module their new code; return those that must wait.
+
+        Their new code names a global that the module will have only when its statements have run.
+        """
+        if not edit.successors.has_work:
+            return []
+        absent = _bound_by(edit.new.statements).difference(edit.space)
+        later = []
+        for function in _functions_of([edit.space]):
+            found = edit.successors.of(function)
+            if found is not None and found.code is None:
+                if found.reason:
+                    self.stuck[found.path, found.reason] += 1
+            elif found is not None:
+                if absent and absent & _names_in(found.code):
+                    later.append((function, found))
+                else:
+                    self._swap_function(edit, function, found)
+        return later
+
+    def _swap_function(self, edit, function, found):
+        old, new = function.__code__, found.code
+        if old is new:
+            return
+        if old.co_freevars == new.co_freevars:
+            try:
+                defaults = _new_defaults(found, function) if found.is_inner else (
+                    function.__defaults__, function.__kwdefaults__)
+            except ValueError:
+                self.stuck[found.path, "a new default of its parameters is known only where it is "
+                                       "defined"] += 1
+                return
+            self._put_doc(function, old, new)
+            self._put_code(function, (new,) + defaults, found.path, found.is_changed)
+            if found.is_changed:
+                self._clear_caches(edit, function, found.path)
+        elif set(new.co_freevars) <= set(old.co_freevars):
+            cells = dict(zip(old.co_freevars, function.__closure__))
+            self._forward_to(function, _function_like(
+                function, new, [cells[name] for name in new.co_freevars]))
+        elif new.co_freevars == ("__class__",) and not old.co_freevars and self._add_super(
+                edit, function, new):
+            pass
+        else:
+            self.closures[id(function)] = edit, function, found.path, "the variables of the " \
+                "closure changed from (%s) to (%s)" % (
+                    ", ".join(old.co_freevars), ", ".join(new.co_freevars))
+
+    def _put_doc(self, function, old, new):
+        if _doc_of(old) != _doc_of(new) and function.__doc__ == _doc_of(old):
+            self.journal.put(_attribute(function, "__doc__"), _doc_of(new))
+
+    def _put_code(self, function, state, path=None, is_changed=True):
+        before = function.__code__, function.__defaults__, function.__kwdefaults__
+        if is_changed:
+            self.old_codes[id(before[0])] = path or function.__qualname__, before[0]
+        self.journal.on_undo(lambda: function.__code__ is state[0] and _swap(function, *before),
+                             (id(function), "__code__"))
+        _swap(function, *state)
+
+    def _forward_to(self, old, new):
+        """Let an old function call a new one that has what it can't have."""
+        self.put(_attribute(old, "__dict__"), dict(vars(old), __wrapped__=new))
+        self._put_code(old, _forwarder(old, new))
+
+    def _add_super(self, edit, function, code):
+        """A method names __class__ now: a new function has the cell, the old one forwards to it."""
+        *outer, name = function.__qualname__.split(".")
+        cls = _at_path(edit.space, outer)
+        if not _is(cls, type) or not outer:
+            return False
+        new = _function_like(function, code, [_new_cell(cls)])
+        name = _mangled(name, cls.__name__)
+        value = vars(cls).get(name)
+        if value is function:
+            self.put(_attribute(cls, name), new)
+        elif _is(value, (staticmethod, classmethod)) and value.__func__ is function:
+            self.put(_attribute(cls, name), type(value)(new))
+        elif type(value) is property:
+            self.put(_attribute(cls, name), property(*[
+                new if each is function else each
+                for each in (value.fget, value.fset, value.fdel)], doc=value.__doc__))
+        self._forward_to(function, new)
+        return True
+
+    def _clear_caches(self, edit, function, path):
+        """An lru_cache around a changed function forgets its results."""
+        if "." not in path:
+            value = edit.space.get(path)
+        else:
+            cls = _at_path(edit.space, path.split(".")[:-1])
+            value = vars(cls).get(path.split(".")[-1]) if _is(cls, type) else None
+        value = getattr(value, "__func__", value) if _is(value, (staticmethod, classmethod)) else value
+        if type(value) is _LRU_CACHE and value.__wrapped__ is function:
+            self.afterwards.append(value.cache_clear)
+
+    def _run_for_closures(self, scope):
+        """Run the statements that made closures which can't take their new code."""
+        edit = scope.edit
+        mine = [entry for entry in self.closures.values() if entry[0] is edit]
+        for pair in edit.pairs if mine else ():
+            if pair.new is not None and pair.change in _LEFT_ALONE and pair.new.kind in (
+                    _FUNCTIONS + ("Assign",)):
+                for name in pair.new.binds:
+                    held = {id(each) for each in _functions_in(edit.space.get(name))}
+                    if held & set(self.closures) and _is_made_here(edit, pair.new):
+                        self._redecorate(scope, pair) if pair.new.is_function else self._run(
+                            scope, pair)
+                        for key in held:
+                            self.closures.pop(key, None)
+
+    # Definitions.
+
+    def _apply_def(self, scope, pair):
+        """The head of a function changed: a default, a parameter, an annotation, a decorator."""
+        old, new = pair.old.node, pair.new.node
+        if any(_decorator_name(each) == "overload" for each in new.decorator_list):
+            return
+        if scope.cls is not None and scope.count(new.name) > 1:
+            self._run_group(scope, new.name)
+        elif pair.old.decorator_dump() == pair.new.decorator_dump() and _is_transparent(new):
+            self._define(scope, pair)
+        elif old.decorator_list and new.decorator_list:
+            self._redecorate(scope, pair)
+        else:
+            self._run(scope, pair)
+
+    def _define(self, scope, pair):
+        """Give the old function what changed in its head; no decorator is called."""
+        raw = self._raw(scope, pair)
+        if raw is None:
+            self._run(scope, pair)
+            return
+        self.snapshot(scope.edit, pair.new)
+        new = scope.evaluate(pair.new.node, self._kept_parameters(pair, raw))
+        if new.__code__.co_freevars != raw.__code__.co_freevars:
+            self._run(scope, pair)
+            return
+        self._fold_definition(scope, pair, raw, new)
+        self._note_init(scope, pair)
+        value = scope.get(pair.new.node.name)
+        if type(value) is _LRU_CACHE:
+            self.afterwards.append(value.cache_clear)
+
+    def _fold_definition(self, scope, pair, raw, new):
+        """Give a function code, defaults and the rest of one that was evaluated anew."""
+        defaults = self._merged_defaults(pair, raw, new)
+        for name in ("__doc__", "__type_params__"):
+            if hasattr(new, name) and getattr(raw, name) != getattr(new, name):
+                self.put(_attribute(raw, name), getattr(new, name))
+        self.put(_annotations(raw), _annotations(new)[0]())
+        self.olds.add(id(raw))
+        self._put_code(raw, (new.__code__,) + defaults, raw.__qualname__)
+
+    def _kept_parameters(self, pair, raw):
+        """Return the parameters whose default has the same text, or may well be what it was."""
+        news = _default_nodes(pair.new.node)
+        live = _live_defaults(raw)
+        if pair.old is not None:
+            olds = _default_nodes(pair.old.node)
+            return {name for name, node in news.items() if name in live and name in olds
+                    and _key(olds[name], False) == _key(node, False)}
+        return {name for name, node in news.items() if name in live
+                and not _is_unlike_literal(node, live[name])}
+
+    def _merged_defaults(self, pair, raw, new):
+        live, values, kept = _live_defaults(raw), _live_defaults(new), self._kept_parameters(pair, raw)
+        values.update((name, live[name]) for name in kept)
+        return _as_defaults(new.__code__, values)
+
+    def _raw(self, scope, pair):
+        """Return the live function of a `def`, below whatever its decorators have made of it."""
+        node = pair.new.node
+        lines = {pair.new.start + 1} | ({pair.old.start + 1} if pair.old else set())
+        value = scope.get(node.name)
+        found = [each for each in _functions_in(value) if each.__code__.co_name == node.name
+                 and each.__globals__ is scope.edit.space and each.__qualname__ == (
+                     scope.prefix + node.name)]
+        if not found and value is not _MISSING:
+            for each in _functions_of([scope.edit.space]):
+                if each.__code__.co_name == node.name and each.__code__.co_firstlineno in lines and (
+                        each.__qualname__ == scope.prefix + node.name):
+                    found.append(each)
+        exact = [each for each in found if each.__code__.co_firstlineno in lines]
+        return (exact or found or [None])[0]
+
+    def _redecorate(self, scope, pair):
+        """Call the decorators again, on the old function, whose attributes were theirs."""
+        raw, node = self._raw(scope, pair), pair.new.node
+        old = scope.get(node.name)
+        if raw is None or old is _MISSING:
+            self._run(scope, pair)
+            return
+        self._learn()
+        reached = self.snapshot(scope.edit, pair.new, pair.old)
+
+        def decorate():
+            new = scope.evaluate(node, self._kept_parameters(pair, raw))
+            self._fold_definition(scope, pair, raw, new)
+            self.put(_attribute(raw, "__dict__"), {})
+            return _evaluated(scope.decorate(node, raw))
+        places = _Registrations(self, reached, {id(old), id(raw)})
+        value = places.renew(decorate)
+        if pair.old is not None and pair.change == "def" and not places.taken:
+            self._note_not_retired(scope, pair)
+        if value is not old and value is not raw:
+            value = self.fold(old, value)
+        self._bind(scope, node.name, value, pair.new)
+
+    def _note_not_retired(self, scope, pair):
+        if pair.old.decorator_dump() != pair.new.decorator_dump() and not _is_transparent(
+                pair.new.node):
+            self.report.notes.append(
+                "%s: what its old decorator registered was not found and may be there still"
+                % scope.title(pair.new.node.name))
+
+    def _run_group(self, scope, name):
+        """Run all `def`s of one name in a class, such as a property and its setter."""
+        if (id(scope.cls), name) in self.started:
+            return
+        self.started.add((id(scope.cls), name))
+        nodes = [each.node for each in scope.statements if each.is_function and name in each.binds
+                 and not any(_decorator_name(line) == "overload" for line in each.node.decorator_list)]
+        self._learn()
+        for key, value in scope.execute(nodes, self).items():
+            self._bind(scope, key, self.fold(scope.get_raw(key), value), None)
+
+    # Classes.
+
+    def _apply_class(self, scope, pair):
+        """A class changed: its statements one by one, or all at once where its kind needs that."""
+        cls = scope.get(pair.new.node.name)
+        path = scope.prefix + pair.new.node.name
+        if not _is(cls, type) or (cls.__module__, cls.__qualname__) != (scope.edit.name, path):
+            self._run(scope, pair)
+            return
+        pairs = scope.edit.sub_pairs(pair)
+        is_head_same = pair.old is None or (
+            pair.old.decorator_dump() == pair.new.decorator_dump()
+            and _key([pair.old.node.bases, pair.old.node.keywords], False)
+            == _key([pair.new.node.bases, pair.new.node.keywords], False))
+        if not is_head_same or _needs_its_statement(cls, pairs):
+            self._run(scope, pair)
+            return
+        inner = _Scope(scope.edit, cls, path, pair)
+        self._touch_class(cls, pair)
+        for each in pairs:
+            if each.new is not None:
+                self._apply_pair(inner, each)
+        self._retire_gone(inner, pairs)
+        self._follow_in_class(inner, pairs)
+        if any(each.change not in _LEFT_ALONE and "AnnAssign" in (
+                (each.new or each.old).kind, (each.old or each.new).kind) for each in pairs):
+            inner.annotate(self)
+        if hasattr(cls, "__abstractmethods__"):
+            self.afterwards.append(functools.partial(self._update_abstract, cls))
+
+    def _touch_class(self, cls, pair):
+        self.classes[id(cls)] = cls
+        self.olds.add(id(cls))
+        if _forget_subclasses not in self.afterwards:
+            self.afterwards.append(_forget_subclasses)
+            self.journal.on_undo(_forget_subclasses)
+        if "__firstlineno__" in vars(cls):
+            self.put(_attribute(cls, "__firstlineno__"), pair.new.start + 1)
+
+    def _note_body(self, scope, pair):
+        """Only bodies changed, or lines moved: nothing runs, but who has hooks must know."""
+        if pair.new.kind == "ClassDef" and pair.old is not None and pair.change != "same":
+            cls = scope.get(pair.new.node.name)
+            if _is(cls, type) and cls.__qualname__ == scope.prefix + pair.new.node.name:
+                if "__firstlineno__" in vars(cls):
+                    self.put(_attribute(cls, "__firstlineno__"), pair.new.start + 1)
+                if pair.change == "body":
+                    self.classes[id(cls)] = cls
+                inner = _Scope(scope.edit, cls, cls.__qualname__, pair)
+                for each in scope.edit.sub_pairs(pair):
+                    if each.new is not None:
+                        self._note_body(inner, each)
+        elif pair.change == "body" and pair.new.is_function:
+            value = scope.get(pair.new.node.name)
+            if type(value) is types.FunctionType and not pair.new.node.decorator_list and (
+                    not _is_in_file(value.__code__, scope.edit.new)) and (
+                    scope.cls is None or _is_from_console(value)):
+                self._run(scope, pair)      # it was patched, or typed over
+            self._note_init(scope, pair)
+
+    def _note_init(self, scope, pair):
+        if scope.cls is not None and pair.new.node.name == "__init__" and pair.old is not None:
+            self.inits.append((scope.cls, pair.old.node, pair.new.node))
+
+    def _follow_fields(self, scope, pair):
+        """A class or handler that copies the fields of a class which has others now runs again."""
+        node = pair.new.node
+        value = scope.get(node.name)
+        if pair.new.kind == "ClassDef":
+            copies = _is(value, type) and _has_fields(value) and (
+                any(id(base) in self.refielded for base in value.__mro__[1:])
+                or any(id(scope.edit.space.get(name)) in self.refielded
+                       for name in _annotation_names(node)))
+            if copies:
+                self._run(scope, pair)
+                self.report.add("followed", scope.edit.name, [scope.prefix + node.name])
+        elif node.decorator_list and not _is_transparent(node) and any(
+                id(scope.edit.space.get(name)) in self.refielded
+                for name in pair.new.names.reads):
+            self._redecorate(scope, pair)
+            self.report.add("followed", scope.edit.name, [scope.prefix + node.name])
+
+    # Statements that run.
+
+    def _run(self, scope, pair):
+        """Execute a statement; what it defines goes into what has its names."""
+        statement, edit = pair.new, scope.edit
+        if statement.is_constant:
+            self._put_docstring(scope, statement)
+            return
+        if scope.cls is None and self.everything and self._is_kept_out(edit, statement):
+            return
+        self._learn()
+        reached = self.snapshot(edit, statement, pair.old)
+        targets = self._targets(scope, pair)
+        before = {name: scope.get(name) for name in statement.binds}
+        places = _Registrations(self, reached, targets)
+        bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if statement.is_definition and pair.change == "new":
+            places.put_before(self._later_values(scope, statement))
+        for name in sorted(statement.binds):
+            self._settle(scope, statement, name, before.get(name, _MISSING),
+                         bound.pop(name, bound.pop(scope.name_of(name), _MISSING)))
+        for name, value in bound.items() if scope.cls is not None else ():
+            self._bind(scope, name, value, statement)
+
+    def _targets(self, scope, pair):
+        """Return the ids of what a definition that runs again had registered."""
+        if not pair.new.is_definition or pair.old is None and pair.change != "again":
+            return set()
+        value = scope.get(pair.new.node.name)
+        return set() if value is _MISSING else {id(value)} | {
+            id(each) for each in (_functions_in(value) if not _is(value, type) else ())
+            if each.__code__.co_name == pair.new.node.name}
+
+    def _later_values(self, scope, statement):
+        """Return the ids of what the definitions below a statement have made."""
+        ids = set()
+        for each in scope.statements:
+            if each.start > statement.start and each.is_definition and each.node.decorator_list:
+                value = scope.get(each.node.name)
+                ids |= {id(value)} | {id(inner) for inner in _functions_in(value)
+                                      if inner.__code__.co_name == each.node.name}
+        return ids - {id(_MISSING)}
+
+    def _put_docstring(self, scope, statement):
+        if statement is scope.statements[0]:
+            bound = scope.execute([statement.node], self)
+            doc = bound.get("__doc__", scope.edit.space.get("__doc__"))
+            if scope.cls is not None:
+                self.put(_attribute(scope.cls, "__doc__"), doc)
+
+    def _settle(self, scope, statement, name, old, new):
+        """Give the name the object it had before, with the behaviour of the new one."""
+        last = scope.last_binder(name)
+        if new is _MISSING and name not in scope.held:
+            return
+        if last is not statement and not scope.runs(last):
+            new = old           # a later statement, which does not run again, has the last word
+        elif last is not statement and scope.runs(last) and scope.cls is None:
+            return              # it will be settled then
+        elif old is not _MISSING and new is not _MISSING:
+            new = self.fold(old, new, statement)
+        self._bind(scope, name, new, statement)
+
+    def _bind(self, scope, name, value, statement):
+        if statement is not None and scope.cls is None:
+            last = scope.last_binder(name)
+            if last is not None and last is not statement and last.is_function and (
+                    statement.is_function):
+                return          # of several functions of one name, the last one has it
+        scope.held.pop(name, None)
+        scope.put(self, name, value)
+
+    def _is_deleted(self, scope, pair):
+        """Tell whether somebody took the definition away that a statement had made."""
+        statement, edit = pair.new, scope.edit
+        return scope.cls is None and statement.is_definition and (
+            statement.node.name not in edit.space and edit.name in self.by_name
+            and sum(statement.node.name in each.binds for each in edit.new.statements) == 1
+            and not edit.may_drop(statement.node.name)
+            and not edit.is_not_reached(statement))
+
+    def _bring_back(self, scope, pair):
+        edit, name = scope.edit, pair.new.node.name
+        value = self._lost(edit, name)
+        if value is _MISSING:
+            self._run(scope, pair)
+            if pair.new.names.heads:
+                self._report_readers(edit, {name})
+        else:
+            self.put(_entry(edit.space, name), value)
+
+    def _lost(self, edit, name):
         """Return the one function or class that had a name which was taken away, if it is alive."""
-        found = [each for each in self._known.values() if each.__qualname__ == name
-                 and each.__module__ == plan.module.__name__ and not _has_console_code(each)
-                 and all(function.__globals__ is plan.space for function in _functions_in(each))]
+        self._learn()
+        found = [each for each in self.known.values() if each.__qualname__ == name
+                 and each.__module__ == edit.name and not _has_console_code(each)
+                 and all(function.__globals__ is edit.space for function in _functions_in(each))]
         inner = {id(function) for each in found for function in _wrapped_by(each)}
         found = [each for each in found if id(each) not in inner]
         if len(found) > 1:  # others may be what an earlier reload has discarded
@@ -3811,111 +4956,99 @@ class _Transaction(_Journal):
                 type.__subclasses__(each) or _instances(each))]
         return found[0] if len(found) == 1 else _MISSING
 
-    def _drop_doubles(self, befores):
-        """Take out of lists what a definition that ran again added although its like is there."""
-        for items, before in befores:
-            now = _content(items)
-            if len(now) <= len(before):
-                continue
-            left, olds, news = collections.Counter(map(id, before)), [], []
-            for item in now:
-                (olds if left[id(item)] > 0 else news).append(item)
-                left[id(item)] -= 1
-            doubles = {id(new) for new in news if any(self._is_like(new, old) for old in olds)}
-            if doubles and len(doubles) == len(news) and len(olds) == len(before):
-                _replace_items(items, before)  # in this order: it may be a heap
-            elif doubles:
-                _replace_items(items, [item for item in now if id(item) not in doubles])
+    def _learn(self):
+        """Note the functions and classes that are alive: what is none of them was made here."""
+        if self.known is None:
+            spaces = [edit.space for edit in self.edits]
+            self.known = {id(each): each for each in itertools.chain(
+                _functions_of(spaces), _all_classes())}
 
-    def _is_like(self, new, old, depth=4):
-        """Tell whether a new value is the old one made again: from the same parts."""
-        new = self.current(new)
-        if type(new) is int and new in self._folded:
-            new = id(self._folded[new][1])  # made by id()
-        if new is old or depth == 0 or self.current(type(new)) is not type(old):
-            return new is old
-        if isinstance(new, _PLAIN_TYPES):
-            return new == old
-        new, old = _parts(new), _parts(old)
-        return new is not None and len(new) == len(old) and all(
-            self._is_like(*pair, depth - 1) for pair in zip(new, old))
+    def put(self, slot, value):
+        self.journal.put(slot, value)
 
-    def _finish(self):
-        """Reach what the names do not lead to: closures, references, instances, line numbers."""
-        self._name = self._unit = None
-        for plan in self.plans:
-            self._update_live(plan)
-            for name in plan.removed():
-                self.put(_entry(plan.space, name), None if name == "__doc__" else _MISSING)
-                self.put(_entry(plan.space.get("__annotations__", {}), name), _MISSING)
-        self._move_classes()
-        self._fill_instances()
-        self._redirect()
-        for function in self._afterwards:
-            function()
-        for plan in self.plans:
-            self._report_results(plan)
-        self._report_dataclasses()
-        self._report_sleepers()
-        self._report_stuck()
+    # What the new text has no more.
 
-    # Folding: the new object's behaviour goes into the old one.
+    def _retire_gone(self, scope, pairs):
+        """Take back the registrations of definitions that are gone; names go at the very end."""
+        names = _bound_by(pair.new for pair in pairs if pair.new is not None)
+        for pair in pairs:
+            if pair.change == "gone" and pair.old.is_definition and pair.old.node.name not in names:
+                value = scope.get(pair.old.node.name)
+                if value is not _MISSING and pair.old.node.decorator_list:
+                    reached = self.snapshot(scope.edit, pair.old)
+                    targets = {id(value)} | {id(each) for each in _functions_in(value)}
+                    _Registrations(self, reached, targets).drop()
+        if scope.cls is not None:
+            self._take_attributes(scope, pairs, names)
 
-    def fold(self, old, new):
+    def _take_attributes(self, scope, pairs, names):
+        """Take away from a class what only statements that are gone had bound."""
+        cls = scope.cls
+        own = {_mangled(name, cls.__name__) for name in _bound_by(
+            pair.old for pair in pairs if pair.change != "same" and pair.old is not None)}
+        kept = {_mangled(name, cls.__name__) for name in names}
+        gone = [name for path, name in scope.edit.gone if path == scope.path]
+        for name in sorted(own - kept) + gone:
+            if name in vars(cls) and not isinstance(vars(cls)[name], _SLOT_TYPES):
+                self.put(_attribute(cls, name), _MISSING)
+        if "__eq__" in own - kept and vars(cls).get("__hash__", 0) is None and (
+                "__hash__" not in kept):
+            self.put(_attribute(cls, "__hash__"), _MISSING)   # Python had added it
+        if not any(each.is_constant for each in scope.statements[:1]) and any(
+                pair.change == "gone" and pair.old.is_constant for pair in pairs):
+            self.put(_attribute(cls, "__doc__"), None)
+
+    # --- Kinds: the new object's behaviour goes into the old one, by the first rule that fits ---
+
+    def fold(self, old, new, statement=None):
         """Return what shall stand where `new` stands now: `old`, changed in place, if possible."""
-        if id(new) in self._folded:
-            return self._folded[id(new)][1]
-        if new is old or old is _MISSING or not self._is_fresh(new) or _holds(new, old):
+        if id(new) in self.folded:
+            return self.folded[id(new)][1]
+        if new is old or old is _MISSING or not self._is_fresh(new, statement) or _holds(new, old):
             return new
         for fits, update in _FOLD_RULES:
             if fits(old, new):
-                return self._change(old, update, self, old, new)
+                return update(self, old, new)
         return new
 
-    def _change(self, old, function, *args):
-        """Call a function whose changes are to be undone together with others of `old`."""
-        outer, self._about = self._about, id(old)
-        result = function(*args)
-        self._about = outer
-        return result
-
     def stands_for(self, old, new):
-        """Note that `old` has taken the place of `new`."""
+        """Note that `old` has taken the place of `new`, which somebody may hold."""
         self.olds.add(id(old))
-        if self._is_patch or not (self._unit and self._unit.is_plain):
-            self._folded[id(new)] = (new, old)  # someone may hold the new one
+        self.folded[id(new)] = (new, old)
 
     def current(self, value):
         """Return what stands for a value now."""
-        return self._folded.get(id(value), (None, value))[1]
+        return self.folded.get(id(value), (None, value))[1]
 
-    def _is_fresh(self, value, depth=3):
+    def _is_fresh(self, value, statement, depth=3):
         """Tell whether a function, a class or what wraps it was made by this transaction."""
-        if self._is_patch:
+        if self.is_patch:
             return True
-        if id(value) in self._known or id(value) in self.olds:
+        if id(value) in self.known or id(value) in self.olds:
             return False
         if _is(value, type):
             return value.__flags__ & _HEAP_TYPE != 0
         if type(value) is types.FunctionType:
-            if any(value.__globals__ is plan.space for plan in self.plans):
+            if any(value.__globals__ is edit.space for edit in self.edits):
                 return not value.__code__.co_filename.startswith("<")
-        elif self._unit and self._unit.decorators and _is_plain_instance(value):
+        elif statement is not None and statement.names.heads and _is_plain_instance(value):
             return True
-        return depth > 0 and any(self._is_fresh(inner, depth - 1) for inner in _wrapped_by(value))
+        return depth > 0 and any(self._is_fresh(inner, statement, depth - 1)
+                                 for inner in _wrapped_by(value))
 
-    def fold_function(self, old, new):
+    def fold_function(self, old, new, kept=None):
         """Give a function the behaviour of another one made from the same definition."""
         self.stands_for(old, new)
         if "registry" in vars(old) and "registry" in vars(new):
             self._keep_registered(new, dict(old.registry))
-        attributes = dict(self._kept_attributes(old, new))
+        attributes = {name: self.fold(vars(old).get(name, _MISSING), value)
+                      for name, value in vars(new).items()}
         if old.__globals__ is new.__globals__ and (
                 old.__code__.co_freevars == new.__code__.co_freevars):
             for cell, new_cell in zip(old.__closure__ or (), new.__closure__ or ()):
                 value = self.fold(_cell_value(cell), _cell_value(new_cell))
                 self.put(_cell(cell), value)
-                if self._is_patch:
+                if self.is_patch:
                     self.put(_cell(new_cell), value)  # `new` goes on living, and gets its own back
                 else:
                     _set_cell(new_cell, value)
@@ -3923,47 +5056,28 @@ class _Transaction(_Journal):
         else:
             state = _forwarder(old, new)
             # Later, else _redirect makes `old` of this reference.
-            self._afterwards.append(functools.partial(
-                self._change, old, self._put_wrapped, old, new))
-        names = () if self._is_patch else ("__name__", "__qualname__", "__module__")
+            self.afterwards.append(functools.partial(self._put_wrapped, old, new))
+        names = () if self.is_patch else ("__name__", "__qualname__", "__module__")
         for name in names + ("__doc__", "__type_params__"):
             if hasattr(new, name):
                 self.put(_attribute(old, name), getattr(new, name))
         self.put(_annotations(old), _annotations(new)[0]())
-        self.put(_attribute(old, "__dict__"), attributes)
-        self._put_code(old, state)
+        if attributes != vars(old):
+            self.put(_attribute(old, "__dict__"), attributes)
+        self._put_code(old, state, is_changed=_behaviour(old.__code__) != _behaviour(state[0]))
         return old
 
     def _put_wrapped(self, old, new):
         self.put(_entry(vars(old), "__wrapped__"), new)
 
-    def _kept_attributes(self, old, new):
-        """Yield the attributes for the old function: the new ones and those put from outside."""
-        path = new.__qualname__ if new.__qualname__ in self._nodes[1] else self._name
-        old_node, new_node = (nodes.get(path) for nodes in self._nodes)
-        if not self._is_patch and _head(old_node) == _head(new_node):
-            for name in set(vars(old)) - set(vars(new)) - {"__wrapped__"}:
-                yield name, vars(old)[name]
-        for name, value in vars(new).items():
-            yield name, self.fold(vars(old).get(name, _MISSING), value)
-
     def _keep_registered(self, new, registry):
         """singledispatch: implementations that other modules registered go on counting."""
-        spaces = [plan.space for plan in self.plans]
-
         def register():
             for cls, function in registry.items():
                 space = getattr(function, "__globals__", None)
-                if cls not in new.registry and not any(space is ours for ours in spaces):
+                if cls not in new.registry and not any(space is edit.space for edit in self.edits):
                     new.register(cls, function)
-        self._afterwards.append(register)
-
-    def _put_code(self, function, state):
-        before = function.__code__, function.__defaults__, function.__kwdefaults__
-        if _behaviour(before[0]) != _behaviour(state[0]):
-            self._old_codes[id(before[0])] = function.__qualname__, before[0]
-        self.on_undo(lambda: function.__code__ is state[0] and _swap(function, *before))
-        _swap(function, *state)
+        self.afterwards.append(register)
 
     def forward(self, old, new):
         """Let an old function call what the name is now: a callable of another kind."""
@@ -3973,21 +5087,23 @@ class _Transaction(_Journal):
 
     def _goes_on(self, old, new):
         """Note that a new object takes the name although there was an old one."""
-        self._folded[id(new)] = (new, new)
+        self.folded[id(new)] = (new, new)
         self.olds.add(id(old))
         return new
 
     def replace(self, old, new, reason=None):
         """A class can't become what it is now: instances and references move to the new one."""
-        self._moves.append((old, new, reason or "it was a %s and is a %s now" % tuple(
+        self.moves.append((old, new, reason or "it was a %s and is a %s now" % tuple(
             "class" if _is(each, type) else type(each).__name__ for each in (old, new))))
         return self._goes_on(old, new)
 
     def fold_class(self, old, new):
         """Give a class the attributes and bases of a new version of it."""
         self.stands_for(old, new)
-        if _forget_subclasses not in self._afterwards:
-            self._afterwards.append(_forget_subclasses)
+        self.classes[id(old)] = old
+        if _forget_subclasses not in self.afterwards:
+            self.afterwards.append(_forget_subclasses)
+            self.journal.on_undo(_forget_subclasses)
         reason = self._obstacle(old, new)
         if reason is not None:
             return self.replace(old, new, reason)
@@ -3995,14 +5111,12 @@ class _Transaction(_Journal):
             for cell in function.__closure__ or ():
                 if _cell_value(cell) is new:  # the __class__ that super() means
                     self.put(_cell(cell), old)
-        if hasattr(new, "_member_map_"):
-            self._fold_members(old, new)
-        fields = _dataclass_fields(new)
-        for name in set(fields).difference(_dataclass_fields(old)):
-            self._fills.append((old, name, fields[name].default_factory))
+        for fits, update in _CLASS_KINDS:
+            if fits(new):
+                update(self, old, new)
         self._fold_attributes(old, new)
         if hasattr(old, "__abstractmethods__"):
-            self._afterwards.append(functools.partial(self._update_abstract, old))
+            self.afterwards.append(functools.partial(self._update_abstract, old))
         return old
 
     def _update_abstract(self, cls):
@@ -4010,8 +5124,6 @@ class _Transaction(_Journal):
         for sub in [cls] + cls.__subclasses__():
             names = frozenset(name for base in sub.__mro__ for name in vars(base) if getattr(
                 getattr(sub, name, None), "__isabstractmethod__", False))
-            self._about = "abstract", id(sub)  # whose patch, or which base's, has changed it
-            self.olds.add(self._about)
             if names != getattr(sub, "__abstractmethods__", names):
                 self.put(_attribute(sub, "__abstractmethods__"), names)
             if sub is not cls:
@@ -4031,122 +5143,115 @@ class _Transaction(_Journal):
                 self.put(_attribute(old, "__bases__"), bases)
         except TypeError as exc:
             return "its base classes changed (%s)" % exc
-        if issubclass(old, tuple) and (
-                getattr(old, "_fields", None) != getattr(new, "_fields", None)):
-            count = len(_instances(old))
-            if count:
-                self._stuck[old.__qualname__, "existing tuples keep their old fields"] += count
         return None
 
     def _fold_attributes(self, old, new):
         values, news = dict(vars(old)), dict(vars(new))
-        skips = set(_CLASS_SKIPS)
-        if self._is_patch:
-            skips |= {"__module__", "__qualname__"}
-        kept = self._kept_class_names(new)
+        skips = _CLASS_SKIPS | ({"__module__", "__qualname__"} if self.is_patch else set())
+        found = None if self.is_patch else self._pair_of(new)
+        kept = _kept_class_names(found, new) if found and not self.everything and (
+            found[1].change != "again") else set()
         for name, value in news.items():
             if name not in skips and not isinstance(value, _SLOT_TYPES):
                 folded = self.fold(values.get(name, _MISSING), value)
                 if not (name in kept and name in values and folded is value):
                     self.put(_attribute(old, name), folded)
-        gone = set(self._gone_attributes(old, values))
+        gone = set(self._gone_attributes(old, values, found))
         for name in set(values).difference(news, skips):
             if name in gone and not isinstance(values[name], _SLOT_TYPES):
                 self.put(_attribute(old, name), _MISSING)
-            elif self._may_be_from_decorators(old, name, values[name]):
-                self._stuck["%s.%s" % (old.__qualname__, name), (
+            elif found and self._may_be_from_decorators(old, name, values[name], found):
+                self.stuck["%s.%s" % (old.__qualname__, name), (
                     "it stays: whether a decorator that was taken away had put it there, or "
                     "something else, can't be told")] += len(_instances(old))
 
-    def _kept_class_names(self, new):
-        """Return the names whose statements in the class body are unchanged, as is their input."""
-        old_node, new_node = (nodes.get(new.__qualname__) for nodes in self._nodes)
-        if not hasattr(old_node, "bases") or not hasattr(new_node, "bases") or (
-                hasattr(new, "_member_map_")):
-            return set()
-        old_units, units = ([_Unit([each], "") for each in node.body]
-                            for node in (old_node, new_node))
-        same = {unit.dump() for unit in old_units}
-        olds, news = map(_last_binders, (old_units, units))
-        changed = _bound_by(unit for unit in units if unit.dump() not in same).union(
-            *[plan.changed_names()[0] for plan in self.plans])
-        changed.update(name for name, j in news.items() if name in olds  # a later one is gone
-                       and old_units[olds[name]].dump() != units[j].dump())
-        kept = _bound_by(unit for unit in units if unit.dump() in same
-                         and not unit.reads & changed) - changed
-        return {_mangled(name, new_node.name) for name in kept}
+    def _pair_of(self, cls):
+        """Return the (edit, pair) whose class statement made a class, or None."""
+        edit = self.by_name.get(cls.__module__)
+        pairs, found = edit.pairs if edit else (), None
+        for part in cls.__qualname__.split("."):
+            found = next((pair for pair in pairs if pair.new is not None
+                          and pair.new.kind == "ClassDef" and pair.new.node.name == part
+                          and pair.new is _last_binders(each.new for each in pairs if each.new)[part]
+                          ), None)
+            if found is None or found.old is None or found.old.kind != "ClassDef":
+                return None
+            pairs = edit.sub_pairs(found)
+        return edit, found
 
-    def _gone_attributes(self, old, values):
+    def _gone_attributes(self, old, values, found):
         """Yield the attributes that the old definition made: by its body or its decorators."""
-        old_node, new_node = (nodes.get(old.__qualname__) for nodes in self._nodes)
-        names, is_generated = set(), True
-        if old_node is not None:
-            names = {_mangled(name, old_node.name) for name in _bound_by(
-                _Unit([node], "") for node in old_node.body)}
+        names, is_generated = set(), self.is_patch
+        if found:
+            edit, pair = found
+            names = {_mangled(name, old.__name__) for name in _bound_by(pair.old.body())}
             if "__eq__" in names and old.__hash__ is None:
                 names.add("__hash__")  # Python adds it to a class that has __eq__ alone
-            is_generated = _head(old_node) != _head(new_node)
-            names |= self._put_by_decorators(old_node.decorator_list, values)
-        elif not self._is_patch and isinstance(self._plan.old, _CachedSource):
-            names = self._plan.old.names_of_class(old.__qualname__)
+            is_generated = pair.old.decorator_dump() != pair.new.decorator_dump()
+            names |= self._put_by_decorators(edit, pair.old.node.decorator_list, values)
         for name, value in values.items():
             is_dunder = name.startswith("__") and name.endswith("__")
-            if self._is_patch or name in names or name in _ANNOTATIONS or (
-                    is_generated and not _has_console_code(value)
-                    and (is_dunder or old_node is None and any(_functions_in(value)))):
+            if self.is_patch or name in names or name in _ANNOTATIONS or (
+                    is_generated and is_dunder and not _has_console_code(value)):
                 yield name
 
-    def _put_by_decorators(self, decorators, values):
+    def _put_by_decorators(self, edit, decorators, values):
         """Return the names in `values`, a class's, that its old decorators put there.
 
         They assign an attribute of this name, or what it holds is a function made in them.
         """
         codes = [code for node in decorators for value in _read_by(
-            _code_of_expression(getattr(node, "func", node)), self._plan.space)
+            _code_of_expression(getattr(node, "func", node)), edit.before)
             for code in self._codes_behind(value)]
         codes = {id(code): code for _, code in _code_paths(codes)}
         stored = {name for code in codes.values() for name in _stored_attributes(code)}
         names = {name for name, value in values.items() if name in stored or any(
             id(function.__code__) in codes for function in _functions_in(value))}
-        return names - _stored_attributes(self._plan.new.code)  # by a statement `C.name = ...`
+        return names - _stored_attributes(edit.new.code)  # by a statement `C.name = ...`
 
     def _codes_behind(self, value):
         """Yield the code of a decorator, with that which this reload has replaced."""
         for function in _functions_in(value):
             yield function.__code__
-            place = function.__qualname__, function.__code__.co_filename
-            for name, code in self._old_codes.values():
-                if (name, code.co_filename) == place:
+            for path, code in self.old_codes.values():
+                if (path, code.co_filename) == (function.__qualname__,
+                                                function.__code__.co_filename):
                     yield code
 
-    def _may_be_from_decorators(self, cls, name, value):
+    def _may_be_from_decorators(self, cls, name, value, found):
         """Tell whether an attribute may be due to a decorator that the class has lost."""
-        olds, news = (_decorators(nodes.get(cls.__qualname__)) for nodes in self._nodes)
+        edit, pair = found
+        olds, news = ({repr(_key(each, False)) for each in side.node.decorator_list}
+                      for side in (pair.old, pair.new))
         return not olds <= news and not _has_console_code(value) and (
-            name not in _stored_attributes(self._plan.new.code)
+            name not in _stored_attributes(edit.new.code)
             and name not in _stored_by_methods(cls))
 
-    def _fold_members(self, old, new):
+    def fold_enum(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
+        combinations = list(_combinations(old, new))
         olds = dict(old._member_map_)
-        for value, member in list(old._value2member_map_.items()):
-            if member._name_ not in olds and value in new._value2member_map_:
-                olds.setdefault(new._value2member_map_[value]._name_, member)  # A | B gets a name
+        for kept, member in combinations:
+            olds.setdefault(member._name_, kept)  # A | B gets a name
         for name, member in new._member_map_.items():
             kept = olds.get(name)
-            if id(member) in self._folded:
+            if id(member) in self.folded:
                 continue  # an alias
             if kept is not None and _same_payload(kept, member):
                 self._fold_member(kept, member)
             else:
                 if kept is not None:
-                    self._stuck["%s.%s" % (old.__qualname__, name), (
+                    self.stuck["%s.%s" % (old.__qualname__, name), (
                         "a member of an enum mixed with a data type can't change its value; "
                         "a new member took its name")] += 1
-                self._folded[id(member)] = (member, _adopt_member(old, member))
-        for kept, member in _combinations(old, new):
+                self.folded[id(member)] = (member, _adopt_member(old, member))
+        for kept, member in combinations:
             if id(kept) not in self.olds:
                 self._fold_member(kept, member)
+        for name, member in old._member_map_.items():
+            if name not in new._member_map_ and id(member) not in self.olds:
+                self.stuck["%s.%s" % (old.__qualname__, name),
+                           "whoever holds it has what is no member any more"] += 1
         for members in new._member_map_, new._value2member_map_:  # which the old class gets
             members.update({key: self.current(member) for key, member in members.items()})
         # For other threads, until _member_names_ is the new one, and then the map:
@@ -4157,7 +5262,40 @@ class _Transaction(_Journal):
         for key, value in vars(member).items():
             self.put(_entry(vars(kept), key), type(kept) if key == "__objclass__" else value)
         self.olds.add(id(kept))
-        self._folded[id(member)] = (member, kept)
+        self.folded[id(member)] = (member, kept)
+
+    def fold_named_tuple(self, old, new):
+        if old._fields != new._fields:
+            count = len(_instances(old))
+            if count:
+                self.stuck[old.__qualname__, "existing tuples keep their old fields"] += count
+
+    def fold_dataclass(self, old, new):
+        fields = _dataclass_fields(new)
+        self.refielded[id(old)] = old
+        for name in set(fields).difference(_dataclass_fields(old)):
+            self.fills.append((old, name, fields[name].default_factory))
+
+    def fold_attrs(self, old, new):
+        self.refielded[id(old)] = old
+        names = {field.name for field in vars(old).get("__attrs_attrs__", ())}
+        nothing = getattr(sys.modules.get("attr"), "NOTHING", None)
+        for field in vars(new)["__attrs_attrs__"]:
+            if field.name not in names:
+                default, factory = field.default, getattr(field.default, "factory", None)
+                takes_self = getattr(field.default, "takes_self", False)
+                make = factory if factory is not None and not takes_self else (
+                    None if default is nothing or takes_self else lambda default=default: default)
+                self.fills.append((old, field.name, make))
+
+    def fold_pydantic(self, old, new):
+        self.refielded[id(old)] = old
+        olds = set(getattr(old, "__pydantic_fields__", ()) or ())
+        for name, field in dict(getattr(new, "__pydantic_fields__", {}) or {}).items():
+            if name not in olds:
+                self.fills.append((old, name, None if field.is_required() else functools.partial(
+                    field.get_default, call_default_factory=True)))
+        self.afterwards.append(lambda: old.model_rebuild(force=True))
 
     def fold_wrapper(self, old, new):
         """staticmethod, classmethod, property: the old object, if it holds the right functions."""
@@ -4172,18 +5310,18 @@ class _Transaction(_Journal):
         return old
 
     def fold_partial(self, old, new):
-        self.on_undo(old.__setstate__, old.__reduce__()[2])
+        self.journal.on_undo(functools.partial(old.__setstate__, old.__reduce__()[2]), (id(old), ""))
         old.__setstate__((self.fold(old.func, new.func), new.args, new.keywords, vars(new)))
         self.stands_for(old, new)
         return old
 
     def fold_lru_cache(self, old, new):
         """The cache object wraps the old function for good; that function gets the new code."""
-        self._afterwards.append(old.cache_clear)
+        self.afterwards.append(old.cache_clear)
         if self.fold(old.__wrapped__, new.__wrapped__) is not old.__wrapped__:
             return new
         if old.cache_info().maxsize != new.cache_info().maxsize:
-            self._stuck[self._name, "whoever holds the lru_cache object keeps its maxsize"] += 1
+            self.stuck[old.__qualname__, "whoever holds the lru_cache object keeps its maxsize"] += 1
             return new
         self.put(_attribute(old, "__dict__"), {
             key: self.current(value) for key, value in vars(new).items()})
@@ -4192,7 +5330,7 @@ class _Transaction(_Journal):
 
     def unwrap(self, old, new):
         """A cached function became a plain one: use the function that was in the cache object."""
-        self._afterwards.append(old.cache_clear)
+        self.afterwards.append(old.cache_clear)
         return self.fold(old.__wrapped__, new)
 
     def fold_instance(self, old, new):
@@ -4203,94 +5341,218 @@ class _Transaction(_Journal):
             self.put(_entry(vars(old), name), self.fold(before, value))
         return old
 
-    # Reaching what the names do not lead to.
+    # --- Readers: what was made of a value that is another now, and who imported it ---
 
-    def _update_live(self, plan):
-        """Bring up to date what no name led to, such as a closure made earlier, or only moved."""
-        left = [live for live in plan.live + _classes_with_lines(self._known, plan)
-                if id(live) not in self.olds]
-        if plan.old is None:
-            places = [(live.__code__, live) for live in left if not isinstance(live, type)]
-            olds = {id(code): (_CachedUnit([]), live.__qualname__, code) for code, live in places}
-            self._update_changed(plan, places, list(olds.values()))
+    def _follow(self, edit):
+        """Evaluate anew what is pure and was made of changed values; follow imports of them."""
+        todo, rounds = [(edit, edit.new, edit.before)], 0
+        while todo and rounds < 100:
+            follower, source, before = todo.pop()
+            rounds += 1
+            values = self._values_of(follower, source, before)
+            self._follow_pure(follower, source, before, values)
+            changed = {name for name in set(before) | set(follower.space)
+                       if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
+                       and (not name.startswith("__") or name == "__all__")}
+            if changed:
+                todo += self._follow_imports(follower, before, changed)
+
+    def _values_of(self, edit, source, before):
+        """Return {name: (old, new)} of plain values that changed."""
+        found = {}
+        for name, now in list(edit.space.items()):
+            was = before.get(name, _MISSING)
+            if was is not now and was is not _MISSING and not (
+                    _is_definition(now) or _is(now, types.ModuleType) or _is_plain_equal(was, now)):
+                found[name] = was, now
+        for pair in getattr(edit, "pairs", ()):     # bound, and deleted again below
+            if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
+                for name in pair.new.binds - set(edit.space):
+                    found[name] = _value_of(pair.old, before), _value_of(pair.new, edit.space)
+        return found
+
+    def _follow_pure(self, edit, source, before, values):
+        """Give names new values that unchanged expressions make of `values`, in file order."""
+        if not values:
             return
-        same, changed = plan.same, []
-        for live in left:
-            i, code = plan.old.locate(live)
-            if i not in same:
-                changed.append((code, live))
-            elif plan.old.has_moved(_place_of(live)[1], plan.new, same[i]):
-                self._renumber(live, code, plan.old.units[i], plan.new.units[same[i]])
-        self._update_changed(plan, changed, [
-            (unit, path, code) for i, unit in enumerate(plan.old.units) if i not in same
-            for path, code in _code_paths(unit.tops)] if changed else [])
+        runs = {id(pair.new) for pair in getattr(edit, "pairs", ())
+                if pair.new and pair.change not in _LEFT_ALONE}
+        olds = dict(before, **{name: pair[0] for name, pair in values.items()})
+        news = dict(edit.space, **{name: pair[1] for name, pair in values.items()})
+        lasts = _last_binders(source.statements)
+        for each in source.statements:
+            if id(each) in runs:
+                continue
+            used = each.names.reads & set(values)
+            if used and each.is_pure and all(lasts[name] is each for name in each.binds):
+                was, now = _value_of(each, olds), _value_of(each, news)
+                for name in each.binds if was is not _MISSING and now is not _MISSING else ():
+                    live = edit.space.get(name, _MISSING)
+                    if _is_plain_equal(live, was) and not _is_plain_equal(was, now):
+                        self.put(_entry(edit.space, name), now)
+                        olds[name], news[name] = was, now
+                        values[name] = was, now
+                        self.report.add("followed", edit.name, [name])
+                    elif not _is_plain_equal(live, now):
+                        self.report.add("not_run_again", edit.name, [each.title])
+            elif used and each.kind == "ClassDef":
+                self._follow_class(edit, each, olds, news, set(values))
+            if used and each.is_function:
+                self._follow_defaults(edit, edit.space.get(each.node.name), each, olds, news)
 
-    def _renumber(self, live, code, old_unit, new_unit):
-        """Give what an unchanged statement defined its new line numbers."""
-        for other, moved in zip(old_unit.codes, new_unit.codes):
-            if other is code and isinstance(live, type):
-                self.put(_attribute(live, "__firstlineno__"), moved.co_firstlineno)
-            elif other is code and live.__code__.co_firstlineno != moved.co_firstlineno and (
-                    live.__code__.co_freevars == moved.co_freevars):
-                self._put_code(live, (moved, live.__defaults__, live.__kwdefaults__))
+    def _follow_class(self, edit, statement, olds, news, names):
+        """Class attributes, and defaults of methods, that were made of changed values."""
+        cls = edit.space.get(statement.node.name)
+        if not _is(cls, type) or (cls.__module__, cls.__qualname__) != (
+                edit.name, statement.node.name):
+            return
+        for each in statement.body():
+            if each.names.reads & names and not each.binds & names:
+                if each.is_function:
+                    self._follow_defaults(edit, vars(cls).get(each.node.name), each, olds, news)
+                elif each.is_pure and _is_plain_class(cls):
+                    inner = collections.ChainMap(dict(vars(cls)))
+                    was = _value_of(each, dict(olds, **inner))
+                    now = _value_of(each, dict(news, **inner))
+                    for name in each.binds:
+                        live = vars(cls).get(_mangled(name, cls.__name__), _MISSING)
+                        if _MISSING not in (was, now) and _is_plain_equal(live, was):
+                            self.put(_attribute(cls, _mangled(name, cls.__name__)), now)
+                            self.report.add("followed", edit.name, [
+                                "%s.%s" % (statement.node.name, name)])
 
-    def _update_changed(self, plan, places, olds):
-        """Update functions, given as (old code, function), from what the executed units define.
+    def _follow_defaults(self, edit, value, statement, olds, news):
+        """A default that is a pure expression of a changed value, and still what that made."""
+        for parameter, node in _default_nodes(statement.node).items():
+            if not _Names([node]).reads or not _is_pure_expression(node):
+                continue
+            was, now = _pure_value(node, olds), _pure_value(node, news)
+            for function in _functions_in(value):
+                live = _live_defaults(function) if function.__globals__ is edit.space and (
+                    function.__code__.co_name == statement.node.name) else {}
+                if parameter in live and _MISSING not in (was, now) and (
+                        _is_plain_equal(live[parameter], was) and not _is_plain_equal(was, now)):
+                    live[parameter] = now
+                    self._put_code(function, (function.__code__,) + _as_defaults(
+                        function.__code__, live), is_changed=False)
 
-        `olds` is (unit, path, code) for all that the units had which these replace.
-        """
-        paths = {id(code): path for _, path, code in olds}
-        places = [(paths.get(id(code), function.__qualname__), code, function)
-                  for code, function in places if not isinstance(function, type)]
-        places = [place for place in places if not any(
-            place[0].startswith(old.__qualname__ + ".") for old, _, _ in self._moves)]
-        fresh = collections.defaultdict(list)
-        for function in _functions_of([plan]) if places else ():
-            if id(function) not in self._known:
-                fresh[id(function.__code__)].append(function)
-        units = [plan.new.units[j] for j in plan.run] if places else ()
-        news = [(unit, path, code) for unit in units for path, code in _code_paths(unit.tops)]
-        executed = {id(code): own for unit in units for code, (_, own) in zip(
-            unit.codes, _code_paths(_nested_codes(unit.code)))}  # see _Source.tops
-        pairs = _pair_codes(olds, news)
-        used = set(map(id, pairs.values()))
-        unclear = {path for _, path, code in news if id(code) not in used}
-        for path, old_code, function in places:
-            code = executed.get(id(pairs.get(id(old_code))))
-            self._update_function(plan, function, path, code, fresh.get(id(code), []),
-                                  path in unclear)
-        fresh.clear()  # else _redirect would find these references
+    def _follow_in_class(self, scope, pairs):
+        """Class attributes that unchanged pure statements made of changed ones."""
+        changed = {name for pair in pairs if pair.new is not None and pair.change in _VALUES
+                   for name in pair.new.binds}
+        for pair in pairs if changed else ():
+            each = pair.new
+            if each is None or pair.change not in _LEFT_ALONE or not (
+                    each.kind in ("Assign", "AnnAssign") and each.names.reads & changed):
+                continue
+            if each.is_pure:
+                for name, value in scope.execute([each.node], self).items():
+                    if name not in _ANNOTATIONS:
+                        self.put(_attribute(scope.cls, name), value)
+                changed |= each.binds
+            else:
+                self.report.add("not_run_again", scope.edit.name, [
+                    scope.prefix + name for name in each.binds])
 
-    def _update_function(self, plan, function, path, code, news, is_unclear):
-        is_local = "<locals>" in path
-        if len(news) == 1 and not is_local:
-            self.fold_function(function, news[0])
-        elif code is None:
-            if is_unclear:
-                self._stuck[path, "which of several in the new source it is can't be told"] += 1
-            elif is_local or function.__name__ == "<lambda>":
-                self._stuck[path, "the new source has no such function"] += 1
-        elif code.co_freevars != function.__code__.co_freevars:
-            if not news or is_local:
-                self._stuck[path, "the variables of the closure changed from (%s) to (%s)" % (
-                    ", ".join(function.__code__.co_freevars), ", ".join(code.co_freevars))] += 1
-        else:
+    def _follow_imports(self, edit, before, changed):
+        """Bind in modules that imported a name what it is now; return them, to go on there."""
+        followers = []
+        for name in sorted(self._importers_of(edit.name)):
+            module = sys.modules.get(name)
+            known = _hot.known.get(name)
+            mine = self.by_name.get(name)
+            text = mine.text if mine is not None and name in self.started else known and known.text
+            space = _space_of(module)
+            if space is None or text is None or space is edit.space:
+                continue
+            source = mine.new if mine is not None and name in self.started else self._parsed(
+                name, known)
+            values = source and _imported_values(source, space, edit, before, changed)
+            if values:
+                was = dict(space)
+                for each, value in values.items():
+                    self.put(_entry(space, each), value)
+                self.report.add("followed", name, [
+                    each for each in sorted(values) if each != "__all__"])
+                followers.append((_Follower(name, space), source, was))
+        return followers
+
+    def _parsed(self, name, known):
+        if name not in self.sources:
             try:
-                self._put_code(function, (code,) + _new_defaults(plan, function, code))
-            except ValueError:
-                self._stuck[path, "a new default of its parameters is known only where it is "
-                                  "defined"] += 1
+                self.sources[name] = _Source(known.text, known.path)
+            except _COMPILE_ERRORS:
+                self.sources[name] = None       # it is just being edited
+        return self.sources[name]
+
+    def _importers_of(self, name):
+        if self.import_index is None:
+            self.import_index = _import_index(self.edits)
+        return self.import_index.get(name, ())
+
+    def _report_readers(self, edit, names):
+        """Name unchanged statements that read what changed; of functions, what runs at import."""
+        for pair in edit.pairs:
+            if pair.new is not None and pair.change in _LEFT_ALONE and (
+                    pair.new.names.reads & names) and not pair.new.is_main_guard:
+                self.report.add("not_run_again", edit.name, [pair.new.title])
+
+    def _report_not_run_again(self, edit):
+        """Name unchanged statements that called, or were made by, code that is another now."""
+        changed = _own_code_changed(edit) | {
+            name for pair in edit.pairs if pair.change in ("def",) for name in pair.new.binds}
+        values = {name for name, (was, now) in self._values_of(
+            edit, edit.new, edit.before).items() if was is not _MISSING}
+        for pair in edit.pairs:
+            each = pair.new
+            if each is None or pair.change not in _LEFT_ALONE or each.is_main_guard or (
+                    each.kind in ("Import", "ImportFrom")):
+                continue
+            used = each.names.heads if each.is_definition else each.names.calls
+            reads = each.names.reads & values - each.binds if not each.is_definition else set()
+            if used & changed or reads and not (each.is_pure or each.is_definition):
+                self.report.add("not_run_again", edit.name, [each.title])
+        for pair in edit.pairs:
+            if pair.new is not None and pair.change not in _LEFT_ALONE and self._is_kept_out(
+                    edit, pair.new) and (edit.name == "__main__" or not pair.new.is_main_guard):
+                self.report.add("not_run_again", edit.name, [pair.new.title])
+
+    # --- Live objects: what no name leads to ---
+
+    def _finish(self):
+        """Reach closures, references, instances; take names away; tell the hooks."""
+        for edit in self.edits:
+            for name in edit.names_gone():
+                self.put(_entry(edit.space, name), None if name == "__doc__" else _MISSING)
+                if type(edit.space.get("__annotations__")) is dict:
+                    self.put(_entry(edit.space["__annotations__"], name), _MISSING)
+        for _, function, path, reason in self.closures.values():
+            self.stuck[path, reason] += 1
+        self._move_classes()
+        self._fill_instances()
+        self._redirect()
+        for function in self.afterwards:
+            function()
+        self._fill_attributes()
+        self._call_hooks()
+        for edit in self.edits:
+            self._report_names(edit)
+            self._report_not_run_again(edit)
+            self._report_removed(edit)
+        self._report_dataclasses()
+        self._report_sleepers()
+        self._report_stuck()
 
     def _move_classes(self):
         """Move instances and subclasses from classes that can't change in place, or are new."""
-        for old, new, reason in self._moves:
+        for old, new, reason in self.moves:
             stuck = 0
             if isinstance(old, type) and isinstance(new, type):
                 stuck = self._move_instances({old: new})
                 for sub in old.__subclasses__():
                     self._move_subclass(sub, old, new)
-            self._stuck[getattr(old, "__qualname__", self._name), reason] += stuck
-        discarded = {new: old for new, old in self._folded.values()
+            self.stuck[getattr(old, "__qualname__", "?"), reason] += stuck
+        discarded = {new: old for new, old in self.folded.values()
                      if isinstance(new, type) and new is not old}
         if discarded:
             self._move_instances(discarded)
@@ -4310,18 +5572,60 @@ class _Transaction(_Journal):
         try:
             self.put(_attribute(sub, "__bases__"), bases)
         except TypeError as exc:
-            self._stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
+            self.stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
 
     def _fill_instances(self):
-        """Give live instances of dataclasses the new fields that have a default factory."""
-        for cls, name, factory in self._fills:
-            self._about = id(cls)
+        """Give live instances of dataclasses and the like the new fields that have a default."""
+        for cls, name, factory in self.fills:
             for instance in _instances(*[c for c in _all_classes() if issubclass(c, cls)]):
                 if not hasattr(instance, name) and callable(factory):
                     self.put(_attribute(instance, name), factory())
                 elif not hasattr(instance, name):
-                    self._stuck[cls.__qualname__, "existing instances lack the new field %r, "
-                                "which has no default" % name] += 1
+                    self.stuck[cls.__qualname__, "existing instances lack the new field %r, "
+                               "which has no default" % name] += 1
+
+    def _fill_attributes(self):
+        """Give instances the literals that a new __init__ sets, name what else they lack."""
+        for cls, old, new in self.inits:
+            olds = _attributes_set(old)
+            news = {name: node for name, node in _attributes_set(new).items() if name not in olds}
+            classes = [each for each in _all_classes() if issubclass(each, cls)] if news else []
+            for instance in _instances(*classes):
+                fields = _get_dict(instance)
+                for name, node in news.items():
+                    name = _mangled(name, cls.__name__)
+                    if fields is None or name in fields or hasattr(type(instance), name):
+                        continue
+                    value = _fresh_literal(node)
+                    if value is _MISSING:
+                        self.stuck[cls.__qualname__, "existing instances lack %s, which __init__ "
+                                   "sets now" % name] += 1
+                    else:
+                        self.put(_entry(fields, name), value)
+
+    def _call_hooks(self):
+        """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
+        hooked = {}
+        for cls in self.classes.values():
+            functions = [f for base, f in list(_hot.hooks.items()) if base in cls.__mro__]
+            functions = [each for some in functions for each in some]
+            if functions or hasattr(cls, "__reload__"):
+                for sub in _all_classes():
+                    if issubclass(sub, cls) and hasattr(sub, "__reload__"):
+                        hooked[id(sub)] = sub, functions + [type.__getattribute__(sub, "__reload__")]
+                    elif issubclass(sub, cls):
+                        hooked[id(sub)] = sub, functions
+        instances = _instances(*[cls for cls, _ in hooked.values()])
+        for instance in instances:
+            self._keep_reached([instance])
+            for function in hooked[id(type(instance))][1]:
+                function(instance)
+        for edit in self.edits:
+            hook = edit.space.get("__reload__")
+            if callable(hook) and any(pair.change != "same" for pair in edit.pairs):
+                self._keep_reached([hook])
+                hook(types.SimpleNamespace(**{
+                    name: value for name, value in edit.before.items() if type(name) is str}))
 
     def _redirect(self):
         """Replace what was discarded, wherever a list, dict, set, cell or instance holds it.
@@ -4329,8 +5633,11 @@ class _Transaction(_Journal):
         So a registry that was filled anew holds the old object, once.
         """
         moves = {id(pair[0]): pair for pair in _held_elsewhere(
-            [pair for pair in self._folded.values() if pair[0] is not pair[1]])}
-        moves.update((id(old), (old, new)) for old, new, _ in self._moves)
+            [pair for pair in self.folded.values() if pair[0] is not pair[1]])}
+        if self.is_patch:
+            moves = {key: pair for key, pair in moves.items()
+                     if hasattr(type(pair[0]), "_member_map_")}
+        moves.update((id(old), (old, new)) for old, new, _ in self.moves)
         for new, old in list(moves.values()):  # else a WeakValueDictionary would lose them
             moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
                          for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
@@ -4341,102 +5648,146 @@ class _Transaction(_Journal):
                 tuples.append((holder, tuple(moves.get(id(item), (0, item))[1]
                                              for item in holder)))
             else:
-                _redirect_holder(self, holder, moves)
+                _redirect_holder(self.journal, holder, moves)
         in_tuples = {id(pair[0]): pair for pair in tuples}
         for holder in self._holders([pair[0] for pair in tuples]):
             if type(holder) in _SEQUENCES + (set, dict):
-                _redirect_holder(self, holder, in_tuples)
+                _redirect_holder(self.journal, holder, in_tuples)
 
     def _holders(self, sources):
         """Return what refers to one of `sources`, except for our own tables."""
-        ours = {id(table) for table in [
-            sources, self._known, self._folded, self._moves, vars(self)]
-                + [table for plan in self.plans for table in (plan.before, plan.live)]}
+        ours = {id(table) for table in [sources, self.known, self.folded, self.moves, vars(self)]}
+        ours.update(id(edit.before) for edit in self.edits)
+        ours.update(id(before) for _, before in self.journal._kept.values())
         return [holder for holder in _referrers(sources) if id(holder) not in ours]
 
-    def _snapshot(self, plan):
-        """Note what the units to run can reach, to put it back.
+    # What is put back when it fails.
+
+    def snapshot(self, edit, *statements):
+        """Note what statements can reach now, to put it back; return what was found.
 
         Not more, because what other threads write meanwhile must not be put back.
         """
-        units = [plan.new.units[j] for j in plan.run]
-        for unit in units:
-            self._keep_names(unit.code, plan.space)
-            if not _INDIRECT.isdisjoint(unit.code.co_names):
-                for space in [plan.space] + [vars(module) for module in _modules_named(
-                        plan.space, unit.code.co_names) if not _is_library_module(module.__name__)]:
-                    self.on_undo(_restore_names, space, dict(space), dict(space))
-        for found in _reachable(itertools.chain([plan.space.get("__annotations__")],
-                                                _values_read_by(units, plan.space))):
-            if type(found) is types.FunctionType:
-                self._keep_names(found.__code__, found.__globals__)
-            elif _is(found, type):
-                self.on_undo(_restore_class, found, dict(vars(found)))
-            elif _container_kind(found) and found is not plan.space:
-                self.on_undo(_restore_container, found, _content(found))
-                if _is(found, _SEQUENCES):
-                    self._registries.append(found)
-            for member in _members(type(found)):
-                self.keep(_member(found, member))
+        values = []
+        for statement in statements:
+            if statement is not None:
+                values += self.keep_names(statement, edit.space)
+        if edit.space.get("__annotations__"):
+            values.append(edit.space["__annotations__"])
+        return self._keep_reached(values)
 
-    def _keep_names(self, code, space):
+    def _keep_reached(self, values):
+        found = list(_reachable(values))
+        for each in found:
+            if type(each) is types.FunctionType:
+                self._keep_stored(each.__code__, each.__globals__)
+            elif _is(each, type):
+                self.journal.keep_content(each)
+            elif _container_kind(each):
+                self.journal.keep_content(each)
+            for member in _members(type(each)):
+                self.journal.keep(_member(each, member))
+        return found
+
+    def keep_names(self, statement, space):
+        """Note the names that a statement may bind; return the values that it reads."""
+        names = statement.names
+        for name in names.binds - {"*"}:
+            self.journal.keep(_entry(space, name))
+        code = statement.code
+        self._keep_stored(code, space)
+        if "*" in names.binds or not _INDIRECT.isdisjoint(code.co_names):
+            self.journal.keep_content(space)
+            for module in _modules_named(space, code.co_names):
+                if not _is_library_module(module.__name__):
+                    self.journal.keep_content(vars(module))
+        read = names.reads.intersection(space)
+        values = [space[name] for name in read]
+        for module in _modules_named(space, read):
+            values += _values_of(vars(module), code.co_names)
+        return values
+
+    def _keep_stored(self, code, space):
         """Note the globals that code sets, and the attributes that it may set on modules."""
         for name in _stored_names(code, "GLOBAL"):
-            self.keep(_entry(space, name))
-        modules = _modules_named(space, code.co_names)
-        for name in _stored_names(code, "ATTR") if modules else ():
-            for module in modules:
-                self.keep(_entry(vars(module), name))
+            self.journal.keep(_entry(space, name))
+        stored = _stored_names(code, "ATTR")
+        for module in _modules_named(space, code.co_names) if stored else ():
+            for name in stored:
+                self.journal.keep(_entry(vars(module), name))
 
-    # Reporting.
+    def _calls_without_a_trace(self):
+        """Return the titles of statements that had run and called what no journal sees."""
+        return []
 
-    def _report_names(self, plan, space):
-        old_names = (plan.old_names() | set(space)).difference(plan.missing)
-        for j in [j for j in plan.changed if j not in plan.guards]:
-            unit = plan.new.units[j]
-            names = unit.binds - {"*"}
-            if not names and not unit.is_constant:
-                self.report.add("changed", plan.module, [unit.title])
-            self.report.add("changed", plan.module, sorted(names & old_names))
-            self.report.add("added", plan.module, sorted(names - old_names))
-        self.report.add("removed", plan.module,
-                        plan.removed() + [unit.title for unit in plan.removed_statements()])
+    # --- Tell ---
 
-    def _report_removed(self, plan, values):
-        """Name the statements that are gone, but for those that changed one of `values` only."""
-        for unit in plan.removed_statements():
-            if not unit.changes or not unit.changes <= values | plan.gone_names():
-                self._stuck[unit.title, "the statement was taken away; what it did stays"] += 0
+    def _report_names(self, edit):
+        known = set(edit.before or edit.space) | (edit.old.names if edit.old else set())
+        for pair in edit.pairs:
+            new = pair.new
+            is_deleted = pair.change in _LEFT_ALONE and not edit.before and new is not None and (
+                self._is_deleted(_Scope(edit), pair))
+            is_back = edit.before and new is not None and pair.change in _LEFT_ALONE and (
+                new.is_definition and new.node.name not in edit.before
+                and new.node.name in edit.space)
+            if is_deleted or is_back:
+                self.report.add("added", edit.name, [new.node.name])
+            elif new is None or pair.change in ("same", "moved") and not self.everything or (
+                    self._is_kept_out(edit, new)):
+                continue
+            else:
+                names = sorted(new.binds - {"*"} - new.names.deletes)
+                if not names and new.acts_without_a_name or "*" in new.binds:
+                    self.report.add("changed", edit.name, [new.title])
+                self.report.add("changed", edit.name, [name for name in names if name in known])
+                self.report.add("added", edit.name, [name for name in names if name not in known])
+        for found in edit.told:
+            text = "%s.%s" % (edit.name, found.text) if self.report._is_qualified else found.text
+            if text not in self.report.cant_tell:
+                self.report.cant_tell.append(text)
+        self.report.add("removed", edit.name, edit.names_gone(is_done=bool(edit.before)) + [
+            each.title for each in self._removed_statements(edit)])
 
-    def _report_results(self, plan):
-        values, definitions = plan.changed_names()
-        self._report_removed(plan, values)
-        self.report.add("not_run_again", plan.module, plan.not_run_again(values, definitions))
-        for name in sorted(values):
-            self.report.not_run_again += ["%s: from %s import %s" % (
-                module.__name__, plan.module.__name__, name) for module in _importers(plan, name)]
+    def _removed_statements(self, edit):
+        """Return the statements that are gone and whose work may show in no name of their own."""
+        return [pair.old for pair in edit.pairs if pair.change == "gone" and (
+            pair.old.acts_without_a_name or bool(pair.old.binds) and not pair.old.binds_surely
+            and pair.old.binds <= edit.new.names and not pair.old.is_main_guard
+            and not pair.old.names.deletes)]
+
+    def _report_removed(self, edit):
+        """Name the statements that are gone, but for those that changed what is new or gone too."""
+        bound = {name for pair in edit.pairs if pair.new is not None and pair.change in _VALUES
+                 for name in pair.new.binds} | set(edit.names_gone(is_done=bool(edit.before)))
+        for each in self._removed_statements(edit):
+            if not each.changes or not each.changes <= bound:
+                self.stuck[each.title, "the statement was taken away; what it did stays"] += 0
 
     def _report_stuck(self):
         self.report.stale += [Stale(name, reason, count)
-                              for (name, reason), count in sorted(self._stuck.items())]
+                              for (name, reason), count in sorted(self.stuck.items())]
 
     def _report_dataclasses(self):
         """Name dataclasses that did not run again although a base class has more fields now."""
-        for cls in _all_classes():
+        for cls in _all_classes() if self.refielded else ():
             fields = vars(cls).get("__dataclass_fields__")
-            if fields is not None and id(self.current(cls)) not in self.olds and any(
-                    id(base) in self.olds and set(_dataclass_fields(base)).difference(fields)
+            if fields is not None and id(cls) not in self.refielded and id(
+                    self.current(cls)) not in self.olds and any(
+                    id(base) in self.refielded and set(_dataclass_fields(base)).difference(fields)
                     for base in cls.__mro__):
-                self._stuck[cls.__qualname__, "a base class has new fields, and its own methods "
-                            "were made without them"] += len(_instances(cls))
+                self.stuck[cls.__qualname__, "a base class has new fields, and its own methods "
+                           "were made without them"] += len(_instances(cls))
 
     def _report_sleepers(self):
         """Count the running frames and suspended generators that finish on old code."""
-        codes = {id(each.__code__): (each.__qualname__, each.__code__)
-                 for plan in self.plans for each in plan.live}
-        codes.update(self._old_codes)
+        codes = dict(self.old_codes)
         running = _running_frames()
-        sleeping = _suspended_frames([code for _, code in codes.values()], running)
+        sleeping = _suspended_frames(
+            [code for _, code in codes.values()]
+            + [code for edit in self.edits if edit.old is not None and any(
+                pair.change == "gone" for pair in edit.pairs)
+               for _, code in _code_paths(_nested_codes(edit.old.code))], running)
         for frames, reason in ((running, "a running frame finishes on the old code"),
                                (sleeping, "a suspended generator or coroutine finishes on the "
                                           "old code")):
@@ -4447,17 +5798,588 @@ class _Transaction(_Journal):
                 if self._is_old(first):
                     name = getattr(first.f_code, "co_qualname", first.f_code.co_name)
                     name = codes.get(id(first.f_code), (name,))[0]
-                    self._stuck[name, reason] += 1 + len(more)
+                    self.stuck[name, reason] += 1 + len(more)
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
         code = frame.f_code
-        return id(code) in self._old_codes or not code.co_name.endswith("comp>") and any(
-            frame.f_globals is plan.space and _is_in_file(code, plan) and not plan.new.has(code)
-            for plan in self.plans)
+        return id(code) in self.old_codes or not code.co_name.endswith("comp>") and any(
+            frame.f_globals is edit.space and _is_in_file(code, edit.new) and not edit.new.has(code)
+            for edit in self.edits)
 
 
-# --- How a new object is folded into an old one: the first rule that fits ---
+_VALUES = ("value", "again", "new")
+_IMPORTERS = ("Import", "ImportFrom", "If", "Try", "With")
+
+
+def _know_again(edit):
+    if edit.was is None:
+        _hot.known.pop(edit.name, None)
+    else:
+        _hot.known[edit.name] = edit.was
+
+
+class _Scope:
+    """A module or a class, in which statements bind names."""
+
+    def __init__(self, edit, cls=None, path="", pair=None):
+        self.edit, self.cls, self.path = edit, cls, path
+        self.prefix = path + "." if path else ""
+        self.statements = edit.new.statements if pair is None else pair.new.body()
+        self.held = edit.held if cls is None else {}
+        self._lasts = None
+
+    def name_of(self, name):
+        return name if self.cls is None else _mangled(name, self.cls.__name__)
+
+    def title(self, name):
+        return "%s.%s%s" % (self.edit.name, self.prefix, name)
+
+    def get(self, name):
+        if self.cls is None:
+            return self.edit.space.get(name, _MISSING)
+        return self.get_raw(self.name_of(name))
+
+    def get_raw(self, name):
+        return vars(self.cls).get(name, _MISSING)
+
+    def put(self, apply, name, value):
+        if self.cls is None:
+            apply.put(_entry(self.edit.space, name), value)
+        else:
+            _put_on_class(apply, self.cls, self.name_of(name), value)
+
+    def count(self, name):
+        return sum(name in each.binds for each in self.statements)
+
+    def last_binder(self, name):
+        if self._lasts is None:
+            self._lasts = _last_binders(self.statements)
+        return self._lasts.get(name)
+
+    def runs(self, statement):
+        """Tell whether a statement of the module is one that this reload executes."""
+        return self.edit.runs(statement)
+
+    def execute(self, nodes, apply, statement=None):
+        """Run statements; return what they bound that is not bound yet."""
+        edit = self.edit
+        if self.cls is not None:
+            return self._in_class(nodes)
+        code = edit.new.compile(nodes)
+        held = edit.held
+        if statement is not None and not statement.binds_at_its_end:
+            for name in held:       # others may look at the module
+                edit.space[name] = held[name]
+            held.clear()
+            apply.keep_names(statement, edit.space)
+            edit.space.pop("__conditional_annotations__", None)
+            exec(code, edit.space)
+            edit.annotated[id(statement)] = edit.space.get("__conditional_annotations__", ())
+            names = edit.space if "*" in statement.binds else statement.binds
+            return {name: edit.space.get(name, _MISSING) for name in names}
+        exec(code, edit.space, held)
+        return {name: held[name] for name in (statement.binds if statement else held)
+                if name in held}
+
+    def _in_class(self, nodes):
+        """Run statements in the class's scope; `super()` in what they define means the class."""
+        import ast
+        parts = self.path.split(".")
+        for part in reversed(parts):
+            wrapper = ast.parse("class X: pass").body[0]
+            wrapper.name, wrapper.body = part, nodes
+            nodes = [ast.copy_location(wrapper, nodes[0])]
+        tree = ast.parse("")
+        tree.body = nodes
+        code = compile(tree, self.edit.path, "exec", self.edit.new.flags, True)
+        for part in parts:
+            code = next(each for each in _nested_codes(code) if each.co_name == part)
+        space = _ClassSpace(self.cls)
+        exec(self.edit.new.with_own_codes(code), self.edit.space, space)
+        if "__classcell__" in space:
+            _set_cell(dict.pop(space, "__classcell__"), self.cls)
+        if "__classdictcell__" in space:
+            _set_cell(dict.pop(space, "__classdictcell__"), vars(self.cls))
+        return {name: value for name, value in space.items() if name not in _MADE_BY_CLASS}
+
+    def evaluate(self, node, kept):
+        """Return the function of a `def`, without decorators; `kept` defaults are not evaluated."""
+        import ast
+        bare = type(node)(**{name: getattr(node, name, None) for name in node._fields})
+        bare.decorator_list = []
+        bare.args = type(node.args)(**{name: getattr(node.args, name, None)
+                                       for name in node.args._fields})
+        nodes = _default_nodes(node)
+        nothing = {id(nodes[name]): ast.copy_location(ast.parse("None").body[0].value, nodes[name])
+                   for name in kept}
+        for field in ("defaults", "kw_defaults"):
+            setattr(bare.args, field, [nothing.get(id(each), each)
+                                       for each in getattr(node.args, field)])
+        ast.copy_location(bare, node)
+        if self.cls is None:
+            space = {}
+            tree = ast.parse("")
+            tree.body = [bare]
+            exec(compile(tree, self.edit.path, "exec", self.edit.new.flags, True),
+                 self.edit.space, space)
+            function = space[node.name]
+        else:
+            function = self._in_class([bare])[self.name_of(node.name)]
+        code = self.edit.new.code_of(node)
+        if code is not None and code.co_freevars == function.__code__.co_freevars:
+            function.__code__ = code
+        return function
+
+    def decorate(self, node, function):
+        """Return what the decorators of a node make of a function."""
+        import ast
+        space = {} if self.cls is None else _ClassSpace(self.cls)
+        value = function
+        dict.__setitem__(space, ".function", None)
+        for line in reversed(node.decorator_list):
+            code = compile(ast.Expression(body=line), self.edit.path, "eval",
+                           self.edit.new.flags, True)
+            value = (eval(code, self.edit.space, space))(value)
+        return value
+
+    def annotate(self, apply):
+        """Give the class the annotations that its statements have now."""
+        import ast
+        nodes = []
+        for each in self.statements:
+            if each.kind == "AnnAssign":
+                bare = type(each.node)(**{name: getattr(each.node, name, None)
+                                          for name in each.node._fields})
+                bare.value = None
+                nodes.append(ast.copy_location(bare, each.node))
+        found = self._in_class(nodes) if nodes else {}
+        for name in ("__annotations__", "__annotate_func__"):
+            if name in found or name in vars(self.cls):
+                apply.put(_attribute(self.cls, name), found.get(name, _MISSING))
+        if "__annotations_cache__" in vars(self.cls):
+            apply.put(_attribute(self.cls, "__annotations_cache__"), _MISSING)
+
+
+_MADE_BY_CLASS = {"__module__", "__qualname__", "__firstlineno__", "__static_attributes__",
+                  "__conditional_annotations__", "__classcell__", "__classdictcell__"}
+
+
+class _ClassSpace(dict):
+    """The namespace for statements of a class body: they find what the class has."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self._cls = cls
+
+    def __missing__(self, name):
+        if name in ("__annotations__", "__name__", "__annotate_func__", "__module__"):
+            raise KeyError(name)
+        return vars(self._cls)[name]
+
+
+def _put_on_class(apply, cls, name, value):
+    """Set an attribute as a program does, so that a metaclass sees it; an enum's refuses that."""
+    before = vars(cls).get(name, _MISSING)
+    if before is value:
+        return
+    setter = type(cls).__setattr__
+    if value is _MISSING or hasattr(cls, "_member_map_") or setter is type.__setattr__:
+        apply.put(_attribute(cls, name), value)
+        if value is not _MISSING and hasattr(type(value), "__set_name__"):
+            type(value).__set_name__(value, cls, name)
+        return
+    read, write, key = _attribute(cls, name)
+    apply.journal.on_undo(lambda: write(before), key)
+    setattr(cls, name, value)
+
+
+_Next = collections.namedtuple("_Next", "code path reason is_changed is_inner old new")
+
+
+class _Successors:
+    """Which code of the new text belongs to a live function of the old one."""
+
+    def __init__(self, edit):
+        self.edit = edit
+        self._leaves = []       # (first line of the old statement, pair, path of its class)
+        self._maps = {}         # id of a pair -> {(name, old line): [(path, old node, new node)]}
+        self._left = {}         # id of a pair -> paths of new functions that have no old one
+        if edit.old is not None:
+            self._add(edit.pairs, "")
+            self._leaves.sort(key=lambda leaf: leaf[0])
+        self._starts = [leaf[0] for leaf in self._leaves]
+        self.has_work = edit.old is None or any(
+            pair.change != "same" for _, pair, _ in self._leaves)
+
+    def _add(self, pairs, path):
+        for pair in pairs:
+            if pair.old is not None:
+                self._leaves.append((pair.old.start + 1, pair, path))
+                if pair.change == "class" and pair.old.kind == pair.new.kind == "ClassDef":
+                    self._add(self.edit.sub_pairs(pair), path + pair.new.node.name + ".")
+
+    def of(self, function):
+        """Return a _Next for a function, or None where nothing is to be done."""
+        code = function.__code__
+        if not _is_in_file(code, self.edit.new):
+            return None
+        if self.edit.old is None:
+            return self._by_path(function, code)
+        i = bisect.bisect(self._starts, code.co_firstlineno) - 1
+        if i < 0:
+            return None
+        _, pair, path = self._leaves[i]
+        if pair.change == "same":
+            return None
+        key = code.co_name, code.co_firstlineno
+        if pair.new is not None and pair.old.text_key() == pair.new.text_key():
+            line = code.co_firstlineno + pair.new.start - pair.old.start
+            found = self.edit.new.index.get((code.co_name, line), ())
+            new = _best_match(code, found)
+            return new and _Next(new, function.__qualname__, "", False, False, None, None)
+        return self._mapped(pair, path, key, code)
+
+    def _mapped(self, pair, path, key, code):
+        if id(pair) not in self._maps:
+            self._map(pair, path)
+        found = self._maps[id(pair)].get(key, [])
+        if len(found) > 1:      # several on one line: which is it?
+            olds = self.edit.old.index.get(key, ())
+            k = next((k for k, each in enumerate(olds) if each == code), None)
+            if k is None:
+                k = next((k for k, each in enumerate(olds)
+                          if _behaviour(each) == _behaviour(code)), 0)
+            found = [each for each in found if each[0] == k] or found[:1]
+        if not found:
+            return None
+        _, where, old, new, new_code = found[0]
+        is_inner = "<lambda>" in where or "<locals>" in where
+        if new is None:
+            is_unclear = where in self._left[id(pair)]
+            reason = ("which of several in the new source it is can't be told" if is_unclear
+                      else "the new source has no such function") if is_inner else ""
+            return _Next(None, where, reason, True, is_inner, old, new)
+        is_changed = _key(old, False) != _key(new, False)
+        if not is_inner and _key(old, True) != _key(new, True):
+            return None         # its head changed: defined anew when its turn comes
+        return _Next(new_code, where, "", is_changed, is_inner, old, new)
+
+    def _map(self, pair, path):
+        """Note the successors of all functions in a statement."""
+        import ast
+        empty = ast.parse("")
+        new_node = pair.new.node if pair.new is not None else empty
+        pairs, self._left[id(pair)] = _pair_functions(pair.old.node, new_node, path)
+        partners = {id(old): new for _, old, new in pairs}
+        found = self._maps[id(pair)] = collections.defaultdict(list)
+        counts, siblings = collections.Counter(), collections.defaultdict(list)
+        for _, node in _functions_below(new_node, path):
+            siblings[_name_of(node), _first_line(node)].append(node)
+        shift = pair.old.start + 1 - _first_line(pair.old.node)
+        for where, old in _functions_below(pair.old.node, path):
+            key = _name_of(old), _first_line(old) + shift
+            new = partners.get(id(old))
+            code = new and self.edit.new.code_of(
+                new, siblings[_name_of(new), _first_line(new)])
+            found[key].append((counts[key], where, old, new, code))
+            counts[key] += 1
+
+    def _by_path(self, function, code):
+        """The old text is unknown: the code of the new text with the same path, if it is clear."""
+        path = _path_of(function)
+        found = self.edit.paths.get(path, [])
+        alike = [each for each in found if _behaviour(each) == _behaviour(code)]
+        is_inner = "<locals>" in path or "<lambda>" in path
+        if alike:
+            return _Next(alike[0], path, "", False, False, None, None)
+        if len(found) == 1 and is_inner:
+            return _Next(found[0], path, "", True, False, None, None)
+        return _Next(None, path, "the new source has no such function" if not found else (
+            "which of several in the new source it is can't be told"),
+            True, True, None, None) if is_inner else None
+
+
+def _path_of(function):
+    return getattr(function.__code__, "co_qualname", None) or (
+        function.__qualname__ if function.__qualname__.endswith(function.__code__.co_name)
+        else function.__code__.co_name)
+
+
+def _at_path(space, parts):
+    """Return the class at a path in a namespace, or _MISSING."""
+    value = _MISSING
+    for part in parts:
+        value = space.get(part, _MISSING)
+        if not _is(value, type):
+            return _MISSING
+        space = vars(value)
+    return value
+
+
+def _is_made_here(edit, statement):
+    return not statement.is_main_guard and (
+        statement.kind == "Assign" and bool(statement.names.calls)
+        or bool(getattr(statement.node, "decorator_list", None)))
+
+
+def _decorator_name(node):
+    while type(node).__name__ == "Call":
+        node = node.func
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+_TRANSPARENT = {"staticmethod", "classmethod", "property", "setter", "getter", "deleter", "wraps",
+                "lru_cache", "cache", "cached_property", "contextmanager", "asynccontextmanager",
+                "abstractmethod", "override", "final", "overload", "total_ordering"}
+
+
+def _is_transparent(node):
+    """Tell whether all decorators only wrap, and look at no signature."""
+    return all(_decorator_name(each) in _TRANSPARENT for each in node.decorator_list)
+
+
+def _evaluated(value):
+    """Evaluate a lazy result, such as Celery's promise."""
+    method = getattr(type(value), "__maybe_evaluate__", None)
+    if method is not None:
+        method(value)
+    return value
+
+
+# Kinds of classes whose fields are more than attributes: (test, what its metaclass makes of them).
+_WHOLE_KINDS = (
+    ("an enum", lambda cls: hasattr(type(cls), "__members__")),
+    ("a named tuple", lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields")),
+    ("a dataclass", lambda cls: "__dataclass_fields__" in vars(cls)),
+    ("attrs", lambda cls: "__attrs_attrs__" in vars(cls)),
+    ("pydantic", lambda cls: "__pydantic_core_schema__" in vars(cls)),
+    ("a metaclass with a constructor", lambda cls: type(cls).__setattr__ is type.__setattr__ and any(
+        "__new__" in vars(kind) or "__init__" in vars(kind)
+        for kind in type(cls).__mro__ if kind.__flags__ & _HEAP_TYPE
+        and kind.__module__ not in ("abc", "_py_abc"))),
+)
+_LIBRARY_FIELDS = ("attrs", "pydantic", "a metaclass with a constructor")
+
+
+def _needs_its_statement(cls, pairs):
+    """Tell whether a class statement must run as a whole for what changed in it."""
+    active = [pair for pair in pairs if pair.change not in _LEFT_ALONE]
+    values = [pair for pair in active for each in [pair.new or pair.old]
+              if not each.is_definition and not each.is_constant and each.kind != "Pass"]
+    if any("__slots__" in (pair.new or pair.old).binds for pair in values):
+        return True
+    kind = next((name for name, fits in _WHOLE_KINDS if fits(cls)), None)
+    unknown = [pair for pair in active if (pair.new or pair.old).is_function
+               and not _is_transparent((pair.new or pair.old).node)]
+    return bool(kind and (values or unknown and kind in _LIBRARY_FIELDS))
+
+
+def _has_fields(cls):
+    return any(fits(cls) for name, fits in _WHOLE_KINDS[2:5])
+
+
+def _annotation_names(node):
+    names = set()
+    for each in node.body:
+        if type(each).__name__ == "AnnAssign":
+            names |= _Names([each.annotation]).reads
+    return names
+
+
+# --- Registrations: the entries that a definition made in lists and dicts ---
+
+class _Registrations:
+    """What a definition that runs again had put into containers, and what it puts there now."""
+
+    def __init__(self, apply, reached, targets):
+        self._apply, self._targets = apply, targets
+        spaces = {id(_space_of(each)) for each in list(sys.modules.values())
+                  if _is(each, types.ModuleType)}
+        spaces.update(id(_get_dict(each)) for each in reached if not _container_kind(each))
+        self._places = [each for each in reached if _is(each, (dict,) + _SEQUENCES)
+                        and id(each) not in spaces]
+        self._befores = {}      # id -> content before all
+        self._bases = {}        # id -> content after the old entries were taken out
+        self.taken = []         # (container, [(index or key, entry), ...]) of the old entries
+
+    def renew(self, make):
+        """Take the old entries out, call `make`, put what it registered in their places."""
+        self._befores = {id(each): _content(each) for each in self._places}
+        for each in self._places if self._targets else ():
+            hits = self._hits(each)
+            if hits:
+                self.taken.append((each, hits))
+                _without(each, hits)
+        self._bases = {id(each): _content(each) for each in self._places}
+        result = make()
+        if self._targets:
+            for container, hits in self.taken:
+                self._settle(container, hits)
+            self._drop_doubles()
+        return result
+
+    def drop(self):
+        """Take the old entries out for good."""
+        for each in self._places:
+            _without(each, self._hits(each))
+
+    def _hits(self, container):
+        content = _content(container)
+        items = content.items() if type(content) is dict else enumerate(content)
+        return [(key, entry) for key, entry in items
+                if not _container_kind(entry) and _leads_to(entry, self._targets)
+                or type(content) is dict and id(key) in self._targets]
+
+    def _settle(self, container, hits):
+        """Give new entries the places of the old ones; where nothing came, the old ones return."""
+        base, now = self._bases[id(container)], _content(container)
+        if type(now) is dict:
+            news = [key for key in now if key not in base or now[key] is not base[key]]
+        else:
+            news, _ = _gained(base, now)
+        if not news:
+            if not self._is_below_a_new_key(container):
+                _restore_entries(container, self._befores[id(container)], hits)
+            return
+        if type(now) is dict:
+            self._settle_dict(container, hits, news, now)
+        else:
+            _, rest = _gained(base, now)
+            if rest == now[:len(rest)]:     # appended: else it stands where it was put
+                for (i, old), new in zip(hits, news):
+                    rest.insert(min(i, len(rest)), self._folded_entry(old, new))
+                _replace_items(container, rest + news[len(hits):])
+
+    def _settle_dict(self, container, hits, news, now):
+        keys = [key for key, _ in hits]
+        partners = {key: key for key in keys if key in news}
+        free = [key for key in news if key not in partners.values()]
+        partners.update(zip([key for key in keys if key not in partners], free))
+        olds, ordered = dict(hits), {}
+        for key in self._befores[id(container)]:
+            if key in partners:
+                ordered[partners[key]] = self._folded_entry(olds[key], now[partners[key]])
+            elif key in now:
+                ordered[key] = now[key]
+        ordered.update((key, value) for key, value in now.items() if key not in ordered)
+        _restore_container(container, ordered)
+
+    def _is_below_a_new_key(self, container):
+        """Tell whether it is a value in a dict that has got another key: the entry went there."""
+        for each in self._places:
+            now = _content(each)
+            if type(now) is dict and any(value is container for value in now.values()) and any(
+                    key not in self._befores[id(each)] for key in now):
+                return True
+        return False
+
+    def _folded_entry(self, old, new):
+        """The old object of an entry goes on, with the content of the new one."""
+        if old is new or type(old) is not type(new) or not _is_plain_instance(new) or (
+                _is(new, (type, tuple, types.FunctionType)) or _container_kind(new)):
+            return new
+        apply = self._apply
+        for name in set(vars(old)) | set(vars(new)):
+            apply.put(_entry(vars(old), name), vars(new).get(name, _MISSING))
+        apply.folded[id(new)] = (new, old)
+        return old
+
+    def _drop_doubles(self):
+        """Take out of lists what was added although its like, made from the same parts, is there."""
+        taken = {id(each) for each, _ in self.taken}
+        for container in self._places:
+            now, base = _content(container), self._bases[id(container)]
+            if type(now) is dict or id(container) in taken or len(now) <= len(base):
+                continue
+            news, olds = _gained(base, now)
+            doubles = {id(new) for new in news if any(self._is_like(new, old) for old in olds)}
+            if doubles:
+                _replace_items(container, [item for item in now if id(item) not in doubles])
+
+    def _is_like(self, new, old, depth=4):
+        """Tell whether a new value is the old one made again: from the same parts."""
+        new = self._apply.current(new)
+        if new is old or depth == 0 or self._apply.current(type(new)) is not type(old):
+            return new is old
+        if isinstance(new, _PLAIN_TYPES):
+            return new == old
+        new, old = _parts(new), _parts(old)
+        return new is not None and len(new) == len(old) and all(
+            self._is_like(*pair, depth - 1) for pair in zip(new, old))
+
+    def put_before(self, later):
+        """What a new definition has registered goes in front of what stands below it made."""
+        for container in self._places if later else ():
+            before, now = self._befores[id(container)], _content(container)
+            if type(now) is dict:
+                keys = [key for key in now if key in before and _leads_to(now[key], later)]
+                news = [key for key in now if key not in before]
+                if keys and news:
+                    ordered = {}
+                    for key in list(before):
+                        if key is keys[0]:
+                            ordered.update((new, now[new]) for new in news)
+                        ordered[key] = now[key]
+                    _restore_container(container, ordered)
+            elif len(now) > len(before) and _is_same_content(now[:len(before)], before):
+                at = next((i for i, each in enumerate(before) if _leads_to(each, later)), None)
+                if at is not None:
+                    _replace_items(container, before[:at] + now[len(before):] + before[at:])
+
+
+def _without(container, hits):
+    content = _content(container)
+    if type(content) is dict:
+        for key, _ in hits:
+            _container_kind(container).__delitem__(container, key)
+    elif hits:
+        gone = {i for i, _ in hits}
+        _replace_items(container, [each for i, each in enumerate(content) if i not in gone])
+
+
+def _restore_entries(container, before, hits):
+    """Put old entries back where they stood."""
+    content = _content(container)
+    if type(content) is dict:
+        entries = dict(hits)
+        ordered = {key: content.get(key, entries.get(key)) for key in before
+                   if key in content or key in entries}
+        ordered.update((key, value) for key, value in content.items() if key not in ordered)
+        _restore_container(container, ordered)
+    else:
+        for i, entry in hits:
+            content.insert(min(i, len(content)), entry)
+        _replace_items(container, content)
+
+
+def _leads_to(value, targets, depth=3):
+    """Tell whether an entry holds one of some objects, given by id, by itself or in a wrapper."""
+    if id(value) in targets:
+        return True
+    if depth == 0 or _is(value, (type, types.ModuleType)) or _container_kind(value):
+        return False
+    if _is(value, tuple):
+        inners = list(tuple.__iter__(value))
+    elif type(value) is weakref.ref or type(value) is weakref.KeyedRef:
+        inners = [value()]
+    elif type(value) is types.MethodType:
+        inners = [value.__func__, value.__self__]
+    elif _is(value, _WRAPPERS):
+        inners = list(_wrapped_by(value))
+    elif type(value).__flags__ & _HEAP_TYPE:
+        if id(type(value)) in targets:
+            return True
+        inners = [each for each in (_get_dict(value) or {}).values()
+                  if id(each) in targets or _is(each, _WRAPPERS + (type,))]
+        inners += [_member(value, member)[0]() for member in _members(type(value))]
+        depth = min(depth, 2)
+    else:
+        return False
+    return any(_leads_to(each, targets, depth - 1) for each in inners)
+
+
+# --- Kinds: tables ---
 
 _LRU_CACHE = type(functools.lru_cache()(len))
 if _LRU_CACHE is types.FunctionType:
@@ -4484,21 +6406,29 @@ def _is_definition(value):
 
 _WRAPPERS = (types.FunctionType, types.MethodType, staticmethod, classmethod, property,
              functools.partial, _LRU_CACHE)
-_FOLD_RULES = (
-    (_both(types.FunctionType), _Transaction.fold_function),
-    (_is_class_pair, _Transaction.fold_class),
-    (_both(staticmethod, classmethod, property), _Transaction.fold_wrapper),
-    (_both(functools.partial), _Transaction.fold_partial),
-    (_both(_LRU_CACHE), _Transaction.fold_lru_cache),
-    (lambda old, new: type(old) is _LRU_CACHE and type(new) is types.FunctionType,
-     _Transaction.unwrap),
+_FOLD_RULES = (     # (fits, what to do), the first that fits
+    (_both(types.FunctionType), _Apply.fold_function),
+    (_is_class_pair, _Apply.fold_class),
+    (_both(staticmethod, classmethod, property), _Apply.fold_wrapper),
+    (_both(functools.partial), _Apply.fold_partial),
+    (_both(_LRU_CACHE), _Apply.fold_lru_cache),
+    (lambda old, new: type(old) is _LRU_CACHE and type(new) is types.FunctionType, _Apply.unwrap),
     (lambda old, new: type(old) is types.FunctionType and callable(new)
-     and not isinstance(new, type), _Transaction.forward),
-    (lambda old, new: type(old) is type(new) and _is_plain_instance(new),
-     _Transaction.fold_instance),
-    (lambda old, new: _is_definition(old) and callable(new), _Transaction.replace),
+     and not isinstance(new, type), _Apply.forward),
+    (lambda old, new: type(old) is type(new) and _is_plain_instance(new), _Apply.fold_instance),
+    (lambda old, new: _is_definition(old) and callable(new), _Apply.replace),
+)
+_CLASS_KINDS = (    # (fits, what is done beside the attributes), each that fits
+    (lambda cls: hasattr(cls, "_member_map_"), _Apply.fold_enum),
+    (lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields"), _Apply.fold_named_tuple),
+    (lambda cls: "__dataclass_fields__" in vars(cls), _Apply.fold_dataclass),
+    (lambda cls: "__attrs_attrs__" in vars(cls), _Apply.fold_attrs),
+    (lambda cls: "__pydantic_core_schema__" in vars(cls), _Apply.fold_pydantic),
 )
 
+# 3.14: what makes annotations, which of a module's it makes, what it has made of a class's.
+_ANNOTATIONS = ("__annotations__", "__annotate__", "__conditional_annotations__",
+                "__annotate_func__", "__annotations_cache__")
 _CLASS_SKIPS = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "_abc_registry", "_abc_cache",
                 "_abc_negative_cache", "_abc_negative_cache_version"}
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
@@ -4511,12 +6441,10 @@ _CONTENTS = {  # by the type's own methods: what a subclass makes of them is not
     list: list.copy,
     collections.deque: lambda each: list(collections.deque.__iter__(each)),
     set: lambda each: set(set.__iter__(each)),
-    bytearray: bytearray.copy}
-_REACH = 20000  # objects that are looked at to put them back
+    bytearray: bytearray.copy,
+    type: lambda each: dict(vars(each))}
+_REACH = 5000  # objects that are looked at before a statement runs
 _INDIRECT = {"globals", "locals", "vars", "__dict__", "setattr", "delattr", "exec"}  # set any name
-# 3.14: what makes annotations, which of a module's it makes, what it has made of a class's.
-_ANNOTATIONS = ("__annotations__", "__annotate__", "__conditional_annotations__",
-                "__annotate_func__", "__annotations_cache__")
 _IMPORT_NAMES = {*vars(types.ModuleType("")), *_ANNOTATIONS, "__builtins__", "__cached__",
                  "__file__", "__path__"}
 _PLAIN_TYPES = (int, float, complex, str, bytes, type(None))
@@ -4524,83 +6452,535 @@ _CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERA
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
-# --- Slots: a place that can be read and written, for the journal ---
-
-def _entry(mapping, key):
-    def write(value):
-        if value is _MISSING:
-            mapping.pop(key, None)
-        else:
-            mapping[key] = value
-    return lambda: mapping.get(key, _MISSING), write
-
-
-def _attribute(obj, name):
-    # type's own methods, because enums refuse theirs; object's, because of frozen dataclasses.
-    is_class = isinstance(obj, type)
-    kind = type if is_class else object
-
-    def read():
-        if is_class and name != "__bases__":
-            return vars(obj).get(name, _MISSING)  # not what it inherits
-        return getattr(obj, name, _MISSING)
-
-    def write(value):
-        if value is _MISSING:
-            kind.__delattr__(obj, name)
-        else:
-            kind.__setattr__(obj, name, value)
-    return read, write
+def _kept_class_names(found, new):
+    """Return the names whose statements in a class body are unchanged, as is their input."""
+    edit, pair = found
+    if hasattr(new, "_member_map_"):
+        return set()
+    olds, news = pair.old.body(), pair.new.body()
+    same = {each.dump() for each in olds}
+    old_lasts, lasts = map(_last_binders, (olds, news))
+    changed = _bound_by(each for each in news if each.dump() not in same)
+    changed.update(name for name, (was, now) in _changed_values(edit).items())
+    changed.update(name for name, each in lasts.items() if name in old_lasts  # a later one is gone
+                   and old_lasts[name].dump() != each.dump())
+    kept = _bound_by(each for each in news if each.dump() in same
+                     and not each.names.reads & changed) - changed
+    return {_mangled(name, pair.new.node.name) for name in kept}
 
 
-def _annotations(function):
-    """A function's annotations, or on 3.14 what will make them: they may not be evaluable yet."""
-    def write(value):
-        setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
-    return lambda: getattr(function, "__annotate__", None) or function.__annotations__, write
+def _changed_values(edit):
+    return {name: (was, edit.space.get(name)) for name, was in edit.before.items()
+            if was is not edit.space.get(name, _MISSING)}
 
 
-def _member(obj, member):
-    def read():
+def _dataclass_fields(cls):
+    """Return {name: field} of a dataclass, of another value an empty dict."""
+    if not _is(cls, type) or "__dataclass_fields__" not in vars(cls) or (
+            "dataclasses" not in sys.modules):
+        return {}
+    return {field.name: field for field in sys.modules["dataclasses"].fields(cls)}
+
+
+def _same_payload(kept, member):
+    """Tell whether an old enum member can stand for a new one: its data part can't change."""
+    base = getattr(type(member), "_member_type_", object)
+    return base is object or base.__eq__(kept, member) is True
+
+
+def _combinations(old, new):
+    """Yield (old, new) for values of a Flag that have no names, such as A | B.
+
+    A combination keeps its meaning: its members' values may be others now.
+    """
+    import enum
+    flags = old._value2member_map_.items() if issubclass(old, enum.Flag) else ()
+    for value, kept in list(flags):
+        if kept._name_ in old._member_map_ and kept._name_ in new._member_map_:
+            continue
+        parts = [each for each in old._member_map_.values() if each._value_
+                 and each._value_ & value == each._value_ and each._name_ in new._member_map_]
         try:
-            return member.__get__(obj)
-        except AttributeError:
-            return _MISSING
-
-    def write(value):
-        if value is _MISSING:
-            member.__delete__(obj)
-        else:
-            member.__set__(obj, value)
-    return read, write
+            made = new(0)
+            for each in parts:
+                made |= new._member_map_[each._name_]
+        except ValueError:
+            continue
+        if type(made) is new and sum({each._value_ for each in parts}) == value:
+            yield kept, made
 
 
-def _cell(cell):
-    return lambda: _cell_value(cell), functools.partial(_set_cell, cell)
-
-
-def _cell_value(cell):
+def _adopt_member(cls, member):
+    """Return a new enum member as a member of the old class."""
     try:
-        return cell.cell_contents
-    except ValueError:
+        member.__class__ = cls
+        return member
+    except TypeError:  # up to 3.11, for members that are an int or str too
+        base = cls._member_type_
+        adopted = base.__new__(cls, *[member._value_] if isinstance(member._value_, base)
+                               else member._value_)
+        vars(adopted).update(vars(member), __objclass__=cls)
+        return adopted
+
+
+def _attributes_set(node):
+    """Return {name: value node} of what a method assigns to its first parameter's attributes."""
+    import ast
+    found = {}
+    args = getattr(node.args, "posonlyargs", []) + node.args.args
+    for each in ast.walk(node) if args else ():
+        targets = each.targets if type(each).__name__ == "Assign" else (
+            [each.target] if type(each).__name__ == "AnnAssign" and each.value else [])
+        for target in targets:
+            if type(target).__name__ == "Attribute" and getattr(
+                    target.value, "id", None) == args[0].arg:
+                found[target.attr] = each.value
+    return found
+
+
+def _fresh_literal(node):
+    """Return the value of a literal, or of a call like `list()`, else _MISSING."""
+    if type(node).__name__ == "Call" and not node.args and not node.keywords:
+        return {"list": list, "dict": dict, "set": set}.get(
+            getattr(node.func, "id", None), lambda: _MISSING)()
+    return _literal(node)
+
+
+# --- Who imports whom ---
+
+_Follower = collections.namedtuple("_Follower", "name space")   # an unchanged module, as an edit
+
+
+def _with_parents(name):
+    parts = name.split(".")
+    return [".".join(parts[:i + 1]) for i in range(len(parts))]
+
+
+def _resolved(node, space):
+    """Return the full name of the module that a `from ... import` leads to."""
+    if not node.level:
+        return node.module
+    parts = (space.get("__package__") or "").split(".")
+    return ".".join(parts[:len(parts) - node.level + 1] + ([node.module] if node.module else []))
+
+
+def _imported_by(node, space):
+    """Yield the modules that the import statements in a node lead to, but for those in functions."""
+    import ast
+    kind = type(node).__name__
+    if kind == "Import":
+        for alias in node.names:
+            yield from _with_parents(alias.name)
+    elif kind == "ImportFrom":
+        base = _resolved(node, space) or ""
+        yield from _with_parents(base)
+        for alias in node.names:
+            yield "%s.%s" % (base, alias.name)
+    elif kind in ("If", "Try", "With", "ExceptHandler") and "TYPE_CHECKING" not in (
+            repr(_key(node.test, False)) if kind == "If" else ""):
+        for each in ast.iter_child_nodes(node):
+            yield from _imported_by(each, space)
+
+
+_IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*)"
+                     rb"|import[ \t]+([^\n#]*))", re.M)
+
+
+def _imports_in(text, package):
+    """Yield (module, names) of what a text imports anywhere, found fast, without parsing it."""
+    for dots, base, names, modules in _IMPORT.findall(text):
+        for each in modules.split(b","):
+            if each.split():
+                yield each.split()[0].decode("utf-8", "replace"), ()
+        if names:
+            parts = package.split(".")
+            base = base.decode("utf-8", "replace")
+            if dots:
+                base = ".".join(parts[:len(parts) - len(dots) + 1] + ([base] if base else []))
+            words = [each.split() for each in names.strip(b"()").split(b",")]
+            yield base, [each[0].decode("utf-8", "replace") for each in words if each]
+
+
+def _imports_of_unchanged(name):
+    """Yield what a module that is not edited imports; or one that is new in an own package."""
+    known, module = _hot.known.get(name), sys.modules.get(name)
+    if module is not None:
+        text = known.text if known is not None else None
+        package = (_space_of(module) or {}).get("__package__") or ""
+    else:
+        text, package = _text_of_new(name)
+    for base, names in _imports_in(text, package) if text else ():
+        yield from _with_parents(base)
+        for each in names:
+            yield "%s.%s" % (base, each)
+
+
+def _text_of_new(name):
+    """Return (text, package) of a module that is not imported yet, if its package is the program's."""
+    parent, _, leaf = name.rpartition(".")
+    space = _space_of(sys.modules.get(parent)) or {}
+    folders = space.get("__path__", ()) if parent in _hot.known else ()
+    for folder in folders if _is(folders, (list, tuple)) else ():
+        for path, package in ((os.path.join(folder, leaf + ".py"), parent),
+                              (os.path.join(folder, leaf, "__init__.py"), name)):
+            if os.path.isfile(path):
+                with open(path, "rb") as file:
+                    return file.read(), package
+    return b"", ""
+
+
+def _import_index(edits):
+    """Return {module: names of the program's modules that import from it}."""
+    index = collections.defaultdict(set)
+    texts = {name: known.text for name, known in list(_hot.known.items()) if known.text}
+    for name, text in texts.items():
+        package = (_space_of(sys.modules.get(name)) or {}).get("__package__") or ""
+        for base, names in _imports_in(text, package):
+            if names:
+                index[base].add(name)
+    for edit in edits:
+        for base, names in _imports_in(edit.text, edit.space.get("__package__") or ""):
+            index[base].add(edit.name)
+    return index
+
+
+def _import_nodes(source):
+    """Yield the `from ... import` nodes of a source, but for those in functions."""
+    import ast
+    todo = [each.node for each in source.statements]
+    while todo:
+        node = todo.pop()
+        if type(node).__name__ == "ImportFrom":
+            yield node
+        elif type(node).__name__ in ("If", "Try", "With", "ExceptHandler"):
+            todo += ast.iter_child_nodes(node)
+
+
+def _public(space):
+    names = space.get("__all__")
+    if not _is(names, (list, tuple)):
+        names = [name for name in space if not name.startswith("_")]
+    return set(names)
+
+
+def _imported_values(source, space, edit, before, changed):
+    """Return {name: value} of what a module imported from another one and is another now there."""
+    found, others = {}, source.own_names
+    for node in _import_nodes(source):
+        if _resolved(node, space) != edit.name:
+            continue
+        for alias in node.names:
+            if alias.name != "*":
+                pairs = [(alias.name, alias.asname or alias.name)]
+            else:
+                pairs = [(name, name) for name in _public(edit.space) - others]
+            for name, own in pairs:
+                was, now = before.get(name, _MISSING), edit.space.get(name, _MISSING)
+                live = space.get(own, _MISSING)
+                if name in changed and now is not _MISSING and live is not now and (
+                        live is was) and (was is not _MISSING or alias.name == "*"):
+                    found[own] = now
+            if alias.name == "*":
+                for name in _public(before) - _public(edit.space) - others:
+                    if before.get(name, _MISSING) is space.get(name, _MISSING) is not _MISSING:
+                        if not _is_starred_elsewhere(source, space, edit, name):
+                            found[name] = _MISSING
+    return found
+
+
+def _is_starred_elsewhere(source, space, edit, name):
+    for node in _import_nodes(source):
+        other = _space_of(sys.modules.get(_resolved(node, space)))
+        if other is not None and other is not edit.space and name in other and any(
+                alias.name == "*" and name in _public(other) or name == (alias.asname or alias.name)
+                for alias in node.names):
+            return True
+    return False
+
+
+def _pure_value(node, space):
+    try:
+        return eval(_code_of_expression(node), {"__builtins__": {}}, space)
+    except Exception:
         return _MISSING
 
 
-def _set_cell(cell, value):
-    def outer(content):
-        def setter(value):
-            nonlocal content
-            if value is _MISSING:
-                del content
-            else:
-                content = value
-        return setter
-    if _cell_value(cell) is not value:
-        # 3.6: cell_contents can't be assigned, but a function over the cell can write it.
-        types.FunctionType(outer(None).__code__, globals(), "setter", None, (cell,))(value)
+def _value_of(statement, space):
+    """Return what the pure expression of an assignment gives, or _MISSING."""
+    return _pure_value(statement.node.value, space)
+
+
+def _is_pure_expression(node):
+    import ast
+    return all(type(each).__name__ in _PURE for each in ast.walk(node))
+
+
+def _is_plain_equal(a, b):
+    """Tell whether two values are one, or plain and equal, or tuples of such."""
+    return a is b or type(a) is type(b) and isinstance(a, _PLAIN_TYPES + (tuple,)) and (
+        repr(a) == repr(b) if isinstance(a, (tuple, float, complex)) else a == b)
+
+
+def _own_code_changed(edit):
+    """Return the names of functions whose own code changed, and of classes with such methods.
+
+    Not of those where only a nested function changed; of a class, what runs when it is used.
+    """
+    names = set()
+
+    def look(pairs, top):
+        for pair in pairs:
+            if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
+                look(edit.sub_pairs(pair), top or pair.new.node.name)
+            elif pair.change == "body" and pair.new.is_function and _key(
+                    pair.old.node.body, True) != _key(pair.new.node.body, True):
+                if top is None or pair.new.node.name in _RUN_AT_ONCE:
+                    names.add(top or pair.new.node.name)
+    look(edit.pairs, None)
+    return names
+
+
+_RUN_AT_ONCE = {"__init_subclass__", "__new__", "__init__", "__set_name__", "__call__",
+                "__prepare__", "__class_getitem__", "__post_init__"}
+
+
+# --- History, patch and hooks ---
+
+class _Change:
+    """One transaction that is over: what it did, and what takes it back."""
+
+    def __init__(self, kind, names, journal, target=None):
+        self.kind, self.names, self.journal = kind, names, journal
+        self.number = 0                 # set when it is remembered
+        self.target = target            # of a patch: the function or class
+        self.when = time.time()
+        self.who = threading.current_thread().name
+
+    def __repr__(self):
+        names = ", ".join(self.names[:8]) + ", ..." * (len(self.names) > 8)
+        return "%3d  %s  %s  %s %s" % (self.number, time.strftime(
+            "%H:%M:%S", time.localtime(self.when)), self.who, self.kind, names)
+
+
+class _Changes(list):
+    """Changes, one a line."""
+
+    def __repr__(self):
+        return "\n".join(map(repr, self)) or "no changes"
+
+
+_HISTORY = 50   # so many changes can be taken back; older ones hold memory
+
+
+def _hot_remember(kind, names, journal, target=None):
+    """Put a transaction on record; called under the lock."""
+    if not journal.touched:
+        return None
+    change = _Change(kind, names, journal, target)
+    _hot.count += 1
+    change.number = _hot.count
+    _hot.changes.append(change)
+    del _hot.changes[:-_HISTORY]
+    return change
+
+
+def changes():
+    """Return the last reloads and patches that are in force, the newest last; prints as a list."""
+    with _hot.lock:
+        return _Changes(_hot.changes)
+
+
+def undo(number=None):
+    """Take back the newest change, or that with a number of changes(), and return what it was.
+
+    A change that a newer one covers can't be taken back alone: a ReloadError names the newer one.
+    """
+    with _hot.lock:
+        found = [each for each in _hot.changes if number in (None, each.number)]
+        if not found:
+            raise ReloadError("there is no change %s to take back" % (
+                "at all" if number is None else number))
+        change = found[-1]
+        newer = _hot.changes[_hot.changes.index(change) + 1:]
+        covering = [each for each in newer if each.journal.touched & change.journal.touched]
+        if covering:
+            raise ReloadError("a newer change covers it; take that back first: %r" % covering[-1])
+        _hot.changes.remove(change)
+        errors = change.journal.undo()
+        if errors:
+            raise ReloadError("taken back, except for %r" % errors)
+        return change
+
+
+def on_reload(cls, function):
+    """Have `function(instance)` called for each live instance when `cls` was changed by a reload.
+
+    For classes of others; one's own may have a method `__reload__(self)`, and a module a function
+    `__reload__(old)`, which gets the previous values of the names. All run inside the
+    transaction: what they raise undoes it.
+    """
+    if not _is(cls, type) or not callable(function):
+        raise TypeError("expected a class and a function, not %r and %r" % (cls, function))
+    _hot.hooks.setdefault(cls, []).append(function)
+
+
+def patch(old, new=None):
+    """Give the function or class `old` the behaviour of `new`, wherever it is held.
+
+    Returns a callable that puts back exactly what was. As a decorator, `@patch(m.step)`, it binds
+    the name to the patched `old`; then `unpatch(m.step)` takes the newest patch back. A name, a
+    module and a place in a class stay those of `old`. A pair that can't work is a TypeError and
+    changes nothing. May be called in any thread.
+    """
+    target = _patch_target(old)
+    if new is None:
+        return lambda new: patch(old, new) and old
+    source = _patch_target(new)
+    if isinstance(target, type) is not isinstance(source, type):
+        raise TypeError("can't make %r behave like %r: patch a function with a function and a "
+                        "class with a class" % (old, source))
+    with _hot.lock:
+        apply = _Apply(ReloadReport())
+        apply.patch(target, source)
+        if type(old) is _LRU_CACHE:
+            old.cache_clear()
+            apply.journal.on_undo(old.cache_clear)
+        change = _hot_remember("patch", [target.__qualname__], apply.journal, target)
+    return lambda: change in _hot.changes and undo(change.number) and None
+
+
+def unpatch(old):
+    """Take back the newest patch of `old`, or what was typed over the file's version of it."""
+    with _hot.lock:
+        target = _patch_target(old)
+        for change in reversed(_hot.changes):
+            if change.target is target:
+                undo(change.number)
+                return
+        if type(target) is not types.FunctionType or not _is_from_console(target) or (
+                not _bring_files_version(target)):
+            raise ValueError("%r is not patched" % (old,))
+
+
+def _bring_files_version(typed):
+    """Bind the names of a function that was typed over one of a file to that of the file."""
+    for name, module, path in _own_modules():
+        space = _space_of(module)
+        for key in [key for key, value in list(space.items()) if value is typed]:
+            found = _statement_of(module, key)
+            if found is None or not found[1].is_function:
+                continue
+            source, statement = found
+            line = statement.start + 1
+            alive = [each for each in _functions_of([space]) if each is not typed
+                     and each.__code__.co_name == key and each.__code__.co_firstlineno == line
+                     and _is_in_file(each.__code__, source)]
+            bound = {key: alive[0]} if alive and not statement.node.decorator_list else {}
+            if not bound:
+                exec(source.compile([statement.node]), space, bound)
+            journal = _Journal()
+            journal.put(_entry(space, key), bound[key])
+            _hot_remember("unpatch", ["%s.%s" % (name, key)], journal)
+            return True
+    return False
+
+
+def _patch_target(value):
+    """Return the function or class that a patch of `value` changes."""
+    if _is(value, (types.MethodType, staticmethod, classmethod)):
+        value = value.__func__
+    elif isinstance(value, property) and value.fget is not None:
+        value = value.fget
+    elif type(value) is _LRU_CACHE and hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    if type(value) is types.FunctionType:
+        return value
+    if _is(value, type) and value.__flags__ & _HEAP_TYPE:
+        return value
+    raise TypeError("expected a Python function, method or class, not %r, which is built in or "
+                    "no definition; to replace it, bind its name anew" % (value,))
 
 
 # --- Functions ---
+
+def _function_like(function, code, cells):
+    """Return a new function with other code and cells, and all else of an old one."""
+    new = types.FunctionType(code, function.__globals__, function.__name__,
+                             function.__defaults__, tuple(cells))
+    new.__kwdefaults__ = function.__kwdefaults__
+    new.__dict__.update(vars(function))
+    for name in ("__qualname__", "__module__", "__doc__", "__type_params__"):
+        if hasattr(function, name):
+            setattr(new, name, getattr(function, name))
+    _annotations(new)[1](_annotations(function)[0]())
+    return new
+
+
+def _new_cell(value):
+    return (lambda: value).__closure__[0]
+
+
+def _doc_of(code):
+    """Return the docstring of a function's code."""
+    first = code.co_consts[0] if code.co_consts else None
+    is_doc = sys.version_info < (3, 14) or _IS_PYPY or code.co_flags & 0x4000000
+    return first if type(first) is str and is_doc and code.co_name != "<lambda>" else None
+
+
+def _live_defaults(function):
+    """Return {parameter: default} of a function."""
+    code = function.__code__
+    names = code.co_varnames[:code.co_argcount]
+    return dict(zip(reversed(names), reversed(function.__defaults__ or ())),
+                **function.__kwdefaults__ or {})
+
+
+def _as_defaults(code, values):
+    """Return (__defaults__, __kwdefaults__) from {parameter: default}."""
+    names = code.co_varnames[:code.co_argcount]
+    more = code.co_varnames[code.co_argcount:code.co_argcount + code.co_kwonlyargcount]
+    return (tuple(values[name] for name in names if name in values) or None,
+            {name: values[name] for name in more if name in values} or None)
+
+
+def _new_defaults(found, function):
+    """Return (__defaults__, __kwdefaults__) for a live closure that gets new code.
+
+    A default whose text is the same keeps its value, a literal is evaluated; else ValueError.
+    """
+    import ast
+    if found.old is None:
+        return function.__defaults__, function.__kwdefaults__
+    olds, news = _default_nodes(found.old), _default_nodes(found.new)
+    live, values = _live_defaults(function), {}
+    for name, node in news.items():
+        if name in live and name in olds and _key(olds[name], False) == _key(node, False):
+            values[name] = live[name]
+        else:
+            values[name] = ast.literal_eval(node)
+    return _as_defaults(found.code, values)
+
+
+def _with_consts(code, consts):
+    if hasattr(code, "replace"):
+        return code.replace(co_consts=consts)
+    return types.CodeType(  # 3.6, 3.7
+        code.co_argcount, code.co_kwonlyargcount, code.co_nlocals, code.co_stacksize,
+        code.co_flags, code.co_code, consts, code.co_names, code.co_varnames,
+        code.co_filename, code.co_name, code.co_firstlineno, code.co_lnotab,
+        code.co_freevars, code.co_cellvars)
+
+
+def _names_in(code):
+    """Return the global names that code and what is nested in it uses."""
+    return set(code.co_names).union(*map(_names_in, _nested_codes(code)))
+
+
+def _is_in_file(code, source):
+    return code.co_name not in ("forward_call", "<module>") and not _makes_annotations(code) and (
+        code.co_filename == source.path or os.path.abspath(code.co_filename) == source.path
+        or os.path.realpath(code.co_filename) == os.path.realpath(source.path))
+
 
 def _swap(function, code, defaults, kwdefaults):
     """Give a function its code and defaults so that no call gets some old and some new.
@@ -4633,15 +7013,7 @@ def _forwarder(old, new):
     is_async = bool(getattr(getattr(new, "__code__", None), "co_flags", 0) & 0x80)
     code = _forwarder_template(len(old.__code__.co_freevars), is_async)
     consts = tuple(new if const == _TARGET else const for const in code.co_consts)
-    if hasattr(code, "replace"):
-        code = code.replace(co_consts=consts)
-    else:
-        code = types.CodeType(  # 3.6, 3.7
-            code.co_argcount, code.co_kwonlyargcount, code.co_nlocals, code.co_stacksize,
-            code.co_flags, code.co_code, consts, code.co_names, code.co_varnames,
-            code.co_filename, code.co_name, code.co_firstlineno, code.co_lnotab,
-            code.co_freevars, code.co_cellvars)
-    return code, old.__defaults__, old.__kwdefaults__
+    return _with_consts(code, consts), old.__defaults__, old.__kwdefaults__
 
 
 _TARGET = "target of forward_call"
@@ -4756,15 +7128,14 @@ def _all_classes():
 
 def _instances(*classes):
     """Return the live objects whose class is exactly one of `classes`."""
-    return [obj for obj in gc.get_objects() if type(obj) in classes] if classes else []
-
-
-def _dataclass_fields(cls):
-    """Return {name: field} of a dataclass, of another value an empty dict."""
-    if not _is(cls, type) or "__dataclass_fields__" not in vars(cls) or (
-            "dataclasses" not in sys.modules):
-        return {}
-    return {field.name: field for field in sys.modules["dataclasses"].fields(cls)}
+    if not classes:
+        return []
+    if sys.version_info >= (3, 9) and not _IS_PYPY and len(classes) < 20:
+        found = gc.get_referrers(*classes)      # in C; instances refer to their class from 3.9 on
+    else:
+        found = gc.get_objects()
+    ids = set(map(id, classes))
+    return [obj for obj in found if id(type(obj)) in ids]
 
 
 def _forget_subclasses():
@@ -4776,81 +7147,21 @@ def _forget_subclasses():
         elif "_abc_cache" in vars(cls):
             cls._abc_cache.clear()  # 3.6, PyPy
     abc.ABCMeta("_", (), {}).register(int)  # there the noes are dropped at the next registration
-    for function in _instances(types.FunctionType):
-        if hasattr(function, "_clear_cache") and function.__globals__ is vars(functools):
+    for function in _functions_of([vars(functools)]):
+        if hasattr(function, "_clear_cache"):
             function._clear_cache()
 
 
-def _classes_with_lines(known, plan):
-    """3.13: return the classes of a module, which know their first line."""
-    return [cls for cls in known.values() if sys.version_info >= (3, 13)
-            and isinstance(cls, type) and cls.__module__ == plan.module.__name__
-            and "__firstlineno__" in vars(cls)]
-
-
-def _same_payload(kept, member):
-    """Tell whether an old enum member can stand for a new one: its data part can't change."""
-    base = getattr(type(member), "_member_type_", object)
-    return base is object or base.__eq__(kept, member) is True
-
-
-def _combinations(old, new):
-    """Yield (old, new) for values of a Flag that have no names, such as A | B, if still valid."""
-    import enum
-    for value, kept in list(old._value2member_map_.items() if issubclass(old, enum.Flag) else ()):
-        if value not in new._value2member_map_:
-            try:
-                made = new(value)
-            except ValueError:
-                continue
-            if type(made) is new and made._value_ == value:
-                yield kept, made
-
-
-def _adopt_member(cls, member):
-    """Return a new enum member as a member of the old class."""
-    try:
-        member.__class__ = cls
-        return member
-    except TypeError:  # up to 3.11, for members that are an int or str too
-        base = cls._member_type_
-        adopted = base.__new__(cls, *[member._value_] if isinstance(member._value_, base)
-                               else member._value_)
-        vars(adopted).update(vars(member), __objclass__=cls)
-        return adopted
-
-
-def _mangled(name, class_name):
-    if name.startswith("__") and not name.endswith("__"):
-        return "_%s%s" % (class_name.lstrip("_"), name)
-    return name
-
-
 # --- Namespaces and containers ---
-
-def _restore_names(space, before, bound):
-    """Put back the names which statements bound, and take away the new ones."""
-    for name, value in bound.items():
-        if value is not _MISSING:
-            space[name] = value
-    for name in set(space) - set(before):
-        del space[name]
-
-
-def _restore_class(cls, before):
-    now = dict(vars(cls))
-    for name in set(now) | set(before):
-        value = before.get(name, _MISSING)
-        if now.get(name, _MISSING) is not value and name not in _CLASS_SKIPS:
-            _attribute(cls, name)[1](value)
-
 
 def _container_kind(value):
     return next((kind for kind in _CONTENTS if _is(value, kind)), None)
 
 
 def _content(container):
-    """Return a copy of what a container holds: a dict, list, set or bytearray."""
+    """Return a copy of what a container holds: a dict, list, set, bytearray or class."""
+    if _is(container, type):
+        return dict(vars(container))
     return _CONTENTS[_container_kind(container)](container)
 
 
@@ -4876,6 +7187,12 @@ def _parts(value):
 
 def _restore_container(container, before):
     kind, now = _container_kind(container), _content(container)
+    if _is(container, type):
+        for name in set(now) | set(before):
+            value = before.get(name, _MISSING)
+            if now.get(name, _MISSING) is not value and name not in _CLASS_SKIPS:
+                _attribute(container, name)[1](value)
+        return
     if type(before) is dict:
         for key in set(now) - set(before):
             kind.__delitem__(container, key)
@@ -4891,15 +7208,6 @@ def _restore_container(container, before):
         set.update(container, before)
     elif len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
         _replace_items(container, before)
-
-
-def _values_read_by(units, space):
-    """Yield the values that units may use; of modules, those which the unit names."""
-    for unit in units:
-        names = unit.reads.intersection(space)
-        yield from (space[name] for name in names)
-        for module in _modules_named(space, names):
-            yield from _values_of(vars(module), unit.code.co_names)
 
 
 def _modules_named(space, names):
@@ -4941,7 +7249,7 @@ def _reachable(values):
         if _is_python_function(value):
             todo.extend((vars(value), value.__defaults__, value.__kwdefaults__))
             todo.extend(_cell_value(cell) for cell in value.__closure__ or ())
-            if not _is_library(value.__globals__.get("__file__")):
+            if not _is_library(value.__code__.co_filename):
                 yield value
                 todo.extend(_read_by(value.__code__, value.__globals__))
         elif _is(value, type):
@@ -4973,7 +7281,8 @@ def _is_data(value):
     """
     cls = type(value)
     if _is_library_module(cls.__module__):
-        return cls.__eq__ is not object.__eq__ and type(_get_dict(value)) is dict
+        return type(_get_dict(value)) is dict and (
+            cls.__eq__ is not object.__eq__ or not _is_standard(cls.__module__))
     return not _is(value, types.ModuleType)
 
 
@@ -5043,7 +7352,7 @@ def _redirect_holder(journal, holder, moves):
         if id(value) in moves:
             journal.put(_cell(holder), moves[id(value)][1])
     elif type(holder) in _SEQUENCES:
-        journal.on_undo(_restore_container, holder, holder.copy())
+        journal.on_undo(functools.partial(_restore_container, holder, holder.copy()))
         others = [item for item in holder if id(item) not in moves]
         _replace_items(holder, [
             moves.get(id(item), (0, item))[1] for item in list(holder)
@@ -5052,7 +7361,7 @@ def _redirect_holder(journal, holder, moves):
         for item in [item for item in holder if id(item) in moves]:
             holder.discard(item)
             holder.add(moves[id(item)][1])
-            journal.on_undo(holder.add, item)
+            journal.on_undo(functools.partial(holder.add, item))
     elif _is(holder, dict):
         _redirect_dict(journal, holder, moves)
     elif not _is(holder, (type, types.FunctionType, types.FrameType)) and (
@@ -5078,13 +7387,14 @@ def _redirect_dict(journal, holder, moves):
 
 # --- Live code ---
 
-def _functions_of(plans):
-    """Return every live function whose globals are those of one of the modules."""
-    spaces = {id(plan.space): plan.space for plan in plans}
-    # get_referrers: a pass in C, five times as fast as one in Python, but not in PyPy.
-    found = gc.get_referrers(*spaces.values()) if spaces and not _IS_PYPY else gc.get_objects()
-    return [obj for obj in found
-            if type(obj) is types.FunctionType and id(obj.__globals__) in spaces]
+def _functions_of(spaces):
+    """Return every live function whose globals are one of some namespaces."""
+    # get_referrers: a pass in C, five times as fast as one in Python; but not in PyPy, and each
+    # reference in the heap is compared with each argument.
+    is_c = spaces and not _IS_PYPY and len(spaces) <= 8
+    found = gc.get_referrers(*spaces) if is_c else gc.get_objects() if spaces else ()
+    ids = set(map(id, spaces))
+    return [obj for obj in found if type(obj) is types.FunctionType and id(obj.__globals__) in ids]
 
 
 def _top_frames(module):
@@ -5127,72 +7437,12 @@ def _code_paths(codes, prefix=""):
         yield from _code_paths(_nested_codes(code), path + (".<locals>." if is_function else "."))
 
 
-def _pair_codes(olds, news):
-    """Return {id of an old code: the new one for it}; both are lists of (unit, path, code).
-
-    Where several have one path, those that do the same belong together; the others in order, but
-    only if as many are left on both sides. Those of one statement come first.
-    """
-    pairs, used = {}, set()
-    for in_statement, by_behaviour in ((1, 1), (1, 0), (0, 1), (0, 0)):
-        groups = collections.defaultdict(lambda: ([], []))
-        for side, entries in enumerate((olds, news)):
-            for unit, path, code in entries:
-                if id(code) not in used:
-                    groups[path, in_statement and frozenset(unit.binds),
-                           by_behaviour and (_behaviour(code), unit.defaults_of(code))
-                           ][side].append(code)
-        for ours, theirs in groups.values():
-            if by_behaviour or len(ours) == len(theirs):
-                pairs.update(zip(map(id, ours), theirs))
-                used.update(id(code) for pair in zip(ours, theirs) for code in pair)
-    return pairs
-
-
-def _place_of(live):
-    """Return (name, first line, code) of a function, or of a class (3.13), which has no code."""
-    if isinstance(live, type):
-        return live.__name__, live.__firstlineno__, None
-    return live.__code__.co_name, live.__code__.co_firstlineno, live.__code__
-
-
 def _best_match(code, codes):
     """Return the one of `codes` that does what a live code object does, or None."""
     for other in codes:
         if len(codes) == 1 or code is None or _behaviour(other) == _behaviour(code):
             return other
     return None
-
-
-def _new_defaults(plan, function, code):
-    """Return (__defaults__, __kwdefaults__) for a live closure that gets new code.
-
-    A default whose text is the same keeps its value, a literal is evaluated; else ValueError.
-    """
-    import ast
-    olds = _default_nodes(plan.old.function_node(function.__code__) if plan.old else None)
-    news = _default_nodes(plan.new.function_node(code))
-    names = function.__code__.co_varnames[:function.__code__.co_argcount]
-    values = dict(zip(reversed(names), reversed(function.__defaults__ or ())),
-                  **function.__kwdefaults__ or {})
-    for name, node in news.items():
-        if name not in values or name in olds and ast.dump(olds[name]) != ast.dump(node):
-            values[name] = ast.literal_eval(node)
-    names = code.co_varnames[:code.co_argcount]
-    return (tuple(values[name] for name in names if name in news) or None,
-            {name: values[name] for name in news if name not in names} or None)
-
-
-def _default_nodes(node):
-    """Return {parameter: node of its default}."""
-    if node is None:
-        return {}
-    args = node.args
-    positional = [arg.arg for arg in getattr(args, "posonlyargs", []) + args.args]
-    found = dict(zip(reversed(positional), reversed(args.defaults)))
-    found.update((arg.arg, default) for arg, default in zip(args.kwonlyargs, args.kw_defaults)
-                 if default is not None)
-    return found
 
 
 def _behaviour(code):
@@ -5226,438 +7476,12 @@ def _typed(const):
     return type(const), repr(const) if isinstance(const, (float, complex)) else const
 
 
-_Step = collections.namedtuple("_Step", "key line code behind")  # key: (operation, argument)
-
-
-def _steps(code):
-    """Return a _Step for each instruction of a module's code, sorted by line.
-
-    By line, because what handles exceptions stands at the end (3.11). Without the `return None`.
-    """
-    import dis
-    lines, line, found = dict(dis.findlinestarts(code)), 0, []
-    for step in dis.get_instructions(code):
-        line = lines.get(step.offset) or line
-        if step.opname == "RETURN_VALUE":
-            found.pop()  # LOAD_CONST None
-        elif step.opname not in _SKIPPED_STEPS:
-            found.append((line, step))
-    found.sort(key=lambda pair: pair[0])
-    places = {step.offset: at for at, (_, step) in enumerate(found)}
-    offsets = sorted(places)
-    behind = dict(zip(offsets[1:], offsets))
-
-    def argument(at, step):
-        if step.opcode in dis.hasjrel or step.opcode in dis.hasjabs:
-            i = bisect.bisect_left(offsets, step.argval)
-            return (places[offsets[i]] if i < len(offsets) else len(found)) - at
-        return _typed(step.argval)
-    return [_Step((step.opname, argument(at, step)), line,
-                  step.argval if isinstance(step.argval, types.CodeType) else None,
-                  places.get(behind.get(step.offset)))
-            for at, (line, step) in enumerate(found)]
-
-
-_SKIPPED_STEPS = {"EXTENDED_ARG", "NOP", "RESUME", "CACHE", "SETUP_ANNOTATIONS", "RETURN_CONST"}
-
-
-def _is_in_file(code, plan):
-    return code.co_name not in ("forward_call", "<module>") and not _makes_annotations(code) and (
-        code.co_filename in (plan.path, plan.module.__file__)
-        or os.path.abspath(code.co_filename) == plan.path)
-
-
-# --- Modules and their sources ---
-
-def note_sources(modules=None):
-    """Remember the source that each module of the program runs now.
-
-    The server calls it when a first client connects. Only modules not seen before are looked at;
-    each costs the reading of its file. May be called in any thread.
-    """
-    if not _reload_lock.acquire(False):
-        return  # a reload runs; it looks at its modules itself
-    try:
-        for module in _new_modules() if modules is None else modules:
-            noted = _noted_source(module)
-            if noted is not None:
-                _noted[module.__name__] = noted
-    finally:
-        _reload_lock.release()
-
-
-def _new_modules():
-    """Return the program's own modules, or none where nothing was imported since the last call."""
-    loaded = list(map(id, list(sys.modules.values())))
-    if loaded == _looked_at:
-        return []
-    _looked_at[:] = loaded
-    return _own_modules()
-
-
-_looked_at = []  # ids of the modules that were loaded when note_sources() looked last
-
-
-def _noted_source(module):
-    """Return the _Noted of a module, from its file if it is not known yet; None without a file."""
-    noted = _noted.get(module.__name__)
-    if noted is not None and noted.module() is module:
-        return noted
-    try:
-        with open(_source_path(module), "rb") as file:
-            stat = os.fstat(file.fileno())
-            # What was written after the process began, reload() checks against what is alive.
-            is_sure = max(stat.st_mtime, stat.st_ctime) < _process_start()
-            cached = None if is_sure else _cached_code(module)
-            return _Noted(weakref.ref(module), file.read(), is_sure, cached)
-    except (OSError, ReloadError):
-        return None
-
-
-def _cached_code(module):
-    """Return the code that a module runs, or that in its .pyc, whatever source it is from."""
-    for frame in _top_frames(module):
-        return frame.f_code
-    import importlib.util
-    import marshal
-    try:
-        # Not module.__cached__, which is gone in 3.15.
-        with open(module.__spec__.cached, "rb") as file:
-            data = file.read()
-        if data[:4] == importlib.util.MAGIC_NUMBER:
-            return marshal.loads(data[12 if sys.version_info < (3, 7) else 16:])
-    except (OSError, AttributeError, TypeError, ValueError, EOFError):
-        pass
-    return None
-
-
-@functools.lru_cache(maxsize=None)
-def _process_start():
-    """Return when this process began, in seconds as time.time() has them."""
-    try:
-        with open("/proc/self/stat") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
-        with open("/proc/uptime") as file:
-            uptime_s = float(file.read().split()[0])
-        return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
-    except (OSError, ValueError, IndexError, AttributeError):
-        return _loaded_at  # no /proc: when this file was loaded
-
-
-def _as_module(module):
-    if isinstance(module, str):
-        if module not in sys.modules:
-            raise ValueError("no module %r is loaded; import it first" % module)
-        module = sys.modules[module]
-    if not isinstance(module, types.ModuleType):
-        raise TypeError("expected a module or its name, not %r" % (module,))
-    return module
-
-
-def _file_of(module):
-    """Return the absolute path of a module's file, whatever os.chdir() the program calls later.
-
-    3.6-3.8: a script's is relative, but the folder of the script stands first in sys.path.
-    """
-    path = getattr(module, "__file__", None)
-    if not path or os.path.isabs(path):
-        return path
-    beside = [os.path.join(folder, os.path.basename(path)) for folder in sys.path[:1]
-              if module.__name__ == "__main__"]
-    for each in [path] + beside if module not in _paths else ():
-        if os.path.isfile(each):
-            _paths.setdefault(module, os.path.abspath(each))
-    return _paths.get(module) or os.path.abspath(path)
-
-
-def _source_path(module):
-    path = _file_of(module)
-    if path is None:
-        raise ReloadError("%r has no source file; use patch() for what lives in no file"
-                          % module.__name__)
-    if path.endswith(".pyc"):
-        import importlib.util
-        path = importlib.util.source_from_cache(path)
-    if not path.endswith((".py", ".pyw")) and module.__name__ != "__main__":
-        raise ReloadError("%r is not Python source: %s" % (module.__name__, path))
-    return os.path.abspath(path)
-
-
-def _own_modules():
-    """Return the loaded modules whose files are below the program's own folder."""
-    folder = _own_folder()
-    found = []
-    for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None)
-        if isinstance(module, types.ModuleType) and path and module.__name__ == name and (
-                path.endswith(".py") or name == "__main__") and not _is_library(path):
-            path = os.path.realpath(_file_of(module))
-            if path.startswith(folder + os.sep) and not _is_library(path):
-                found.append(module)
-    return found
-
-
-def _own_folder():
-    """Return the folder of the script, or the current one, above any package it is in."""
-    path = _file_of(sys.modules.get("__main__"))
-    if path and not _is_library(path):
-        path = os.path.realpath(path)
-    folder = os.getcwd() if not path or _is_library(path) else os.path.dirname(path)
-    while os.path.exists(os.path.join(folder, "__init__.py")):
-        folder = os.path.dirname(folder)
-    return os.path.realpath(folder)
-
-
-@functools.lru_cache(maxsize=None)
-def _is_library(path):
-    """Tell whether a file belongs to the standard library or is an installed package."""
-    if not path:
-        return False
-    parts = path.split(os.sep)
-    return ("site-packages" in parts or "dist-packages" in parts
-            or path.startswith(_library_folders()))
-
-
-@functools.lru_cache(maxsize=None)      # beside a thread that computes each lstat() can take 5 ms
-def _library_folders():
-    """Return where the standard library is, by both its names, each with a separator at its end."""
-    library = os.path.dirname(os.__file__)
-    return library + os.sep, os.path.realpath(library) + os.sep
-
-
-def _is_library_module(name):
-    module = sys.modules.get(name)
-    return _is_library(getattr(module, "__file__", None) or os.__file__)
-
-
-def _in_dependency_order(plans):
-    """Return the plans so that a module comes after those it imports; cycles as they come."""
-    by_name = {plan.module.__name__: plan for plan in plans}
-    ordered, seen = [], set()
-
-    def visit(plan):
-        if id(plan) not in seen:
-            seen.add(id(plan))
-            for name in sorted(_imports(plan.module, plan.data)):
-                if name in by_name:
-                    visit(by_name[name])
-            ordered.append(plan)
-    for plan in plans if len(plans) > 1 else ():
-        visit(plan)
-    return ordered or plans
-
-
-def _imports(module, data):
-    """Return the dotted names of what a source imports anywhere, with the names in modules."""
-    import ast
-    names = set()
-    package = (module.__package__ or "").split(".")
-    try:
-        tree = ast.parse(data)
-    except _COMPILE_ERRORS:
-        return names  # of another module, which is just being edited
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parts = package[:len(package) - node.level + 1] if node.level else []
-            base = ".".join(parts + ([node.module] if node.module else []))
-            names.add(base)
-            names.update("%s.%s" % (base, alias.name) for alias in node.names)
-    return names
-
-
-def _importers(plan, name):
-    """Yield the program's modules which imported a name that has another value now."""
-    for module in _own_modules():
-        if module is not plan.module and name in vars(module) and (
-                vars(module)[name] is plan.before[name]):
-            noted = _noted_source(module)
-            imports = _imports(module, noted.data) if noted else ()
-            if any("%s.%s" % (plan.module.__name__, each) in imports for each in (name, "*")):
-                yield module
-
-
 def _forget_new_modules(before):
     """Take the program's own modules out of sys.modules that a failed reload imported."""
-    own = {module.__name__ for module in _own_modules()}
+    own = {name for name, _, _ in _own_modules()}
     for name in set(sys.modules) - set(before):
         if name in own:
             del sys.modules[name]
-
-
-def _unsaved(plan):
-    """Return what is defined in a live module and stands in no file, or otherwise in its own."""
-    found, known = set(), plan.new.names | plan.old_names()
-    codes = [code for _, code in _code_paths([plan.new.code])]
-    stored = [{name for code in codes for name in names_stored_by(code)} for names_stored_by in (
-        lambda code: _stored_names(code, "GLOBAL"), _stored_attributes)]
-    known |= stored[0]
-    for name, value in plan.space.items():
-        if name.startswith("__") or _is(value, types.ModuleType):
-            continue
-        if _is(value, type) and value.__module__ == plan.module.__name__:
-            found.update("%s.%s" % (name, key) for key, inner in vars(value).items()
-                         if _has_console_code(inner))
-        elif _has_console_code(value) or not known & {name, "*"} and (
-                getattr(value, "__module__", None) != __name__):
-            found.add(name)
-    if plan.may_drop_names:
-        stored[0] |= known - plan.space.keys()
-    same = {*plan.same.values(), *plan.missing.values()}
-    nodes = [(node, j in same) for j, unit in enumerate(plan.new.units) for node in unit.nodes]
-    return sorted(found.union(_differing(plan, nodes, plan.space, *stored)))
-
-
-def _differing(plan, nodes, space, stored, stored_in_classes):
-    """Yield the names in a module or class whose one statement, which was executed, says otherwise.
-
-    Only of a definition and of a literal is it known what was made. Not what the module's own code
-    sets, such as a counter: names that it assigns or deletes by `global`, or as an attribute.
-    """
-    import abc
-    bound = collections.Counter(name for node, _ in nodes for name in _Names([node]).binds)
-    for node, is_same in nodes:
-        for name in _Names([node]).binds if is_same else ():
-            if bound[name] == 1 and not bound["*"] and name not in stored and (
-                    not name.startswith("__")):
-                live = space.get(name, _MISSING)
-                if _is_otherwise(plan, node, live):
-                    yield name
-                elif hasattr(node, "bases") and not node.decorator_list and (
-                        type(live) in (type, abc.ABCMeta) and not issubclass(live, tuple)):
-                    inner = [(each, True) for each in node.body]
-                    for key in itertools.chain(
-                            _differing(plan, inner, vars(live), *[stored_in_classes] * 2),
-                            _added_to_class(node, live, stored_in_classes)):
-                        yield "%s.%s" % (name, key)
-
-
-def _added_to_class(node, cls, stored):
-    """Yield the attributes that surely no statement and no method has put on a class."""
-    stored = stored | _stored_by_methods(cls)
-    body = _Names(node.body)
-    if "setattr" in stored or not body.reads.isdisjoint(("exec", "locals", "vars")) or any(
-            "__init_subclass__" in vars(base) for base in cls.__mro__[1:-1]):
-        return
-    known = stored.union(_CLASS_SKIPS, (_mangled(name, node.name) for name in body.binds))
-    for name, value in vars(cls).items():
-        if name not in known and not name.startswith("__") and not isinstance(value, _SLOT_TYPES):
-            yield name
-
-
-def _stored_by_methods(cls):
-    """Return what methods of a class, and of descriptors that are told of it, may put there."""
-    sources = _own_bases(cls) + [
-        getattr(type(value), "__set_name__", None) for value in vars(cls).values()]
-    codes = [function.__code__ for each in sources for function in _functions_in(each)]
-    return set().union(*[_stored_attributes(code) for _, code in _code_paths(codes)])
-
-
-def _is_otherwise(plan, node, live):
-    """Tell whether a live value is surely not what a statement made."""
-    import ast
-    if hasattr(node, "decorator_list"):
-        if live is _MISSING or node.decorator_list:
-            return live is _MISSING
-        if hasattr(node, "bases"):
-            return not node.keywords and not node.bases and (
-                not _is(live, type) or live.__module__ != plan.module.__name__)
-        return type(live) is types.FunctionType and live.__globals__ is not plan.space
-    if type(node).__name__ not in ("Assign", "AnnAssign") or not all(
-            type(target).__name__ == "Name" for target in getattr(node, "targets", ())):
-        return False
-    if live is _MISSING:
-        return node.value is not None  # unlike in `x: int`
-    try:
-        value = ast.literal_eval(node.value)
-        hash(value)  # a list or a dict is there to be changed
-    except (ValueError, TypeError, AttributeError):
-        return False
-    return type(live) is not type(value) or _typed(live) != _typed(value)
-
-
-# --- patch ---
-
-def patch(old, new=None):
-    """Give the function or class `old` the behaviour of `new`, wherever it is held.
-
-    Returns a callable that puts back exactly what was; several patches, also of a class and its
-    methods, may be undone in any order. As a decorator, `@patch(m.step)`, it binds the name to the
-    patched `old`; then `unpatch(m.step)` takes the newest patch back. A name, a module and a place
-    in a class stay those of `old`. A pair that can't work is a TypeError and changes nothing. May
-    be called in any thread.
-    """
-    target = _patch_target(old)
-    forget = old.cache_clear if type(old) is _LRU_CACHE else bool
-    if new is None:
-        return lambda new: patch(old, new) and old
-    source = _patch_target(new)
-    _check_pair(target, source, old)
-    with _reload_lock:
-        transaction = _Transaction(ReloadReport())
-        transaction.patch(target, source)
-        forget()
-        entry = _Patch(target, transaction, forget)
-        _patches.append(entry)
-    return functools.partial(_undo_patch, entry)
-
-
-def unpatch(old):
-    """Take back the newest patch of `old`."""
-    target = _patch_target(old)
-    for entry in reversed(_patches):
-        if entry.target is target and not entry.is_undone:
-            return _undo_patch(entry)
-    raise ValueError("%r is not patched" % (old,))
-
-
-class _Patch:
-    """What it takes to undo a patch."""
-
-    def __init__(self, target, transaction, forget):
-        self.target, self.transaction, self.forget = target, transaction, forget
-        self.is_undone = False  # though what a newer patch covers is still to be put back
-
-
-def _undo_patch(entry):
-    """Undo a patch, but not yet in a function or class that a newer one in force has changed.
-
-    It does not show there, and what is put back below the newer one would be lost with it.
-    """
-    with _reload_lock:
-        entry.is_undone = True
-        covered = set()
-        for each in reversed(_patches[:]):
-            if not each.is_undone:
-                covered |= each.transaction.olds
-                continue
-            each.transaction.undo(covered)
-            each.forget()
-            if each.transaction.is_undone:
-                _patches.remove(each)
-
-
-def _patch_target(value):
-    """Return the function or class that a patch of `value` changes."""
-    if _is(value, (types.MethodType, staticmethod, classmethod)):
-        value = value.__func__
-    elif isinstance(value, property) and value.fget is not None:
-        value = value.fget
-    elif type(value) is _LRU_CACHE and hasattr(value, "__wrapped__"):
-        value = value.__wrapped__
-    if type(value) is types.FunctionType:
-        return value
-    if _is(value, type) and value.__flags__ & _HEAP_TYPE:
-        return value
-    raise TypeError("expected a Python function, method or class, not %r, which is built in or "
-                    "no definition; to replace it, bind its name anew" % (value,))
-
-
-def _check_pair(old, new, shown):
-    if isinstance(old, type) is not isinstance(new, type):
-        raise TypeError("can't make %r behave like %r: patch a function with a function and a "
-                        "class with a class" % (shown, new))
 
 
 # === 9. Session tools ========================================================
@@ -5718,54 +7542,68 @@ def main_thread(function, *args):
     return MAIN.call(function, *args)
 
 
-def stacks():
-    """Print where every thread is, and every asyncio task where a loop is known; this one last."""
-    import traceback
-    own = threading.get_ident()
-    frames = sys._current_frames()
-    known = {thread.ident: thread for thread in threading.enumerate()}
-    for ident in [each for each in known if each in frames and each != own]:
-        _print_stack(_thread_title(known[ident]), traceback.extract_stack(frames.pop(ident)))
-    for ident in [each for each in frames if each != own]:
-        _print_stack("unknown to threading, ident %d" % ident,
-                     traceback.extract_stack(frames[ident]))
-    session = current_session()
-    for task in [] if session is None else session.tasks():
-        _print_stack(_task_title(task), _await_chain(task.get_coro()))
-    _print_stack(_thread_title(known[own]), traceback.extract_stack(frames[own]))
+def stacks(locals=False):
+    """Print where every thread is, and every asyncio task where a loop is known; this one last.
+
+    With `locals` also the variables of the program's own functions, shortened.
+    """
+    for title, stack in _stacks():
+        _print_stack(title, stack, locals)
+    _print_stack(_thread_title(threading.current_thread()), _outwards(sys._getframe()), locals)
 
 
-def _print_stack(title, summary):
-    from code import InteractiveConsole
-    import traceback
-    print(title + ":")
-    print("".join(traceback.format_list(
-        [each for each in summary if each.filename not in (
-            _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
-         and not each.name.startswith("_bootstrap")])) or "  only hotrepl's own code\n")
+def frames():
+    """Print the program's own functions that run, by thread and task, numbered for at()."""
+    _listed.marks = marks = _marks()
+    for number, mark in enumerate(marks, 1):
+        if number == 1 or marks[number - 2].title != mark.title:
+            print(mark.title + ":")
+        print("%5d  %s" % (number, mark.text))
 
 
-def _thread_title(thread):
-    kind = ", daemon" if thread.daemon else ""
-    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+def at(where):
+    """Return the variables of a call that runs: its attributes, to be read and to be set.
+
+    `where` is the name of the function, or the number that frames() printed last. The call goes
+    on meanwhile. LookupError: it has ended, or there are several of that name.
+    """
+    if isinstance(where, int):
+        marks = getattr(_listed, "marks", ())
+        if not 0 < where <= len(marks):
+            raise LookupError("frames() has listed no frame %d here" % where)
+        return Frame(marks[where - 1])
+    marks = _marks()
+    fits = [number for number, mark in enumerate(marks, 1)
+            if where in (mark.code.co_name, getattr(mark.code, "co_qualname", ""))]
+    if not fits:
+        raise LookupError("no call of %s runs just now; frames() lists those that do"
+                          % shorten(where))
+    if len(fits) > 1:
+        _listed.marks = marks
+        raise LookupError("%d calls of %r run, name one by its number: %s" % (
+            len(fits), where, "; ".join("%d: %s" % (each, marks[each - 1].text)
+                                        for each in fits[-5:])))
+    return Frame(marks[fits[0] - 1])
 
 
-def _task_title(task):
-    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+def watch(function, count=10, when=None, quiet=False, seconds=600.0):
+    """Print the next calls of a function as they come, a line each; then it is as it was before.
 
-
-def _await_chain(coroutine):
-    """Return the stack of a task: its coroutine, what that awaits, and so on."""
-    import traceback
-    frames = []
-    while coroutine is not None:
-        kind = next((each for each in ("cr", "gi", "ag")
-                     if hasattr(coroutine, each + "_frame")), "")
-        frame = getattr(coroutine, kind + "_frame", None)
-        if frame is not None:
-            frames.append((frame, frame.f_lineno))
-        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
-    return traceback.StackSummary.extract(frames)
+    That is after `count` calls, of those for which when(call) is true; after `seconds`; on Ctrl+C;
+    at the session's end. With `quiet` return at once a list, which fills with the calls. A call has
+    args, kwargs, result, exception, seconds (waiting included), thread and again(). Of a cached
+    function only those calls that the cache does not answer are seen, and of an asynchronous
+    generator the one that makes it.
+    """
+    calls = Calls(function, count, when, seconds)
+    if quiet:
+        calls.start(calls.collect)
+        return calls
+    calls.start()
+    try:
+        return calls.show()
+    finally:
+        calls.stop()
 
 
 def follow(is_wanted=True):
@@ -5860,8 +7698,410 @@ def show_source(obj):
     print(source.rstrip())
 
 
+# --- Stacks and frames: what runs, and its variables ---
+
+_listed = threading.local()       # .marks: what frames() listed last in this thread
+_Mark = collections.namedtuple("_Mark", "frame_id code title text")   # finds a frame, holds none
+
+
+class Frame:
+    """The variables of a call that runs; each use looks for its frame anew, none is kept."""
+
+    __slots__ = ("_mark",)
+
+    def __init__(self, mark):
+        object.__setattr__(self, "_mark", mark)
+
+    @property
+    def __dict__(self):
+        return _variables(_find_frame(self._mark))
+
+    def __getattr__(self, name):
+        value = _variables(_find_frame(self._mark)).get(name, _MISSING)
+        if value is _MISSING:
+            raise AttributeError("no variable %r in %s" % (name, self._mark.text))
+        return value
+
+    def __setattr__(self, name, value):
+        problem = _set_variable(_find_frame(self._mark), name, value)
+        if problem:               # raised here, where no frame is held by the traceback
+            raise AttributeError("can't set %r in %s: %s" % (name, self._mark.text, problem))
+
+    def __repr__(self):
+        try:
+            variables = self.__dict__     # 3.6: vars() would raise another exception
+        except LookupError:
+            return "<%s, has ended>" % self._mark.text
+        lines = ["<%s, goes on meanwhile>" % self._mark.text]
+        return "\n".join(lines + ["    %s = %s" % each for each in _shown(variables).items()])
+
+
+def _marks():
+    """Return a _Mark for each frame of the program's own code, the outermost of a thread first."""
+    marks, seen = [], set()
+    for title, stack in _stacks():
+        for frame in stack:
+            code = frame.f_code
+            if id(frame) not in seen and _is_own_code(code):
+                seen.add(id(frame))       # a task that runs is on its thread's stack as well
+                marks.append(_Mark(id(frame), code, title, "%s, %s:%d" % (
+                    getattr(code, "co_qualname", code.co_name), code.co_filename,
+                    frame.f_lineno)))
+    return marks
+
+
+def _find_frame(mark):
+    """Return the frame, if the call goes on; LookupError."""
+    found = next((frame for _, stack in _stacks() for frame in stack
+                  if id(frame) == mark.frame_id and frame.f_code is mark.code), None)
+    if found is None:
+        raise LookupError("%s has ended" % mark.text)
+    return found
+
+
+def _is_own_code(code):
+    name = code.co_filename
+    return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
+
+
+def _variables(frame):
+    """Return {name: value} of the variables of a frame.
+
+    Before 3.13 the frame keeps f_locals, and with it what its variables let go of later: so that is
+    emptied, unless the program has it too, from locals().
+    """
+    variables = frame.f_locals
+    found = dict(variables)
+    if frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict:
+        ours = 3                  # references: the frame's, ours, and that of getrefcount
+        if getattr(sys, "getrefcount", id)(variables) == ours:
+            variables.clear()
+    return found
+
+
+def _set_variable(frame, name, value):
+    """Set a variable of a frame; return "", or why that can't be."""
+    code = frame.f_code
+    if not code.co_flags & CO_OPTIMIZED:
+        frame.f_locals[name] = value
+    elif name not in code.co_varnames + code.co_cellvars + code.co_freevars:
+        return "it has no such variable"
+    elif sys.implementation.name == "pypy":
+        return "PyPy has no way to do that"
+    elif sys.version_info >= (3, 13):
+        frame.f_locals[name] = value
+    else:
+        return _set_fast_variable(frame, name, value)
+    return ""
+
+
+def _set_fast_variable(frame, name, value):
+    """As _set_variable, before 3.13: f_locals is a copy, of which all that is there is put back.
+
+    So nothing else may be in it then, or the frame would get back what it has changed meanwhile.
+    """
+    import ctypes
+    put_back = ctypes.pythonapi.PyFrame_LocalsToFast
+    for _ in range(100):
+        variables = frame.f_locals
+        before = dict(variables)
+        variables.clear()
+        variables[name] = value
+        put_back(ctypes.py_object(frame), ctypes.c_int(0))
+        is_done = len(variables) == 1     # else it was filled again in between: by locals(), say
+        variables.update(before, **{name: value})
+        del variables
+        if is_done and _variables(frame):
+            return ""
+    return "the call fills locals() all the time"
+
+
+CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class body
+
+
+def _stacks():
+    """Yield (title, frames, the outermost first) of each other thread, then of each task."""
+    known = {thread.ident: thread for thread in threading.enumerate()}
+    running = sys._current_frames()
+    del running[threading.get_ident()]
+    session = current_session()
+    loops = [] if session is None else session.loops()
+    for ident in [each for each in known if each in running] + list(set(running) - set(known)):
+        stack = _outwards(running.pop(ident))
+        loops += filter(None, map(_loop_run_by, stack))
+        yield (_thread_title(known[ident]) if ident in known
+               else "unknown to threading, ident %d" % ident), stack
+    for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
+        yield _task_title(task), _await_chain(getattr(task, "get_coro", lambda: task._coro)())
+
+
+def _outwards(frame):
+    """Return the frames of a stack, the outermost first."""
+    stack = []
+    while frame is not None:
+        stack.append(frame)
+        frame = frame.f_back
+    return stack[::-1]
+
+
+def _loop_run_by(frame):
+    """Return the asyncio loop that a frame runs, or None."""
+    is_running = frame.f_code.co_name == "run_forever" and "asyncio" in frame.f_code.co_filename
+    return frame.f_locals.get("self") if is_running else None
+
+
+def _tasks(loop):
+    asyncio = sys.modules["asyncio"]
+    return (asyncio if hasattr(asyncio, "all_tasks") else asyncio.Task).all_tasks(loop)   # 3.6
+
+
+def _print_stack(title, stack, with_variables):
+    from code import InteractiveConsole
+    import traceback
+    stack = [frame for frame in stack if frame.f_code.co_filename not in (
+        _THIS_FILE, InteractiveConsole.push.__code__.co_filename)
+        and not frame.f_code.co_name.startswith("_bootstrap")]
+    summary = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in stack)
+    for each, frame in zip(summary, stack if with_variables else ()):
+        if _is_own_code(frame.f_code):
+            each.locals = _shown(_variables(frame))
+    print(title + ":")
+    print("".join(summary.format()) or "  only hotrepl's own code\n")
+
+
+def _shown(variables):
+    """Return {name: shortened repr} of variables, without the names that every module has."""
+    return {name: _brief(value) for name, value in variables.items()
+            if not re.match(r"__\w+__$", name)}
+
+
+def _brief(value, width=60):
+    """Return repr(value) as one line of at most `width` characters, also where it raises."""
+    import reprlib
+    shown = reprlib.Repr()
+    shown.maxstring = shown.maxother = width
+    try:
+        return shorten(re.sub(r"\s*\n\s*", " ", shown.repr(value)), width)
+    except Exception as exc:
+        return "<%s, its repr raises %s>" % (type(value).__name__, type(exc).__name__)
+
+
+def _thread_title(thread):
+    kind = ", daemon" if thread.daemon else ""
+    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+
+
+def _task_title(task):
+    return "task " + (task.get_name() if hasattr(task, "get_name") else hex(id(task)))
+
+
+def _await_chain(coroutine):
+    """Return the frames of a task: its coroutine's, that of what it awaits, and so on."""
+    stack = []
+    while coroutine is not None:
+        kind = next((each for each in ("cr", "gi", "ag")
+                     if hasattr(coroutine, each + "_frame")), "")
+        frame = getattr(coroutine, kind + "_frame", None)
+        if frame is not None:
+            stack.append(frame)
+        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
+    return stack
+
+
+# --- Watched calls ---
+# The function is patched to call a copy of itself, which notes each call in a queue: that is all
+# that the program's threads do. Who looks at them, asks `when` and makes reprs, either of which may
+# hang, is the session's thread, or with quiet=True one of their own. A third thread, the keeper,
+# patches the function and sees to it that the patch is taken back, whatever hangs.
+
+WATCH_BACKLOG = 1000              # calls that wait to be looked at; the oldest go first
+WATCH_LINES_PER_S = 100
+WATCH_LOOK_S = 0.1                # how often the keeper looks whether it is over
+_watched = {}                     # function -> the Calls of it; guarded by nothing but the GIL
+
+
+class Call:
+    """One call of a watched function; a context manager around it."""
+
+    def __init__(self, calls, args, kwargs):
+        self.args = args
+        self.kwargs = kwargs
+        self.result = None
+        self.exception = None     # that it raised
+        self.seconds = None       # how long it took
+        self.number = 0           # among all that were noted
+        self.thread = ""          # its name; until somebody looks at the call, the Thread or ident
+        self._calls = calls
+        self._begun = time.perf_counter()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, exception, stack):
+        self.seconds = time.perf_counter() - self._begun
+        self.exception = exception
+        ident = threading.get_ident()     # current_thread() would make an object that stays
+        self.thread = threading._active.get(ident, ident)     # type: ignore[attr-defined]
+        self._calls.note(self)
+
+    def again(self):
+        """Call the function as it is now with the same arguments."""
+        return self._calls.function(*self.args, **self.kwargs)
+
+    def __repr__(self):
+        words = [_brief(each, 40) for each in self.args]
+        words += ["%s=%s" % (name, _brief(each, 40)) for name, each in self.kwargs.items()]
+        outcome = ("-> " + _brief(self.result) if self.exception is None
+                   else "raises " + _brief(self.exception))
+        time_taken = "%.3f ms" % (self.seconds * 1000) if self.seconds < 1 else (
+            "%.2f s" % self.seconds)
+        return "#%d %s(%s) %s  [%s, %s]" % (
+            self.number, self._calls.function.__qualname__, shorten(", ".join(words), 160),
+            outcome, time_taken, self.thread)
+
+
+class Calls(list):
+    """The calls of a function that were watched; it fills until it is over."""
+
+    def __init__(self, function, count, when, seconds):
+        super().__init__()
+        self.function = _patch_target(function)
+        if isinstance(self.function, type):
+            raise TypeError("expected a function or method, found %s; watch one of its methods"
+                            % shorten(function))
+        self._count = count
+        self._when = when         # which calls are wanted; None: all
+        self._end = time.monotonic() + seconds
+        self._session = current_session()
+        self._numbers = itertools.count(1)        # of calls that were noted
+        self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
+        self._came = threading.Lock()     # released when there is one: a signal handler's call too
+        self._has_begun = threading.Event()
+        self._is_over = threading.Event()
+        self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
+
+    def start(self, *others):
+        """Begin to watch, and let `others` run in threads meanwhile."""
+        try:
+            for work in (self._keep,) + others:
+                self._threads.append(Job(work))
+                self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
+                self._threads[-1].start()
+                while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
+                    pass
+            if self._is_over.is_set():
+                self.stop()       # raises why it can't be patched
+        except BaseException:
+            self._is_over.set()
+            raise
+
+    def stop(self):
+        """Watch no more; return once the function is as it was."""
+        self._is_over.set()
+        self._threads[0].join()
+        self._threads[0].outcome()
+
+    def note(self, call):
+        """Keep a call to be looked at; in the thread that made it, at whatever moment."""
+        if not self._is_over.is_set():
+            call.number = next(self._numbers)
+            self._queue.append(call)
+            if self._came.locked():
+                with suppress(RuntimeError):  # another thread was quicker
+                    self._came.release()
+
+    def collect(self):
+        """Put the calls that are wanted into the list, until it is over."""
+        try:
+            self.extend(self._wanted())
+        finally:
+            self._is_over.set()
+
+    def show(self):
+        """Print the calls that are wanted, until it is over."""
+        for shown, call in enumerate(self._wanted(), 1):
+            print(call)
+            if shown % WATCH_LINES_PER_S == 0:
+                self._is_over.wait(1.0)
+
+    def _wanted(self):
+        """Yield the calls that are wanted as they come, until it is over."""
+        wanted = 0
+        while wanted < self._count and not self._is_over.is_set():
+            if not self._queue:
+                self._came.acquire(True, WATCH_LOOK_S)
+                continue
+            call = self._queue.popleft()
+            call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
+            if self._when is None or self._when(call):
+                wanted += 1
+                yield call
+
+    def _keep(self):
+        """Patch the function, wait until it is over, and take the patch back."""
+        try:
+            if _watched.setdefault(self.function, self) is not self:
+                raise RuntimeError("%s is watched already" % self.function.__qualname__)
+            try:
+                undo = patch(self.function, _noting(self.function, self))
+                self._has_begun.set()
+                while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
+                           or self._session is not None and self._session.is_left()):
+                    pass
+                self._is_over.set()
+                undo()
+            finally:
+                del _watched[self.function]
+        finally:
+            self._is_over.set()
+            self._has_begun.set()
+            self._queue.clear()
+            self._end_collector()
+
+    def _end_collector(self):
+        for thread in self._threads[1:]:
+            thread.join(2 * WATCH_LOOK_S)
+            with suppress(ValueError):    # it has ended
+                async_raise(thread, SystemExit)
+
+    def __repr__(self):
+        state = "is over" if self._is_over.is_set() else "goes on"
+        for thread in self._threads[1:]:
+            if isinstance(thread.exception, Exception):
+                state = "is over: `when` raised " + _brief(thread.exception)
+        return "\n".join(list(map(repr, self)) + ["<watch of %s, %d calls, %s>" % (
+            self.function.__qualname__, len(self), state)])
+
+
+def _noting(function, calls):
+    """Return a function that calls a copy of `function`, and of the same kind, noted in `calls`."""
+    import inspect
+    original = types.FunctionType(function.__code__, function.__globals__, function.__name__,
+                                  function.__defaults__, function.__closure__)
+    original.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(original, function).__dict__ = dict(vars(function))
+    flags = function.__code__.co_flags
+    if flags & inspect.CO_COROUTINE:
+        async def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = await original(*args, **kwargs)
+            return call.result
+    elif flags & inspect.CO_GENERATOR and not flags & inspect.CO_ITERABLE_COROUTINE:
+        def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = yield from original(*args, **kwargs)
+            return call.result
+    else:
+        def noting(*args, **kwargs):
+            with Call(calls, args, kwargs) as call:
+                call.result = original(*args, **kwargs)
+            return call.result
+    return functools.update_wrapper(noting, original)
+
+
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
-         "main_thread": main_thread, "stacks": stacks, "follow": follow,
+         "main_thread": main_thread, "stacks": stacks, "frames": frames, "at": at, "watch": watch,
+         "follow": follow,
          "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch}
 
 
@@ -5900,14 +8140,19 @@ GUESTS = Guests()
 # and nobody else can have one. Where it can't say (another system, another machine), a token or
 # a client certificate does. FirstBytes turns away what passes the door with the owner's uid: the
 # requests of web pages in the owner's browser. Every doubt is a refusal. Nothing here keeps a
-# thread, a descriptor or a table; any thread may call it, also after a fork. The server lends its
+# thread or a descriptor; any thread may call it, also after a fork. The server lends its
 # netlink socket: beside a thread that computes, to make and close one takes 10 ms. Uses 2 and 3.
 # Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), getpeereid(3).
 
 ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
 ADMISSION_LIMIT = 16              # connections that may be proving themselves at once
-TOKEN_ATTEMPTS = 3
+TOKEN_ATTEMPTS = 3                # on one connection
+FREE_GUESSES = 3                  # of a token or secret, by one peer; each further one waits longer
+GUESS_DELAY_S = 2.0               # ... up to this
+REFUSALS_PER_S = 1                # lines in the audit for one peer
+PEERS_REMEMBERED = 1000           # that guessed wrong or were refused
 TOKEN_LIMIT_BYTES = 1024          # what is read of a peer before its token has passed
+HEADER_LIMIT_BYTES = 65536        # how far lines of HTTP are looked for behind the first
 
 audit_log = Logger("hotrepl.audit")
 
@@ -5915,15 +8160,27 @@ audit_log = Logger("hotrepl.audit")
 class Refused(Exception):
     """A connection may not come in. The text is for our log; the peer is told nothing."""
 
+    def __init__(self, reason, peer):
+        super().__init__(reason)
+        self.peer = peer          # a Peer
+
 
 class Door:
     """Who may connect to one server. Only `check_bind` changes it, before the first connection."""
 
-    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None):
+    def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None,
+                 allow_names=None):
         self.allow_uids = frozenset(allow_uids or ())     # besides our effective uid and 0
+        self.allow_names = allow_names and frozenset(allow_names)     # in certificates; None: any
         self.token = _checked_token(token)    # bytes; None while nobody needs one
         self.insecure = insecure              # everybody comes in
         self.ssl_context = ssl_context        # None: plain text
+        # Peer.who -> wrong guesses; -> (when a refusal was logged, how many were not since then).
+        # Any thread writes both, in single steps; a lost count does no harm.
+        self._guesses, self._refusals = collections.OrderedDict(), collections.OrderedDict()
+        if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
+            raise ValueError("allow_names takes a list of names, and an ssl_context with "
+                             "verify_mode CERT_REQUIRED")
         if not all(type(uid) is int for uid in self.allow_uids):
             raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
                             % shorten(allow_uids))
@@ -5969,9 +8226,9 @@ class Door:
         if peer.uid is None:
             peer.needs_token = self.token is not None
             if not (peer.needs_token or self.wants_certificate):
-                raise Refused("%s needs a token; pass token=True to have one" % peer)
+                raise Refused("%s needs a token; pass token=True to have one" % peer, peer)
         elif peer.uid not in self.allow_uids | {effective_uid(), 0}:
-            raise Refused("%s may not connect; allow_uids would let it in" % peer)
+            raise Refused("%s may not connect; allow_uids would let it in" % peer, peer)
         return peer
 
     def shake_hands(self, tls, peer, timeout_s=ADMISSION_TIMEOUT_S):
@@ -5980,15 +8237,23 @@ class Door:
             tls.settimeout(timeout_s)     # ssl takes it as a deadline for the whole handshake
             tls.do_handshake()
             tls.settimeout(None)
-            subject = (tls.getpeercert() or {}).get("subject", ())
+            shown = tls.getpeercert() or {}
         except (OSError, ValueError) as exc:
-            raise Refused("TLS handshake failed: %s" % exc) from exc
-        peer.certificate = ",".join("=".join(pair) for part in subject for pair in part)
+            raise Refused("TLS handshake failed: %s" % exc, peer) from exc
+        pairs = [pair for part in shown.get("subject", ()) for pair in part]
+        peer.certificate = ",".join("=".join(pair) for pair in pairs)
+        names = {value for key, value in pairs if key == "commonName"}
+        names.update(value for kind, value in shown.get("subjectAltName", ()))
+        if self.allow_names and not names & self.allow_names:
+            raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
+        if shown and CLIENT_PURPOSE not in tls.getpeercert(True):
+            raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
 
-    def ask_token(self, sock, is_control, timeout_s=ADMISSION_TIMEOUT_S):
+    def ask_token(self, sock, peer, is_control, check=None, timeout_s=ADMISSION_TIMEOUT_S):
         """Ask for the token; return the bytes that came after the right one. Blocks.
 
-        Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
+        `check(candidate)` may know another proof. Refused: three wrong ones, a foreign greeting,
+        1 KB or `timeout_s` in all.
         """
         asker, rest = (_TokenMessages if is_control else _TokenLines)(), b""
         first_bytes = FirstBytes(is_control)
@@ -6006,24 +8271,55 @@ class Door:
                         refusal = (first_bytes.feed(rest) if rest else "%d bytes instead of a token"
                                    % (TOKEN_LIMIT_BYTES - room))
                         if refusal:
-                            raise Refused(refusal)
+                            raise Refused(refusal, peer)
                     candidate, rest = asker.take(rest)
-                is_right = self.check_token(candidate)
+                is_right = self.check_guess(peer, "wrong token", check or self.check_token, candidate)
                 sock.sendall(asker.answer(is_right))
                 if is_right:
                     sock.settimeout(None)
                     return rest
         except (OSError, ProtocolError) as exc:
-            raise Refused("no token: %s" % exc) from exc
-        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS)
+            raise Refused("no token: %s" % exc, peer) from exc
+        raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS, peer)
 
-    def check_token(self, candidate):
-        """Return whether `candidate`, from the wire, is the token, in constant time."""
+    def check_guess(self, peer, reason, check, *args):
+        """Return `check(*args)`, of a token or secret; late, where `peer` was wrong several times.
+
+        The wait comes first: a guesser learns nothing sooner by more connections. `reason` is what
+        is put on record where it is wrong.
+        """
+        wrong = self._guesses.get(peer.who, 0)
+        if wrong >= FREE_GUESSES:
+            time.sleep(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
+        is_right = check(*args)
+        if is_right:
+            self._guesses.pop(peer.who, None)
+        else:
+            _remember(self._guesses, peer.who, self._guesses.get(peer.who, 0) + 1)
+            self.refuse(peer, reason)
+        return is_right
+
+    def check_token(self, candidate, proofs=()):
+        """Return whether `candidate`, from the wire, is the token, in constant time.
+
+        Or one of the `proofs` that stand for it.
+        """
         import hmac
         if isinstance(candidate, str):
             candidate = candidate.encode("utf-8", "replace")
-        return (self.token is not None and isinstance(candidate, bytes)
-                and hmac.compare_digest(candidate, self.token))
+        known = [self.token, *proofs] if self.token is not None else []
+        return isinstance(candidate, bytes) and any(
+            [hmac.compare_digest(candidate, each) for each in known])
+
+    def refuse(self, peer, reason, **facts):
+        """Have a refusal on record; of many of one peer one line a second, with a count."""
+        logged, left_out = self._refusals.get(peer.who, (None, 0))
+        if logged is not None and time.monotonic() - logged < 1 / REFUSALS_PER_S:
+            return _remember(self._refusals, peer.who, (logged, left_out + 1))
+        _remember(self._refusals, peer.who, (time.monotonic(), 0))
+        if left_out:
+            facts["left_out"] = left_out
+        self.audit("refused", peer=peer, reason=reason, **facts)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
@@ -6042,6 +8338,17 @@ class Door:
         self.audit(event, session=number, peer=peer, source=source)
         if hasattr(sys, "audit"):
             sys.audit("hotrepl.exec", source, number)  # novm
+
+
+def _remember(table, key, value):
+    table[key] = value
+    with suppress(KeyError):      # another thread may have done it
+        if len(table) > PEERS_REMEMBERED:
+            table.popitem(last=False)
+
+
+# The extended key usage clientAuth, 1.3.6.1.5.5.7.3.2, as it stands in a certificate (RFC 5280).
+CLIENT_PURPOSE = bytes.fromhex("06082b06010505070302")
 
 
 def _checked_token(token):
@@ -6093,7 +8400,8 @@ class _TokenMessages:
         for at in range(1, len(received) + 1):
             for body in self._decoder.feed(received[at - 1:at]):
                 is_attempt = isinstance(body, dict) and body.get("command") == "Authenticate"
-                return (body.get("token") if is_attempt else None) or b"", received[at:]
+                shown = is_attempt and (body.get("proof") or body.get("token"))
+                return shown or b"", received[at:]
         return None, b""
 
     def answer(self, is_right):
@@ -6115,6 +8423,11 @@ class Peer:
     def host(self):
         """The address without the port."""
         return self.address.rpartition(":")[0]
+
+    @property
+    def who(self):
+        """What all connections of one user on one machine have in common."""
+        return self.host, self.uid
 
     def __str__(self):
         return "%s uid %s%s%s" % (
@@ -6144,9 +8457,10 @@ def identify(sock, netlink=None):
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
-        raise Refused("%s was gone before it was identified" % address) from exc
-    if inode == 0 and (uid is not None or _is_loopback(theirs[0]) or theirs[0] == ours[0]):
-        raise Refused("%s belongs to no process that can be seen from here" % address)
+        raise Refused("%s was gone before it was identified" % address, Peer(address)) from exc
+    if inode == 0 and (uid is not None or is_local(theirs)):
+        raise Refused("%s belongs to no process that can be seen from here" % address,
+                      Peer(address))
     return Peer(address, None if _is_ambiguous(uid) else uid)
 
 
@@ -6154,7 +8468,7 @@ def _peer_name(sock):
     try:
         return sock.getpeername()
     except OSError as exc:
-        raise Refused("it was gone at once") from exc
+        raise Refused("it was gone at once", Peer("unknown")) from exc
 
 
 def _address(name):
@@ -6194,17 +8508,48 @@ def tcp_owner(theirs, ours, netlink=None):
     """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
 
     A miss counts only in a table that lists our own end: a kernel without tcp_diag and the empty
-    /proc of a sandbox say "no such socket" to everything.
+    /proc of a sandbox say "no such socket" to everything. It is final for an address of another
+    machine; a socket of this one can be bound to a device, and is found by asking for that.
     """
-    for look_up in (functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs):
+    answer = None, None
+    for look_up in _look_ups(theirs, netlink):
         try:
             owner = look_up(theirs, ours)
-            if owner or look_up(ours, theirs):
-                return owner or (None, 0)
+            if owner:
+                return owner
+            if look_up(ours, theirs):
+                answer = None, 0
+                if not is_local(theirs):
+                    break
         except (OSError, AttributeError) as exc:      # a sandbox, or not Linux
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
                 raise             # this tells nothing about the peer
-    return None, None
+    return answer
+
+
+def _look_ups(theirs, netlink):
+    """Yield the ways to find an owner, each only tried when the one before it has failed."""
+    yield functools.partial(owner_by_netlink, netlink=netlink)
+    if is_local(theirs):
+        with suppress(OSError, AttributeError):
+            for index, _ in socket.if_nameindex():
+                yield functools.partial(owner_by_netlink, netlink=netlink, interface=index)
+    yield owner_by_procfs
+
+
+def is_local(address):
+    """Return whether a socket's address is one of this machine: the way there begins at it."""
+    if _is_loopback(address[0]):
+        return True
+    try:                          # a UDP socket sends nothing for it; bind() may take any address
+        with socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET,
+                           socket.SOCK_DGRAM) as probe:
+            probe.connect((address[0], 9) + tuple(address[2:]))
+            return _packed(probe.getsockname()[0]) == _packed(address[0])
+    except OSError as exc:
+        if exc.errno in OUT_OF_DESCRIPTORS:
+            raise
+        return False
 
 
 # TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
@@ -6222,21 +8567,22 @@ def open_netlink():
     return netlink
 
 
-def owner_by_netlink(theirs, ours, netlink=None):
+def owner_by_netlink(theirs, ours, netlink=None, interface=0):
     """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
 
     Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer.
     """
     if netlink is None:
         with open_netlink() as netlink:
-            return owner_by_netlink(theirs, ours, netlink)
+            return owner_by_netlink(theirs, ours, netlink, interface)
     ports, ends = struct.pack("!HH", theirs[1], ours[1]), (_packed(theirs[0]), _packed(ours[0]))
     family = socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6
     number = next(_queries) & 0xFFFFFFFF
     query = struct.pack("=IHHII4BI4s16s16sIII",
                         72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
                         family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,   # inet_diag_req_v2
-                        ports, ends[0], ends[1], (theirs + (0, 0))[3], 0xFFFFFFFF, 0xFFFFFFFF)
+                        ports, ends[0], ends[1], interface or (theirs + (0, 0))[3], 0xFFFFFFFF,
+                        0xFFFFFFFF)
     netlink.sendto(query, (0, 0))
     answer = _receive_answer(netlink, number)
     kind, error = struct.unpack_from("=4xH10xi", answer)
@@ -6301,6 +8647,31 @@ def _is_loopback(host):
     return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
 
 
+def server_owner(sock):
+    """Return the uid of the server at the other end of a socket that we connected; None: unknown.
+
+    It may not have accepted yet: then the listener counts, which has the connection in its queue.
+    PermissionError: it is at an address of this machine, and no process that can be seen has it.
+    """
+    theirs = sock.getpeername()
+    if _address(theirs) == "unix socket":
+        return _unix_owner(sock)[0]
+    uid, inode = tcp_owner(theirs, sock.getsockname())
+    if inode == 0:
+        uids = [tcp_owner((host, theirs[1]), (nobody, 0))[0]
+                for host, nobody in _listening_for(theirs[0])]
+        uid = next((each for each in uids if each is not None), None)
+        if uid is None and is_local(theirs):
+            raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
+                                  % _address(theirs))
+    return None if _is_ambiguous(uid) else uid
+
+
+def _listening_for(host):
+    """Return the (address, peer's address) of listeners that get connections to `host`."""
+    return [(host, "::" if ":" in host else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
+
+
 def knows_local_peers():
     """Find out by a socket of our own whether this system tells whose a socket is.
 
@@ -6317,17 +8688,21 @@ def knows_local_peers():
 
 
 class FirstBytes:
-    """Finds out from its first line whether a connection speaks another protocol than ours.
+    """Finds out from its first lines whether a connection speaks another protocol than ours.
 
-    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. It holds
-    nothing back: the lines before its decision are blank. On the control channel one byte decides:
-    there is no skipping to the first message, since a web page can put one into a request's body.
+    Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. The first
+    line that isn't blank decides. Up to the next blank one, at most HEADER_LIMIT_BYTES, no line may
+    name a Host: a browser's request has one, however its first line looks. It holds nothing back.
+    On the control channel one byte decides: there is no skipping to the first message, since a web
+    page can put one into a request's body.
     """
 
     def __init__(self, is_control=False):
         self.is_over = False
         self._is_control = is_control
-        self._line = b""          # the first line that isn't blank; of a long one, both ends
+        self._has_begun = False   # the first line that isn't blank is past
+        self._room = HEADER_LIMIT_BYTES
+        self._line = b""          # the line that is being received; of a long one, both ends
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -6337,11 +8712,18 @@ class FirstBytes:
             self.is_over = True
             known = foreign_greeting(received) or "not a control message"
             return None if received[:1] == IAC else known
-        line = self._line + received
-        line = line[re.match(_BLANK, line).end():]
-        is_ours = line.startswith(BEGIN)      # our client's secret
-        foreign = None if is_ours else foreign_greeting(line)
-        self.is_over = is_ours or foreign is not None or b"\n" in line or b"\r\0" in line
+        text, foreign = self._line + received, None
+        if not self._has_begun:
+            text = text[re.match(_BLANK, text).end():]
+            self.is_over = text.startswith(BEGIN)     # our client's secret
+            foreign = None if self.is_over else foreign_greeting(text)
+            self._has_begun = b"\n" in text or b"\r\0" in text
+        blank = re.search(rb"\n\r?\n", text)
+        if not (self.is_over or foreign) and re.search(_HOST_LINE, text[:blank and blank.end()]):
+            foreign = "an HTTP request"
+        self._room -= len(received)
+        self.is_over |= bool(foreign or blank or self._has_begun and self._room < 0)
+        line = text[max(text.rfind(b"\n"), 0):]
         # A web page can make the URL in its request as long as it likes.
         self._line = line if len(line) <= 2048 else line[:1024] + line[-1024:]
         return foreign
@@ -6350,22 +8732,29 @@ class FirstBytes:
 # Two words side by side are no Python, unless one is a keyword (`1and x` has one too).
 _NO_KEYWORD = (r"(?!\d*(?:%s)\b)" % "|".join(keyword.kwlist)).encode("ascii")
 
+_METHOD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"         # RFC 9110: a token
+_URL = rb"[A-Za-z][\w+.-]*:\S*"
+# A field name is caseless; but `host: str` in front of a bare LF is an annotation.
+_HOST_LINE = rb"(?m)^(?:(?i:host):[ \t]*[^\s\"#]*[ \t]*\r\n|H(?:ost|OST):[ \t]*[\w.:[\]-]*[ \t]*\n)"
+
 # What no Python program starts with. A row decides at its last byte, so one that could also begin
 # an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
 # for long: the bytes are a stranger's. What a web page can have its browser send is HTTP even where
-# it is Python too (`GET / HTTP/1.1` divides): any method, a target that begins with a slash, CRLF.
-# Hence a method may have signs of a comment or a string (`#x`) only in a line that ends in CRLF.
+# it is Python too (`GET / HTTP/1.1` divides): every request line of RFC 9112, with CRLF. In front
+# of a bare LF a method has no sign of a comment or a string, such as `#x`.
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
-    # RFC 9112: any method, any form of target. RTSP, SIP and ICAP look the same.
-    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|[\w*[][^\s#'\"]*)"
-                        rb"[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
-    ("an HTTP request", rb"[!#-'*+.^-z|~A-Z0-9-]+ /\S* HTTP/\d[\d.]*\r\n"),
+    # RFC 9112, and lines that are nearly valid. RTSP, SIP and ICAP look the same.
+    ("an HTTP request", _METHOD + rb" (?:/\S*|\*|" + _URL + rb"|[^\s/?#]*:\d*) HTTP/\d\.\d\r\n"),
+    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|" + _URL
+     + rb"|[\w*[][^\s#'\"]*)[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
     ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH) /[^\n]* HTTP/\d\.\d\r\n"),
     ("an HTTP request",           # and one that is not valid
      rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)[ \t]+HTTP/\d\.\d\r\n"),
-    ("an HTTP request", rb"GET /(?:[\w./-]*/)?\r?\n"),                # HTTP/0.9
+    # HTTP/0.9, or a URL with a line's end in it, which somebody talked the requester into
+    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE) /\S*\r?\n"),
+    ("an HTTP request", rb"[A-Z]+ [A-Za-z][\w+.-]*://\S*\r?\n"),
     ("a message with a header", rb"(?i:content-length): ?\d+\r?\n"),  # LSP, DAP
     ("a PROXY header", rb"PROXY (?:TCP[46] |UNKNOWN)"),
     ("an SMTP, FTP, POP3 or IRC command", rb"(?i:EHLO|HELO|LHLO|USER|PASS|NICK) +" + _NO_KEYWORD
@@ -6441,7 +8830,20 @@ def token_path(address):
     """Return the path of the file that holds the token of the server at `address`, as in Server."""
     if isinstance(address, str):
         return address + TOKEN_SUFFIX
-    return os.path.join(runtime_folder(), "token-%d" % address[1])
+    return os.path.join(runtime_folder(), _token_name(address))
+
+
+def stored_tokens(address):
+    """Yield the tokens that servers of ours have left in files for who connects to `address`."""
+    for path in ([token_path(address)] if isinstance(address, str)
+                 else runtime_files(_token_name(address))):
+        with suppress(OSError, ValueError):
+            yield read_private(path).decode("ascii").strip()
+
+
+def _token_name(address):
+    """By port and network: a container may share our folder, and its ports are not ours."""
+    return "-".join(["token-%d" % address[1]] + re.findall(r"net:\[(\d+)", str(namespaces())))
 
 
 def runtime_folder():
@@ -6518,6 +8920,22 @@ def process_mark(pid):
 def effective_uid():
     """Return the effective uid of this process; 0 where the system has none."""
     return getattr(os, "geteuid", int)()
+
+
+def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
+    """Return the bytes of the file `path`; OSError unless it is a small one that only we may open.
+
+    Whoever may write to its folder can put a link there to another file of ours, or a FIFO.
+    """
+    flags = os.O_RDONLY | sum(getattr(os, name, 0)
+                              for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    with open(os.open(path, flags), "rb") as file:
+        info = os.fstat(file.fileno())
+        is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
+        if (not stat.S_ISREG(info.st_mode) or is_open and os.name == "posix"
+                or info.st_nlink > 1 or info.st_size > limit_bytes):
+            raise PermissionError(errno.EPERM, "%s is no small file that only we may open" % path)
+        return file.read(limit_bytes)
 
 
 def write_private(path, content):
@@ -6672,6 +9090,13 @@ class Connection:
             self._backlog.append(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
             self.flush()
 
+    def name_control(self, address, proof):
+        """Tell the client the port of the control channel, and what to show there as a token."""
+        port = 0 if isinstance(address, str) else address[1]
+        with self.lock:
+            self._backlog.append(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END)
+            self.flush()
+
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
@@ -6729,6 +9154,16 @@ class Connection:
         except (OSError, ValueError):
             return b""
 
+    def is_closed_by_peer(self):
+        """Return whether a client with marks has closed the connection, which others do half."""
+        try:
+            return self.has_marks and hasattr(socket, "MSG_DONTWAIT") and not self.sock.recv(
+                1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):
+            return True
+
     def shut(self):
         """Wake whoever reads or writes here: nothing comes any more; from any thread."""
         self.is_broken = self.is_shut = True
@@ -6769,6 +9204,7 @@ class Session:
         self._inputs = InputDecoder()
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
+        self.proof = make_token()                 # told here, it passes for the token there
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -6878,11 +9314,14 @@ class Session:
             self._own_loop = OwnLoop()
         return run_on_loop(self.server.loop or self._own_loop.loop, function, *args)
 
-    def tasks(self):
-        """Return the asyncio tasks of the loops that the session knows."""
+    def loops(self):
+        """Return the asyncio loops that the session knows."""
         loops = [self.server.loop, self._own_loop and self._own_loop.loop]
-        return [task for loop in loops if loop is not None
-                for task in sys.modules["asyncio"].all_tasks(loop)]
+        return [loop for loop in loops if loop is not None]
+
+    def is_left(self):
+        """Return whether the client has gone, also while nothing is read."""
+        return self.connection.is_broken or self.connection.is_closed_by_peer()
 
     def follow(self, is_wanted):
         """Begin or end to show what the program's threads print and log."""
@@ -6973,8 +9412,10 @@ class Session:
     def _receive(self, kind):
         if self.turn == 1:        # while the user reads the first prompt
             note_sources()
-        if kind == "input":       # the prompt needs no waker: `_prompt_again` serves it
-            self._wait_for_data()
+        # Without a limit the prompt needs no waker: `_prompt_again` serves it.
+        if kind == "input" or self.server.idle_timeout_s is not None:
+            if not self._wait_for_data():
+                self._end_idle()
         data = self.connection.receive()
         if not self._first_bytes.is_over:
             data = self._without_foreign(data)
@@ -6982,6 +9423,9 @@ class Session:
             self._inputs.feed(data)
         else:
             self._inputs.close()
+        if self._inputs.asks_for_control:
+            self._inputs.asks_for_control = False
+            self.connection.name_control(self.server.control_address, self.proof)
         if not self._secret_came.is_set() and (self._inputs.secret or self._inputs.ready):
             self._secret_came.set()
 
@@ -6992,7 +9436,7 @@ class Session:
             return data
         self._inputs = InputDecoder()     # not even the half of a line runs
         self.connection.shut()
-        self.server.door.audit("refused", session=self.number, peer=self.peer, reason=foreign)
+        self.server.door.refuse(self.peer, foreign, session=self.number)
         return b""
 
     def _wait_for_data(self):
@@ -7003,11 +9447,17 @@ class Session:
             with selectors.DefaultSelector() as selector:
                 selector.register(pair[0], selectors.EVENT_READ)
                 selector.register(self.connection.sock, selectors.EVENT_READ)
-                selector.select()
+                return bool(selector.select(self.server.idle_timeout_s))
         except (OSError, ValueError):
-            pass                  # the connection was closed meanwhile: receive() tells
+            return True           # the connection was closed meanwhile: receive() tells
         finally:
             shield(self._drop_waker, pair)
+
+    def _end_idle(self):
+        self.connection.send_note("\nhotrepl: no input for %g s, this session ends\n"
+                                  % self.server.idle_timeout_s)
+        self.server.door.audit("idle", session=self.number, peer=self.peer)
+        self.close()
 
     def _make_waker(self, pair):
         pair.extend(socket.socketpair())
@@ -7457,8 +9907,7 @@ class ControlConnection(threading.Thread):
             for data in iter(self._receive, b""):
                 foreign = first_bytes.feed(data)
                 if foreign:
-                    return self.server.door.audit("refused", channel="control",
-                                                  peer=self.peer, reason=foreign)
+                    return self.server.door.refuse(self.peer, foreign, channel="control")
                 for body in decoder.feed(data):
                     self.sock.sendall(encode_message(self._reply(body)), NO_SIGNAL)
         except ProtocolError as exc:
@@ -7518,8 +9967,10 @@ class ControlConnection(threading.Thread):
 
     def _do_PairWithSession(self, request):
         session = self.server.find_session(request["id"])
-        if session is None or not session.may_pair(self.peer, request.get("secret")):
-            raise ProtocolError("no session %d that this connection may pair with" % request["id"])
+        reason = "no session %d that this connection may pair with" % request["id"]
+        if not self.server.door.check_guess(self.peer, reason, lambda: session is not None and
+                                            session.may_pair(self.peer, request.get("secret"))):
+            raise ProtocolError(reason)
         self.session = session
 
     def _do_TurnMarks(self, request):
@@ -7565,12 +10016,14 @@ class Server:
     """A running server: see `start`. Usable as a context manager, which stops it."""
 
     def __init__(self, namespace, door, console_class=None, banner=None, loop=None,
-                 run_coroutine=None):
+                 run_coroutine=None, max_sessions=MAX_SESSIONS, idle_timeout_s=None):
         self.namespace = namespace
         self.door = door
         self.console_class = console_class
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
+        self.max_sessions = max_sessions
+        self.idle_timeout_s = idle_timeout_s      # how long a session may wait for input; None: ever
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -7688,6 +10141,10 @@ class Server:
         with self._lock:
             return self._sessions.get(number)
 
+    def check_proof(self, candidate):
+        """Return whether `candidate` is the token, or what an open session was given for it."""
+        return self.door.check_token(candidate, [each.proof for each in self.sessions()])
+
     def session_ended(self, session):
         """Forget `session`; called by its thread at its end."""
         with self._lock:
@@ -7753,7 +10210,7 @@ class Server:
             self._is_short = False
         except Refused as exc:
             sock.close()
-            self.door.audit("refused", channel=channel, reason=str(exc))
+            self.door.refuse(exc.peer, str(exc), channel=channel)
         except BaseException as exc:
             sock.close()
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
@@ -7794,6 +10251,9 @@ class Server:
         with self._lock:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
+            if len(self._sessions) >= self.max_sessions:
+                _say_goodbye(sock, "no more than %d sessions are let in at once" % self.max_sessions)
+                raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = Session(self, self._last_number, Connection(sock, received), peer)
             self._sessions[session.number] = session
@@ -7827,7 +10287,7 @@ class Server:
 
 def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=None, console=None,
           unix=None, allow_uids=(), token=None, insecure=False, ssl_context=None, loop=None,
-          run_coroutine=None):
+          run_coroutine=None, allow_names=None, max_sessions=MAX_SESSIONS, idle_timeout_s=None):
     """Serve REPL sessions over the dict `locals` from now on; return the Server.
 
     `locals` is the namespace of every session: `globals()` to work inside the calling module,
@@ -7846,6 +10306,10 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     a client certificate does as well as a token. ValueError: `bind` can be reached from other
     machines, and none of these guards it; `insecure=True` lets in everybody. `unix`, a path,
     takes the place of `bind` and the ports: the control channel is beside it, PATH.control.
+
+    More than `max_sessions` at once are refused, and one that has waited `idle_timeout_s` for input
+    is ended; both are told why. Where the environment has HOTREPL_DISABLE=1 nothing is opened, and
+    the Server is one that is stopped.
     """
     namespace = {"__name__": "__console__", "__doc__": None} if locals is None else locals
     if not isinstance(namespace, dict):
@@ -7853,9 +10317,14 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     if loop is None and "asyncio" in sys.modules:
         loop = sys.modules["asyncio"]._get_running_loop()
     _use_real_threads()
-    door = Door(allow_uids, token, insecure, ssl_context)
-    server = Server(namespace, door, console, banner, loop, run_coroutine)
-    server.open(bind, port, control_port, unix)
+    door = Door(allow_uids, token, insecure, ssl_context, allow_names)
+    server = Server(namespace, door, console, banner, loop, run_coroutine, max_sessions,
+                    idle_timeout_s)
+    if os.environ.get("HOTREPL_DISABLE", "0") not in ("", "0"):
+        log.warning("HOTREPL_DISABLE is set: no server is started")
+        server.stop()
+    else:
+        server.open(bind, port, control_port, unix)
     return server
 
 
@@ -7907,15 +10376,16 @@ class Admission(threading.Thread):
                 door.shake_hands(self.sock, self.peer)
             received = b""
             if self.peer.needs_token:
-                received = door.ask_token(self.sock, self.channel == "control")
+                check = self.server.check_proof if self.channel == "control" else door.check_token
+                received = door.ask_token(self.sock, self.peer, self.channel == "control", check)
             if not self._decision.acquire(False):
-                raise Refused(self._reason)
+                raise Refused(self._reason, self.peer)
             self._hand_over(received)
         except Refused as exc:
             self.sock.close()
             reason = str(exc) if self._reason is None else self._reason
             if reason:
-                door.audit("refused", channel=self.channel, peer=self.peer, reason=reason)
+                door.refuse(self.peer, reason, channel=self.channel)
         except (OSError, ValueError, RuntimeError) as exc:    # it is gone, or we are stopping
             self.sock.close()
             log.debug("connection of %s dropped: %s", self.peer, exc)
@@ -7961,6 +10431,12 @@ def _hold_sigpipe(is_held):
     if hasattr(signal, "pthread_sigmask"):
         how = signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK
         signal.pthread_sigmask(how, [signal.SIGPIPE])
+
+
+def _say_goodbye(sock, text):
+    with suppress(OSError):       # nothing was sent there before: it has room, and does not block
+        sock.sendall(b"hotrepl: %s\n" % text.encode("ascii"), NO_SIGNAL)
+        shut_down(sock, socket.SHUT_WR)
 
 
 def stop():
@@ -8077,9 +10553,7 @@ def _token_file(address, token):
         yield
     finally:
         with suppress(OSError):   # it was removed with the folder, say
-            with open(path, "rb") as file:
-                is_ours = file.read() == token
-            if is_ours:
+            if read_private(path) == token:
                 os.unlink(path)
 
 
@@ -9093,11 +11567,7 @@ def _tokens(address, token):
         yield token
     elif isinstance(address, str) or address[0] in ("localhost", "127.0.0.1", "::1"):
         # No other machine is shown the token of a server on this one.
-        for path in ([token_path(address)] if isinstance(address, str)
-                     else runtime_files("token-%d" % address[1])):
-            with suppress(OSError):
-                with open(path) as file:
-                    yield file.read().strip()
+        yield from stored_tokens(address)
     while sys.stdin is not None and sys.stdin.isatty():
         yield getpass.getpass("token: ")
 
@@ -9544,6 +12014,10 @@ def _start_server(options, main_module, done):
     server = start(vars(main_module), options.bind, options.port, options.control_port,
                    unix=options.unix, token=options.token, insecure=options.insecure)
     server.on_stop = done.set
+    if server.address is None:
+        _say("HOTREPL_DISABLE is set: no server is started")
+        done.set()
+        return server
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
