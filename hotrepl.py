@@ -223,6 +223,11 @@ COMMANDS = [  # fields: name -> (types, is it required)
     Command("Where", {}, "What the evaluation is doing: `where`, a line of text, or null."),
     Command("Terminal", {"columns": (int, True), "lines": (int, True), "colours": (bool, True)},
             "The client is a terminal of this size that shows colours or not."),
+    Command("Place", {"module": (str, False), "file": (str, False), "line": (int, False),
+                      "within": (str, False)},
+            "The next block is from line `line` on of a module's file: it runs in that module, and "
+            "what it defines is given to patch(). One of `module` and `file` is needed; `within` "
+            "is the class that an indented definition stands in."),
     Command("Outcome", {},
             "How the last input ended: `state` (running, waiting for input, done, background), and "
             "`value` (its repr), `exception` (type, message, traceback) or `exit` (a SystemExit's "
@@ -2218,16 +2223,9 @@ def _hint(name, called):
 
 def _signature(called):
     """Its inspect.Signature without what has a user's repr; None if none can be had safely."""
-    import functools
     import inspect
-    call = _find(type(called), "__call__")
-    if _find(type(called), "__getattr__") is not _MISSING:
-        return None
-    if type(call) is types.FunctionType and type(call.__code__) is types.CodeType:
-        if type(called) is not functools.partial:  # PyPy's is written in Python
-            called = types.MethodType(call, called)
     try:
-        found = inspect.signature(called)
+        found = inspect.signature(_bare(called))
     except Exception:
         return None
     return found.replace(return_annotation=found.empty, parameters=[
@@ -2235,10 +2233,84 @@ def _signature(called):
         for p in found.parameters.values()])
 
 
+def _bare(called, depth=0):
+    """Return something with the signature of `called` that runs nothing while that is looked at.
+
+    inspect itself asks for __signature__, __wrapped__ and more by getattr, and calls what it finds.
+    """
+    import functools
+    kind = type(called)
+    if _is_python(called):
+        own = _function_dict(called)
+        if _is_python(own.get("__wrapped__")) and depth < 20:
+            return _bare(own["__wrapped__"], depth + 1)
+        return _copy_function(called)
+    if kind is types.MethodType and _is_python(called.__func__):
+        return types.MethodType(_bare(called.__func__), 0)
+    if kind is functools.partial and type(called) is not type(called.func):
+        return functools.partial(_bare(called.func), *called.args, **called.keywords)
+    if issubclass(kind, type):
+        return _bare_class(called, kind)
+    call = _find(kind, "__call__")
+    if _is_python(call):
+        return types.MethodType(_bare(call), 0)
+    if _is_exactly(called, *_BINDABLE, types.BuiltinFunctionType):
+        return called
+    raise ValueError("its signature can't be had safely")
+
+
+def _bare_class(called, metaclass):
+    call = _find(metaclass, "__call__")
+    if _is_python(call):
+        return types.MethodType(_bare(call), 0)
+    for base in _class_mro(called):
+        for name in "__new__", "__init__":
+            made = _class_dict(base).get(name)
+            made = made.__func__ if type(made) is staticmethod else made
+            if _is_python(made):
+                return types.MethodType(_bare(made), 0)
+        if not type.__flags__.__get__(base) & _STATEMENTS:
+            return (lambda: None) if base is object else base
+    raise ValueError("its signature can't be had safely")
+
+
+def _is_python(function):
+    """Return whether it is a function with Python code; PyPy's builtins are functions without."""
+    return type(function) is types.FunctionType and type(function.__code__) is types.CodeType
+
+
+_STATEMENTS = 1 << 9              # Py_TPFLAGS_HEAPTYPE: a class statement made it
+_function_dict = vars(types.FunctionType)["__dict__"].__get__
+
+
+def _copy_function(function):
+    """Return a function of the same signature, without what its owner put into its __dict__."""
+    copy = types.FunctionType(function.__code__, {}, function.__name__, function.__defaults__,
+                              function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    annotate = getattr(function, "__annotate__", None)
+    if annotate is None:
+        copy.__annotations__ = function.__annotations__
+    elif annotate.__code__.co_name == "__annotate__":     # else the program's own
+        import annotationlib      # 3.14: as text, since to evaluate them would run code
+        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)
+        copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
+    return copy
+
+
+class _Shown(str):
+    """The text of an annotation, which inspect shows by its repr."""
+
+    __repr__ = str.__str__
+
+
 def _plain(value):
     """A default or an annotation; `...` for it if its text could be a user's code or long."""
-    is_plain = _is_exactly(value, type, type(None), bool, int, float, str, bytes)
-    return value if is_plain or _find(type(value), "__module__") == "typing" else ...
+    if type(value) is type:
+        return value if type(_class_dict(value).get("__module__", "")) is str else ...
+    if type(value) is _Shown:
+        return value if re.match(r"[\w.]+\Z", value) else ...
+    return value if _is_exactly(value, type(None), bool, int, float, str, bytes) else ...
 
 
 def _names_in_module(module):
@@ -8099,6 +8171,163 @@ def _noting(function, calls):
     return functools.update_wrapper(noting, original)
 
 
+# --- Code that an editor sends ---
+
+class Placed:
+    """Code that stands in a module's file; a context manager while it runs there.
+
+    What it defines and the module has already goes to patch(): a function without its decorators,
+    which have run, a class with them.
+    """
+
+    NAME = "__hotrepl_patch__"    # this object, in the module while the code runs
+
+    def __init__(self, source, module=None, file=None, line=1, within=""):
+        self.module = _module_of(module, file)
+        self._source = source.rstrip() + "\n"
+        self._line = line         # where the source begins
+        self._path = within.split(".") if within else []    # of the class around it
+        self._scope = functools.reduce(_own_class, self._path, self.module)
+        self._before = {}         # names that the class statement binds -> what they were bound to
+        self._pairs = []          # (old, new) of a class, until its new functions are complete
+        own = vars(self.module).get("__file__")
+        is_own = own and (not file or os.path.realpath(own) == os.path.realpath(file))
+        self._filename = own if is_own else file or "<%s>" % self.module.__name__
+
+    def __enter__(self):
+        space = vars(self.module)
+        self._before = {name: space.get(name, _MISSING) for name in [self.NAME] + self._path[-1:]}
+        space[self.NAME] = self
+        return self
+
+    def __exit__(self, *exc_info):
+        for name, value in self._before.items():
+            if value is not _MISSING:
+                vars(self.module)[name] = value
+            else:
+                vars(self.module).pop(name, None)
+
+    def code_objects(self):
+        """Return the code to run: all but a last expression, then that.
+
+        Indented code keeps its columns: the line above it becomes the head of what it stands in.
+        """
+        import __future__
+        import ast
+        head = "".join("class %s(metaclass=%s):\n" % (name, self.NAME) for name in self._path[-1:])
+        if self._source[:1] in " \t" and not head:
+            if re.match(r"\s*(@|(async\s+)?def\b|class\b)", self._source):
+                raise ValueError("an indented definition needs the name of the class around it")
+            head = "if True:\n"
+        flags = sum({each.compiler_flag for each in vars(self.module).values()
+                     if type(each) is __future__._Feature})
+        above = "\n" * (self._line - 1 - bool(head)) + head
+        tree = compile(above + self._source, self._filename, "exec", flags | ast.PyCF_ONLY_AST, True)
+        for node in (tree.body[0] if self._path else tree).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                self._adapt(node, ast)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        trees = [(tree, "exec")] * bool(tree.body)
+        trees += [] if last is None else [(ast.Expression(last.value), "eval")]
+        return [compile(ast.fix_missing_locations(each), self._filename, mode, flags, True)
+                for each, mode in trees]
+
+    def _adapt(self, node, ast):
+        """Have a definition come to `_take`, if there is one of its name already."""
+        live, is_class = vars(self._scope).get(node.name), isinstance(node, ast.ClassDef)
+        words = [each.attr for each in node.decorator_list if isinstance(each, ast.Attribute)]
+        old = _function_in(live, node.name, words)
+        if is_class:
+            old = live if isinstance(live, type) else None
+        if old is not None:
+            name = "take_%d" % node.lineno
+            setattr(self, name, functools.partial(self._take, live, old))
+            first = (node.decorator_list or [node])[0]
+            take = ast.Attribute(ast.Name(self.NAME, ast.Load()), name, ast.Load())
+            node.decorator_list = [ast.copy_location(take, first)] + (
+                node.decorator_list if is_class else [])
+
+    def _take(self, live, old, new):
+        """Stand as the decorator of a definition; return what its name is bound to already."""
+        if self._path:
+            self._pairs.append((old, new))
+        else:
+            self._patch(old, new)
+        return live
+
+    def __prepare__(self, name, bases):
+        """Stand as the metaclass of the class statement around what was sent."""
+        return _ClassNames(self._scope)
+
+    def __call__(self, name, bases, space):
+        """Return what that statement binds: the class there is, with what is new."""
+        for each, value in (("__classcell__", self._scope),
+                            ("__classdictcell__", dict(vars(self._scope)))):    # 3.14: annotations
+            if each in space:
+                _set_cell(space.pop(each), value)
+        for old, new in self._pairs:
+            self._patch(old, new)
+        for name, value in space.items():
+            if not re.match(_OF_CLASS_STATEMENTS, name) and vars(self._scope).get(name) is not value:
+                setattr(self._scope, name, value)
+                print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
+        return self._scope if len(self._path) == 1 else self
+
+    def _patch(self, old, new):
+        patch(old, new)
+        print("patched %s.%s" % (self.module.__name__, old.__qualname__))
+
+
+_OF_CLASS_STATEMENTS = r"__(module|qualname|\w*annot\w*|firstlineno|static_attributes)__$"
+
+
+class _ClassNames(dict):
+    """The namespace of a class statement that sees the names of the class there is."""
+
+    def __init__(self, cls):
+        super().__init__()
+        self._cls = cls
+
+    def __missing__(self, name):
+        return vars(self._cls)[name]
+
+
+def _module_of(name, path):
+    """Return the loaded module of that name, or else of that file; LookupError."""
+    for each, module in list(sys.modules.items()):
+        own = vars(module).get("__file__") if isinstance(module, types.ModuleType) else None
+        if each == name or not name and isinstance(own, str) and (
+                os.path.realpath(own) == os.path.realpath(path)):
+            return module
+    raise LookupError("no module that is loaded here is %s" % shorten(repr(name or path), 200))
+
+
+def _own_class(scope, name):
+    found = vars(scope).get(name)
+    if not isinstance(found, type):
+        raise LookupError("no class %r in %r" % (name, scope))
+    return found
+
+
+def _function_in(live, name, words):
+    """Return the function of that name that `live` is or was made of, or None.
+
+    `words` of its decorators tell which one of a property it is.
+    """
+    if isinstance(live, property):
+        live = live.fset if "setter" in words else live.fdel if "deleter" in words else live.fget
+    inside = [live]
+    for each in inside:           # it grows
+        if len(inside) > 100:
+            break
+        if isinstance(each, types.FunctionType) and each.__code__.co_name == name:
+            return each
+        inside += [getattr(each, inner) for inner in ("__func__", "__wrapped__", "func")
+                   if hasattr(each, inner)]
+        inside += map(_cell_value, getattr(each, "__closure__", None) or ())
+    return live if isinstance(live, types.FunctionType) else None
+
+
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
          "main_thread": main_thread, "stacks": stacks, "frames": frames, "at": at, "watch": watch,
          "follow": follow,
@@ -9198,6 +9427,7 @@ class Session:
         self.outcome = {}         # how the last input ended, for the Outcome command
         self.evaluator = None     # the thread that holds the session
         self._lock = threading.Lock()
+        self.place = None         # fields of the Place command, for the next block
         self.is_copy = False      # this is a child that was forked; nobody is connected
         self._waiting = None      # "prompt" or "input" while it waits for the client; _lock
         self._waker = None        # a socket that ends a wait for "input"; guarded by _lock
@@ -9673,7 +9903,22 @@ class Evaluator(Job):
         self.session.audit_input(text)
         source = "\n".join(self.console.buffer + [text])
         self.console.resetbuffer()
-        self.console.run_block(source)
+        place, self.session.place = self.session.place, None
+        if place is None:
+            self.console.run_block(source)
+        else:
+            self._run_placed(source, place)
+
+    def _run_placed(self, source, place):
+        """Run `source` as lines of the file of a module, and in that module."""
+        try:
+            with Placed(source, **place) as placed:
+                for each in placed.code_objects():
+                    self.run_code(each, vars(placed.module))
+        except SystemExit:
+            raise
+        except BaseException:
+            self.console.showtraceback()
 
     def _take_interrupt(self, _):
         self.session.audit_interrupt(self.session.peer)
@@ -9993,6 +10238,14 @@ class ControlConnection(threading.Thread):
 
     def _do_Background(self, request):
         return {"job": self._paired().background(request.get("turn")).number}
+
+    def _do_Place(self, request):
+        place = {name: request[name] for name in ("module", "file", "line", "within")
+                 if name in request}
+        if not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+            raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
+                                % shorten(place))
+        self._paired().place = place
 
     def _do_Where(self, request):
         return {"where": self._paired().where()}
@@ -12357,8 +12610,15 @@ def _misuse(text):
 
 
 def _say(text):
+    stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
+    raw = getattr(getattr(stderr, "buffer", None), "raw", None)
     with suppress(OSError):       # /dev/full, say
-        print("hotrepl: " + text, file=sys.stderr or io.StringIO(), flush=True)
+        stderr.flush()
+        # Past the buffer: what that cannot write it keeps, and the program's exit would fail for it.
+        if raw is None:
+            stderr.write(line)
+        else:
+            raw.write(line.encode(stderr.encoding, "backslashreplace"))
 
 
 if __name__ == "__main__":

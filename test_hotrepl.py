@@ -77,6 +77,8 @@ IS_PYPY = sys.implementation.name == "pypy"
 HAS_READLINE = not IS_PYPY        # PyPy's is pyrepl, which draws its own way
 with contextlib.suppress(ImportError):
     importlib.import_module("readline")   # pdb does it in any case; PyPy's copies descriptors then
+with contextlib.suppress(ImportError):
+    importlib.import_module("ctypes")     # libffi 3.5 keeps itself open
 HAS_PTY = os.name == "posix"
 DEADLINE_S = 20.0                 # how long anything may take before it counts as lost
 WATCHDOG_S = 120.0                # a test that takes longer ends the run with all stacks
@@ -3063,6 +3065,11 @@ class Commands(Case):
         outcome = self.control.request("Outcome")["outcome"]
         self.assertEqual(outcome["exception"]["type"], "ZeroDivisionError")
         self.assertIn("Traceback", outcome["exception"]["traceback"])
+
+    def test_Place_has_the_next_block_run_in_a_module(self):
+        self.assertEqual(self.control.request("Place", module="json", line=7)["status"], "ok")
+        self.assertEqual(self.client.block("__name__"), "'json'\n")
+        self.assertEqual(self.client.block("'the next one', __name__"), self.client.ask("'the next one', __name__"))
 
     def test_Background_turns_the_evaluation_into_a_job(self):
         self.served.namespace["go"] = go = threading.Event()
@@ -6274,6 +6281,165 @@ class Watching(Case):
         self.assertEqual(other.ask("Handler.answer.__code__.co_name"), "'answer'\n")
 
 
+class FromEditors(Case):
+    """Blocks that the Place command has run as lines of a module's file."""
+
+    SOURCE = """\
+        import functools
+        ran = []
+        def register(function):
+            ran.append(function.__name__)
+            return functools.wraps(function)(lambda *args: ("registered", function(*args)))
+        def step(x):
+            return x
+        @register
+        def view(x):
+            return x
+        class Till:
+            LIMIT = 3
+            def pay(self, amount=LIMIT):
+                return amount
+            @property
+            def size(self):
+                return 1
+            @size.setter
+            def size(self, value):
+                self.value = value
+            @staticmethod
+            def static(x):
+                return x
+            def __secret(self):
+                return "secret"
+            class Inner:
+                def deep(self):
+                    return 1
+        class Sub(Till):
+            def pay(self, amount=1):
+                return "sub", super().pay(amount)
+            def tell(self):
+                return 1
+        """
+
+    def setUp(self):
+        super().setUp()
+        folder = self.folder()
+        self.path = folder.write("edited_module.py", self.SOURCE)
+        self.module = types.ModuleType("edited_module")
+        self.module.__file__ = self.path
+        sys.modules["edited_module"] = self.module
+        self.addCleanup(sys.modules.pop, "edited_module")
+        exec(compile(textwrap.dedent(self.SOURCE), self.path, "exec"), vars(self.module))
+        self.names = set(vars(self.module))
+        self.client = self.serve().paired()
+
+    def send(self, source, **place):
+        """Return what is shown when `source` runs at that place."""
+        reply = self.client.control.request("Place", **dict({"file": self.path}, **place))
+        self.assertEqual(reply, {"status": "ok"})
+        return self.client.block(source)
+
+    def write(self, source, **place):
+        """The same for an edit of the file that replaces its lines from line `place["line"]` on."""
+        with open(self.path) as file:
+            lines = file.read().split("\n")
+        new = source.split("\n")[:-1]
+        lines[place["line"] - 1:place["line"] - 1 + len(new)] = new
+        with open(self.path, "w") as file:
+            file.write("\n".join(lines))
+        return self.send(source, **place)
+
+    def test_a_function_is_patched_wherever_it_is_held(self):
+        held = self.module.step
+        self.assertEqual(self.write("def step(x):\n    return x * 2\n", line=6), "patched edited_module.step\n")
+        self.assertEqual(held(4), 8)
+        self.assertIs(self.module.step, held)
+        self.assertEqual(set(vars(self.module)), self.names)
+        unpatch(held)
+        self.assertEqual(held(4), 4)
+
+    def test_tracebacks_and_the_source_are_those_of_the_file(self):
+        self.write("def step(x):\n    return x / 0\n", line=6)
+        self.assertEqual(inspect.getsource(self.module.step), "def step(x):\n    return x / 0\n")
+        self.client.ask("import edited_module")
+        self.assertIn('File "%s", line 7, in step\n    return x / 0\n' % self.path,
+                      self.client.ask("edited_module.step(1)"))
+
+    def test_decorators_do_not_run_again(self):
+        held = self.module.view
+        self.send("@register\ndef view(x):\n    return -x\n", line=8)
+        self.assertEqual(held(4), ("registered", -4))
+        self.assertEqual(self.module.ran, ["view"])
+        self.assertEqual(held.__wrapped__.__code__.co_firstlineno, 8)
+
+    def test_what_stands_in_a_class_is_patched_in_it(self):
+        module, held = self.module, self.module.Till.pay
+        self.assertEqual(self.send("    def pay(self, amount=LIMIT):\n        return amount * 2, self.__secret()\n",
+                                   line=13, within="Till"), "patched edited_module.Till.pay\n")
+        self.assertIs(module.Till.pay, held)
+        self.assertEqual(module.Till().pay(), (6, "secret"))
+        self.send("    @size.setter\n    def size(self, value):\n        self.value = -value\n", line=18, within="Till")
+        self.send("    @property\n    def size(self):\n        return 2\n", line=15, within="Till")
+        till = module.Till()
+        till.size = 5
+        self.assertEqual((till.size, till.value), (2, -5))
+        self.send("    @staticmethod\n    def static(x):\n        return -x\n", line=21, within="Till")
+        self.assertEqual(till.static(3), -3)
+        self.send("        def deep(self):\n            return 2\n", line=27, within="Till.Inner")
+        self.assertEqual(module.Till.Inner().deep(), 2)
+        self.assertEqual(self.send("    @classmethod\n    def new(cls):\n        return cls\n", line=24, within="Till"),
+                         "set edited_module.Till.new\n")
+        self.assertIs(till.new(), module.Till)
+        self.assertEqual(set(vars(module)), self.names)
+
+    def test_a_method_may_begin_to_use_super(self):
+        self.send("    def tell(self):\n        return super().pay(7), __class__\n", line=32, within="Sub")
+        self.assertEqual(self.module.Sub().tell(), (7, self.module.Sub))
+        self.send("    def pay(self, amount=1):\n        return 'new', super().pay(amount)\n", line=30, within="Sub")
+        self.assertEqual(self.module.Sub().pay(2), ("new", 2))
+
+    def test_a_class_is_patched_as_a_whole(self):
+        sub, instance = self.module.Sub, self.module.Sub()
+        self.assertEqual(self.send("class Sub(Till):\n    def pay(self):\n        return 'whole'\n", line=29),
+                         "patched edited_module.Sub\n")
+        self.assertIs(self.module.Sub, sub)
+        self.assertEqual(instance.pay(), "whole")
+
+    def test_other_statements_run_in_the_module_and_the_last_value_is_shown(self):
+        self.assertEqual(self.send("RATE = 5\nRATE * 2\n", line=40), "10\n")
+        self.assertEqual(self.module.RATE, 5)
+        self.assertEqual(self.send("        RATE = 6\n        RATE\n", line=12), "")
+        self.assertEqual(self.module.RATE, 6)
+        self.assertEqual(self.send("def fresh():\n    return 1\n", module="edited_module"), "")
+        self.assertEqual(self.module.fresh(), 1)
+
+    def test_what_is_wrong_is_told_and_changes_nothing(self):
+        before = dict(vars(self.module))
+        for source, place, expected in (
+                ("def step(x):\n    return (\n", {"line": 6}, 'File "%s", line ' % self.path),
+                ("    def pay(self):\n        return 0\n", {"line": 13}, "needs the name of the class around it"),
+                ("x = 1\n", {"file": "/no/such/file.py"}, "no module that is loaded here is '/no/such/file.py'"),
+                ("x = 1\n", {"module": "no.such"}, "no module that is loaded here is 'no.such'"),
+                ("    def pay(self):\n        pass\n", {"within": "Shop", "line": 5}, "no class 'Shop' in "),
+                ("def step(x, y=1/0):\n    pass\n", {"line": 6}, "ZeroDivisionError")):
+            with self.subTest(source=source, place=place):
+                self.assertIn(expected, self.send(source, **place))
+        self.assertEqual(dict(vars(self.module)), before)
+        self.assertEqual(self.client.ask("6*7"), "42\n")
+
+    def test_a_place_is_for_one_block_and_needs_a_module_or_a_file(self):
+        self.send("step", line=6)
+        self.assertIn("NameError", self.client.block("step"))
+        for fields in ({}, {"line": 3}, {"file": self.path, "line": 0}):
+            self.assertEqual(self.client.control.request("Place", **fields)["status"], "failed")
+
+    def test_it_knows_what_the_module_takes_from_the_future(self):
+        exec("from __future__ import annotations" if sys.version_info >= (3, 7)
+             else "from __future__ import generator_stop", vars(self.module))
+        self.send("def step(x: 1 / 0):\n    return 2\n" if sys.version_info >= (3, 7) else
+                  "def step(x):\n    return 2\n", line=6)
+        self.assertEqual(self.module.step(0), 2)
+
+
 class Following(Case):
     def follow(self, served, **options):
         """Return a Paired that follows."""
@@ -8541,9 +8707,10 @@ class Programs(Case):
     def test_it_runs_though_stderr_is_closed_or_full(self):
         folder = self.folder()
         folder.write("script.py", "print('runs')")
-        for words in ("2>&-", "2>/dev/full"):
+        for words, unbuffered in (("2>&-", ""), ("2>&-", "1"), ("2>/dev/full", ""), ("2>/dev/full", "1")):
             command = " ".join(map(shlex.quote, python_command(*serve_words("script.py")))) + " " + words
-            out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL)
+            out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL,
+                                          env=environment(PYTHONUNBUFFERED=unbuffered))
             self.assertEqual(out, b"runs\n", words)
 
     def test_an_error_of_one_visitor_does_not_hide_what_died_from_the_next(self):
@@ -9203,6 +9370,45 @@ class BusyPorts(Case):
         self.assertNotIn(":%d " % port, err.until("\n"))
 
 
+@unittest.skipUnless(hasattr(sys, "remote_exec"), "3.14: remote_exec")
+class RemoteExec(Case):
+    """The README's recipe for a process that did not start a server."""
+
+    WAITS = "import sys, time\nn = 41\nprint('runs', flush=True)\nwhile n: time.sleep(0.01)\nprint('over')"
+
+    def start(self, *flags, **env):
+        """Start a program; return it, and what `remote_exec` is told, out of the README."""
+        text = readme_text()
+        section = text[text.index("### A process that did not start a server"):]
+        folder = self.folder()
+        self.path = os.path.join(folder.path, "visit")
+        script = re.search("(?s)```python\n(# visit.py\n.*?)```", section).group(1)
+        for old, new in (("/srv/tools", os.path.dirname(SOURCE_PATH)), ("/run/user/1000/visit", self.path)):
+            self.assertEqual(script.count(old), 1)
+            script = script.replace(old, new)
+        self.assertEqual(len([line for line in script.splitlines() if line[0] != "#"]), 4)
+        folder.write("visit.py", script)
+        folder.write("program.py", self.WAITS)
+        program = folder.start("program.py", flags=flags, **env)
+        program.until("runs\n")
+        command = re.search(r"\$ sudo python3.14 -c '(.*)'", section).group(1)
+        return program, command.replace("4711", str(program.process.pid)).replace("/srv/tools", folder.path)
+
+    def test_it_is_visited_by_the_recipe_of_the_readme(self):
+        program, command = self.start()
+        exec(command)
+        eventually(lambda: os.path.exists(self.path + ".control"), "the server")
+        wire = self.wire(self.path)
+        self.assertEqual(wire.ask("n + 1"), "42\n")
+        wire.ask("n = 0")
+        self.assertEqual(program.end(), [0, "over\n", ""])
+
+    def test_the_interpreters_switches_forbid_it(self):
+        for flags, env in ((["-X", "disable-remote-debug"], {}), ([], {"PYTHON_DISABLE_REMOTE_DEBUG": "1"})):
+            _, command = self.start(*flags, **env)
+            self.assertRaisesRegex(RuntimeError, "not enabled in the remote process", exec, command)
+
+
 class Workers(NotesCase):
     """Pre-forking servers and pools: each process has its own server, one command reaches all."""
 
@@ -9624,6 +9830,58 @@ class TestCompletingCalls(CompletionCase):
 
         self.namespace["call"] = call
         self.assertEqual(self.hint("call(").replace(" ", ""), "call(first=...,second:...=1)")
+        self.assertEqual(Sample.ran, [])
+
+    def test_no_code_of_the_program_s_is_run_for_the_hint(self):
+        class Odd(type):
+            def __getattribute__(cls, name):
+                Sample.ran.append("metaclass %s" % name)
+                return super().__getattribute__(name)
+
+            def __eq__(cls, other):
+                Sample.ran.append("metaclass ==")
+                return True
+
+            __hash__ = type.__hash__
+
+        class Thing(metaclass=Odd):
+            def __init__(self, width, height=2):
+                pass
+
+            def __getattribute__(self, name):
+                Sample.ran.append("thing %s" % name)
+                return object.__getattribute__(self, name)
+
+            def __call__(self, times):
+                Sample.ran.append("call")
+
+        def shown():
+            Sample.ran.append("signature")
+
+        def plain(first, second: Thing = 1):
+            pass
+
+        def wrapping(*args):
+            pass
+
+        def signed(first):
+            pass
+
+        Sample.ran.clear()
+        signed.__signature__ = shown
+        wrapping.__wrapped__ = object.__new__(Thing)
+        self.namespace.update(plain=plain, wrapping=wrapping, signed=signed, Thing=Thing, thing=object.__new__(Thing),
+                              part=functools.partial(object.__new__(Thing), 1), wrapped=functools.wraps(plain)(wrapping))
+        for line, hint in (("signed(", "signed(first)"), ("Thing(", "Thing(width, height=2)"),
+                           ("thing(", "thing(times)"), ("part(", "part()")):
+            Sample.ran.clear()
+            self.assertEqual((self.hint(line) or "").partition("\n")[0], hint)
+            self.assertEqual(Sample.ran, [], line)
+        self.assertIn(self.hint("wrapped(").replace(" ", ""), ("wrapped(first,second:...=1)", "wrapped(first,second:Thing=1)"))
+        wrapping.__wrapped__ = object.__new__(Thing)
+        Sample.ran.clear()
+        self.assertEqual((self.hint("wrapping("), Sample.ran), ("wrapping(*args)", []))
+        self.matches("part(tim")
         self.assertEqual(Sample.ran, [])
 
     def test_there_is_no_hint_for_what_is_not_called(self):
@@ -16074,7 +16332,7 @@ class Promises(Case):
                 name.split(".")[0] for name in os.listdir(os.path.dirname(os.__file__))}
             names |= {name.split(".")[0] for folder in sys.path if "lib-dynload" in folder
                       for name in os.listdir(folder)}
-        names |= {"__pypy__", "msvcrt", "winreg", "_winapi", "readline"}
+        names |= {"__pypy__", "msvcrt", "winreg", "_winapi", "readline", "annotationlib"}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom):
                 self.assertEqual(node.level, 0)
