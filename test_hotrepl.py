@@ -13109,6 +13109,8 @@ class Threads(Workspace):
 
 
 
+
+
 class RealPrograms(Workspace):
     """What programs do that small examples don't, each a kind of edit that once went wrong."""
 
@@ -14991,6 +14993,8 @@ def first_difference(*texts):
 
 def run_upgrade(argv):
     """Upgrade a package in a running process and print what differs from a fresh one; return the exit code."""
+    if argv == ["--fetch"]:       # for a row of CI, which has no network
+        return int(not all([each.paths() for each in UPGRADES]))
     name, old, new = [each for each in argv if not each.startswith("-")]
     known = [each for each in UPGRADES if (each.name, each.old, each.new) == (name, old, new)]
     found = Upgrade(known[0] if known else Release(name, old, new))
