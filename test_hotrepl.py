@@ -13111,6 +13111,12 @@ class Threads(Workspace):
 
 
 
+
+
+
+
+
+
 class RealPrograms(Workspace):
     """What programs do that small examples don't, each a kind of edit that once went wrong."""
 
@@ -13492,8 +13498,8 @@ class RealPrograms(Workspace):
 
 # === 8. Hot patching: judged by a fresh process ==============================
 # Nobody wrote down here what is right: a live program is used, edited and reloaded, and a process that
-# starts with the edited files says it. `python test_hotrepl.py judge [NAME...]` does it for each
-# framework that this Python has. A row of the table is a program, questions to it, and edits. Of each
+# starts with the edited files says it. `python test_hotrepl.py judge [NAME[/EDIT]...]` does it for each
+# framework that this Python has; -v shows the reports. A row of the table is a program, questions to it, and edits. Of each
 # edit, and of the way back, the engine compares
 #   answers    to the questions, which use the framework's own client, made before; of those that begin with
 #              "live" (what an object answers that was made before) it is enough if the report has a stale line;
@@ -13541,7 +13547,7 @@ class Portrait(dict):
     """{site: what stands there} of modules, in words that another process has too."""
 
     SKIPPED = re.compile(r"__(dict|weakref|builtins|file|path|cached|loader|spec|firstlineno|warningregistry)__\Z"
-                         r"|_abc_|__pydantic_(core_schema|parent_namespace|serializer|validator)__|@py")
+                         r"|_abc_|__pydantic_(core_schema|parent_namespace|serializer|validator)__|@py|__replace__")
 
     def __init__(self, modules):
         super().__init__()
@@ -13580,7 +13586,8 @@ class Portrait(dict):
                 found = ["%s: %s" % (key, self._words(each, depth - 1))
                          for key, each in zip(found, value.values())]
             return "%s(%s)" % (type(value).__name__, ", ".join(sorted(found)))
-        return type(value).__name__
+        # A promise, such as Celery's, may be evaluated or not.
+        return type(getattr(type(value), "__maybe_evaluate__", lambda each: each)(value)).__name__
 
     def _parts(self, function, depth):
         yield function.__name__
@@ -13778,10 +13785,11 @@ def shorten_answer(answer):
 
 def run_judge(argv):
     """Judge the edits of the frameworks named, or of all; return the exit code."""
-    names = [each for each in argv if not each.startswith("-")]
+    names = dict(each.partition("/")[::2] for each in argv if not each.startswith("-"))
     is_wrong = False
     for judged in FRAMEWORKS:
         if not names or judged.name in names:
+            judged.edits = [each for each in judged.edits if names.get(judged.name, "") in each.title]
             importlib.import_module(judged.name)
             wrong = Judge(judged).judge()
             is_wrong |= bool(wrong)
@@ -14429,7 +14437,7 @@ def before(sender, instance, **options):
                "title": lambda: make(user, title="b"),
                "nested": lambda: make(app.Address, city="y"),
                "schema": lambda: admin.model_json_schema(),
-               "live": lambda: (first.greet()[:7], first.shown)}
+               "live": lambda: (first.greet()[:7], first.shown), "use": lambda: app.LIVE.append(None)}
         def kept():
             return app.LIVE[0] is first, first.name, user is app.User, type(first) is user
         """,
