@@ -4836,14 +4836,25 @@ class _Apply:
             new = scope.evaluate(node, self._kept_parameters(pair, raw))
             self._fold_definition(scope, pair, raw, new)
             self.put(_attribute(raw, "__dict__"), {})
-            return _evaluated(scope.decorate(node, raw))
+            value = scope.decorate(node, raw)
+            _evaluated(value)
+            return value
         places = _Registrations(self, reached, {id(old), id(raw)})
         value = places.renew(decorate)
         if pair.old is not None and pair.change == "def" and not places.taken:
             self._note_not_retired(scope, pair)
-        if value is not old and value is not raw:
-            value = self.fold(old, value)
+        if value is not raw:
+            value = self._fold_made(old, value, reached)
         self._bind(scope, node.name, value, pair.new)
+
+    def _fold_made(self, old, value, reached):
+        """Fold what decorators returned: it is new, unless it could be reached before."""
+        value = self.current(value)
+        if value is old or _evaluated(old) is value:
+            return old
+        if id(value) in self.known or any(each is value for each in reached) or _holds(value, old):
+            return value
+        return self._fold_by_rule(old, value)
 
     def _note_not_retired(self, scope, pair):
         if pair.old.decorator_dump() != pair.new.decorator_dump() and not _is_transparent(
@@ -5070,8 +5081,9 @@ class _Apply:
         for pair in pairs:
             if pair.change == "gone" and pair.old.is_definition and pair.old.node.name not in names:
                 value = scope.get(pair.old.node.name)
-                if value is not _MISSING and pair.old.node.decorator_list:
-                    reached = self.snapshot(scope.edit, pair.old)
+                if value is not _MISSING:
+                    reached = self.snapshot(scope.edit, *[each.old for each in pairs if each is pair or (
+                        each.old is not None and pair.old.node.name in each.old.names.reads)])
                     targets = {id(value)} | {id(each) for each in _functions_in(value)}
                     _Registrations(self, reached, targets).drop()
         if scope.cls is not None:
@@ -5102,6 +5114,9 @@ class _Apply:
             return self.folded[id(new)][1]
         if new is old or old is _MISSING or not self._is_fresh(new, statement) or _holds(new, old):
             return new
+        return self._fold_by_rule(old, new)
+
+    def _fold_by_rule(self, old, new):
         for fits, update in _FOLD_RULES:
             if fits(old, new):
                 return update(self, old, new)
@@ -5434,7 +5449,8 @@ class _Apply:
         self.stands_for(old, new)
         for name in set(vars(old)) | set(vars(new)):
             before, value = vars(old).get(name, _MISSING), vars(new).get(name, _MISSING)
-            self.put(_entry(vars(old), name), self.fold(before, value))
+            if not _is_filled_later(before, value):
+                self.put(_entry(vars(old), name), self.fold(before, value))
         return old
 
     # --- Readers: what was made of a value that is another now, and who imported it ---
@@ -6257,11 +6273,9 @@ def _is_transparent(node):
 
 
 def _evaluated(value):
-    """Evaluate a lazy result, such as Celery's promise."""
+    """Return what a lazy value, such as Celery's promise, stands for; of another value itself."""
     method = getattr(type(value), "__maybe_evaluate__", None)
-    if method is not None:
-        method(value)
-    return value
+    return value if method is None else method(value)
 
 
 # Kinds of classes whose fields are more than attributes: (test, what its metaclass makes of them).
@@ -6393,12 +6407,18 @@ class _Registrations:
 
     def _folded_entry(self, old, new):
         """The old object of an entry goes on, with the content of the new one."""
-        if old is new or type(old) is not type(new) or not _is_plain_instance(new) or (
-                _is(new, (type, tuple, types.FunctionType)) or _container_kind(new)):
+        if old is new or not _is_plain_instance(new) or not _is_plain_instance(old) or (
+                _is(new, (type, tuple, types.FunctionType)) or _container_kind(new)) or (
+                type(old) is not type(new) and not (
+                    _is_class_pair(type(old), type(new)) and id(type(new)) not in (self._apply.known or {}))):
             return new
         apply = self._apply
+        if type(old) is not type(new):      # each has its own class, such as Celery's tasks
+            apply.fold_class(type(old), type(new))
         for name in set(vars(old)) | set(vars(new)):
-            apply.put(_entry(vars(old), name), vars(new).get(name, _MISSING))
+            before, value = vars(old).get(name, _MISSING), vars(new).get(name, _MISSING)
+            if not _is_filled_later(before, value):
+                apply.put(_entry(vars(old), name), value)
         apply.folded[id(new)] = (new, old)
         return old
 
@@ -6470,6 +6490,21 @@ def _restore_entries(container, before, hits):
         _replace_items(container, content)
 
 
+def _taken_in(cls):
+    """Return the functions of a class that were defined outside of it, such as Celery's `run`."""
+    return [function for function in map(_unwrapped, vars(cls).values())
+            if type(function) is types.FunctionType and "." not in function.__qualname__]
+
+
+def _unwrapped(value):
+    return value.__func__ if _is(value, (staticmethod, classmethod)) else value
+
+
+def _is_filled_later(before, value):
+    """Tell whether a container of an object has content that others gave it after its birth."""
+    return type(before) is type(value) and _container_kind(value) and before and not value
+
+
 def _leads_to(value, targets, depth=3):
     """Tell whether an entry holds one of some objects, given by id, by itself or in a wrapper."""
     if id(value) in targets:
@@ -6490,6 +6525,7 @@ def _leads_to(value, targets, depth=3):
         inners = [each for each in (_get_dict(value) or {}).values()
                   if id(each) in targets or _is(each, _WRAPPERS + (type,))]
         inners += [_member(value, member)[0]() for member in _members(type(value))]
+        inners += _taken_in(type(value))
         depth = min(depth, 2)
     else:
         return False

@@ -13569,6 +13569,2192 @@ class Threads(Workspace):
         self.assertEqual(self.hammer(m.f, lambda i: patch(m.f, news[i % 2])(), 300), [])
 
 
+
+
+
+
+
+
+
+
+
+
+class RealPrograms(Workspace):
+    """What programs do that small examples don't, each a kind of edit that once went wrong."""
+
+    # What runs
+
+    def test_own_registry_follows_a_changed_key(self):
+        text = "R = {}\ndef reg(key):\n    def deco(f):\n        R[key] = f\n        return f\n    return deco\n" \
+               "@reg(%r)\ndef f(): return %d\n"
+        m = self.load(text % ("a", 1))
+        held, registry = m.R["a"], m.R
+        self.again(text % ("b", 2))
+        self.assertEqual((list(m.R), m.R["b"](), held()), (["b"], 2, 2))
+        self.assertIs(m.R, registry)
+
+    def test_own_registry_in_another_module_follows_a_changed_key(self):
+        self.load("R = {}\ndef reg(key):\n    def deco(f):\n        R[key] = f\n        return f\n    return deco\n", "reg")
+        text = "from reg import reg\n@reg(%r)\ndef f(): return %d\n"
+        m = self.load(text % ("a", 1))
+        self.again(text % ("b", 2))
+        self.assertEqual({key: f() for key, f in sys.modules["reg"].R.items()}, {"b": 2})
+        self.assertIs(sys.modules["reg"].R["b"], m.f)
+
+    def test_new_handler_comes_where_the_file_has_it(self):
+        text = "HANDLERS = []\ndef on(f):\n    HANDLERS.append(f)\n    return f\n%s@on\ndef z(): return 'z'\n"
+        m = self.load(text % "@on\ndef a(): return 'a'\n")
+        self.again(text % "@on\ndef a(): return 'a'\n@on\ndef b(): return 'b'\n")
+        self.assertEqual([f() for f in m.HANDLERS], ["a", "b", "z"])
+
+    def test_handler_that_is_taken_away_is_called_no_more(self):
+        text = "HANDLERS = []\ndef on(f):\n    HANDLERS.append(f)\n    return f\n%s@on\ndef z(): return 'z'\n"
+        m = self.load(text % "@on\ndef a(): return 'a'\n")
+        report = self.again(text % "")
+        self.assertEqual([f() for f in m.HANDLERS], ["z"], report)
+
+    def test_handler_whose_body_changed_is_registered_once_and_stays_where_it_is(self):
+        text = "import atexit\nRUNS = []\nHANDLERS = []\ndef on(f):\n    RUNS.append(1)\n    HANDLERS.append(f)\n    return f\n" \
+               "@on\ndef a(): return %d\n@on\ndef b(): return 'b'\n"
+        m = self.load(text % 1)
+        self.again(text % 2)
+        self.assertEqual(([f() for f in m.HANDLERS], m.RUNS), ([2, "b"], [1, 1]))
+
+    def test_function_at_exit_runs_once(self):
+        output = self.run_script("""
+            import hotrepl
+            write("m.py", "import atexit\\n@atexit.register\\ndef bye(): print('old')\\n")
+            import m
+            hotrepl.note_sources()
+            write("m.py", "import atexit\\n@atexit.register\\ndef bye(): print('new')\\n")
+            hotrepl.reload(m)
+            """)
+        self.assertEqual(output, "new\n")
+
+    def test_class_decorator_runs_no_more_for_a_body(self):
+        text = "MADE = []\ndef single(cls):\n    one = cls()\n    MADE.append(one)\n    return lambda: one\n" \
+               "@single\nclass C:\n    def __init__(self): self.x = 1\n    def m(self): return %d\n"
+        m = self.load(text % 1)
+        one = m.C()
+        one.x = 5
+        self.again(text % 2)
+        self.assertEqual((m.C().x, m.C().m(), len(m.MADE)), (5, 2, 1))
+        self.assertIs(m.C(), one)
+
+    # What is known of a text that nobody noted
+
+    UNKNOWN = """
+        SESSIONS = {}
+        LIMIT = 1
+        import os
+        class Svc:
+            depth = 1
+            conn: object
+            def m(self): return 1
+        class Gone: pass
+        def f(x=1): return 1, x
+        @staticmethod
+        def deco(): return 1
+        def gone(): pass
+        pair, other = 1, "a"
+        SESSIONS["count"] = len(SESSIONS)
+        """
+    # (what differs, what it is to be, its value then, in a text that is not known: applied or named)
+    EDITS = (
+        ("def f(x=1): return 1, x", "def f(x=1): return 2, x", "m.f()", (2, 1), True),
+        ("def f(x=1): return 1, x", "def f(x=2): return 1, x", "m.f()", (1, 2), True),
+        ("def f(x=1): return 1, x", "def f(x=1, y=3): return 1, x, y", "m.f()", (1, 1, 3), True),
+        ("def f(x=1): return 1, x", "def f(x=1):\n    'doc'\n    return 1, x", "m.f.__doc__", "doc", True),
+        ("def m(self): return 1", "def m(self): return 2", "m.Svc().m()", 2, True),
+        ("def m(self): return 1", "def m(self): return 1\n    def n(self): return 3", "m.Svc().n()", 3, True),
+        ("def deco(): return 1", "def deco(): return 2", "m.deco.__func__()", 2, True),
+        ("    depth = 1", "    depth = 2", "m.Svc.depth", 2, False),
+        ("LIMIT = 1", "LIMIT = 2", "m.LIMIT", 2, False),
+        ("pair, other = 1", "pair, other = 2", "m.pair", 2, False),
+        ("LIMIT = 1", "LIMIT = 1\nNEW = 7", "m.NEW", 7, False),
+        ("LIMIT = 1", "LIMIT = 1\ndef new(): return 7", "m.new()", 7, True),
+        ("class Gone: pass\n", "", "hasattr(m, 'Gone')", False, False),
+        ("def gone(): pass\n", "", "hasattr(m, 'gone')", False, False),
+    )
+
+    def check_unknown(self, old, new, question, wanted, must):
+        before = textwrap.dedent(self.UNKNOWN)
+        sys.modules.pop("m", None)
+        m = self.load(before, is_noted=False)
+        m.SESSIONS["user"] = held = m.Svc()
+        m.Svc.conn = "connected"
+        self.assertEqual(before.count(old), 1)
+        report = self.again(before.replace(old, new))
+        self.assertEqual((m.SESSIONS, m.Svc.conn), ({"count": 0, "user": held}, "connected"), report)
+        try:
+            found = eval(question, {"m": m})
+        except Exception as exc:
+            found = exc
+        name = re.findall(r"\w+", old if wanted is False else new)[1 if wanted is False else 0]
+        if found != wanted and (must or not re.search(r"can't tell.*\b%s\b" % name, repr(report))):
+            self.fail("%s is %r; the report: %s" % (question, found, report))
+        again = self.again(before.replace(old, new).replace("return 1", "return 9"))
+        self.assertEqual(9 in (m.f()[0], m.Svc().m()), "return 1" in before.replace(old, new), again)
+
+    def test_edit_of_an_unknown_text_is_applied_or_named_and_keeps_what_lives(self):
+        for has_cache in (False, True):
+            for edit in self.EDITS:
+                with self.subTest(edit[1], cache=has_cache):
+                    sys.dont_write_bytecode = not has_cache
+                    self.check_unknown(*edit)
+                    sys.dont_write_bytecode = False
+
+    def test_release_symlink_that_was_switched_is_followed(self):
+        output = self.run_script("""
+            import hotrepl, os, sys
+            for number in (1, 2):
+                os.mkdir("r%d" % number)
+                write("r%d/shop.py" % number, "S = {}\\nLIMIT = %d\\ndef f(): return %d, LIMIT\\n" % (number, number))
+            os.symlink("r1", "current")
+            sys.path.insert(0, os.path.abspath("current"))
+            import shop
+            shop.S[1] = 1
+            hotrepl.note_sources()
+            os.remove("current")
+            os.symlink("r2", "current")
+            hotrepl.reload()
+            print(shop.f(), shop.S)
+            """)
+        self.assertEqual(output, "(2, 2) {1: 1}\n")
+
+    def test_modules_that_lie_elsewhere_than_the_script_are_found(self):
+        elsewhere = os.path.realpath(tempfile.mkdtemp(prefix="hotrepl elsewhere "))
+        self.addCleanup(shutil.rmtree, elsewhere)
+        output = self.run_script("""
+            import hotrepl, sys
+            sys.path.insert(0, %r)
+            write(%r, "def f(): return 1\\n")
+            import other
+            hotrepl.note_sources()
+            write(%r, "def f(): return 2\\n")
+            hotrepl.reload()
+            print(other.f())
+            """ % ((elsewhere,) + 2 * (os.path.join(elsewhere, "other.py"),)))
+        self.assertEqual(output, "2\n")
+
+    def test_report_says_how_many_modules_were_looked_at_and_where(self):
+        output = self.run_script("""
+            import hotrepl
+            write("a.py", "x = 1\\n")
+            import a
+            hotrepl.note_sources()
+            print(hotrepl.reload())
+            """)
+        self.assertRegex(output, r"\Anothing changed.*\b[23] modules\b.*%s" % re.escape(os.path.basename(self.folder)))
+
+    def test_star_import_follows(self):
+        self.load("X = 1\ndef f(): return 1\n_hidden = 1\n", "a")
+        b = self.load("from a import *\n", "b")
+        c = self.load("from b import *\nf = f\n", "c")
+        self.edit("a", "X = 2\nY = 3\ndef g(): return 2\n_hidden = 2\n")
+        report = reload("a")
+        self.assertEqual((b.X, b.Y, b.g(), hasattr(b, "f"), hasattr(b, "_hidden"), c.X, c.g()),
+                         (2, 3, 2, False, False, 2, 2), report)
+
+    def test_re_export_of_a_changed_constant_follows(self):
+        self.load("X = 1\n", "a")
+        b = self.load("from a import X\nfrom a import X as Y\n", "b")
+        self.edit("a", "X = 2\n")
+        reload("a")
+        self.assertEqual((b.X, b.Y), (2, 2))
+
+    # What is kept
+
+    STATE = "class Svc:\n    conn: object\n    _one = None\n    @classmethod\n    def get(cls):\n" \
+            "        if cls._one is None: cls._one = cls()\n        return cls._one\n    def m(self): return %s\n"
+
+    def test_attribute_that_is_only_annotated_keeps_the_value_that_was_put_there(self):
+        m = self.load(self.STATE % 1)
+        m.Svc.conn = conn = object()
+        self.again(self.STATE % 2)
+        self.assertIs(m.Svc.conn, conn)
+
+    def test_singleton_in_a_class_attribute_is_kept(self):
+        m = self.load(self.STATE % 1)
+        one = m.Svc.get()
+        self.again(self.STATE % "2\n    def n(self): return 3")
+        self.assertIs(m.Svc.get(), one)
+        self.assertEqual((one.m(), one.n()), (2, 3))
+
+    def test_method_replaced_from_outside_is_kept_when_another_is_edited(self):
+        text = "class C:\n    def f(self): return %d\n    def g(self): return 'g'\n"
+        m = self.load(text % 1)
+        original = m.C.g
+        m.C.g = traced = lambda self: "traced " + original(self)
+        self.again(text % 2)
+        self.assertEqual((m.C().f(), m.C().g(), vars(m.C)["g"]), (2, "traced g", traced))
+
+    def test_default_that_serves_as_a_memo_is_kept(self):
+        text = "def f(x, cache={}):\n    cache[x] = %d\n    return cache\n"
+        m = self.load(text % 1)
+        m.f("a")
+        self.again(text % 2)
+        self.assertEqual(m.f("b"), {"a": 1, "b": 2})
+
+    def test_default_that_serves_as_a_memo_is_kept_where_another_parameter_is_new(self):
+        m = self.load("def f(x, cache={}):\n    cache[x] = 1\n    return cache\n")
+        m.f("a")
+        self.again("def f(x, cache={}, y=2):\n    cache[x] = y\n    return cache\n")
+        self.assertEqual(m.f("b"), {"a": 1, "b": 2})
+
+    # Odd modules
+
+    def test_odd_modules_end_nobody(self):
+        output = self.run_script("""
+            import hotrepl, importlib.util, pathlib, sys, types
+            write("a.py", "def f(): return 1\\n")
+            write("lazy.py", "print('the lazy one ran')\\n")
+            import a
+            spec = importlib.util.find_spec("lazy")
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+            lazy = importlib.util.module_from_spec(spec)
+            sys.modules["lazy"] = lazy
+            spec.loader.exec_module(lazy)
+            class Liar(types.ModuleType):
+                @property
+                def __file__(self): raise RuntimeError("never ask")
+                def __getattr__(self, name): raise RuntimeError("never ask")
+            sys.modules["liar"] = Liar("liar")
+            sys.modules["number"] = 5
+            for name, path in (("p", pathlib.Path("a.py")), ("b", b"a.py"), ("n", 3), ("z", "a\\0.py"), ("c", "a.pyc"), ("d", "/")):
+                sys.modules[name] = module = types.ModuleType(name)
+                module.__file__ = path
+            hotrepl.note_sources()
+            write("a.py", "def f(): return 2\\n")
+            hotrepl.note_sources()
+            hotrepl.reload()
+            print(a.f())
+            """)
+        self.assertEqual(output, "2\n")
+
+    def test_compiled_program_can_be_looked_into(self):
+        output = self.run_script("""
+            import hotrepl, py_compile, subprocess, sys
+            write("app.py", "import hotrepl\\nhotrepl.note_sources()\\nprint(hotrepl.reload() is not None)\\n")
+            py_compile.compile("app.py", "app.pyc")
+            print(subprocess.check_output([sys.executable, "app.pyc"]).decode(), end="")
+            """)
+        self.assertEqual(output, "True\n")
+
+    def test_deleted_file_is_named_and_blocks_no_other(self):
+        output = self.run_script("""
+            import hotrepl, os
+            write("a.py", "def f(): return 1\\n")
+            write("gone.py", "def f(): return 1\\n")
+            import a, gone
+            hotrepl.note_sources()
+            os.remove("gone.py")
+            write("a.py", "def f(): return 2\\n")
+            report = repr(hotrepl.reload())
+            print(a.f(), gone.f(), "gone" in report)
+            """)
+        self.assertEqual(output, "2 1 True\n")
+
+    # What is put back
+
+    def test_failed_reload_puts_back_what_a_name_leads_to_that_it_imported(self):
+        self.load("R = {}\ndef reg(f):\n    R[f.__name__] = f\n    return f\n", "reg")
+        self.load("x = 1\n")
+        with self.assertRaises(ReloadError):
+            self.again("x = 1\nfrom reg import reg\n@reg\ndef g(): pass\n1 / 0\n")
+        self.assertEqual(sys.modules["reg"].R, {})
+
+    def test_failed_reload_puts_back_the_process(self):
+        other = self.load("V = 1\nL = []\n", "other")
+        self.load("import os, sys, other\nx = 1\n")
+        before = dict(os.environ), list(sys.path), set(sys.modules)
+        self.addCleanup(os.environ.pop, "HOTREPL_X", None)
+        with self.assertRaises(ReloadError):
+            self.again("import os, sys, other\nx = 1\nos.environ['HOTREPL_X'] = '1'\nsys.path.append('x')\n"
+                       "import this_is_new\nother.V = 2\nother.L.append(1)\n")
+        self.edit("fresh", "y = 1\n")
+        importlib.invalidate_caches()
+        with self.assertRaises(ReloadError):
+            self.again("import os, sys, other\nx = 1\nos.environ['HOTREPL_X'] = '1'\nsys.path.append('x')\n"
+                       "import fresh\nother.V = 2\nother.L.append(1)\n1 / 0\n")
+        self.assertEqual((dict(os.environ), list(sys.path), set(sys.modules)), before)
+        self.assertEqual((other.V, other.L), (1, []))
+
+    # What is said
+
+    def test_everything_says_that_it_ran_everything(self):
+        m = self.load("A = 1\nB = {}\n")
+        m.A = 5
+        report = reload(m, everything=True)
+        self.assertEqual(m.A, 1)
+        self.assertNotIn("nothing changed", repr(report))
+
+    def test_class_that_stays_a_class_is_not_said_to_become_one(self):
+        text = "import enum, typing, collections\nclass C:\n    x = %d\nclass E(enum.Enum):\n    a = %d\nclass N(typing.NamedTuple):\n    a: int = %d\n"
+        m = self.load(text % (1, 1, 1))
+        report = self.again(text % (2, 2, 2))
+        self.assertNotRegex(repr(report), r"is a class now|\(0 live\)")
+        self.assertEqual((m.C.x, m.E.a.value, m.N().a), (2, 2, 2))
+
+    def test_names_that_a_loop_made_and_makes_no_more_go_or_are_named(self):
+        text = "for name in %r:\n    globals()[name] = name\n"
+        m = self.load(text % (["a", "b"],))
+        report = self.again(text % (["a", "c"],))
+        self.assertEqual(m.c, "c")
+        self.assertTrue(not hasattr(m, "b") or re.search(r"\bb\b", repr(report)), report)
+
+    def test_renamed_enum_member_is_renamed_or_named(self):
+        text = "import enum\nclass E(enum.Enum):\n    a = 1\n    %s = 2\n"
+        m = self.load(text % "b")
+        held = m.E.b
+        report = self.again(text % "c")
+        self.assertEqual((m.E.c.value, m.E(2).name, list(m.E.__members__)), (2, "c", ["a", "c"]), report)
+        self.assertTrue(held is m.E.c or re.search(r"stale.*\bb\b", repr(report)), report)
+
+    def test_code_that_ran_for_a_class_and_changed_is_named(self):
+        for text in ("class M(type):\n    def __new__(meta, *args):\n        x = %d\n        return type.__new__(meta, *args)\nclass C(metaclass=M): pass\n",
+                     "class B:\n    def __init_subclass__(cls):\n        cls.x = %d\nclass C(B): pass\n",
+                     "def deco(cls):\n    cls.x = %d\n    return cls\n@deco\nclass C: pass\n",
+                     "def deco(f):\n    f.x = %d\n    return f\n@deco\ndef C(): pass\n"):
+            with self.subTest(text):
+                sys.modules.pop("m", None)
+                self.load(text % 1)
+                self.assertRegex(repr(self.again(text % 2)), r"not run again: .*\bC\b")
+
+    def test_name_that_the_file_deletes_does_not_come_back(self):
+        m = self.load("tmp = 1\nX = tmp * 2\ndel tmp\n")
+        self.again("tmp = 1\nX = tmp * 3\ndel tmp\n")
+        self.assertEqual((m.X, hasattr(m, "tmp")), (3, False))
+
+    def test_combination_of_flags_keeps_its_meaning_or_is_named(self):
+        text = "import enum\nclass P(enum.Flag):\n    READ = enum.auto()\n%s    WRITE = enum.auto()\nHELD = [P.READ | P.WRITE, P.WRITE]\n"
+        m = self.load(text % "")
+        held, single = m.HELD
+        report = self.again(text % "    ADMIN = enum.auto()\n")
+        means = bool(held & m.P.WRITE), bool(held & m.P.READ), bool(held & m.P.ADMIN)
+        if means != (True, True, False):
+            self.assertRegex(repr(report), r"stale.*\bP\b")
+        self.assertTrue(single is m.P.WRITE or re.search(r"stale.*WRITE", repr(report)), report)
+
+    def test_instances_get_literals_of_the_new_init_and_the_rest_is_named(self):
+        text = "class Group:\n    def __init__(self):\n        self.a = 1\n%s    def m(self): return %s\n"
+        m = self.load(text % ("", 1))
+        groups = [m.Group() for _ in range(3)]
+        report = self.again(text % ("        self._help = None\n        self.made = list(range(3))\n", "self._help"))
+        self.assertEqual([group.m() for group in groups], [None] * 3, report)
+        self.assertRegex(repr(report), r"3 live.*\bmade\b|\bmade\b.*3 live")
+
+    # What was typed
+
+    def test_def_typed_over_a_function_of_the_file_is_named_and_taken_back(self):
+        m = self.load("def step(): return 'file'\nX = 1\n")
+        held = m.step
+        exec("def step(): return 'typed'", vars(m))
+        for report in (reload(m), reload(m, dry_run=True), self.again("def step(): return 'file'\nX = 2\n")):
+            self.assertIn("step", repr(report))
+        self.assertEqual((m.step(), m.X), ("typed", 2))
+        unpatch(m.step)
+        self.assertEqual((m.step(), held()), ("file", "file"))
+        self.assertNotIn("step", repr(reload(m)))
+
+
+# === 8. Hot patching: judged by a fresh process ==============================
+# Nobody wrote down here what is right: a live program is used, edited and reloaded, and a process that
+# starts with the edited files says it. `python test_hotrepl.py judge [NAME[/EDIT]...]` does it for each
+# framework that this Python has; -v shows the reports. A row of the table is a program, questions to it, and edits. Of each
+# edit, and of the way back, the engine compares
+#   answers    to the questions, which use the framework's own client, made before; of those that begin with
+#              "live" (what an object answers that was made before) it is enough if the report has a stale line;
+#   portrait   the code of functions, the attributes of classes, the names of modules;
+#   state      what `kept()` returned before, and is to return still.
+# What differs must be named in the report, and in the answers only where the edit says what may differ.
+
+class Edit:
+    """One edit of a program: `changes` are texts and what they become, each found in one place."""
+
+    def __init__(self, title, *changes, named=None):
+        self.title = title
+        self._changes = list(zip(changes[::2], changes[1::2]))
+        self.named = named        # what the report says where the answers may differ, a pattern
+
+    def apply(self, files):
+        """Return {name: text} of the program after this edit."""
+        files = dict(files)
+        for old, new in self._changes:
+            found = [name for name, text in files.items() if text.count(old) == 1]
+            if len(found) != 1:
+                raise ValueError("%s: %r is in %s" % (self.title, old, found or "no file once"))
+            files[found[0]] = files[found[0]].replace(old, new)
+        return files
+
+
+class Judged:
+    """A row of the table: a framework, a program, questions, edits."""
+
+    def __init__(self, name, program, questions, *edits, is_rewritten=False):
+        self.name = name
+        self.is_rewritten = is_rewritten      # the framework compiles another text than the file's
+        self.files = split_files(program)
+        self.questions = textwrap.dedent(questions)
+        self.edits = edits
+
+
+def split_files(text):
+    """Return {name: text} of a text with lines `# file: NAME`."""
+    pieces = re.split(r"^# file: (.+)\n", textwrap.dedent(text), flags=re.M)
+    return dict(zip(pieces[1::2], pieces[2::2]))
+
+
+class Portrait(dict):
+    """{site: what stands there} of modules, in words that another process has too."""
+
+    SKIPPED = re.compile(r"__(dict|weakref|builtins|file|path|cached|loader|spec|firstlineno|warningregistry)__\Z"
+                         r"|_abc_|__pydantic_(core_schema|parent_namespace|serializer|validator)__|@py|__replace__")
+
+    def __init__(self, modules):
+        super().__init__()
+        for module in modules:
+            self._add_all(module.__name__, module.__name__ + ":", vars(module))
+
+    def _add_all(self, module, prefix, space):
+        for name, value in list(space.items()):
+            if isinstance(name, str) and not self.SKIPPED.match(name):
+                site = prefix + name
+                if getattr(value, "__module__", None) != module and isinstance(value, (type, types.FunctionType)):
+                    self[site] = "%s.%s" % (value.__module__, value.__qualname__)      # its module has it
+                elif not isinstance(value, type):
+                    self[site] = self._words(value)
+                else:
+                    self[site] = "class %s%s" % (value.__qualname__, [each.__qualname__ for each in value.__mro__])
+                    if "%s:%s" % (module, value.__qualname__) == site:
+                        self._add_all(module, site + ".", vars(value))
+
+    def _words(self, value, depth=4):
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, types.FunctionType) and depth:
+            return "def " + " ".join(self._parts(value, depth))
+        if isinstance(value, property) and depth:
+            return "property " + " ".join(
+                self._words(each, depth - 1) for each in (value.fget, value.fset, value.fdel))
+        if isinstance(value, (type, types.FunctionType, types.ModuleType)):
+            return value.__name__
+        if isinstance(value, (str, bytes, int, float, complex, bool, type(None))) and type(value) in (
+                str, bytes, int, float, complex, bool, type(None)):
+            return repr(value)
+        if type(value) in (tuple, list, set, frozenset, dict) and depth:
+            found = [self._words(each, depth - 1) for each in value]
+            if type(value) is dict:
+                found = ["%s: %s" % (key, self._words(each, depth - 1))
+                         for key, each in zip(found, value.values())]
+            return "%s(%s)" % (type(value).__name__, ", ".join(sorted(found)))
+        # A promise, such as Celery's, may be evaluated or not.
+        return type(getattr(type(value), "__maybe_evaluate__", lambda each: each)(value)).__name__
+
+    def _parts(self, function, depth):
+        yield function.__name__
+        yield self.code(function.__code__)
+        for each in (function.__defaults__, function.__kwdefaults__, function.__doc__):
+            yield self._words(each, depth - 1)
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):
+                yield self._words(cell.cell_contents, depth - 1)
+
+    @classmethod
+    def code(cls, code):
+        """Return a short text that differs where the code of a function does."""
+        import hashlib
+        parts = [code.co_name, code.co_firstlineno, code.co_flags, code.co_argcount, code.co_code.hex(),
+                 code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars]
+        for each in code.co_consts:
+            parts.append(cls.code(each) if hasattr(each, "co_code") else
+                         sorted(map(repr, each)) if isinstance(each, frozenset) else each)
+        return hashlib.md5(repr(parts).encode()).hexdigest()[:8]
+
+    def differences(self, other):
+        """Return the sites that stand in one of two portraits, or otherwise in the other."""
+        return {site for site in set(self) | set(other) if self.get(site) != other.get(site)}
+
+
+class Live:
+    """A program in a process of its own: this one, which ends after it."""
+
+    def __init__(self, files, questions):
+        self._files = files
+        self._folder = os.getcwd()
+        self._space = {}
+        exec(questions, self._space)
+
+    def answers(self):
+        """Return what it answers now, by question; an exception is an answer too."""
+        found = {}
+        for name, question in self._space["ASK"].items():
+            try:
+                found[name] = question()
+            except (Exception, SystemExit) as exc:
+                found[name] = "%s: %s" % (type(exc).__name__, exc)
+        return json.loads(json.dumps(found, default=repr))
+
+    def kept(self):
+        """Return what a reload is to keep."""
+        return json.loads(json.dumps(self._space["kept"](), default=repr))
+
+    def portrait(self):
+        return Portrait([module for name, module in sorted(sys.modules.items())
+                         if str(getattr(module, "__file__", "")).startswith(self._folder + os.sep)])
+
+    def look(self):
+        return {"answers": self.answers(), "portrait": self.portrait(), "report": ""}
+
+    def edited(self, files):
+        """Write the files, reload, and return what it is like afterwards."""
+        write_files(self._folder, self._files, files)
+        self._files = files
+        try:
+            report = repr(hotrepl.reload())
+        except ReloadError as exc:
+            report = "ReloadError: %s" % exc
+        return dict(self.look(), report=report)
+
+
+def write_files(folder, old, new):
+    """Make the folder, which holds the files `old` of a program, hold the files `new`."""
+    for name in set(old) - set(new):
+        os.remove(os.path.join(folder, name))
+    for name, text in new.items():
+        if old.get(name) != text:
+            path = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+
+
+def live_and_back(files, judged, edits):
+    """Return what a live program is like in the beginning, after each edit, and after its way back."""
+    live = Live(files, judged.questions)
+    fresh, answers = live.portrait(), live.answers()
+    live.answers()
+    kept = live.kept()
+    hotrepl.note_sources()
+    looks = [{"answers": answers, "state": sorted(fresh.differences(live.portrait()))}]
+    for edit in edits:
+        for text in (edit.apply(files), files):
+            looks.append(dict(live.edited(text), kept=[kept, live.kept()]))
+    return looks
+
+
+def fresh_look(files, judged):
+    """Return what a fresh process with these files is like."""
+    return Live(files, judged.questions).look()
+
+
+def in_child(function, files, *args, deadline_s=60):
+    """Return what `function(files, *args)` returns in a forked process, in a folder of its own with these files."""
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="hotrepl judged "))
+    write_files(folder, {}, files)
+    written = time.monotonic()    # the files are to be older than the process, whose age is told in 1/100 s
+    eventually(lambda: time.monotonic() - written > 0.05)
+    result, said = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            signal.alarm(deadline_s)
+            for number, file in enumerate((open(os.devnull), said, said)):
+                os.dup2(file.fileno(), number)
+            os.chdir(folder)
+            sys.path.insert(0, folder)
+            json.dump(function(files, *args), result)
+            result.flush()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    shutil.rmtree(folder)
+    with said, result:
+        for file in (said, result):
+            file.seek(0)
+        if status:
+            raise ChildProcessError("the program ended with status %d:\n%s" % (status, said.read()[-3000:]))
+        return json.load(result)
+
+
+class Judge:
+    """Compares a live program with fresh ones, and tells what is wrong."""
+
+    def __init__(self, judged):
+        self._judged = judged
+        self._first = in_child(fresh_look, judged.files, judged)
+        self.wrong = []           # sentences
+
+    def judge(self):
+        """Try each edit in a process of its own, then all in one; return what is wrong."""
+        fresh = []
+        for edit in self._judged.edits:
+            fresh += [in_child(fresh_look, edit.apply(self._judged.files), self._judged), self._first]
+            self._compare([edit], fresh[-2:])
+        if not self.wrong:        # or each would be told twice
+            self._compare(self._judged.edits, fresh)
+        return self.wrong
+
+    def _compare(self, edits, fresh):
+        try:
+            looks = in_child(live_and_back, self._judged.files, self._judged, edits)
+        except ChildProcessError as exc:
+            self.wrong.append("%s: %s" % (edits[0].title, exc))
+            return
+        for at, (live, right) in enumerate(zip(looks[1:], fresh)):
+            edit, title = edits[at // 2], edits[at // 2].title + (", taken back" if at % 2 else "")
+            for problem in self._problems(live, right, edit, set(looks[0]["state"])):
+                self.wrong.append("%s: %s" % (title, problem))
+                if "-v" in sys.argv:
+                    self.wrong[-1] += "\n    report: " + live["report"].replace("\n", "\n    ")
+
+    def _problems(self, live, right, edit, state):
+        kept, is_kept = live["kept"]
+        if kept != is_kept:
+            yield "state was %s and is %s" % (kept, is_kept)
+        wrong = [name for name, answer in live["answers"].items() if answer != right["answers"][name]
+                 and not (name.startswith("live") and re.search("(?m)^stale", live["report"]))]
+        if wrong and not (edit.named and re.search(edit.named, live["report"])):
+            found, wanted = (shorten_answer(each["answers"][wrong[0]]) for each in (live, right))
+            yield "%s: %s, not %s" % (", ".join(wrong), found, wanted)
+        if live["report"] == "nothing changed":
+            yield "reload() saw no change"
+        found = set()
+        if not self._judged.is_rewritten:
+            found = Portrait.differences(live["portrait"], right["portrait"]) - state
+        unnamed = sorted(site for site in found if not is_named(site, live["report"]))
+        if unnamed:
+            yield "not as in a fresh process, and not named: %s" % ", ".join(unnamed[:12])
+
+
+def is_named(site, report):
+    """Return whether a report says of `module:Class.name`, or of its class, that it is not as in a fresh process."""
+    names = site.partition(":")[2].split(".")
+    if names == [""]:             # a module that is no more
+        names = site[:-1].split(".")
+    return any(re.search(r"(?m)^(stale|note|not run again|can't tell).*(?<![\w.])([\w.]+\.)?%s\b" % re.escape(name), report)
+               for name in {".".join(names), names[0], names[-1]})
+
+
+def shorten_answer(answer):
+    return textwrap.shorten(json.dumps(answer, ensure_ascii=False), 160, placeholder="...")
+
+
+def run_judge(argv):
+    """Judge the edits of the frameworks named, or of all; return the exit code."""
+    names = dict(each.partition("/")[::2] for each in argv if not each.startswith("-"))
+    is_wrong = False
+    for judged in FRAMEWORKS:
+        if not names or judged.name in names:
+            judged.edits = [each for each in judged.edits if names.get(judged.name, "") in each.title]
+            importlib.import_module(judged.name)
+            wrong = Judge(judged).judge()
+            is_wrong |= bool(wrong)
+            print("%-11s %d edits, %d wrong" % (judged.name, len(judged.edits), len(wrong)), flush=True)
+            for each in wrong:
+                print("  " + each, flush=True)
+    return int(is_wrong)
+
+
+FRAMEWORKS = [
+
+    Judged("flask", """
+        # file: app.py
+        import click
+        from flask import Flask, g
+        import pages
+        STATE = {"hits": 0}
+        app = Flask(__name__)
+
+        @app.before_request
+        def first():
+            g.marks = ["first 1"]
+
+        @app.after_request
+        def last(response):
+            response.headers["X-Last"] = "last 1"
+            return response
+
+        @app.route("/")
+        def home():
+            STATE["hits"] += 1
+            return "home 1 %s" % g.marks
+
+        @app.route("/item/<int:number>")
+        def item(number):
+            return "item %d" % number
+
+        @app.errorhandler(404)
+        def missing(error):
+            return "missing 1", 404
+
+        @app.template_filter("loud")
+        def loud(text):
+            return text.upper()
+
+        @app.context_processor
+        def more():
+            return {"name": "context 1"}
+
+        @app.cli.command("init")
+        @click.option("--count", default=1)
+        def init(count):
+            print("init", count)
+
+        app.register_blueprint(pages.pages, url_prefix="/pages")
+        # file: pages.py
+        from flask import Blueprint, render_template_string
+        from flask.views import MethodView
+        pages = Blueprint("pages", __name__)
+
+        @pages.route("/about")
+        def about():
+            return render_template_string("{{ 'about 1'|loud }} {{ name }}")
+
+        class Thing(MethodView):
+            things = ["a"]
+
+            def get(self):
+                return "get %s" % self.things
+
+        pages.add_url_rule("/thing", view_func=Thing.as_view("thing"))
+        """, """
+        import app
+        server = app.app
+        client = server.test_client()
+        def get(path, method="get", **options):
+            answer = getattr(client, method)(path, **options)
+            return answer.status_code, answer.text, answer.headers.get("X-Last")
+        ASK = {path: lambda path=path: get(path) for path in (
+            "/", "/item/3", "/item/3/red", "/article/3", "/new", "/start", "/pages/about", "/pages/thing", "/none")}
+        ASK["POST /"] = lambda: get("/", "post")[0]
+        ASK["POST thing"] = lambda: get("/pages/thing", "post")[0]
+        ASK["commands"] = lambda: sorted(server.cli.commands)
+        ASK["init"] = lambda: server.test_cli_runner().invoke(args=["init"]).output
+        def kept():
+            return server is app.app, list(app.STATE), app.STATE["hits"] > 1
+        """,
+        Edit("body of a view", '"home 1', '"home 2'),
+        Edit("body of a blueprint's view", "about 1", "about 2"),
+        Edit("body of before_request", "first 1", "first 2"),
+        Edit("body of after_request", "last 1", "last 2"),
+        Edit("body of an error handler", "missing 1", "missing 2"),
+        Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
+        Edit("body of a context processor", "context 1", "context 2"),
+        Edit("body of a command", '"init", count', '"init 2", count'),
+        Edit("body of a view class", '"get %s"', '"get 2 %s"'),
+        Edit("attribute of a view class", '["a"]', '["a", "b"]'),
+        Edit("methods of a route", 'route("/")', 'route("/", methods=["GET", "POST"])'),
+        Edit("path of a route", '"/item/<int:number>")', '"/article/<int:number>")'),
+        Edit("path and parameter", '"/item/<int:number>")', '"/item/<int:number>/<colour>")',
+             "def item(number):", "def item(number, colour):", '"item %d" % number', '"item %d %s" % (number, colour)'),
+        Edit("view renamed", "def item(number)", "def article(number)", '"/item/<int:number>"', '"/article/<int:number>"'),
+        Edit("another code for an error", 'errorhandler(404)\n', 'errorhandler(405)\n'),
+        Edit("another name of a filter", '"loud"', '"noisy"', "'about 1'|loud", "'about 1'|noisy"),
+        Edit("view added", "@app.errorhandler", '@app.route("/new")\ndef new():\n    return "new"\n\n@app.errorhandler'),
+        Edit("blueprint's view added", "class Thing", '@pages.route("/new")\ndef new():\n    return "new"\n\nclass Thing'),
+        Edit("second route of a view", '@app.route("/")', '@app.route("/")\n@app.route("/start")'),
+        Edit("before_request added before another", "@app.before_request", """
+@app.before_request
+def zeroth():
+    g.zero = True
+
+@app.before_request"""),
+        Edit("before_request that comes second", "@app.after_request", """
+@app.before_request
+def second():
+    g.marks.append("second")
+
+@app.after_request"""),
+        Edit("command renamed", '"init")', '"setup")'),
+        Edit("default of a command's option", "default=1", "default=2"),
+        Edit("method of a view class", '        return "get %s" % self.things',
+             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"'),
+        ),
+
+    Judged("fastapi", """
+        # file: app.py
+        from fastapi import FastAPI, Depends, HTTPException, Request
+        from fastapi.responses import JSONResponse
+        from models import Item
+        import more
+        STATE = {"items": {}}
+        app = FastAPI()
+
+        def settings():
+            return "settings 1"
+
+        @app.middleware("http")
+        async def mark(request, call_next):
+            answer = await call_next(request)
+            answer.headers["X-Mark"] = "mark 1"
+            return answer
+
+        @app.exception_handler(KeyError)
+        async def missing(request: Request, error):
+            return JSONResponse({"missing": "1"}, 404)
+
+        @app.get("/")
+        async def home(mode: str = Depends(settings)):
+            return {"home": 1, "mode": mode}
+
+        @app.get("/item/{number}")
+        def item(number: int):
+            return {"item": number}
+
+        @app.post("/items")
+        def add(thing: Item):
+            STATE["items"][thing.name] = thing
+            return thing
+
+        @app.get("/lost")
+        def lost():
+            raise KeyError
+
+        app.include_router(more.router, prefix="/more")
+        # file: models.py
+        from pydantic import BaseModel
+
+        class Item(BaseModel):
+            name: str
+            price: float = 1.5
+        # file: more.py
+        from fastapi import APIRouter
+        router = APIRouter()
+
+        @router.get("/about")
+        def about():
+            return "about 1"
+        """, """
+        import app
+        from fastapi.testclient import TestClient
+        server = app.app
+        client = TestClient(server)
+        def get(path):
+            answer = client.get(path)
+            return answer.status_code, answer.json(), answer.headers.get("X-Mark")
+        ASK = {path: lambda path=path: get(path) for path in (
+            "/", "/item/3", "/item/3?colour=red", "/article/3", "/new", "/more/about", "/more/new", "/more/about?n=2", "/lost")}
+        ASK["post"] = lambda: client.post("/items", json={"name": "a", "size": 3, "price": 2}).json()
+        ASK["post nothing"] = lambda: client.post("/items", json={}).status_code
+        ASK["schema"] = lambda: client.get("/openapi.json").json()
+        ASK["routes"] = lambda: [getattr(each, "path", type(each).__name__) for each in server.routes]
+        def kept():
+            return server is app.app, list(app.STATE["items"])
+        """,
+        Edit("body of a handler", '"home": 1', '"home": 2'),
+        Edit("body of a dependency", "settings 1", "settings 2"),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("body of an exception handler", '"missing": "1"', '"missing": "2"'),
+        Edit("body of a router's handler", "about 1", "about 2"),
+        Edit("path", '"/item/{number}"', '"/article/{number}"'),
+        Edit("status code", '"/item/{number}"', '"/item/{number}", status_code=203'),
+        Edit("parameter", "number: int", 'number: int, colour: str = "blue"',
+             '{"item": number}', '{"item": number, "colour": colour}'),
+        Edit("annotation of a parameter", "number: int", "number: str"),
+        Edit("another dependency", "@app.get(\"/\")", "def other():\n    return 'other'\n\n@app.get(\"/\")",
+             "Depends(settings)", "Depends(other)"),
+        Edit("dependency gets a parameter", "def settings():", "def settings(level: int = 7):", '"settings 1"', '"settings %d" % level'),
+        Edit("handler added", '@app.get("/lost")', '@app.get("/new")\ndef new():\n    return "new"\n\n@app.get("/lost")'),
+        Edit("handler renamed", "def item(", "def article(", '"/item/{number}"', '"/article/{number}"'),
+        Edit("router's handler added", "about 1\"\n", 'about 1"\n\n@router.get("/new")\ndef new():\n    return "new"\n'),
+        Edit("router's handler gets a parameter", "def about():", "def about(n: int = 1):", '"about 1"', '"about %d" % n'),
+        Edit("router's path", '"/about"', '"/about/{n}"'),
+        Edit("field added", "price: float = 1.5", "price: float = 1.5\n    size: int = 0"),
+        Edit("default of a field", "1.5", "2.5"),
+        Edit("field that gets no default", "price: float = 1.5", "price: float\n    size: int"),
+        Edit("method of a model", "price: float = 1.5", "price: float = 1.5\n\n    def total(self):\n        return 2 * self.price",
+             "return thing\n", "return thing.total()\n"),
+        ),
+
+    Judged("starlette", """
+        # file: app.py
+        from starlette.applications import Starlette
+        from starlette.endpoints import HTTPEndpoint
+        from starlette.middleware import Middleware
+        from starlette.middleware.base import BaseHTTPMiddleware
+        from starlette.responses import PlainTextResponse
+        from starlette.routing import Mount, Route
+        STATE = {"hits": 0}
+
+        class Mark(BaseHTTPMiddleware):
+            async def dispatch(self, request, call_next):
+                answer = await call_next(request)
+                answer.headers["X-Mark"] = "mark 1"
+                return answer
+
+        async def home(request):
+            STATE["hits"] += 1
+            return PlainTextResponse("home 1")
+
+        def item(request):
+            return PlainTextResponse("item %s" % request.path_params["number"])
+
+        class Thing(HTTPEndpoint):
+            size = 1
+
+            async def get(self, request):
+                return PlainTextResponse("thing %d" % self.size)
+
+        async def missing(request, error):
+            return PlainTextResponse("missing 1", 404)
+
+        routes = [
+            Route("/", home),
+            Route("/item/{number:int}", item),
+            Mount("/sub", routes=[Route("/thing", Thing)]),
+        ]
+        app = Starlette(routes=routes, middleware=[Middleware(Mark)], exception_handlers={404: missing})
+        """, """
+        import app
+        from starlette.testclient import TestClient
+        server = app.app
+        client = TestClient(server)
+        def get(path, method="GET"):
+            answer = client.request(method, path)
+            return answer.status_code, answer.text, answer.headers.get("X-Mark")
+        ASK = {path: lambda path=path: get(path) for path in ("/", "/item/3", "/article/3", "/new", "/sub/thing", "/none")}
+        ASK["POST"] = lambda: get("/sub/thing", "POST")
+        def kept():
+            return app.STATE["hits"] > 1
+        """,
+        Edit("body of an endpoint", "home 1", "home 2"),
+        Edit("body of a sync endpoint", '"item %s"', '"item: %s"'),
+        Edit("body of a class's method", '"thing %d"', '"thing: %d"'),
+        Edit("attribute of a class", "size = 1", "size = 2"),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("body of an exception handler", "missing 1", "missing 2"),
+        Edit("method of a class", '"thing %d" % self.size)\n',
+             '"thing %d" % self.size)\n\n    async def post(self, request):\n        return PlainTextResponse("posted")\n'),
+        Edit("path", '"/item/{number:int}"', '"/article/{number:int}"', named="app = Starlette|app:"),
+        Edit("endpoint added", "class Thing", 'def new(request):\n    return PlainTextResponse("new")\n\nclass Thing',
+             'Route("/", home),', 'Route("/", home),\n    Route("/new", new),', named="app = Starlette|app:"),
+        Edit("endpoint renamed", "def item(", "def article(", ", item)", ", article)"),
+        ),
+
+    Judged("django", """
+        # file: settings.py
+        SECRET_KEY = "x"
+        DEBUG = True
+        ALLOWED_HOSTS = ["*"]
+        ROOT_URLCONF = "urls"
+        INSTALLED_APPS = ["django.contrib.contenttypes", "shop"]
+        MIDDLEWARE = ["shop.middle.Mark"]
+        TEMPLATES = [{"BACKEND": "django.template.backends.django.DjangoTemplates", "APP_DIRS": True}]
+        DATABASES = {"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}
+        DEFAULT_AUTO_FIELD = "django.db.models.AutoField"
+        # file: urls.py
+        from django.urls import include, path
+        from shop import views
+        urlpatterns = [
+            path("", views.home),
+            path("item/<int:number>", views.item),
+            path("list", views.Items.as_view()),
+            path("sub/", include("shop.urls")),
+        ]
+        # file: shop/__init__.py
+        # file: shop/urls.py
+        from django.urls import path
+        from . import views
+        urlpatterns = [path("about", views.about, name="about")]
+        # file: shop/middle.py
+        class Mark:
+            def __init__(self, get_response):
+                self.get_response = get_response
+
+            def __call__(self, request):
+                answer = self.get_response(request)
+                answer["X-Mark"] = "mark 1"
+                return answer
+        # file: shop/models.py
+        from django.db import models
+
+        class Item(models.Model):
+            name = models.CharField(max_length=10)
+
+            def greet(self):
+                return "greet 1 " + self.name
+        # file: shop/forms.py
+        from django import forms
+
+        class ItemForm(forms.Form):
+            name = forms.CharField(max_length=5)
+
+            def clean_name(self):
+                return self.cleaned_data["name"] + " 1"
+        # file: shop/signals.py
+        from django.db.models.signals import pre_save
+        from django.dispatch import receiver
+        from .models import Item
+        SEEN = []
+
+        @receiver(pre_save, sender=Item)
+        def saved(sender, instance, **options):
+            SEEN.append(instance.name)
+            instance.name = instance.name + " s1"
+        # file: shop/templatetags/__init__.py
+        # file: shop/templatetags/own.py
+        from django import template
+        register = template.Library()
+
+        @register.filter
+        def loud(text):
+            return text.upper()
+
+        @register.simple_tag
+        def tag(value):
+            return "tag 1 %s" % value
+        # file: shop/views.py
+        from django.http import HttpResponse
+        from django.template import engines
+        from django.views import View
+        from django.views.decorators.http import require_http_methods
+        from . import signals
+        from .forms import ItemForm
+        from .models import Item
+        STATE = {"hits": 0}
+
+        def home(request):
+            STATE["hits"] += 1
+            return HttpResponse("home 1")
+
+        @require_http_methods(["GET"])
+        def item(request, number):
+            return HttpResponse("item %d" % number)
+
+        def about(request):
+            text = engines["django"].from_string("{% load own %}{{ 'about 1'|loud }} {% tag 3 %}")
+            return HttpResponse(text.render())
+
+        class Items(View):
+            def get(self, request):
+                return HttpResponse("items %d" % Item.objects.count())
+        """, """
+        import os, sys
+        os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+        import django
+        django.setup()
+        from django.db import connection
+        from django.test import Client
+        from shop import forms, models, signals, views
+        with connection.schema_editor() as editor:
+            editor.create_model(models.Item)
+        models.Item.objects.create(name="a")
+        first = models.Item.objects.get()
+        client = Client(raise_request_exception=False)
+        def get(path, method="get"):
+            answer = getattr(client, method)(path)
+            return answer.status_code, answer.content.decode()[:60], answer.headers.get("X-Mark")
+        def form():
+            found = forms.ItemForm({"name": "abc", "size": "3"})
+            return found.is_valid(), found.cleaned_data, list(found.fields)
+        def save():
+            item = models.Item(name="b")
+            signals.pre_save.send(models.Item, instance=item)
+            return item.name
+        ASK = {path: lambda path=path: get(path) for path in (
+            "/", "/item/3", "/article/3", "/new", "/sub/about", "/sub/new")}
+        ASK["POST"] = lambda: get("/item/3", "post")
+        ASK["list"] = lambda: get("/list")
+        ASK["POST list"] = lambda: get("/list", "post")
+        ASK["form"] = form
+        ASK["save"] = save
+        ASK["fields"] = lambda: [each.name for each in models.Item._meta.get_fields()]
+        ASK["greet"] = lambda: first.greet()[:7]
+        def kept():
+            return views.STATE["hits"] > 1, len(signals.SEEN) > 1, type(first) is models.Item
+        """,
+        Edit("body of a view", "home 1", "home 2"),
+        Edit("body of a decorated view", '"item %d"', '"item: %d"'),
+        Edit("body of a view class", '"items %d"', '"items: %d"'),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("body of a model's method", "greet 1", "greet 2"),
+        Edit("body of a form's method", '"] + " 1"', '"] + " 2"'),
+        Edit("body of a receiver", '" s1"', '" s2"'),
+        Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
+        Edit("body of a tag", "tag 1", "tag 2"),
+        Edit("argument of a decorator", '(["GET"])', '(["GET", "POST"])'),
+        Edit("path", '"item/<int:number>"', '"article/<int:number>"'),
+        Edit("view added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
+             'path("", views.home),', 'path("", views.home),\n    path("new", views.new),'),
+        Edit("view of an included file added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
+             'urlpatterns = [path("about", views.about, name="about")]',
+             'urlpatterns = [path("about", views.about, name="about"), path("new", views.new)]'),
+        Edit("view renamed", "def item(", "def article(", "views.item", "views.article"),
+        Edit("method of a view class", "class Items(View):",
+             'class Items(View):\n    def post(self, request):\n        return HttpResponse("posted")\n'),
+        Edit("method of a model", "    def greet(self):\n", "    def loud(self):\n        return self.name.upper()\n\n    def greet(self):\n",
+             '"greet 1 " + self.name', "self.loud()"),
+        Edit("field of a form", "max_length=5)", "max_length=5)\n    size = forms.IntegerField()"),
+        Edit("argument of a form's field", "max_length=5", "max_length=2"),
+        Edit("receiver added", "SEEN = []", """SEEN = []
+
+@receiver(pre_save, sender=Item)
+def before(sender, instance, **options):
+    instance.name = "new " + instance.name"""),
+        Edit("filter renamed", "def loud", "def noisy", "|loud", "|noisy"),
+        Edit("model added", "class Item(", "class Other(models.Model):\n    size = models.IntegerField()\n\nclass Item("),
+        ),
+
+    Judged("aiohttp", """
+        # file: app.py
+        from aiohttp import web
+        STATE = web.AppKey("state", dict)
+        LOG = []
+        routes = web.RouteTableDef()
+
+        @web.middleware
+        async def mark(request, handler):
+            answer = await handler(request)
+            answer.headers["X-Mark"] = "mark 1"
+            return answer
+
+        @routes.get("/")
+        async def home(request):
+            request.app[STATE]["hits"] += 1
+            return web.Response(text="home 1")
+
+        @routes.get("/item/{number}")
+        async def item(request):
+            return web.Response(text="item " + request.match_info["number"])
+
+        @routes.view("/thing")
+        class Thing(web.View):
+            async def get(self):
+                return web.Response(text="thing 1")
+
+        async def started(app):
+            LOG.append("started")
+
+        app = web.Application(middlewares=[mark])
+        app[STATE] = {"hits": 0}
+        app.on_startup.append(started)
+        app.add_routes(routes)
+        """, """
+        import asyncio, app
+        from aiohttp.test_utils import TestClient, TestServer
+        loop = asyncio.new_event_loop()
+        server = app.app
+        async def connect():
+            client = TestClient(TestServer(server))
+            await client.start_server()
+            return client
+        client = loop.run_until_complete(connect())
+        async def request(path, method):
+            async with client.request(method, path) as answer:
+                return answer.status, await answer.text(), answer.headers.get("X-Mark")
+        def get(path, method="GET"):
+            return loop.run_until_complete(request(path, method))
+        ASK = {path: lambda path=path: get(path) for path in ("/", "/item/3", "/article/3", "/new", "/thing")}
+        ASK["POST"] = lambda: get("/thing", "POST")
+        ASK["def"] = lambda: [each.path for each in app.routes]
+        def kept():
+            return server[app.STATE]["hits"] > 1, app.LOG
+        """,
+        Edit("body of a handler", "home 1", "home 2"),
+        Edit("body of a class's method", "thing 1", "thing 2"),
+        Edit("body of a middleware", "mark 1", "mark 2"),
+        Edit("path", '"/item/{number}"', '"/article/{number}"', named=r"add_routes"),
+        Edit("method of a class", "class Thing(web.View):",
+             'class Thing(web.View):\n    async def post(self):\n        return web.Response(text="posted")\n'),
+        Edit("handler added", '@routes.view', '@routes.get("/new")\nasync def new(request):\n    return web.Response(text="new")\n\n@routes.view',
+             named="add_routes"),
+        Edit("handler renamed", "def item(", "def article("),
+        ),
+
+    Judged("sqlalchemy", """
+        # file: app.py
+        from sqlalchemy import ForeignKey, String, create_engine, event, select
+        from sqlalchemy.ext.hybrid import hybrid_property
+        from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, validates
+        engine = create_engine("sqlite://")
+        SEEN = []
+
+        class Base(DeclarativeBase):
+            def describe(self):
+                return "base 1"
+
+        class User(Base):
+            __tablename__ = "user"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            name: Mapped[str] = mapped_column(String(30))
+            notes: Mapped[list["Note"]] = relationship(back_populates="user")
+            kind = "kind 1"
+
+            def greet(self):
+                return "greet 1 " + self.name
+
+            @hybrid_property
+            def loud(self):
+                return self.name + "!"
+
+            @validates("name")
+            def check(self, key, value):
+                return value.strip()
+
+        class Note(Base):
+            __tablename__ = "note"
+            id: Mapped[int] = mapped_column(primary_key=True)
+            user_id: Mapped[int] = mapped_column(ForeignKey("user.id"))
+            user: Mapped[User] = relationship(back_populates="notes")
+
+        @event.listens_for(User, "before_insert")
+        def inserted(mapper, connection, user):
+            SEEN.append(user.name)
+            user.name = user.name + " i1"
+        """, """
+        import app
+        from sqlalchemy import create_engine, select
+        from sqlalchemy.orm import Session
+        app.Base.metadata.create_all(app.engine)
+        session = Session(app.engine)
+        first = app.User(name=" a ")
+        session.add(first)
+        session.commit()
+        def users():
+            engine = create_engine("sqlite://")
+            app.Base.metadata.create_all(engine)
+            with Session(engine) as session:
+                session.add(app.User(name=" b ", notes=[app.Note()]))
+                session.commit()
+                found = session.scalars(select(app.User).where(app.User.loud.like("%!"))).all()
+                return [(each.name, each.greet(), each.loud, len(each.notes), each.kind, each.describe()) for each in found]
+        ASK = {"users": users,
+               "first": lambda: (type(first.name), first.kind, first.describe()),
+               "greet": lambda: first.greet().split()[:2],
+               "columns": lambda: [(each.name, str(each.type)) for each in app.User.__table__.columns],
+               "tables": lambda: sorted(app.Base.metadata.tables),
+               "mapped": lambda: sorted(app.User.__mapper__.attrs.keys()),
+               "age": lambda: app.User(name="c", age=3).age,
+               "new": lambda: first.new()}
+        def kept():
+            return type(first) is app.User, first in session, len(app.SEEN) > 1, app.User.__mapper__.class_ is app.User
+        """,
+        Edit("body of a method", "greet 1", "greet 2"),
+        Edit("body of the base's method", "base 1", "base 2"),
+        Edit("body of a hybrid", '+ "!"', '+ "!!"'),
+        Edit("body of a validator", "value.strip()", "value.strip() + 'v'"),
+        Edit("body of a listener", "i1", "i2"),
+        Edit("plain attribute", "kind 1", "kind 2"),
+        Edit("method added", "    def greet(self)", "    def new(self):\n        return 'new'\n\n    def greet(self)"),
+        Edit("method of the base added", "    def describe", "    def new(self):\n        return 'new'\n\n    def describe"),
+        Edit("column added", '    kind = ', '    age: Mapped[int | None] = mapped_column(default=7)\n    kind = ',
+             named=r"\bage\b"),
+        Edit("length of a column", "String(30)", "String(40)", named=r"\bname\b"),
+        Edit("class added", "@event", """class Tag(Base):
+    __tablename__ = "tag"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+@event""", named=r"\bTag\b|\btag\b"),
+        Edit("hybrid added", "    @validates", "    @hybrid_property\n    def new(self):\n        return lambda: 5\n\n    @validates"),
+        ),
+
+    Judged("pydantic", """
+        # file: app.py
+        from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator
+        LIVE = []
+
+        class Address(BaseModel):
+            street: str = "s1"
+
+        class User(BaseModel):
+            model_config = ConfigDict(extra="ignore")
+            name: str = Field(max_length=5)
+            age: int = 1
+            address: Address = Address()
+
+            @field_validator("name")
+            @classmethod
+            def check(cls, value):
+                return value + " v1"
+
+            @computed_field
+            @property
+            def shown(self) -> str:
+                return "shown 1"
+
+            def greet(self):
+                return "greet 1 " + self.name
+
+        class Admin(User):
+            level: int = 3
+
+        LIVE.append(User(name="a"))
+        """, """
+        import app
+        first, user, admin = app.LIVE[0], app.User, app.Admin
+        def make(cls, **values):
+            return cls(**values).model_dump()
+        ASK = {"user": lambda: make(user, name="b", size=3, address={"street": "x", "city": "y"}),
+               "default": lambda: make(user, name="b"),
+               "admin": lambda: make(admin, name="b"),
+               "long": lambda: make(user, name="abcdef"),
+               "wrong": lambda: make(user, name="b", age="c"),
+               "missing": lambda: make(user),
+               "title": lambda: make(user, title="b"),
+               "nested": lambda: make(app.Address, city="y"),
+               "schema": lambda: admin.model_json_schema(),
+               "live": lambda: (first.greet()[:7], first.shown), "use": lambda: app.LIVE.append(None)}
+        def kept():
+            return app.LIVE[0] is first, first.name, user is app.User, type(first) is user
+        """,
+        Edit("body of a method", "greet 1", "greet 2", "a\"))\n", "a\"))\n"),
+        Edit("body of a validator", " v1", " v2", named=None),
+        Edit("body of a computed field", "shown 1", "shown 2"),
+        Edit("field added", "    age: int = 1", "    age: int = 1\n    size: int = 0"),
+        Edit("default of a field", "int = 1", "int = 2"),
+        Edit("type of a field", "age: int = 1", 'age: str = "x"'),
+        Edit("limit of a field", "max_length=5", "max_length=6"),
+        Edit("field renamed", "    name: str", "    title: str", '("name")', '("title")', "self.name", "self.title",
+             'name="a"', 'title="a"'),
+        Edit("field of a nested model", 'street: str = "s1"', 'street: str = "s1"\n    city: str = "c"'),
+        Edit("config", 'extra="ignore"', 'extra="forbid"'),
+        Edit("validator added", "    @computed_field", """    @field_validator("age")
+    @classmethod
+    def older(cls, value):
+        return value + 10
+
+    @computed_field"""),
+        Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
+             '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
+        Edit("field of a subclass", "level: int = 3", "level: int = 3\n    rank: int = 4"),
+        ),
+
+    Judged("attrs", """
+        # file: app.py
+        import attr
+        from attrs import define, field, frozen
+        LIVE = []
+
+        @define
+        class User:
+            name: str = field(converter=str.strip)
+            age: int = 1
+
+            @name.validator
+            def check(self, attribute, value):
+                if not value:
+                    raise ValueError("empty 1")
+
+            def greet(self):
+                return "greet 1 " + self.name
+
+        @frozen
+        class Point:
+            x: int = 0
+
+        @attr.s
+        class Old:
+            size = attr.ib(default=1)
+
+        @define
+        class Admin(User):
+            level: int = 3
+
+        LIVE.append(User(" a "))
+        LIVE.append(Old())
+        """, """
+        import app, attrs
+        first, old, user = app.LIVE[0], app.LIVE[1], app.User
+        def make(cls, *args, **options):
+            made = cls(*args, **options)
+            return repr(made), attrs.asdict(made)
+        ASK = {"user": lambda: make(app.User, " b "), "empty": lambda: app.User(" "),
+               "user size": lambda: make(app.User, "b", size=3),
+               "point": lambda: make(app.Point), "point y": lambda: make(app.Point, y=3),
+               "old": lambda: make(app.Old), "old colour": lambda: make(app.Old, colour="red"),
+               "admin": lambda: make(app.Admin, "b"), "live": lambda: first.greet()[:7],
+               "live old": lambda: sorted(attrs.asdict(old)),
+               "equal": lambda: (app.Point() == app.Point(), len({app.Point(), app.Point()}))}
+        def kept():
+            return app.LIVE[0] is first, first.name, first.age
+        """,
+        Edit("body of a method", "greet 1", "greet 2"),
+        Edit("body of a validator", "empty 1", "empty 2"),
+        Edit("default", "age: int = 1", "age: int = 2"),
+        Edit("field added", "age: int = 1", "age: int = 1\n    size: int = 0", named="size|User"),
+        Edit("field of a frozen class", "x: int = 0", "x: int = 0\n    y: int = 0"),
+        Edit("field of an old-style class", "size = attr.ib(default=1)", "size = attr.ib(default=1)\n    colour = attr.ib(default='blue')"),
+        Edit("field renamed", "size = attr.ib(default=1)", "colour = attr.ib(default='blue')", named=r"\bOld\b"),
+        Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
+             '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
+        Edit("argument of the decorator", "@frozen\n", "@frozen(order=True)\n"),
+        Edit("converter", "str.strip", "str.upper"),
+        ),
+
+    Judged("click", """
+        # file: app.py
+        import click
+        LOG = []
+
+        @click.group()
+        @click.option("--level", default=1)
+        @click.pass_context
+        def cli(ctx, level):
+            ctx.obj = level
+
+        @cli.command("list")
+        @click.argument("what")
+        @click.option("--count", default=1)
+        @click.pass_obj
+        def listing(level, what, count):
+            "Help 1."
+            LOG.append(what)
+            click.echo("list 1 %s %s %s" % (level, what, count))
+
+        @cli.group()
+        def sub():
+            pass
+
+        @sub.command()
+        def inner():
+            click.echo("inner 1")
+
+        @click.command()
+        def apart():
+            click.echo("apart 1")
+
+        cli.add_command(apart)
+        """, """
+        import app
+        from click.testing import CliRunner
+        tool = app.cli
+        def run(*words):
+            result = CliRunner().invoke(tool, words)
+            return result.exit_code, result.output
+        ASK = {words: lambda words=words: run(*words.split()) for words in (
+            "--help", "list a", "list a b", "list a --count 3", "list a --size 3", "list --help", "ls a", "sub --help", "sub inner", "apart", "new")}
+        ASK["commands"] = lambda: sorted(tool.commands)
+        def kept():
+            return tool is app.cli, app.LOG[:2]
+        """,
+        Edit("body of a command", "list 1", "list 2"),
+        Edit("body of a group", "ctx.obj = level", "ctx.obj = -level"),
+        Edit("body of a sub-group's command", "inner 1", "inner 2"),
+        Edit("body of a command that was added", "apart 1", "apart 2"),
+        Edit("help", "Help 1", "Help 2"),
+        Edit("default of an option", '"--count", default=1', '"--count", default=2'),
+        Edit("default of a group's option", '"--level", default=1', '"--level", default=2'),
+        Edit("option added", '@click.pass_obj\ndef listing(level, what, count):', '@click.option("--size", default=7)\n@click.pass_obj\ndef listing(level, what, count, size):',
+             "(level, what, count))", "(level, what, count * size))"),
+        Edit("argument added", '@click.argument("what")', '@click.argument("what")\n@click.argument("other", default="o")',
+             "def listing(level, what, count):", "def listing(level, what, count, other):"),
+        Edit("command renamed", 'command("list")', 'command("ls")'),
+        Edit("function renamed", "def inner", "def other"),
+        Edit("command added", "@cli.group", '@cli.command()\ndef new():\n    click.echo("new")\n\n@cli.group'),
+        Edit("command without a decorator renamed", "def apart", "def other", "(apart)", "(other)"),
+        ),
+
+    Judged("typer", """
+        # file: app.py
+        from typing import Annotated
+        import typer
+        LOG = []
+        app = typer.Typer()
+        sub = typer.Typer()
+        app.add_typer(sub, name="sub")
+
+        @app.callback()
+        def main(level: int = 1):
+            LOG.append(level)
+
+        @app.command()
+        def hello(name: str, count: Annotated[int, typer.Option(help="Help 1.")] = 1):
+            typer.echo("hello 1 %s %d %s" % (name, count, LOG[-1]))
+
+        @app.command("list")
+        def listing():
+            typer.echo("list 1")
+
+        @sub.command()
+        def inner():
+            typer.echo("inner 1")
+        """, """
+        import app
+        from typer.testing import CliRunner
+        tool = app.app
+        def run(*words):
+            result = CliRunner().invoke(tool, words)
+            return result.exit_code, result.output
+        ASK = {words: lambda words=words: run(*words.split()) for words in (
+            "--help", "hello a", "hello a --count 3", "hello a --size 3", "hello --help", "list", "ls", "new", "sub inner", "sub new")}
+        ASK["commands"] = lambda: [each.name or each.callback.__name__ for each in tool.registered_commands]
+        def kept():
+            return tool is app.app, len(app.LOG) > 2
+        """,
+        Edit("body of a command", "hello 1", "hello 2"),
+        Edit("body of the callback", "append(level)", "append(-level)"),
+        Edit("default of the callback", "level: int = 1", "level: int = 2"),
+        Edit("body of a sub-command", "inner 1", "inner 2"),
+        Edit("help", "Help 1", "Help 2"),
+        Edit("default", '"Help 1.")] = 1', '"Help 1.")] = 2'),
+        Edit("parameter added", '"Help 1.")] = 1', '"Help 1.")] = 1, size: int = 1', "(name, count, ", "(name, count * size, "),
+        Edit("command renamed", '"list"', '"ls"'),
+        Edit("function renamed", "def inner", "def new"),
+        Edit("command added", '@app.command("list")', '@app.command()\ndef new():\n    typer.echo("new")\n\n@app.command("list")'),
+        ),
+
+    Judged("celery", """
+        # file: app.py
+        from celery import Celery, Task, shared_task
+        LOG = []
+        app = Celery("app", broker="memory://", backend="cache+memory://")
+        app.conf.task_always_eager = True
+
+        class Base(Task):
+            def before_start(self, task_id, args, kwargs):
+                LOG.append("base 1")
+
+        @app.task
+        def add(x, y):
+            LOG.append(x)
+            return x + y
+
+        @app.task(bind=True, name="named", max_retries=2)
+        def bound(self, x=1):
+            return ["bound 1", self.name, self.max_retries, x]
+
+        @app.task(base=Base)
+        def based():
+            return LOG[-1]
+
+        @shared_task
+        def shared():
+            return "shared 1"
+        """, """
+        import app
+        server, add = app.app, app.add
+        def run(name, *args):
+            return server.tasks[name].delay(*args).get()
+        ASK = {"add": lambda: run("app.add", 1, 2), "add 3": lambda: run("app.add", 1, 2, 3),
+               "held": lambda: add.delay(3, 4).get(), "called": lambda: add(3, 4),
+               "named": lambda: run("named"), "other": lambda: run("other"), "based": lambda: run("app.based"),
+               "shared": lambda: run("app.shared"), "new": lambda: run("app.new"),
+               "tasks": lambda: sorted(name for name in server.tasks if not name.startswith("celery."))}
+        def kept():
+            return server is app.app, app.LOG[:2]
+        """,
+        Edit("body of a task", "return x + y", "return x - y"),
+        Edit("body of a bound task", "bound 1", "bound 2"),
+        Edit("body of a base's method", "base 1", "base 2"),
+        Edit("body of a shared task", "shared 1", "shared 2"),
+        Edit("argument of the decorator", "max_retries=2", "max_retries=3"),
+        Edit("parameter added", "def add(x, y):", "def add(x, y, z=10):", "return x + y", "return x + y + z"),
+        Edit("default", "x=1", "x=2"),
+        Edit("task renamed", 'name="named"', 'name="other"'),
+        Edit("function renamed", "def shared", "def new"),
+        Edit("task added", "@app.task(base", "@app.task\ndef new():\n    return 'new'\n\n@app.task(base"),
+        ),
+
+    Judged("pytest", """
+        # file: conftest.py
+        import pytest
+        LOG = []
+
+        @pytest.fixture
+        def number():
+            LOG.append("number")
+            return 1
+
+        @pytest.fixture(params=["a", "b"])
+        def letter(request):
+            yield request.param
+            LOG.append("after")
+        # file: test_app.py
+        import pytest
+
+        @pytest.fixture
+        def double(number):
+            return 2 * number
+
+        def test_number(number):
+            assert number == 1
+
+        def test_double(double):
+            assert double == 2
+
+        @pytest.mark.parametrize("value", [1, 2])
+        def test_each(value, number):
+            assert value == number
+
+        class TestThing:
+            size = 1
+
+            def test_letter(self, letter):
+                assert letter == "a" * self.size
+        """, """
+        import os, sys, pytest
+        class Seen:
+            def __init__(self):
+                self.outcomes = {}
+            def pytest_runtest_logreport(self, report):
+                if report.when == "call" or report.outcome != "passed":
+                    self.outcomes[report.nodeid.split("::", 1)[1]] = report.outcome
+        def outcomes():
+            seen = Seen()
+            pytest.main(["-q", "-p", "no:cacheprovider", "."], plugins=[seen])
+            return seen.outcomes
+        outcomes()
+        import conftest
+        ASK = {"outcomes": outcomes}
+        def kept():
+            return conftest.LOG[:2]
+        """,
+        Edit("body of a fixture", "return 1", "return 2"),
+        Edit("body of a fixture of the file", "return 2 * number", "return 3 * number"),
+        Edit("body of a test", "number == 1\n", "number == 3\n"),
+        Edit("parameters of a fixture", '["a", "b"]', '["a", "b", "c"]'),
+        Edit("parameters of a test", "[1, 2]", "[1, 2, 3]"),
+        Edit("fixture asks for another", "def double(number)", "def double(number, letter)"),
+        Edit("fixture renamed", "def number(", "def other(", "def double(number)", "def double(other)", "2 * number", "2 * other",
+             "test_number(number)", "test_number(other)", "assert number == 1", "assert other == 1",
+             "(value, number)", "(value, other)", "value == number", "value == other"),
+        Edit("test renamed", "test_double", "test_other"),
+        Edit("test added", "class TestThing", "def test_new(letter, number):\n    assert letter\n\nclass TestThing"),
+        Edit("test of a class added", "    size = 1", "    size = 1\n\n    def test_new(self, number):\n        assert number"),
+        Edit("attribute of a class", "size = 1", "size = 2"),
+        is_rewritten=True),
+]
+
+
+# --- Live upgrades: the files of a package become those of its next release ---
+# `python test_hotrepl.py upgrade NAME OLD NEW` does it with any two releases that pip finds. What it prints
+# is how many sites (functions, class attributes, names of modules) differ between the two, how many are not
+# as in a fresh process afterwards, and which of those the report names. Of the packages below it also
+# compares what objects answer that were made before.
+
+class Release:
+    """A package at two releases, and how it is used."""
+
+    def __init__(self, name, old, new, use="ASK = {}", needs=()):
+        self.name, self.old, self.new = name, old, new
+        self.use = textwrap.dedent(use)
+        self.needs = needs        # what pip is to install besides
+
+    def paths(self):
+        """Return the folders with the old release, the new one, and what they depend on."""
+        return [fetched("%s==%s" % (self.name, self.old), "--no-deps"),
+                fetched("%s==%s" % (self.name, self.new), "--no-deps"),
+                fetched("%s==%s" % (self.name, self.old), *self.needs)]
+
+
+UPGRADES = [
+    Release("click", "8.1.3", "8.1.8", """
+        import click
+        from click.testing import CliRunner
+        def make():
+            @click.group(context_settings={"help_option_names": ["-h"]})
+            @click.option("--verbose/--quiet", default=False)
+            def cli(verbose): click.echo("verbose %s" % verbose)
+            @cli.command("hello")
+            @click.option("--count", default=2, show_default=True, type=click.IntRange(1, 5))
+            @click.option("--colour", type=click.Choice(["red", "blue"]), multiple=True)
+            @click.argument("name", required=False)
+            def hello(count, colour, name): click.echo("hello %s %s %s" % (count, colour, name))
+            return cli
+        def run(cli, *words):
+            result = CliRunner().invoke(cli, words)
+            return result.exit_code, result.output
+        made = make()
+        def ask(make, words): return run(make(), *words.split())
+        ASK = {"%s %s" % (kind, words): lambda make=get, words=words: ask(make, words) for words in (
+            "-h", "hello a", "hello -h", "--verbose hello --count 3 a", "hello --count 9", "hello --colour red b", "other")
+            for kind, get in (("live", lambda: made), ("new", make))}
+        """),
+    Release("flask", "2.3.3", "3.0.3", """
+        import flask
+        from flask.views import MethodView
+        def make():
+            app = flask.Flask("shop")
+            app.secret_key = "x"
+            pages = flask.Blueprint("pages", "pages")
+            @app.route("/")
+            def home():
+                flask.session["count"] = flask.session.get("count", 0) + 1
+                return flask.render_template_string("home {{ request.path }} {{ url_for('item', number=3) }}")
+            @app.route("/item/<int:number>", methods=["GET", "POST"])
+            def item(number): return {"item": number, "form": dict(flask.request.form)}
+            @pages.route("/about")
+            def about(): flask.abort(418)
+            @app.errorhandler(404)
+            def missing(error): return "missing", 404
+            class Thing(MethodView):
+                def get(self): return flask.jsonify(flask.g.mark)
+            @app.before_request
+            def first(): flask.g.mark = "mark"
+            app.add_url_rule("/thing", view_func=Thing.as_view("thing"))
+            app.register_blueprint(pages)
+            return app
+        made = make()
+        def get(app, path, **options):
+            answer = app.test_client().open(path, **options)
+            return answer.status_code, answer.text, answer.headers["Content-Type"]
+        ASK = {"%s %s" % (kind, path): lambda make=give, path=path: get(make(), path)
+               for path in ("/", "/item/3", "/about", "/thing", "/none") for kind, give in (("live", lambda: made), ("new", make))}
+        ASK["live post"] = lambda: get(made, "/item/3", method="POST", data={"a": "b"})
+        """, ("werkzeug<3.1",)),
+    Release("httpx", "0.25.2", "0.28.1", """
+        import asyncio, httpx
+        def handle(request):
+            return httpx.Response(200, json={"path": request.url.path, "query": str(request.url.query), "body": request.content.decode(),
+                                             "cookie": request.headers.get("cookie")}, headers={"set-cookie": "a=b"})
+        def make():
+            return httpx.Client(transport=httpx.MockTransport(handle), base_url="http://x/api/", params={"p": "1"}, headers={"a": "b"})
+        made, url, response = make(), httpx.URL("http://a/b?c=d"), httpx.Response(200, json=[1])
+        session = httpx.AsyncClient(transport=httpx.MockTransport(handle))
+        def get(client):
+            answer = client.post("things", json={"x": [1]})
+            return answer.status_code, answer.json()["body"], answer.json()["path"], dict(client.cookies)
+        async def later(): return (await session.get("http://x/y")).json()["path"]
+        ASK = {"live client": lambda: get(made), "new client": lambda: get(make()),
+               "live url": lambda: str(url.join("e").copy_with(params={"f": "1"})), "live response": lambda: (response.json(), response.is_success),
+               "live async client": lambda: asyncio.run(later()), "live auth": lambda: get(made) and made.get("z", auth=("u", "p")).status_code}
+        """),
+    Release("jinja2", "3.0.3", "3.1.6", """
+        import jinja2
+        from jinja2.sandbox import SandboxedEnvironment
+        FILES = {"base": "<{% block body %}{% endblock %}>", "page": "{% extends 'base' %}{% block body %}{{ name|upper }} {{ items|join(',') }}{% endblock %}",
+                 "macro": "{% macro m(x) %}[{{ x }}]{% endmacro %}{% for i in items if i %}{{ m(i) }}{{ loop.index }}{% endfor %}",
+                 "more": "{% set x = namespace(a=1) %}{{ x.a }}{{ items|map('string')|list|length }}{{ [1,2]|sum }}{{ '<'|e }}{% include 'base' %}"}
+        def make(kind=jinja2.Environment): return kind(loader=jinja2.DictLoader(FILES), autoescape=True)
+        made, sandbox = make(), make(SandboxedEnvironment)
+        held = {name: made.get_template(name) for name in FILES}
+        def render(template): return template.render(name="n", items=[0, 1, 2])
+        ASK = {}
+        for name in FILES:
+            ASK["live template " + name] = lambda name=name: render(held[name])
+            ASK["live environment " + name] = lambda name=name: render(made.from_string(FILES[name]))
+            ASK["live sandbox " + name] = lambda name=name: render(sandbox.get_template(name))
+            ASK["new " + name] = lambda name=name: render(make().get_template(name))
+        ASK["live error"] = lambda: made.from_string("{% if %}")
+        """),
+    Release("requests", "2.31.0", "2.32.3", """
+        import http.server, threading
+        import requests
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(302 if self.path == "/away" else 200)
+                self.send_header("Location", "/there")
+                self.send_header("Set-Cookie", "a=b")
+                self.send_header("Content-Length", str(len(self.path)))
+                self.end_headers()
+                self.wfile.write(self.path.encode())
+            do_POST = do_GET
+            def log_message(self, *words): pass
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        made = requests.Session()
+        response = made.get("http://127.0.0.1:%d/first" % server.server_port)
+        def get(session, path, **options):
+            answer = session.request("GET", "http://127.0.0.1:%d/%s" % (server.server_port, path), **options)
+            return answer.status_code, answer.text, len(answer.history), dict(session.cookies)
+        ASK = {"live get": lambda: get(made, "x", params={"p": [1, 2]}), "live away": lambda: get(made, "away"),
+               "live auth": lambda: get(made, "x", auth=("u", "p"), timeout=5), "new get": lambda: get(requests.Session(), "x", json={"a": 1}),
+               "live response": lambda: (response.text, response.ok, response.headers["content-length"], response.iter_content and list(response.iter_lines()) and 1),
+               "function": lambda: requests.get("http://127.0.0.1:%d/y" % server.server_port).text,
+               "live error": lambda: made.get("nonsense")}
+        """),
+]
+
+
+def fetched(*requirements):
+    """Return a folder with these installed by pip, which is kept for the next time."""
+    base = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hotrepl-ci", "releases")
+    name = re.sub(r"[^\w.=-]", "_", "%d.%d %s" % (sys.version_info[:2] + (" ".join(requirements),)))
+    path = os.path.join(base, name, "site-packages")      # which makes it a library's folder, not the program's
+    if not os.path.isdir(path):
+        made = tempfile.mkdtemp(dir=os.makedirs(base, exist_ok=True) or base)
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--no-warn-conflicts",
+                        "--disable-pip-version-check", "--target", os.path.join(made, "site-packages")]
+                       + list(requirements), check=True, stdout=sys.stderr)
+        shutil.rmtree(os.path.join(base, name), True)
+        os.rename(made, os.path.join(base, name))
+    return path
+
+
+def files_of(path):
+    """Return {name: text} of the Python files in a folder."""
+    found = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if name.endswith(".py"):
+                with open(os.path.join(folder, name), encoding="utf-8") as file:
+                    found[os.path.relpath(file.name, path)] = file.read()
+    return found
+
+
+def use(files, release):
+    """Return this process as one that uses a release, whose files lie in its folder."""
+    sys.path.insert(1, release.paths()[2])
+    for name in sorted(files):
+        module = re.sub(r"(/__init__)?\.py$", "", name).replace("/", ".")
+        if not module.endswith("__main__"):
+            with contextlib.suppress(Exception):      # of what is optional, or for another system
+                importlib.import_module(module)
+    return Live(files, release.use)
+
+
+def upgraded(files, release):
+    """Return what a process is like with the old release, and after it was upgraded while it ran."""
+    live = use(files, release)
+    before = live.portrait()
+    live.answers()
+    hotrepl.note_sources()
+    state = sorted(before.differences(live.portrait()))
+    begun = time.perf_counter()
+    look = live.edited(files_of(release.paths()[1]))
+    return dict(look, before=before, state=state, seconds=time.perf_counter() - begun)
+
+
+def fresh_release(files, release):
+    """Return what a fresh process is like with the new release."""
+    return use(files, release).look()
+
+
+class Upgrade:
+    """The comparison of an upgraded process with a fresh one."""
+
+    def __init__(self, release):
+        old, new, _ = map(files_of, release.paths())
+        self.fresh, self.live = in_child(fresh_release, new, release), in_child(upgraded, old, release)
+        modules = {site.partition(":")[0] for site in self.live["portrait"]}
+        ours = {site: words for site, words in self.fresh["portrait"].items() if site.partition(":")[0] in modules}
+        gone = modules - {site.partition(":")[0] for site in self.fresh["portrait"]}
+        for site in list(self.live["portrait"]):      # of a module that is no more: one difference
+            if site.partition(":")[0] in gone:
+                del self.live["portrait"][site]
+        self.live["portrait"].update({module + ":": "the module" for module in gone})
+        state = set(self.live["state"])
+        self.changed = Portrait.differences(self.live["before"], ours) - state
+        wrong = Portrait.differences(self.live["portrait"], ours) - state
+        self.unnamed = {site for site in wrong if not is_named(site, self.live["report"])}
+        self.named = wrong - self.unnamed
+        self.answers = {name: (answer, self.fresh["answers"][name]) for name, answer in self.live["answers"].items()
+                        if answer != self.fresh["answers"][name]}
+
+    def tell(self):
+        """Print it."""
+        print("%d sites differ between the releases; afterwards %d are not as in a fresh process, %d of them "
+              "named in the report; %d of %d answers differ; reload() took %.1f s" % (
+                  len(self.changed), len(self.named | self.unnamed), len(self.named), len(self.answers),
+                  len(self.fresh["answers"]), self.live["seconds"]), flush=True)
+        for site in sorted(self.unnamed):
+            print("  not named: %s: %s" % (site, "%s, not %s" % first_difference(
+                *(str(each["portrait"].get(site)) for each in (self.live, self.fresh)))))
+        for site in sorted(self.named):
+            print("  named: " + site)
+        for name, (found, wanted) in sorted(self.answers.items()):
+            print("  answer %s: %s, not %s" % (name, shorten_answer(found), shorten_answer(wanted)))
+        if "-v" in sys.argv or self.live["report"].startswith("ReloadError"):
+            print(self.live["report"])
+
+
+def first_difference(*texts):
+    """Return a few words of each text, from a little before they differ."""
+    start = next((at for at, pair in enumerate(zip(*texts)) if pair[0] != pair[1]), min(map(len, texts)))
+    start = max(0, start - 20)
+    return tuple(repr(text[start:start + 60]) for text in texts)
+
+
+def run_upgrade(argv):
+    """Upgrade a package in a running process and print what differs from a fresh one; return the exit code."""
+    if argv == ["--fetch"]:       # for a row of CI, which has no network
+        return int(not all([each.paths() for each in UPGRADES]))
+    name, old, new = [each for each in argv if not each.startswith("-")]
+    known = [each for each in UPGRADES if (each.name, each.old, each.new) == (name, old, new)]
+    found = Upgrade(known[0] if known else Release(name, old, new))
+    found.tell()
+    return int(bool(found.unnamed or found.answers))
+
+
+@once("frameworks")
+class Frameworks(Case):
+    """The table above, a framework a test."""
+
+    def judge(self, name):
+        program = self.keep(Program(python_command(
+            "-W", "ignore", os.path.abspath(__file__), "judge", name, python=third_party("frameworks"))))
+        code, out, err = program.end(WATCHDOG_S)
+        self.assertEqual((code, out.count("\n"), err), (0, 1, ""), out)
+
+
+for _judged in FRAMEWORKS:
+    setattr(Frameworks, "test_%s_answers_as_a_fresh_process_does" % _judged.name,
+            lambda self, name=_judged.name: self.judge(name))
+
+
+# Of the ways to start a program: its name, its files, the command; {} in the command is the folder of the
+# Python that has what it needs. START serves first, so that what is imported then is not noted by that.
+START = "import hotrepl\nhotrepl.start(globals(), port=0, control_port=0)\nimport shop\n"
+LAUNCHERS = {
+    "script": ({"app.py": START + "input()\n"}, "{}/python app.py"),
+    "module": ({"pkg/__init__.py": "", "pkg/__main__.py": START + "input()\n"}, "{}/python -m pkg"),
+    "gunicorn": ({"app.py": START + "def application(environ, start): pass\n"},
+                 "{}/gunicorn -w 2 -b 127.0.0.1:0 app:application"),
+    "uvicorn": ({"app.py": START + "async def app(scope, receive, send): pass\n"},
+                "{}/uvicorn --port 0 --lifespan off app:app"),
+    "flask": ({"app.py": "from flask import Flask\napp = Flask(__name__)\n" + START}, "{}/flask run --port 0"),
+    "django": ({"manage.py": """
+        import os, sys
+        from django.core.management import execute_from_command_line
+        os.environ["DJANGO_SETTINGS_MODULE"] = "settings"
+        execute_from_command_line(sys.argv)
+        """, "settings.py": "SECRET_KEY = 'x'\nDEBUG = True\nROOT_URLCONF = 'urls'\nUSE_TZ = True\n",
+                "urls.py": START + "urlpatterns = []\n"}, "{}/python manage.py runserver --noreload 127.0.0.1:0"),
+    "pytest": ({"test_app.py": START + "import threading\ndef test_wait(): threading.Event().wait()\n"},
+               "{}/pytest -p no:cacheprovider test_app.py"),
+    "celery": ({"app.py": "from celery import Celery\napp = Celery(broker='memory://')\n" + START},
+               "{}/celery -A app worker --pool solo"),
+}
+
+
+@once("frameworks")
+class Launchers(NotesCase):
+    """However a program was started, an edit of it is found, does what it says or is named, and loses nothing."""
+
+    MODULE = """
+        SESSIONS = {{}}
+        LIMIT = {0}
+        class Config:
+            depth = {0}
+            conn: object
+            def method(self): return {0}
+        def answer(n={0}): return {0}, n
+        def only_{0}(): return {0}
+        SESSIONS.setdefault("user", (answer, Config()))
+        """
+    ASK = """
+        import json, sys
+        module = sys.modules[%r]
+        answer, config = module.SESSIONS["user"]
+        module.SESSIONS["count"] = module.SESSIONS.get("count", 0) + 1
+        print(json.dumps({"body": answer()[0], "default": answer()[1], "LIMIT": module.LIMIT,
+            "depth": config.depth, "method": config.method(), "only": [
+                name for name in vars(module) if name.startswith("only")], "count": module.SESSIONS["count"]}))
+        """
+
+    def exec(self, code):
+        """Run code in each server; return {pid: what it printed}."""
+        status, out, err = self.hotrepl("exec", "--all", "-", stdin=textwrap.dedent(code))
+        self.assertEqual((status, err), (0, ""))
+        found = collections.defaultdict(str)
+        for line in out.splitlines(True):
+            pid, _, text = line.partition(": ")
+            found[pid] += text
+        return found
+
+    def reload(self):
+        """Reload each; return {pid: report}."""
+        return self.exec("import hotrepl\nprint(hotrepl.reload())")
+
+    def look(self, module, version, count, reports, is_known):
+        """Check what each process answers: that version, or the report names what does not."""
+        for pid, text in self.exec(self.ASK % module).items():
+            found = json.loads(text)
+            self.assertEqual(found.pop("count"), count, reports)
+            for what, value in found.items():
+                wanted = ["only_%d" % version] if what == "only" else version
+                is_named = what in ("LIMIT", "depth") and not is_known and re.search(
+                    r"can't tell.*\b%s\b" % what, reports[pid])
+                if value != wanted and not is_named:
+                    self.fail("%s is %s, not %s; the report: %s" % (what, value, wanted, reports[pid]))
+
+    def check(self, folder, command, processes=1, cache=None, **env):
+        """Start the program, edit it before and after the first connection, and what is imported then."""
+        def edit(name, version):
+            self.edit(folder, name, version)
+            if cache == "rewritten":
+                subprocess.run([sys.executable, "-c", "import shop." + name], cwd=folder.path, check=True,
+                               env=environment())
+        edit("core", 1)
+        edit("late", 1)
+        folder.write("shop/__init__.py", "from . import core\n")
+        if cache is None:
+            env["PYTHONDONTWRITEBYTECODE"] = "1"
+        program = self.keep(Program(command, cwd=folder.path, **env))
+        eventually(lambda: len(self.notes_there()) >= processes, "%d servers" % processes)
+        eventually(lambda: len(self.hotrepl("list")[1].splitlines()) > processes, "the list")
+        edit("core", 2)
+        self.look("shop.core", 2, 1, self.reload(), is_known=False)
+        edit("core", 3)
+        self.look("shop.core", 3, 2, self.reload(), is_known=True)
+        self.exec("import shop.late")
+        edit("late", 2)
+        self.look("shop.late", 2, 1, self.reload(), is_known=True)
+        for report in self.reload().values():
+            self.assertRegex(report, r"nothing changed")
+        program.kill(signal.SIGKILL)
+
+    def edit(self, folder, name, version):
+        folder.write("shop/%s.py" % name, textwrap.dedent(self.MODULE).format(version))
+
+    def notes_there(self):
+        return os.listdir(self.notes) if os.path.isdir(self.notes) else ()
+
+    def launch(self, name, cache):
+        files, command = LAUNCHERS[name]
+        folder = self.folder()
+        for path in ["shop/"] + list(files):
+            os.makedirs(os.path.join(folder.path, os.path.dirname(path)), exist_ok=True)
+            if files.get(path) is not None:
+                folder.write(path, files[path])
+        self.check(folder, command.format(os.path.dirname(third_party("frameworks"))).split(),
+                   processes=2 if name == "gunicorn" else 1, cache=cache)
+
+    # A wheel of an editable install, as setuptools makes it, without what it needs from the network.
+    BACKEND = '''
+        import os, zipfile
+        META = "Metadata-Version: 2.1\\nName: tool\\nVersion: 1\\n"
+        WHEEL = "Wheel-Version: 1.0\\nGenerator: x\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n"
+        def build_editable(folder, *rest):
+            with zipfile.ZipFile(os.path.join(folder, "tool-1-py3-none-any.whl"), "w") as file:
+                file.writestr("__editable__.tool.pth", os.path.abspath("src") + "\\n")
+                file.writestr("tool-1.dist-info/METADATA", META)
+                file.writestr("tool-1.dist-info/WHEEL", WHEEL)
+                file.writestr("tool-1.dist-info/entry_points.txt", "[console_scripts]\\ntool = shop.tool:main\\n")
+                file.writestr("tool-1.dist-info/RECORD", "")
+            return "tool-1-py3-none-any.whl"
+        '''
+
+    def test_console_script_of_an_editable_install_with_a_src_layout(self):
+        folder = self.folder()
+        venv = os.path.join(folder.path, "venv")
+        subprocess.run([third_party("frameworks"), "-m", "venv", venv], check=True)
+        os.makedirs(os.path.join(folder.path, "project/src/shop"))
+        folder.write("project/backend.py", self.BACKEND)
+        folder.write("project/pyproject.toml", "[build-system]\nrequires = []\nbuild-backend = 'backend'\nbackend-path = ['.']\n")
+        folder.write("project/src/shop/tool.py", "def main():\n    import hotrepl, shop.core\n"
+                     "    hotrepl.start(globals(), port=0, control_port=0)\n    input()\n")
+        shutil.copy(os.path.join(folder.path, "hotrepl.py"), os.path.join(folder.path, "project/src"))
+        project = os.path.join(folder.path, "project")
+        subprocess.run([venv + "/bin/python", "-m", "pip", "install", "-q", "--no-index", "--no-deps",
+                        "--disable-pip-version-check", "-e", project], check=True, stdin=subprocess.DEVNULL)
+        folder.path, path = os.path.join(project, "src"), folder.path
+        try:
+            self.check(folder, [venv + "/bin/tool"])
+        finally:
+            folder.path = path
+
+
+for _name, _cache in itertools.product(LAUNCHERS, (None, "written", "rewritten")):
+    setattr(Launchers, "test_%s_with_%s_bytecode" % (_name, _cache or "no"),
+            lambda self, name=_name, cache=_cache: self.launch(name, cache))
+
+
+@once("frameworks")
+class Upgrades(Case):
+    """Releases of real packages, exchanged while they are used."""
+
+    def upgrade(self, release):
+        program = self.keep(Program(python_command(
+            "-W", "ignore", os.path.abspath(__file__), "upgrade", release.name, release.old, release.new,
+            python=third_party("frameworks")), HOME=os.path.expanduser("~"), **{
+                name: value for name, value in os.environ.items() if name == "XDG_CACHE_HOME"}))
+        code, out, err = program.end(WATCHDOG_S)
+        self.assertEqual((code, err), (0, ""), out)
+
+
+for _release in UPGRADES:
+    setattr(Upgrades, "test_%s_becomes_another_release" % _release.name,
+            lambda self, release=_release: self.upgrade(release))
+
+
+# --- Do the tests see faults? ---
+# `python test_hotrepl.py faults [COUNT] [SEED]` puts small faults into section 8, one at a time, and prints those
+# that the tests of that section do not notice: a condition's operand dropped, an `if` that is never taken.
+
+class Mutant:
+    """A fault: a piece of the source, and what stands there instead."""
+
+    def __init__(self, source, node, other=None):
+        lines = source.encode().splitlines(True)
+        starts = [0] + list(itertools.accumulate(map(len, lines)))
+        self._span = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+        begin, end = self._span
+        self._kept = b"False"
+        if other is not None:
+            self._kept = lines[other.lineno - 1][other.col_offset:other.end_col_offset]
+            if other.lineno != other.end_lineno:
+                self._kept = source.encode()[starts[other.lineno - 1] + other.col_offset:
+                                             starts[other.end_lineno - 1] + other.end_col_offset]
+        self.text = "line %d: %s -> %s" % (node.lineno, " ".join(source.encode()[begin:end].decode().split()),
+                                           " ".join(self._kept.decode().split()))
+
+    def apply(self, source):
+        """Return the source with the fault."""
+        begin, end = self._span
+        data = source.encode()
+        return (data[:begin] + b"(" + self._kept + b")" + data[end:]).decode()
+
+    @classmethod
+    def all_of(cls, source):
+        """Return each that section 8 of hotrepl.py can have on this Python."""
+        found = []
+        lines = source.splitlines()
+        begin, end = (next(number for number, line in enumerate(lines, 1) if line.startswith("# === %d." % section))
+                      for section in (8, 9))
+        for node in ast.walk(ast.parse(source)):
+            if not begin <= getattr(node, "lineno", 0) < end:
+                continue
+            if isinstance(node, ast.BoolOp):
+                rest = node.values[1:] if len(node.values) == 2 else []
+                found += [cls(source, node, each) for each in rest + node.values[:1] if rest]
+            elif isinstance(node, (ast.If, ast.IfExp)):
+                found.append(cls(source, node.test))
+        return [each for each in found if not re.search("version|pypy|PYPY", each.text)]
+
+    def is_noticed(self, source, tests):
+        """Run the tests, until one fails, with this fault in hotrepl.py; return whether one did."""
+        folder = Folder()
+        try:
+            folder.write("hotrepl.py", self.apply(source))
+            shutil.copy(os.path.abspath(__file__), folder.path)
+            command = python_command("-m", "unittest", "-f", *("test_hotrepl." + each for each in tests))
+            process = subprocess.Popen(command, cwd=folder.path, env=environment(), stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            try:
+                return process.wait(WATCHDOG_S * 3) != 0
+            except subprocess.TimeoutExpired:
+                return True       # it hangs, which somebody notices
+            finally:
+                with contextlib.suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        finally:
+            folder.close()
+
+
+def tests_of_reload():
+    """Return the names of the quick test classes that stand in the chapter of section 8, fast ones first."""
+    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+        chapter = file.read().partition("# === 8. Hot patching =")[2].partition("# === Reliability")[0]
+    return [name for name in re.findall(r"(?m)^class (\w+)\(", chapter)
+            if issubclass(globals()[name], unittest.TestCase) and not hasattr(globals()[name], "row")]
+
+
+def run_faults(argv):
+    """Print which of COUNT random faults in section 8 its tests do not notice; return the exit code."""
+    import concurrent.futures
+    count, seed = int(argv[0]) if argv else 60, int(argv[1]) if len(argv) > 1 else SEED
+    with open(SOURCE_PATH, encoding="utf-8") as file:
+        source = file.read()
+    mutants, tests = Mutant.all_of(source), tests_of_reload()
+    print("seed %d: %d of %d possible faults; tests: %s" % (seed, count, len(mutants), " ".join(tests)), flush=True)
+    chosen, unnoticed = random.Random(seed).sample(mutants, count), 0
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for mutant, noticed in zip(chosen, pool.map(lambda each: each.is_noticed(source, tests), chosen)):
+            unnoticed += not noticed
+            if not noticed:
+                print("not noticed: " + mutant.text, flush=True)
+    print("%d of %d were not noticed" % (unnoticed, count))
+    return 0
+
+
 # === Reliability =============================================================
 # What hostile and unlucky clients, an unlucky program and long time can do to a server. Each test
 # here takes seconds; `fuzz`, `load`, `exits` and `soak` do the same for as long as they are told to,
@@ -16982,7 +19168,8 @@ def run_tests(argv):
 
 SCRIPTS = {   # first argument -> function(further arguments) -> exit code
     "bench": run_bench, "interrupts": run_interrupts, "fuzz": run_fuzz, "load": run_load,
-    "exits": run_exits, "soak": run_soak}
+    "exits": run_exits, "soak": run_soak, "judge": run_judge,
+    "upgrade": run_upgrade, "faults": run_faults}
 
 
 if __name__ == "__main__":
