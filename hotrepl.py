@@ -4974,6 +4974,12 @@ class _Apply:
         before = {name: scope.get(name) for name in statement.binds}
         places = _Registrations(self, reached, targets)
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if not statement.is_harmless and not _INDIRECT.isdisjoint(statement.code.co_names):
+            names = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
+            if pair.old is not None and scope.cls is None and names:
+                self.report.notes.append("%s: what it had bound before and binds no more is still "
+                                         "there: which of %s, can't be told" % (
+                                             statement.title, ", ".join(names)))
         if statement.is_definition and pair.change == "new":
             places.put_before(self._later_values(scope, statement))
         for name in sorted(statement.binds):
