@@ -7858,7 +7858,8 @@ class Session:
     def _look(self, function, *args, **options):
         """Return what `function` finds in the namespace; None where an object's __dir__ hangs, or
         raises what is no Exception: that is the business of the thread that looks."""
-        job = Job(function, self.server.namespace, *args, **options)
+        names = debugged_names(self.evaluator) if self._waiting == "input" else None
+        job = Job(function, self.server.namespace if names is None else names, *args, **options)
         job.start()
         job.join(COMPLETION_TIMEOUT_S)
         if job.state == "running":
@@ -7986,6 +7987,7 @@ class Evaluator(Job):
         self.interrupts.adopt()
         _here.evaluator = self
         ROUTER.acquire()
+        DEBUGGERS.acquire()
         try:
             ROUTER.bind(self.streams)
             self._prepare_console()
@@ -8033,6 +8035,7 @@ class Evaluator(Job):
         """
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
+        DEBUGGERS.look()
         self._recall_error()
         lent = self._lend(namespace)
         try:
@@ -8254,6 +8257,7 @@ class Evaluator(Job):
         finally:
             self.ended = time.monotonic()
             self.state = "done" if self.exception is None else "failed"
+            DEBUGGERS.release()
             ROUTER.release()
             _here.evaluator = None
             if not self.is_detached:      # last: from here on stop() does not wait for us
@@ -8276,6 +8280,144 @@ def _is_debugger():
         frame = frame.f_back
     asker = frame and frame.f_locals.get("self")
     return "bdb" in sys.modules and isinstance(asker, sys.modules["bdb"].Bdb)
+
+
+class DebuggerMixin:
+    """What a session adds to pdb.Pdb: it neither stops in our frames nor shows them."""
+
+    def get_stack(self, frame, frames):
+        stack, at = super().get_stack(frame, frames)
+        first = max((k for k, (each, _) in enumerate(stack[:-1])
+                     if _is_plumbing(each.f_code)), default=-1) + 1
+        return stack[first:], at - first if at >= first else len(stack) - first - 1
+
+    def stop_here(self, frame):
+        return not _is_plumbing(frame.f_code) and super().stop_here(frame)
+
+    def dispatch_return(self, frame, value):
+        result = super().dispatch_return(frame, value)
+        if frame.f_back is None or _is_plumbing(frame.f_back.f_code):
+            sys.settrace(None)    # the input is at its end
+        return result
+
+
+class Debuggers:
+    """Has pdb talk to the session in whose thread it is called, while there are sessions.
+
+    3.14: else all threads share one debugger, which follows one of them, belongs to the terminal
+    where it was first used, and asks before it quits whether to kill the process. pdb is adapted
+    when it is imported, since its import takes longer than all else that a session needs.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._count = 0           # of sessions; guarded by _lock, as is the rest
+        self._undo = ExitStack()  # what takes our things out of pdb and the import system
+        self._loader = None       # pdb's own, while we stand before it
+        self._kind = None         # the sessions' class of debuggers, while pdb is adapted
+
+    def acquire(self):
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                sys.meta_path.insert(0, self)
+                self._undo.callback(self._leave_imports)
+
+    def release(self):
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._undo.close()
+
+    def forget(self):
+        """In a forked child: put everything back without waiting for locks."""
+        self._lock = threading.Lock()
+        self._count = 0
+        self._undo.close()
+
+    def find_spec(self, name, path=None, target=None):
+        """As a finder: have pdb loaded by us."""
+        if name != "pdb":
+            return None
+        from importlib.machinery import PathFinder
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        """As a loader: leave it to the import system."""
+
+    def exec_module(self, module):
+        """As a loader: load pdb as its own loader does, and adapt it."""
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self.look()
+
+    def look(self):
+        """Adapt pdb, if it is loaded and still as it came."""
+        if self._kind is None and "pdb" in sys.modules:
+            import pdb            # waits for another thread that is still at it
+            with self._lock:
+                if self._count and self._kind is None and hasattr(pdb, "Pdb"):
+                    self._adapt(pdb)
+
+    def _adapt(self, pdb):
+        self._undo.callback(setattr, self, "_kind", None)
+        self._kind = type("SessionPdb", (DebuggerMixin, pdb.Pdb), {})
+        for name in ("set_trace", "set_trace_async"):
+            if hasattr(pdb.Pdb, name):
+                own, ours = vars(pdb.Pdb).get(name), self._stand_in(getattr(pdb.Pdb, name), pdb.Pdb)
+                setattr(pdb.Pdb, name, ours)
+                self._undo.callback(self._put_back, pdb.Pdb, name, ours, own)
+
+    def _put_back(self, cls, name, ours, own):
+        if vars(cls).get(name) is ours:
+            delattr(cls, name) if own is None else setattr(cls, name, own)
+
+    def _leave_imports(self):
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def _stand_in(self, original, shared):
+        def stop(debugger, frame=None, **options):
+            frame, last = frame or sys._getframe(1), getattr(shared, "_last_pdb_instance", None)
+            if type(debugger) not in (shared, self._kind):
+                return original(debugger, frame, **options)
+            is_ours = current_evaluator() is not None
+            if is_ours and debugger is last:
+                debugger = self._kind()
+            elif is_ours:
+                debugger.__class__, debugger.mode = self._kind, None
+            if getattr(debugger, "monitoring_tracer", None) is not None:
+                debugger.stop_trace()     # that way only one thread of a process can be followed
+                debugger.monitoring_tracer, debugger.backend = None, "settrace"
+            result = original(debugger, frame, **options)
+            if is_ours:
+                shared._last_pdb_instance = last      # nobody else is to stand at it
+            return result
+        return stop
+
+
+DEBUGGERS = Debuggers()
+
+
+def debugged_names(evaluator):
+    """Return the names that an input at `(Pdb)` or in a console of the user's sees, or None."""
+    from code import InteractiveInterpreter
+    frame, pdb = sys._current_frames().get(evaluator.ident), sys.modules.get("pdb")
+    while frame is not None:
+        asking = frame.f_locals.get("self")
+        if asking is evaluator.console:
+            return None
+        if isinstance(asking, InteractiveInterpreter):
+            return asking.locals
+        if pdb is not None and isinstance(asking, pdb.Pdb) and asking.curframe is not None:
+            # Up to 3.12 f_locals would undo what was assigned at the debugger's prompt.
+            return dict(asking.curframe.f_globals, **vars(asking).get("curframe_locals")
+                        or asking.curframe.f_locals)
+        frame = frame.f_back
+    return None
 
 
 def prompt_text(name, default):
@@ -8989,6 +9131,7 @@ class Registry:
         MAIN.forget()
         FOLLOWERS.forget()
         ROUTER.forget()
+        DEBUGGERS.forget()
         FLUSHER.forget()
 
 

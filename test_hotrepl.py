@@ -366,7 +366,9 @@ def open_descriptors():
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
             found[int(name)] = os.readlink("/proc/self/fd/" + name)
-    return {fd: path for fd, path in found.items() if not path.endswith("/fd")}
+    # libffi's own file is kept open on some systems, once a process has used ctypes.
+    return {fd: path for fd, path in found.items()
+            if not (path.endswith("/fd") or "/libffi.so" in path)}
 
 
 class Served:
@@ -2547,6 +2549,157 @@ class Debuggers(Case):
         eventually(lambda: not self.served.server.find_session(self.client.number))
         self.assertEqual(self.served.wire().ask("6*7"), "42\n")
         self.assertIsNone(sys.gettrace())
+
+    STOP = "def stop(x):\n    import pdb; pdb.set_trace()\n    x += 1\n    return x\n"
+
+    def test_after_a_client_that_vanished_in_the_debugger_the_next_one_stops(self):
+        for _ in range(2):
+            client = self.served.paired()
+            client.block(self.STOP)
+            client.ask("stop(41)")
+            self.assertEqual(client.prompt, "(Pdb) ")
+            client.vanish()
+            eventually(lambda: not self.served.server.find_session(client.number))
+        self.client.ask("stop(41)")
+        self.assertEqual((self.client.prompt, self.client.ask("p x")), ("(Pdb) ", "41\n"))
+        self.assertEqual(self.client.ask("continue"), "42\n")
+        self.session_is_whole()
+
+    def test_two_sessions_stand_at_the_debugger_at_once(self):
+        other = self.served.paired()
+        self.client.block(self.STOP)
+        for client, line, value in (
+                (self.client, "stop(1)", 1), (other, "stop(10)", 10), (self.client, "next", 1),
+                (other, "next", 10), (self.client, "next", 2), (other, "next", 11)):
+            if value in (2, 11) or line != "next" or sys.version_info >= (3, 13):
+                client.ask(line)  # before 3.13 it stops one line later
+            self.assertEqual((client.prompt, client.ask("p x")), ("(Pdb) ", "%d\n" % value))
+        self.assertEqual((other.ask("continue"), self.client.ask("continue")), ("11\n", "2\n"))
+        self.session_is_whole()
+
+    def test_stepping_past_the_end_of_an_input_of_any_kind_ends_at_the_prompt(self):
+        self.client.block(self.STOP)
+        inputs = ["stop(1)", "x = stop(1)", "x = stop(1); y = 2", "stop(1) / 0", "[stop(n) for n in (1,)]"]
+        for source in inputs:
+            for command in ("next", "step", "return"):
+                with self.subTest(source=source, command=command):
+                    text = self.client.ask(source)
+                    self.assertEqual(self.client.prompt, "(Pdb) ")
+                    for _ in range(20):
+                        if self.client.prompt == "(Pdb) ":
+                            text += self.client.ask(command)
+                    self.assertNotIn("hotrepl.py", text)
+                    self.session_is_whole()
+        self.client.send_block("stop(1)\nstop(2)")
+        self.client.turn()
+        while self.client.prompt == "(Pdb) ":
+            self.assertNotIn("hotrepl.py", self.client.ask("next"))
+        self.session_is_whole()
+
+    def test_quit_and_end_of_file_come_back_to_the_prompt_without_a_question(self):
+        self.client.block(self.STOP)
+        for answer in (b"q\n", b"quit\n", b"\xff\xec"):
+            self.client.ask("stop(41)")
+            self.client.send(answer)
+            self.assertNotIn("Quitting", self.client.turn())
+            self.session_is_whole()
+
+    def test_where_shows_the_input_and_nothing_of_what_runs_it(self):
+        self.client.block(self.STOP + "def outer(x):\n    return stop(x)\n")
+        self.client.ask("outer(41)")
+        frames = re.findall(r"(?m)^[> ] (.+)\(\d+\)(\S+)\(\)", self.client.ask("where"))
+        self.assertEqual([name for _, name in frames], ["<module>", "outer", "stop"])
+        self.assertIn("Oldest frame", [self.client.ask("up") for _ in range(3)][-1])
+        self.assertEqual(self.client.ask("continue"), "42\n")
+
+    def test_tab_completes_the_names_of_the_frame(self):
+        self.client.block("def f(apple):\n    apricot = 1\n    import pdb; pdb.set_trace()\n"
+                          "    return apple\n")
+        self.served.namespace["apollo"] = 1
+        complete = lambda line: self.client.control.request("Complete", line=line, cursor=len(line))["matches"]
+        self.client.ask("f('x')")
+        self.assertEqual(complete("ap"), ["apollo", "apple", "apricot"])
+        self.assertEqual(complete("p ap"), ["apollo", "apple", "apricot"])
+        self.assertIn("upper", complete("p apple.up"))
+        self.client.ask("avocado = 1")
+        self.client.ask("apricot = 'a'")
+        self.assertEqual(complete("p avo"), ["avocado"])
+        self.assertEqual(self.client.ask("p apricot"), "'a'\n")
+        self.client.ask("interact")
+        self.assertEqual((self.client.prompt, complete("ap")), (">>> ", ["apollo", "apple", "apricot"]))
+        self.client.ask("apt = 1")
+        self.assertEqual(complete("apt"), ["apt"])
+        self.client.send(b"\xff\xec")
+        self.client.turn()
+        self.assertEqual(self.client.prompt, "(Pdb) ")
+        self.client.ask("continue")
+        self.assertEqual(complete("ap"), ["apollo"])
+        for name in ("ps1", "ps2"):       # before 3.14 `interact` sets them for good
+            vars(sys).pop(name, None)
+
+    def test_pdb_is_as_it_was_after_the_last_session(self):
+        import pdb
+        self.client.ask("pdb = __import__('pdb'); pdb.set_trace()")
+        self.assertEqual((self.client.prompt, pdb.Pdb.set_trace.__module__), ("(Pdb) ", "hotrepl"))
+        self.client.close()
+        eventually(lambda: not self.served.server.find_session(self.client.number))
+        eventually(lambda: pdb.Pdb.set_trace.__module__ in ("bdb", "pdb"), "pdb to be as before")
+        self.assertIsNone(getattr(pdb.Pdb, "_last_pdb_instance", None))
+
+    @unittest.skipIf(sys.version_info < (3, 8), "3.6, 3.7: once the main thread has used pdb, others can't")
+    def test_the_programs_own_debugger_works_whatever_sessions_did(self):
+        """In its terminal, and in its other threads; pdb was imported by the program or by a session."""
+        for imported in ("", "import pdb\n", "import pdb; pdb.set_trace()\n"):
+            with self.subTest(imported=imported):
+                program = self.served.keep(Folder()).run(SERVE + imported + textwrap.dedent("""
+                    import pdb, sys, threading
+                    def pause(x):
+                        pdb.set_trace()
+                        return x
+                    def in_a_thread(x):
+                        thread = threading.Thread(target=pause, args=(x,))
+                        (thread.start(), thread.join())
+                    for number in (1, 2):
+                        input()
+                        in_a_thread(number)
+                        print(pause(3), flush=True)
+                    input()
+                    """))
+                places = addresses(program)
+                client = self.served.keep(Paired(*places))
+                if "set_trace" in imported:
+                    program.until("(Pdb) ")
+                    program.send("continue\n")
+                client.block(self.STOP)
+                client.ask("stop(41)")
+                self.assertEqual(client.prompt, "(Pdb) ")
+                for is_gone in (False, True):
+                    program.send("\n")
+                    for value in (1 + is_gone, 3):
+                        program.until("(Pdb) ")
+                        program.send("p 'x is %d' % x\n")
+                        program.until("'x is %d'" % value)
+                        program.send("continue\n")
+                    program.until("3\n")
+                    if not is_gone:
+                        client.ask("p x")
+                        client.vanish()
+                late = self.served.keep(Paired(*places))
+                late.ask("stop(41)")
+                self.assertEqual((late.prompt, late.ask("continue")), ("(Pdb) ", "42\n"))
+
+    @unittest.skipIf(sys.version_info < (3, 8), "await at the prompt wants 3.8")
+    def test_a_stop_in_what_is_awaited_is_refused_and_leaves_the_debugger_whole(self):
+        self.client.block(self.STOP + "async def later(x):\n    return stop(x)\n")
+        if sys.version_info >= (3, 14):
+            self.client.block("async def later(x):\n    import pdb\n    await pdb.set_trace_async()\n"
+                              "    return x\n")
+        for _ in range(2):
+            self.assertIn("only the session's own thread can ask", self.client.ask("await later(41)"))
+            self.client.ask("stop(41)")
+            self.assertEqual((self.client.prompt, self.client.ask("p x")), ("(Pdb) ", "41\n"))
+            self.assertEqual(self.client.ask("continue"), "42\n")
+            self.session_is_whole()
 
 
 class NamesOfTheProgram(Case):
