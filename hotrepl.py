@@ -7858,7 +7858,7 @@ class Session:
     def _look(self, function, *args, **options):
         """Return what `function` finds in the namespace; None where an object's __dir__ hangs, or
         raises what is no Exception: that is the business of the thread that looks."""
-        names = debugged_names(self.evaluator) if self._waiting == "input" else None
+        names = debugged_names(self.evaluator) if self._waiting in IN_EVALUATION else None
         job = Job(function, self.server.namespace if names is None else names, *args, **options)
         job.start()
         job.join(COMPLETION_TIMEOUT_S)
