@@ -229,10 +229,11 @@ COMMANDS = [  # fields: name -> (types, is it required)
     Command("Terminal", {"columns": (int, True), "lines": (int, True), "colours": (bool, True)},
             "The client is a terminal of this size that shows colours or not."),
     Command("Place", {"module": (str, False), "file": (str, False), "line": (int, False),
-                      "within": (str, False)},
+                      "within": (str, False), "name": (str, False)},
             "The next block is from line `line` on of a module's file: it runs in that module, and "
             "what it defines is given to patch(). One of `module` and `file` is needed; `within` "
-            "is the class that an indented definition stands in."),
+            "is the class that an indented definition stands in. Or `name` alone, which stands "
+            "for the block in tracebacks."),
     Command("Outcome", {},
             "How the last input ended: `state` (running, waiting for input, done, background), and "
             "`value` (its repr), `exception` (type, message, traceback) or `exit` (a SystemExit's "
@@ -838,6 +839,7 @@ class SessionStream(io.BufferedIOBase):
         self.sink = sink          # replaced when an evaluation goes to the background
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write, as stderr does
+        self.count = 0            # bytes so far
         self._earlier = None      # a stream whose text goes out before ours
         self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
         self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
@@ -872,6 +874,7 @@ class SessionStream(io.BufferedIOBase):
     def write(self, data):
         if self._earlier is not None:
             self._earlier.text.flush()
+        self.count += len(data)
         if threading.get_ident() == self._guard.ident:
             self._guard.shield(self.sink.send, bytes(data), self.kind)
         else:
@@ -1654,13 +1657,19 @@ class ConsoleMixin:
         self._run_all(code_objects)
         return False
 
-    def run_block(self, source):
-        """Run `source`, any number of statements, as one unit; show the last one's value."""
+    def run_block(self, source, name=None):
+        """Run `source`, any number of statements, as one unit; show the last one's value.
+
+        `name` stands for it in tracebacks, in place of a number.
+        """
         self._begin_input()
+        self.filename = name or self.filename
         self.source = source.rstrip() + "\n"
         self._with_known_source(self._run_source, self.source)
 
     def _run_source(self, source):
+        if source.count("\n") == 1 and source.endswith("?\n") and self._answer(source):
+            return
         try:
             body, last = _split_block(source, self.filename, self._flags())
         except (SyntaxError, ValueError, OverflowError, RecursionError):
@@ -1803,6 +1812,9 @@ class ConsoleMixin:
     def showsyntaxerror(self, filename=None, **options):
         """Show the SyntaxError that is being handled, without any frames."""
         kind, value, _ = sys.exc_info()
+        if kind is SyntaxError and value.text is None and value.filename == self.filename:
+            line = self.source.split("\n")[(value.lineno or 1) - 1:][:1]     # the compiler's error
+            value.text = line[0] if line else None
         own = super().showsyntaxerror if self._overrides("showsyntaxerror") else None
         self.evaluator.show_exception(kind, value, None,
                                       own and functools.partial(own, filename, **options))
@@ -5748,9 +5760,13 @@ def _check_pair(old, new, shown):
 # the name is free, and taken out again where they are still ours. Each is a plain function
 # that finds its session by the thread it runs in.
 
-def doc(obj):
-    """Print the docstring of `obj`, dedented, below its signature and its file and line."""
+def doc(obj=_MISSING):
+    """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
     import inspect
+    if obj is _MISSING:
+        for name, tool in sorted(TOOLS.items()):
+            print("%-13s %s" % (name, inspect.getdoc(tool).partition("\n")[0]))
+        return
     print(_headline(obj))
     print(inspect.getdoc(obj) or inspect.getcomments(_definition(obj)) or "no docstring")
 
@@ -5892,7 +5908,32 @@ class SessionHelp:
         import pydoc
         # With an output, pydoc asks no pager of the process's; with sys.stdin as input it
         # asks by input(), which is the session's.
-        return pydoc.Helper(sys.stdin, sys.stdout)(*args, **kwargs)
+        session = current_session()
+        is_paged = session is not None and session.is_terminal
+        output = _Pages(session.terminal_size[1]) if is_paged else sys.stdout
+        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)
+
+
+class _Pages(io.TextIOBase):
+    """Shows on stdout what is written, each text page by page."""
+
+    def __init__(self, height):
+        super().__init__()
+        self._height = max(height - 1, 2)     # the last line of the terminal is for our question
+
+    def write(self, text):
+        lines = text.splitlines(True)
+        for at in range(0, len(lines), self._height):
+            if at and self._is_enough():
+                break
+            sys.stdout.write("".join(lines[at:at + self._height]))
+        return len(text)
+
+    def _is_enough(self):
+        try:
+            return input("-- Enter: more, q: enough -- ").strip().lower().startswith("q")
+        except EOFError:
+            return True
 
 
 def _headline(obj):
@@ -6534,6 +6575,10 @@ class Guests:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
             for name, tool in TOOLS.items():
                 namespace.setdefault(name, tool)
+
+    def hidden(self, namespace):
+        """Return the names of tools that are the program's own here."""
+        return [name for name, tool in sorted(TOOLS.items()) if namespace.get(name) is not tool]
 
     def leave(self, namespace):
         """Take them out where they are still ours, after as many calls as of `enter`."""
@@ -7460,6 +7505,7 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 # recv; nothing is polled. A failed send only sets a flag, which the next read turns into
 # end-of-file: a dead peer is its own session's business, and print() never raises for it.
 
+VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
 
 
@@ -7478,7 +7524,7 @@ class Connection:
         self.sending = None       # (bytes sent, of how many) in the middle of much; of the sender
         self._is_dropping = False  # what the sender has left of what was printed is not wanted
         self._stream = None       # kind of the stream whose data was put last
-        self._backlog = []        # bytes to be sent; _Mark: not what a program printed
+        self._backlog = []        # bytes to be sent; _Kept: not what a program printed
         self._is_corked = False   # collect only
 
     def send(self, data, stream="stdout"):
@@ -7492,7 +7538,7 @@ class Connection:
         """Have `data` sent by the next `flush`."""
         if self.has_streams and stream != self._stream:
             self._stream = stream
-            self._backlog.append(_Mark(BEGIN + STREAM_KINDS[stream] + END))
+            self._backlog.append(_Kept(BEGIN + STREAM_KINDS[stream] + END))
         if self.has_marks and IAC in data:
             data = data.replace(IAC, IAC + IAC)
         self._backlog.append(data)
@@ -7500,36 +7546,36 @@ class Connection:
     def put_mark(self, mark):
         """Have `mark` sent by the next `flush`, if the client knows marks."""
         if self.has_marks:
-            self._backlog.append(_Mark(mark))
+            self._backlog.append(_Kept(mark))
 
     def put_turn(self, kind, prompt=""):
         """Have a wait for input announced by the next `flush`: of what kind, and its prompt."""
         if self.has_kinds:
-            self._backlog.append(_Mark(BEGIN + TURN_KIND + kind.encode("ascii") + END))
+            self._backlog.append(_Kept(BEGIN + TURN_KIND + kind.encode("ascii") + END))
         elif kind == "secret":
             self.put_mark(NO_ECHO)
         if prompt:
-            self.put(_Mark(prompt.encode("utf-8", "backslashreplace")), "prompt")
+            self.put(_Kept(prompt.encode("utf-8", "backslashreplace")), "prompt")
         self.put_mark(GO_AHEAD)
 
     def send_note(self, text):
         """Send lines of no evaluation; a client with marks shows them above its prompt."""
         data = text.encode("utf-8", "backslashreplace")
         with self.lock:
-            self._backlog.append(_Mark(BEGIN + NOTE_KIND + data + END if self.has_marks else data))
+            self._backlog.append(_Kept(BEGIN + NOTE_KIND + data + END if self.has_marks else data))
             self.flush()
 
     def name_control(self, address, proof):
         """Tell the client the port of the control channel, and what to show there as a token."""
         port = 0 if isinstance(address, str) else address[1]
         with self.lock:
-            self._backlog.append(_Mark(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
+            self._backlog.append(_Kept(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
             self.flush()
 
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
-            self._backlog.append(_Mark(IAC + b"\xfb\x06"))
+            self._backlog.append(_Kept(IAC + b"\xfb\x06"))
 
     def flush(self):
         """Send all that was put; blocks while the client is slow."""
@@ -7553,7 +7599,7 @@ class Connection:
         try:
             for item in items:
                 for piece in _pieces(item):
-                    if self._is_dropping and not isinstance(item, _Mark):
+                    if self._is_dropping and not isinstance(item, _Kept):
                         break
                     self.sock.sendall(piece, NO_SIGNAL)
                     sent += len(piece)
@@ -7591,7 +7637,7 @@ class Connection:
         except (OSError, ValueError):
             self.is_broken = True
             return
-        self._backlog[:] = [_Mark(data[sent:])] if sent < len(data) else []
+        self._backlog[:] = [_Kept(data[sent:])] if sent < len(data) else []
 
     def receive(self):
         """Return what came, b"" at end-of-file; blocks."""
@@ -7629,7 +7675,7 @@ class Connection:
             self.sock.close()
 
 
-class _Mark(bytes):
+class _Kept(bytes):
     """What a client needs to follow: it is sent also where what was printed is dropped."""
 
 
@@ -7683,6 +7729,9 @@ class Session:
     def greet(self, banner):
         """Send the first lines; they go out with the first prompt."""
         hello = "REPL session %d connected.\n%s" % (self.number, banner)
+        hidden = GUESTS.hidden(self.server.namespace)
+        if hidden and banner:
+            hello += "The program has names of its own that hide tools: %s.\n" % ", ".join(hidden)
         self.connection.put(hello.encode("utf-8", "backslashreplace"))
 
     def read(self, evaluator, kind, prompt):
@@ -8070,6 +8119,10 @@ class Evaluator(Job):
         text = repr(value)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        if self.session.is_terminal and len(text) > VALUE_LIMIT:
+            cut = VALUE_LIMIT // 2
+            text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
+                text[:cut], len(text) - 2 * cut, text[-cut:])
         self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
         self.session.value = value
 
@@ -8099,7 +8152,7 @@ class Evaluator(Job):
         try:
             _forget_long_name(value)
             text = "".join(_without_ours(traceback.TracebackException(
-                kind, value, frames, limit=_depth(frames))).format())
+                kind, value, frames, limit=_traceback_limit(frames))).format())
         except BaseException as exc:      # one that can't even be formatted; interrupts are off
             text = "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
         if self.session.is_copy:
@@ -8108,15 +8161,24 @@ class Evaluator(Job):
         self.session.outcome["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
-        with suppress(BaseException):
-            if show is not None:
-                return show()
         stderr = self.streams["stderr"]
+        if show is None and sys.excepthook is not sys.__excepthook__:
+            show = functools.partial(sys.excepthook, kind, value, frames)
+        if show is not None and self._has_shown(show):
+            return
         text = _paint(text) if self.session.has_colours else text
         with suppress(BaseException):
             if self.console is not None and self.console._overrides("write"):
                 return stderr.write_as("traceback", self.console.write, text)
         stderr.write_as("traceback", stderr.text.write, text)
+
+    def _has_shown(self, show):
+        """Return whether `show()`, a console's own or the program's, sends something itself."""
+        before = sum(self.streams[name].count for name in ("stdout", "stderr"))
+        with suppress(BaseException):
+            self.streams["stderr"].write_as("traceback", lambda _: show(), "")
+            self.flush()
+            return sum(self.streams[name].count for name in ("stdout", "stderr")) > before
 
     def _converse(self):
         while True:
@@ -8149,8 +8211,8 @@ class Evaluator(Job):
         source = "\n".join(self.console.buffer + [text])
         self.console.resetbuffer()
         place, self.session.place = self.session.place, None
-        if place is None:
-            self.console.run_block(source)
+        if place is None or "name" in place:
+            self.console.run_block(source, **place or {})
         else:
             self._run_placed(source, place)
 
@@ -8488,12 +8550,12 @@ _PLUMBING = {method.__code__ for method in (
     SessionStream._write_first)}
 
 
-def _depth(frames):
-    """Return how many entries of a traceback come before plumbing of ours, as a limit."""
-    depth = 0
+def _traceback_limit(frames):
+    """Return how many entries of a traceback to show: those before plumbing of ours, at most."""
+    depth, limit = 0, getattr(sys, "tracebacklimit", None)
     while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
         depth, frames = depth + 1, frames.tb_next
-    return depth or None
+    return min(depth or sys.maxsize, max(limit, 0) if isinstance(limit, int) else sys.maxsize)
 
 
 def _exit_copy(status, text):
@@ -8633,12 +8695,16 @@ class ControlConnection(threading.Thread):
         return {"job": self._paired().background(request.get("turn")).number}
 
     def _do_Place(self, request):
-        place = {name: request[name] for name in ("module", "file", "line", "within")
+        place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
-        if not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+        session = self._paired()
+        if list(place) == ["name"]:
+            session.place = place
+            return
+        if "name" in place or not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
-        self._paired().place = place
+        session.place = place
 
     def _do_Where(self, request):
         sending = self._paired().connection.sending
@@ -9257,7 +9323,7 @@ def _join_address(address):
 
 
 def _default_banner():
-    return ("Python %s, hotrepl %s. doc(obj) or obj? explains, exit() leaves.\n"
+    return ("Python %s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, exit() leaves.\n"
             % (sys.version.split()[0], __version__))
 
 

@@ -3085,6 +3085,98 @@ class Pieces(Case):
             self.assertEqual([each for each in pieces if each.count(b"\xff") % 2], [])
 
 
+class Shown(Case):
+    """How values, help and errors are shown, to a terminal and to others."""
+
+    HIDDEN = "... 89902 characters left out; print(_) shows all ..."
+
+    def setUp(self):
+        super().setUp()
+        self.client = self.serve().paired()
+
+    def be_terminal(self, lines=10):
+        self.client.control.request("Terminal", columns=80, lines=lines, colours=False)
+
+    def test_a_terminal_sees_both_ends_of_a_long_value(self):
+        self.be_terminal()
+        self.assertEqual(self.client.ask("'x' * 99900"),
+                         "'" + "x" * 4999 + "\n" + self.HIDDEN + "\n" + "x" * 4999 + "'\n")
+        self.assertEqual(self.client.ask("print(_)"), "x" * 99900 + "\n")
+        self.assertEqual(self.client.ask("'x' * 9998"), repr("x" * 9998) + "\n")
+
+    def test_others_see_all_of_it(self):
+        self.assertEqual(self.client.ask("'x' * 99900"), repr("x" * 99900) + "\n")
+
+    def test_help_is_paged_on_a_terminal(self):
+        self.be_terminal(lines=10)
+        self.assertEqual(self.client.ask("help(str)").count("\n"), 9)
+        self.assertEqual(self.client.prompt, "-- Enter: more, q: enough -- ")
+        self.assertEqual(self.client.ask("").count("\n"), 9)
+        self.assertEqual(self.client.ask("q"), "\n")
+        self.assertEqual(self.client.prompt, ">>> ")
+        self.client.ask("help()")
+        self.client.ask("q")
+        self.assertEqual(self.client.prompt, "help> ")
+        self.client.ask("str")
+        self.assertEqual(self.client.prompt, "-- Enter: more, q: enough -- ")
+        self.client.send(b"\xff\xec")
+        self.client.turn()
+        self.assertEqual(self.client.prompt, "help> ")
+
+    def test_help_goes_on_without_a_terminal(self):
+        self.assertGreater(self.client.ask("help(str)").count("\n"), 100)
+
+    def test_doc_alone_lists_the_tools(self):
+        lines = self.client.ask("doc()").splitlines()
+        self.assertEqual([line.split()[0] for line in lines], sorted(hotrepl.TOOLS))
+        for line in lines:
+            self.assertRegex(line, r"\A\w+ +[A-Z].{9,}")
+
+    def test_names_of_the_program_that_hide_tools_are_told(self):
+        banner = self.serve({"jobs": 1, "bg": 2}, banner="hello").wire().banner
+        self.assertEqual(banner, "hello\nThe program has names of its own that hide tools: bg, jobs.\n")
+
+    def test_the_programs_own_excepthook_shows_tracebacks(self):
+        self.addCleanup(setattr, sys, "excepthook", sys.excepthook)
+        for at, (hook, shown) in enumerate((
+                (lambda kind, value, frames: print("own", kind.__name__, value, frames is None or
+                                                   frames.tb_frame.f_code.co_filename), "own "),
+                (lambda *args: None, "Traceback "), (lambda *args: 1 / 0, "Traceback "))):
+            sys.excepthook = hook
+            text = self.client.ask("1 / 0")
+            self.assertTrue(text.startswith(shown), (at, text))
+            self.assertIn("ZeroDivisionError", text)
+        self.assertIn("SyntaxError", self.client.ask("return 5"))
+
+    def test_tracebacklimit_is_honoured(self):
+        self.addCleanup(vars(sys).pop, "tracebacklimit", None)
+        self.client.block("def f(n):\n    if n: return f(n - 1)\n    1 / 0")
+        self.assertEqual(self.client.ask("f(3)").count("  File "), 5)
+        for limit in (2, 0, -1):
+            sys.tracebacklimit = limit
+            text = self.client.ask("f(3)")
+            self.assertEqual(text.count("  File "), max(limit, 0))
+            self.assertIn("ZeroDivisionError", text)
+
+    def test_a_syntax_error_of_the_compilers_shows_its_line(self):
+        for source in ("return 5", "if True:\n    break"):
+            text = self.client.block(source)
+            self.assertIn("\n    %s\n" % source.split("\n")[-1].strip(), text)
+            self.assertRegex(text, r"\n +\^+\n")
+        self.assertIn("\n    return 5\n", self.client.ask("return 5"))
+
+    def test_a_block_can_have_a_name(self):
+        self.client.control.request("Place", name="fix.py")
+        text = self.client.block("x = 1\n1 / 0  # here")
+        self.assertIn('File "fix.py", line 2', text)
+        self.assertIn("1 / 0  # here", text)
+        self.assertNotIn("fix.py", self.client.block("x = 1\n1 / 0"))
+
+    def test_a_block_can_be_a_question(self):
+        self.assertIn("Return the length", " ".join(self.client.block("len?").split()).replace(
+            "Return the number of items", "Return the length"))
+
+
 class Exceptions(Case):
     """Every exception shows its traceback, and then there is the next prompt."""
 
