@@ -229,10 +229,11 @@ COMMANDS = [  # fields: name -> (types, is it required)
     Command("Terminal", {"columns": (int, True), "lines": (int, True), "colours": (bool, True)},
             "The client is a terminal of this size that shows colours or not."),
     Command("Place", {"module": (str, False), "file": (str, False), "line": (int, False),
-                      "within": (str, False)},
+                      "within": (str, False), "name": (str, False)},
             "The next block is from line `line` on of a module's file: it runs in that module, and "
             "what it defines is given to patch(). One of `module` and `file` is needed; `within` "
-            "is the class that an indented definition stands in."),
+            "is the class that an indented definition stands in. Or `name` alone, which stands "
+            "for the block in tracebacks."),
     Command("Outcome", {},
             "How the last input ended: `state` (running, waiting for input, done, background), and "
             "`value` (its repr), `exception` (type, message, traceback) or `exit` (a SystemExit's "
@@ -838,6 +839,7 @@ class SessionStream(io.BufferedIOBase):
         self.sink = sink          # replaced when an evaluation goes to the background
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write, as stderr does
+        self.count = 0            # bytes so far
         self._earlier = None      # a stream whose text goes out before ours
         self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
         self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
@@ -872,6 +874,7 @@ class SessionStream(io.BufferedIOBase):
     def write(self, data):
         if self._earlier is not None:
             self._earlier.text.flush()
+        self.count += len(data)
         if threading.get_ident() == self._guard.ident:
             self._guard.shield(self.sink.send, bytes(data), self.kind)
         else:
@@ -1654,13 +1657,19 @@ class ConsoleMixin:
         self._run_all(code_objects)
         return False
 
-    def run_block(self, source):
-        """Run `source`, any number of statements, as one unit; show the last one's value."""
+    def run_block(self, source, name=None):
+        """Run `source`, any number of statements, as one unit; show the last one's value.
+
+        `name` stands for it in tracebacks, in place of a number.
+        """
         self._begin_input()
+        self.filename = name or self.filename
         self.source = source.rstrip() + "\n"
         self._with_known_source(self._run_source, self.source)
 
     def _run_source(self, source):
+        if source.count("\n") == 1 and source.endswith("?\n") and self._answer(source):
+            return
         try:
             body, last = _split_block(source, self.filename, self._flags())
         except (SyntaxError, ValueError, OverflowError, RecursionError):
@@ -1803,6 +1812,9 @@ class ConsoleMixin:
     def showsyntaxerror(self, filename=None, **options):
         """Show the SyntaxError that is being handled, without any frames."""
         kind, value, _ = sys.exc_info()
+        if kind is SyntaxError and value.text is None and value.filename == self.filename:
+            line = self.source.split("\n")[(value.lineno or 1) - 1:][:1]     # the compiler's error
+            value.text = line[0] if line else None
         own = super().showsyntaxerror if self._overrides("showsyntaxerror") else None
         self.evaluator.show_exception(kind, value, None,
                                       own and functools.partial(own, filename, **options))
@@ -7648,9 +7660,13 @@ def _forget_new_modules(before):
 # the name is free, and taken out again where they are still ours. Each is a plain function
 # that finds its session by the thread it runs in.
 
-def doc(obj):
-    """Print the docstring of `obj`, dedented, below its signature and its file and line."""
+def doc(obj=_MISSING):
+    """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
     import inspect
+    if obj is _MISSING:
+        for name, tool in sorted(TOOLS.items()):
+            print("%-13s %s" % (name, inspect.getdoc(tool).partition("\n")[0]))
+        return
     print(_headline(obj))
     print(inspect.getdoc(obj) or inspect.getcomments(_definition(obj)) or "no docstring")
 
@@ -7792,7 +7808,32 @@ class SessionHelp:
         import pydoc
         # With an output, pydoc asks no pager of the process's; with sys.stdin as input it
         # asks by input(), which is the session's.
-        return pydoc.Helper(sys.stdin, sys.stdout)(*args, **kwargs)
+        session = current_session()
+        is_paged = session is not None and session.is_terminal
+        output = _Pages(session.terminal_size[1]) if is_paged else sys.stdout
+        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)
+
+
+class _Pages(io.TextIOBase):
+    """Shows on stdout what is written, each text page by page."""
+
+    def __init__(self, height):
+        super().__init__()
+        self._height = max(height - 1, 2)     # the last line of the terminal is for our question
+
+    def write(self, text):
+        lines = text.splitlines(True)
+        for at in range(0, len(lines), self._height):
+            if at and self._is_enough():
+                break
+            sys.stdout.write("".join(lines[at:at + self._height]))
+        return len(text)
+
+    def _is_enough(self):
+        try:
+            return input("-- Enter: more, q: enough -- ").strip().lower().startswith("q")
+        except EOFError:
+            return True
 
 
 def _headline(obj):
@@ -8434,6 +8475,10 @@ class Guests:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
             for name, tool in TOOLS.items():
                 namespace.setdefault(name, tool)
+
+    def hidden(self, namespace):
+        """Return the names of tools that are the program's own here."""
+        return [name for name, tool in sorted(TOOLS.items()) if namespace.get(name) is not tool]
 
     def leave(self, namespace):
         """Take them out where they are still ours, after as many calls as of `enter`."""
@@ -9360,6 +9405,7 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 # recv; nothing is polled. A failed send only sets a flag, which the next read turns into
 # end-of-file: a dead peer is its own session's business, and print() never raises for it.
 
+VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
 
 
@@ -9378,7 +9424,7 @@ class Connection:
         self.sending = None       # (bytes sent, of how many) in the middle of much; of the sender
         self._is_dropping = False  # what the sender has left of what was printed is not wanted
         self._stream = None       # kind of the stream whose data was put last
-        self._backlog = []        # bytes to be sent; _Mark: not what a program printed
+        self._backlog = []        # bytes to be sent; _Kept: not what a program printed
         self._is_corked = False   # collect only
 
     def send(self, data, stream="stdout"):
@@ -9392,7 +9438,7 @@ class Connection:
         """Have `data` sent by the next `flush`."""
         if self.has_streams and stream != self._stream:
             self._stream = stream
-            self._backlog.append(_Mark(BEGIN + STREAM_KINDS[stream] + END))
+            self._backlog.append(_Kept(BEGIN + STREAM_KINDS[stream] + END))
         if self.has_marks and IAC in data:
             data = data.replace(IAC, IAC + IAC)
         self._backlog.append(data)
@@ -9400,36 +9446,36 @@ class Connection:
     def put_mark(self, mark):
         """Have `mark` sent by the next `flush`, if the client knows marks."""
         if self.has_marks:
-            self._backlog.append(_Mark(mark))
+            self._backlog.append(_Kept(mark))
 
     def put_turn(self, kind, prompt=""):
         """Have a wait for input announced by the next `flush`: of what kind, and its prompt."""
         if self.has_kinds:
-            self._backlog.append(_Mark(BEGIN + TURN_KIND + kind.encode("ascii") + END))
+            self._backlog.append(_Kept(BEGIN + TURN_KIND + kind.encode("ascii") + END))
         elif kind == "secret":
             self.put_mark(NO_ECHO)
         if prompt:
-            self.put(_Mark(prompt.encode("utf-8", "backslashreplace")), "prompt")
+            self.put(_Kept(prompt.encode("utf-8", "backslashreplace")), "prompt")
         self.put_mark(GO_AHEAD)
 
     def send_note(self, text):
         """Send lines of no evaluation; a client with marks shows them above its prompt."""
         data = text.encode("utf-8", "backslashreplace")
         with self.lock:
-            self._backlog.append(_Mark(BEGIN + NOTE_KIND + data + END if self.has_marks else data))
+            self._backlog.append(_Kept(BEGIN + NOTE_KIND + data + END if self.has_marks else data))
             self.flush()
 
     def name_control(self, address, proof):
         """Tell the client the port of the control channel, and what to show there as a token."""
         port = 0 if isinstance(address, str) else address[1]
         with self.lock:
-            self._backlog.append(_Mark(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
+            self._backlog.append(_Kept(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
             self.flush()
 
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
-            self._backlog.append(_Mark(IAC + b"\xfb\x06"))
+            self._backlog.append(_Kept(IAC + b"\xfb\x06"))
 
     def flush(self):
         """Send all that was put; blocks while the client is slow."""
@@ -9453,7 +9499,7 @@ class Connection:
         try:
             for item in items:
                 for piece in _pieces(item):
-                    if self._is_dropping and not isinstance(item, _Mark):
+                    if self._is_dropping and not isinstance(item, _Kept):
                         break
                     self.sock.sendall(piece, NO_SIGNAL)
                     sent += len(piece)
@@ -9491,7 +9537,7 @@ class Connection:
         except (OSError, ValueError):
             self.is_broken = True
             return
-        self._backlog[:] = [_Mark(data[sent:])] if sent < len(data) else []
+        self._backlog[:] = [_Kept(data[sent:])] if sent < len(data) else []
 
     def receive(self):
         """Return what came, b"" at end-of-file; blocks."""
@@ -9529,7 +9575,7 @@ class Connection:
             self.sock.close()
 
 
-class _Mark(bytes):
+class _Kept(bytes):
     """What a client needs to follow: it is sent also where what was printed is dropped."""
 
 
@@ -9583,6 +9629,9 @@ class Session:
     def greet(self, banner):
         """Send the first lines; they go out with the first prompt."""
         hello = "REPL session %d connected.\n%s" % (self.number, banner)
+        hidden = GUESTS.hidden(self.server.namespace)
+        if hidden and banner:
+            hello += "The program has names of its own that hide tools: %s.\n" % ", ".join(hidden)
         self.connection.put(hello.encode("utf-8", "backslashreplace"))
 
     def read(self, evaluator, kind, prompt):
@@ -9758,7 +9807,8 @@ class Session:
     def _look(self, function, *args, **options):
         """Return what `function` finds in the namespace; None where an object's __dir__ hangs, or
         raises what is no Exception: that is the business of the thread that looks."""
-        job = Job(function, self.server.namespace, *args, **options)
+        names = debugged_names(self.evaluator) if self._waiting in IN_EVALUATION else None
+        job = Job(function, self.server.namespace if names is None else names, *args, **options)
         job.start()
         job.join(COMPLETION_TIMEOUT_S)
         if job.state == "running":
@@ -9886,6 +9936,7 @@ class Evaluator(Job):
         self.interrupts.adopt()
         _here.evaluator = self
         ROUTER.acquire()
+        DEBUGGERS.acquire()
         try:
             ROUTER.bind(self.streams)
             self._prepare_console()
@@ -9933,6 +9984,7 @@ class Evaluator(Job):
         """
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
+        DEBUGGERS.look()
         self._recall_error()
         lent = self._lend(namespace)
         try:
@@ -9967,6 +10019,10 @@ class Evaluator(Job):
         text = repr(value)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        if self.session.is_terminal and len(text) > VALUE_LIMIT:
+            cut = VALUE_LIMIT // 2
+            text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
+                text[:cut], len(text) - 2 * cut, text[-cut:])
         self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
         self.session.value = value
 
@@ -9996,7 +10052,7 @@ class Evaluator(Job):
         try:
             _forget_long_name(value)
             text = "".join(_without_ours(traceback.TracebackException(
-                kind, value, frames, limit=_depth(frames))).format())
+                kind, value, frames, limit=_traceback_limit(frames))).format())
         except BaseException as exc:      # one that can't even be formatted; interrupts are off
             text = "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
         if self.session.is_copy:
@@ -10005,15 +10061,24 @@ class Evaluator(Job):
         self.session.outcome["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
-        with suppress(BaseException):
-            if show is not None:
-                return show()
         stderr = self.streams["stderr"]
+        if show is None and sys.excepthook is not sys.__excepthook__:
+            show = functools.partial(sys.excepthook, kind, value, frames)
+        if show is not None and self._has_shown(show):
+            return
         text = _paint(text) if self.session.has_colours else text
         with suppress(BaseException):
             if self.console is not None and self.console._overrides("write"):
                 return stderr.write_as("traceback", self.console.write, text)
         stderr.write_as("traceback", stderr.text.write, text)
+
+    def _has_shown(self, show):
+        """Return whether `show()`, a console's own or the program's, sends something itself."""
+        before = sum(self.streams[name].count for name in ("stdout", "stderr"))
+        with suppress(BaseException):
+            self.streams["stderr"].write_as("traceback", lambda _: show(), "")
+            self.flush()
+            return sum(self.streams[name].count for name in ("stdout", "stderr")) > before
 
     def _converse(self):
         while True:
@@ -10046,8 +10111,8 @@ class Evaluator(Job):
         source = "\n".join(self.console.buffer + [text])
         self.console.resetbuffer()
         place, self.session.place = self.session.place, None
-        if place is None:
-            self.console.run_block(source)
+        if place is None or "name" in place:
+            self.console.run_block(source, **place or {})
         else:
             self._run_placed(source, place)
 
@@ -10154,6 +10219,7 @@ class Evaluator(Job):
         finally:
             self.ended = time.monotonic()
             self.state = "done" if self.exception is None else "failed"
+            DEBUGGERS.release()
             ROUTER.release()
             _here.evaluator = None
             if not self.is_detached:      # last: from here on stop() does not wait for us
@@ -10176,6 +10242,144 @@ def _is_debugger():
         frame = frame.f_back
     asker = frame and frame.f_locals.get("self")
     return "bdb" in sys.modules and isinstance(asker, sys.modules["bdb"].Bdb)
+
+
+class DebuggerMixin:
+    """What a session adds to pdb.Pdb: it neither stops in our frames nor shows them."""
+
+    def get_stack(self, frame, frames):
+        stack, at = super().get_stack(frame, frames)
+        first = max((k for k, (each, _) in enumerate(stack[:-1])
+                     if _is_plumbing(each.f_code)), default=-1) + 1
+        return stack[first:], at - first if at >= first else len(stack) - first - 1
+
+    def stop_here(self, frame):
+        return not _is_plumbing(frame.f_code) and super().stop_here(frame)
+
+    def dispatch_return(self, frame, value):
+        result = super().dispatch_return(frame, value)
+        if frame.f_back is None or _is_plumbing(frame.f_back.f_code):
+            sys.settrace(None)    # the input is at its end
+        return result
+
+
+class Debuggers:
+    """Has pdb talk to the session in whose thread it is called, while there are sessions.
+
+    3.14: else all threads share one debugger, which follows one of them, belongs to the terminal
+    where it was first used, and asks before it quits whether to kill the process. pdb is adapted
+    when it is imported, since its import takes longer than all else that a session needs.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._count = 0           # of sessions; guarded by _lock, as is the rest
+        self._undo = ExitStack()  # what takes our things out of pdb and the import system
+        self._loader = None       # pdb's own, while we stand before it
+        self._kind = None         # the sessions' class of debuggers, while pdb is adapted
+
+    def acquire(self):
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                sys.meta_path.insert(0, self)
+                self._undo.callback(self._leave_imports)
+
+    def release(self):
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._undo.close()
+
+    def forget(self):
+        """In a forked child: put everything back without waiting for locks."""
+        self._lock = threading.Lock()
+        self._count = 0
+        self._undo.close()
+
+    def find_spec(self, name, path=None, target=None):
+        """As a finder: have pdb loaded by us."""
+        if name != "pdb":
+            return None
+        from importlib.machinery import PathFinder
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        """As a loader: leave it to the import system."""
+
+    def exec_module(self, module):
+        """As a loader: load pdb as its own loader does, and adapt it."""
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self.look()
+
+    def look(self):
+        """Adapt pdb, if it is loaded and still as it came."""
+        if self._kind is None and "pdb" in sys.modules:
+            import pdb            # waits for another thread that is still at it
+            with self._lock:
+                if self._count and self._kind is None and hasattr(pdb, "Pdb"):
+                    self._adapt(pdb)
+
+    def _adapt(self, pdb):
+        self._undo.callback(setattr, self, "_kind", None)
+        self._kind = type("SessionPdb", (DebuggerMixin, pdb.Pdb), {})
+        for name in ("set_trace", "set_trace_async"):
+            if hasattr(pdb.Pdb, name):
+                own, ours = vars(pdb.Pdb).get(name), self._stand_in(getattr(pdb.Pdb, name), pdb.Pdb)
+                setattr(pdb.Pdb, name, ours)
+                self._undo.callback(self._put_back, pdb.Pdb, name, ours, own)
+
+    def _put_back(self, cls, name, ours, own):
+        if vars(cls).get(name) is ours:
+            delattr(cls, name) if own is None else setattr(cls, name, own)
+
+    def _leave_imports(self):
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def _stand_in(self, original, shared):
+        def stop(debugger, frame=None, **options):
+            frame, last = frame or sys._getframe(1), getattr(shared, "_last_pdb_instance", None)
+            if type(debugger) not in (shared, self._kind):
+                return original(debugger, frame, **options)
+            is_ours = current_evaluator() is not None
+            if is_ours and debugger is last:
+                debugger = self._kind()
+            elif is_ours:
+                debugger.__class__, debugger.mode = self._kind, None
+            if getattr(debugger, "monitoring_tracer", None) is not None:
+                debugger.stop_trace()     # that way only one thread of a process can be followed
+                debugger.monitoring_tracer, debugger.backend = None, "settrace"
+            result = original(debugger, frame, **options)
+            if is_ours:
+                shared._last_pdb_instance = last      # nobody else is to stand at it
+            return result
+        return stop
+
+
+DEBUGGERS = Debuggers()
+
+
+def debugged_names(evaluator):
+    """Return the names that an input at `(Pdb)` or in a console of the user's sees, or None."""
+    from code import InteractiveInterpreter
+    frame, pdb = sys._current_frames().get(evaluator.ident), sys.modules.get("pdb")
+    while frame is not None:
+        asking = frame.f_locals.get("self")
+        if asking is evaluator.console:
+            return None
+        if isinstance(asking, InteractiveInterpreter):
+            return asking.locals
+        if pdb is not None and isinstance(asking, pdb.Pdb) and asking.curframe is not None:
+            # Up to 3.12 f_locals would undo what was assigned at the debugger's prompt.
+            return dict(asking.curframe.f_globals, **vars(asking).get("curframe_locals")
+                        or asking.curframe.f_locals)
+        frame = frame.f_back
+    return None
 
 
 def prompt_text(name, default):
@@ -10246,12 +10450,12 @@ _PLUMBING = {method.__code__ for method in (
     SessionStream._write_first)}
 
 
-def _depth(frames):
-    """Return how many entries of a traceback come before plumbing of ours, as a limit."""
-    depth = 0
+def _traceback_limit(frames):
+    """Return how many entries of a traceback to show: those before plumbing of ours, at most."""
+    depth, limit = 0, getattr(sys, "tracebacklimit", None)
     while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
         depth, frames = depth + 1, frames.tb_next
-    return depth or None
+    return min(depth or sys.maxsize, max(limit, 0) if isinstance(limit, int) else sys.maxsize)
 
 
 def _exit_copy(status, text):
@@ -10396,12 +10600,16 @@ class ControlConnection(threading.Thread):
         return {"job": self._paired().background(request.get("turn")).number}
 
     def _do_Place(self, request):
-        place = {name: request[name] for name in ("module", "file", "line", "within")
+        place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
-        if not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+        session = self._paired()
+        if list(place) == ["name"]:
+            session.place = place
+            return
+        if "name" in place or not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
-        self._paired().place = place
+        session.place = place
 
     def _do_Where(self, request):
         sending = self._paired().connection.sending
@@ -10895,6 +11103,7 @@ class Registry:
         MAIN.forget()
         FOLLOWERS.forget()
         ROUTER.forget()
+        DEBUGGERS.forget()
         FLUSHER.forget()
 
 
@@ -11020,7 +11229,7 @@ def _join_address(address):
 
 
 def _default_banner():
-    return ("Python %s, hotrepl %s. doc(obj) or obj? explains, exit() leaves.\n"
+    return ("Python %s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, exit() leaves.\n"
             % (sys.version.split()[0], __version__))
 
 

@@ -366,7 +366,9 @@ def open_descriptors():
     for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
         with contextlib.suppress(OSError):
             found[int(name)] = os.readlink("/proc/self/fd/" + name)
-    return {fd: path for fd, path in found.items() if not path.endswith("/fd")}
+    # libffi's own file is kept open on some systems, once a process has used ctypes.
+    return {fd: path for fd, path in found.items()
+            if not (path.endswith("/fd") or "/libffi.so" in path)}
 
 
 class Served:
@@ -2548,6 +2550,157 @@ class Debuggers(Case):
         self.assertEqual(self.served.wire().ask("6*7"), "42\n")
         self.assertIsNone(sys.gettrace())
 
+    STOP = "def stop(x):\n    import pdb; pdb.set_trace()\n    x += 1\n    return x\n"
+
+    def test_after_a_client_that_vanished_in_the_debugger_the_next_one_stops(self):
+        for _ in range(2):
+            client = self.served.paired()
+            client.block(self.STOP)
+            client.ask("stop(41)")
+            self.assertEqual(client.prompt, "(Pdb) ")
+            client.vanish()
+            eventually(lambda: not self.served.server.find_session(client.number))
+        self.client.ask("stop(41)")
+        self.assertEqual((self.client.prompt, self.client.ask("p x")), ("(Pdb) ", "41\n"))
+        self.assertEqual(self.client.ask("continue"), "42\n")
+        self.session_is_whole()
+
+    def test_two_sessions_stand_at_the_debugger_at_once(self):
+        other = self.served.paired()
+        self.client.block(self.STOP)
+        for client, line, value in (
+                (self.client, "stop(1)", 1), (other, "stop(10)", 10), (self.client, "next", 1),
+                (other, "next", 10), (self.client, "next", 2), (other, "next", 11)):
+            if value in (2, 11) or line != "next" or sys.version_info >= (3, 13):
+                client.ask(line)  # before 3.13 it stops one line later
+            self.assertEqual((client.prompt, client.ask("p x")), ("(Pdb) ", "%d\n" % value))
+        self.assertEqual((other.ask("continue"), self.client.ask("continue")), ("11\n", "2\n"))
+        self.session_is_whole()
+
+    def test_stepping_past_the_end_of_an_input_of_any_kind_ends_at_the_prompt(self):
+        self.client.block(self.STOP)
+        inputs = ["stop(1)", "x = stop(1)", "x = stop(1); y = 2", "stop(1) / 0", "[stop(n) for n in (1,)]"]
+        for source in inputs:
+            for command in ("next", "step", "return"):
+                with self.subTest(source=source, command=command):
+                    text = self.client.ask(source)
+                    self.assertEqual(self.client.prompt, "(Pdb) ")
+                    for _ in range(20):
+                        if self.client.prompt == "(Pdb) ":
+                            text += self.client.ask(command)
+                    self.assertNotIn("hotrepl.py", text)
+                    self.session_is_whole()
+        self.client.send_block("stop(1)\nstop(2)")
+        self.client.turn()
+        while self.client.prompt == "(Pdb) ":
+            self.assertNotIn("hotrepl.py", self.client.ask("next"))
+        self.session_is_whole()
+
+    def test_quit_and_end_of_file_come_back_to_the_prompt_without_a_question(self):
+        self.client.block(self.STOP)
+        for answer in (b"q\n", b"quit\n", b"\xff\xec"):
+            self.client.ask("stop(41)")
+            self.client.send(answer)
+            self.assertNotIn("Quitting", self.client.turn())
+            self.session_is_whole()
+
+    def test_where_shows_the_input_and_nothing_of_what_runs_it(self):
+        self.client.block(self.STOP + "def outer(x):\n    return stop(x)\n")
+        self.client.ask("outer(41)")
+        frames = re.findall(r"(?m)^[> ] (.+)\(\d+\)(\S+)\(\)", self.client.ask("where"))
+        self.assertEqual([name for _, name in frames], ["<module>", "outer", "stop"])
+        self.assertIn("Oldest frame", [self.client.ask("up") for _ in range(3)][-1])
+        self.assertEqual(self.client.ask("continue"), "42\n")
+
+    def test_tab_completes_the_names_of_the_frame(self):
+        self.client.block("def f(apple):\n    apricot = 1\n    import pdb; pdb.set_trace()\n"
+                          "    return apple\n")
+        self.served.namespace["apollo"] = 1
+        complete = lambda line: self.client.control.request("Complete", line=line, cursor=len(line))["matches"]
+        self.client.ask("f('x')")
+        self.assertEqual(complete("ap"), ["apollo", "apple", "apricot"])
+        self.assertEqual(complete("p ap"), ["apollo", "apple", "apricot"])
+        self.assertIn("upper", complete("p apple.up"))
+        self.client.ask("avocado = 1")
+        self.client.ask("apricot = 'a'")
+        self.assertEqual(complete("p avo"), ["avocado"])
+        self.assertEqual(self.client.ask("p apricot"), "'a'\n")
+        self.client.ask("interact")
+        self.assertEqual((self.client.prompt, complete("ap")), (">>> ", ["apollo", "apple", "apricot"]))
+        self.client.ask("apt = 1")
+        self.assertEqual(complete("apt"), ["apt"])
+        self.client.send(b"\xff\xec")
+        self.client.turn()
+        self.assertEqual(self.client.prompt, "(Pdb) ")
+        self.client.ask("continue")
+        self.assertEqual(complete("ap"), ["apollo"])
+        for name in ("ps1", "ps2"):       # before 3.14 `interact` sets them for good
+            vars(sys).pop(name, None)
+
+    def test_pdb_is_as_it_was_after_the_last_session(self):
+        import pdb
+        self.client.ask("pdb = __import__('pdb'); pdb.set_trace()")
+        self.assertEqual((self.client.prompt, pdb.Pdb.set_trace.__module__), ("(Pdb) ", "hotrepl"))
+        self.client.close()
+        eventually(lambda: not self.served.server.find_session(self.client.number))
+        eventually(lambda: pdb.Pdb.set_trace.__module__ in ("bdb", "pdb"), "pdb to be as before")
+        self.assertIsNone(getattr(pdb.Pdb, "_last_pdb_instance", None))
+
+    @unittest.skipIf(sys.version_info < (3, 8), "3.6, 3.7: once the main thread has used pdb, others can't")
+    def test_the_programs_own_debugger_works_whatever_sessions_did(self):
+        """In its terminal, and in its other threads; pdb was imported by the program or by a session."""
+        for imported in ("", "import pdb\n", "import pdb; pdb.set_trace()\n"):
+            with self.subTest(imported=imported):
+                program = self.served.keep(Folder()).run(SERVE + imported + textwrap.dedent("""
+                    import pdb, sys, threading
+                    def pause(x):
+                        pdb.set_trace()
+                        return x
+                    def in_a_thread(x):
+                        thread = threading.Thread(target=pause, args=(x,))
+                        (thread.start(), thread.join())
+                    for number in (1, 2):
+                        input()
+                        in_a_thread(number)
+                        print(pause(3), flush=True)
+                    input()
+                    """))
+                places = addresses(program)
+                client = self.served.keep(Paired(*places))
+                if "set_trace" in imported:
+                    program.until("(Pdb) ")
+                    program.send("continue\n")
+                client.block(self.STOP)
+                client.ask("stop(41)")
+                self.assertEqual(client.prompt, "(Pdb) ")
+                for is_gone in (False, True):
+                    program.send("\n")
+                    for value in (1 + is_gone, 3):
+                        program.until("(Pdb) ")
+                        program.send("p 'x is %d' % x\n")
+                        program.until("'x is %d'" % value)
+                        program.send("continue\n")
+                    program.until("3\n")
+                    if not is_gone:
+                        client.ask("p x")
+                        client.vanish()
+                late = self.served.keep(Paired(*places))
+                late.ask("stop(41)")
+                self.assertEqual((late.prompt, late.ask("continue")), ("(Pdb) ", "42\n"))
+
+    @unittest.skipIf(sys.version_info < (3, 8), "await at the prompt wants 3.8")
+    def test_a_stop_in_what_is_awaited_is_refused_and_leaves_the_debugger_whole(self):
+        self.client.block(self.STOP + "async def later(x):\n    return stop(x)\n")
+        if sys.version_info >= (3, 14):
+            self.client.block("async def later(x):\n    import pdb\n    await pdb.set_trace_async()\n"
+                              "    return x\n")
+        for _ in range(2):
+            self.assertIn("only the session's own thread can ask", self.client.ask("await later(41)"))
+            self.client.ask("stop(41)")
+            self.assertEqual((self.client.prompt, self.client.ask("p x")), ("(Pdb) ", "41\n"))
+            self.assertEqual(self.client.ask("continue"), "42\n")
+            self.session_is_whole()
+
 
 class NamesOfTheProgram(Case):
     """No name of the program is overwritten by ours. (`__builtins__` is exec's own addition.)"""
@@ -2930,6 +3083,98 @@ class Pieces(Case):
             pieces = list(hotrepl._pieces(data))
             self.assertEqual(b"".join(pieces), data)
             self.assertEqual([each for each in pieces if each.count(b"\xff") % 2], [])
+
+
+class Shown(Case):
+    """How values, help and errors are shown, to a terminal and to others."""
+
+    HIDDEN = "... 89902 characters left out; print(_) shows all ..."
+
+    def setUp(self):
+        super().setUp()
+        self.client = self.serve().paired()
+
+    def be_terminal(self, lines=10):
+        self.client.control.request("Terminal", columns=80, lines=lines, colours=False)
+
+    def test_a_terminal_sees_both_ends_of_a_long_value(self):
+        self.be_terminal()
+        self.assertEqual(self.client.ask("'x' * 99900"),
+                         "'" + "x" * 4999 + "\n" + self.HIDDEN + "\n" + "x" * 4999 + "'\n")
+        self.assertEqual(self.client.ask("print(_)"), "x" * 99900 + "\n")
+        self.assertEqual(self.client.ask("'x' * 9998"), repr("x" * 9998) + "\n")
+
+    def test_others_see_all_of_it(self):
+        self.assertEqual(self.client.ask("'x' * 99900"), repr("x" * 99900) + "\n")
+
+    def test_help_is_paged_on_a_terminal(self):
+        self.be_terminal(lines=10)
+        self.assertEqual(self.client.ask("help(str)").count("\n"), 9)
+        self.assertEqual(self.client.prompt, "-- Enter: more, q: enough -- ")
+        self.assertEqual(self.client.ask("").count("\n"), 9)
+        self.assertEqual(self.client.ask("q"), "\n")
+        self.assertEqual(self.client.prompt, ">>> ")
+        self.client.ask("help()")
+        self.client.ask("q")
+        self.assertEqual(self.client.prompt, "help> ")
+        self.client.ask("str")
+        self.assertEqual(self.client.prompt, "-- Enter: more, q: enough -- ")
+        self.client.send(b"\xff\xec")
+        self.client.turn()
+        self.assertEqual(self.client.prompt, "help> ")
+
+    def test_help_goes_on_without_a_terminal(self):
+        self.assertGreater(self.client.ask("help(str)").count("\n"), 100)
+
+    def test_doc_alone_lists_the_tools(self):
+        lines = self.client.ask("doc()").splitlines()
+        self.assertEqual([line.split()[0] for line in lines], sorted(hotrepl.TOOLS))
+        for line in lines:
+            self.assertRegex(line, r"\A\w+ +[A-Z].{9,}")
+
+    def test_names_of_the_program_that_hide_tools_are_told(self):
+        banner = self.serve({"jobs": 1, "bg": 2}, banner="hello").wire().banner
+        self.assertEqual(banner, "hello\nThe program has names of its own that hide tools: bg, jobs.\n")
+
+    def test_the_programs_own_excepthook_shows_tracebacks(self):
+        self.addCleanup(setattr, sys, "excepthook", sys.excepthook)
+        for at, (hook, shown) in enumerate((
+                (lambda kind, value, frames: print("own", kind.__name__, value, frames is None or
+                                                   frames.tb_frame.f_code.co_filename), "own "),
+                (lambda *args: None, "Traceback "), (lambda *args: 1 / 0, "Traceback "))):
+            sys.excepthook = hook
+            text = self.client.ask("1 / 0")
+            self.assertTrue(text.startswith(shown), (at, text))
+            self.assertIn("ZeroDivisionError", text)
+        self.assertIn("SyntaxError", self.client.ask("return 5"))
+
+    def test_tracebacklimit_is_honoured(self):
+        self.addCleanup(vars(sys).pop, "tracebacklimit", None)
+        self.client.block("def f(n):\n    if n: return f(n - 1)\n    1 / 0")
+        self.assertEqual(self.client.ask("f(3)").count("  File "), 5)
+        for limit in (2, 0, -1):
+            sys.tracebacklimit = limit
+            text = self.client.ask("f(3)")
+            self.assertEqual(text.count("  File "), max(limit, 0))
+            self.assertIn("ZeroDivisionError", text)
+
+    def test_a_syntax_error_of_the_compilers_shows_its_line(self):
+        for source in ("return 5", "if True:\n    break"):
+            text = self.client.block(source)
+            self.assertIn("\n    %s\n" % source.split("\n")[-1].strip(), text)
+            self.assertRegex(text, r"\n +\^+\n")
+        self.assertIn("\n    return 5\n", self.client.ask("return 5"))
+
+    def test_a_block_can_have_a_name(self):
+        self.client.control.request("Place", name="fix.py")
+        text = self.client.block("x = 1\n1 / 0  # here")
+        self.assertIn('File "fix.py", line 2', text)
+        self.assertIn("1 / 0  # here", text)
+        self.assertNotIn("fix.py", self.client.block("x = 1\n1 / 0"))
+
+    def test_a_block_can_be_a_question(self):
+        self.assertIn("Return the length", " ".join(self.client.block("len?").split()).replace(
+            "Return the number of items", "Return the length"))
 
 
 class Exceptions(Case):
