@@ -9640,6 +9640,8 @@ class Session:
         `kind` is what the turn is for, see AT_PROMPT. Runs in the thread `evaluator`, blocks.
         Detached: the session goes on in another thread.
         """
+        if kind in AT_PROMPT:     # before anybody can edit what was imported since the last one
+            note_sources()
         try:
             evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
             while not self._inputs.ready:
@@ -9831,8 +9833,6 @@ class Session:
                 self.connection.flush()
 
     def _receive(self, kind):
-        if kind == "prompt":      # while the user reads it: what was imported since the last one
-            note_sources()
         # Without a limit the prompt needs no waker: `_prompt_again` serves it.
         if kind in IN_EVALUATION or self.server.idle_timeout_s is not None:
             if not self._wait_for_data():
