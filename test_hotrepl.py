@@ -360,12 +360,12 @@ class Footprint(collections.OrderedDict):
                          for name in self if now[name] != self[name])
 
 
-def open_descriptors():
-    """Return {descriptor: what it leads to} of this process; on systems without /proc, {}."""
-    found = {}
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+def open_descriptors(pid="self"):
+    """Return {descriptor: what it leads to} of a process; on systems without /proc, {}."""
+    found, folder = {}, "/proc/%s/fd" % pid
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
         with contextlib.suppress(OSError):
-            found[int(name)] = os.readlink("/proc/self/fd/" + name)
+            found[int(name)] = os.readlink("%s/%s" % (folder, name))
     # libffi's own file is kept open on some systems, once a process has used ctypes.
     return {fd: path for fd, path in found.items()
             if not (path.endswith("/fd") or "/libffi.so" in path)}
@@ -13238,7 +13238,9 @@ class Patch(Workspace):
 
     def test_undo_of_a_patch_is_exact(self):
         m = self.load("def f(a, b=1, *, c=2) -> int:\n    'doc'\nf.tag = 1\n")
-        names = ("__code__", "__defaults__", "__kwdefaults__", "__annotations__", "__doc__",
+        # 3.14: __annotations__ are made anew, out of the same __annotate__.
+        makes = "__annotate__" if sys.version_info >= (3, 14) else "__annotations__"
+        names = ("__code__", "__defaults__", "__kwdefaults__", makes, "__doc__", "__annotations__",
                  "__name__", "__qualname__", "__module__", "__dict__")
         before = [getattr(m.f, name) for name in names]
         ids = list(map(id, before))
@@ -16024,7 +16026,7 @@ class Target:
         """Return its Usage just now."""
         status = dict(line.split(":\t", 1) for line in self._read("status").splitlines())
         times = self._read("stat").rpartition(")")[2].split()
-        return Usage(int(status["Threads"]), len(os.listdir(self._path("fd"))),
+        return Usage(int(status["Threads"]), len(open_descriptors(self.program.process.pid)),
                      int(status["VmRSS"].split()[0]) / 1024, int(status["VmHWM"].split()[0]) / 1024,
                      (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"))
 
