@@ -11802,7 +11802,7 @@ class Terminal:
             with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
                 if is_secret:     # `_kept_modes` shows again what is typed
                     self._mark_pastes(False)
-                    return self._read_plain(_read_secret, prompt)
+                    return self._read_secret(prompt)
                 text = (self._read_plain(_input, _hide_escapes(prompt), begun)
                         if self._library is None else self._read_keys(_hide_escapes(prompt), begun))
         except EOFError:
@@ -11849,27 +11849,52 @@ class Terminal:
 
     def _next_key(self, _):
         """Return the next byte that is typed, -1 at the end; readline calls it."""
-        try:
-            _read_without_waiting()
-            misses = 0
-            while self._ending is None and misses < 5:
-                ready = select.select([0, self.woken] + self.owner.link.sockets(), [], [])[0]
-                if ready != [0]:
-                    self._look()
-                # Ctrl+C drops what was typed, also between these two lines.
-                key = os.read(0, 1) if 0 in ready and self._ending is None else b""
-                if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
-                    self._ending = EOFError()
-                elif key:
-                    return key[0]
-                misses = misses + 1 if ready == [0] else 0
-        except BaseException as exc:      # readline is C: `_read_keys` raises it
-            self._ending = exc
+        _read_without_waiting()
+        key = self._next_bytes(1)
+        if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
+            self._ending = EOFError()
+        elif key:
+            return key[0]
         done = self._variable("rl_done")
         if self._ending is None or done.value:    # in the middle of a paste, which ends so
             return -1
         done.value = 1
         return 0
+
+    def _read_secret(self, prompt):
+        """As getpass.getpass, which drops what is typed behind Ctrl+C."""
+        import getpass
+        if os.name != "posix" or not os.isatty(0):
+            return self._read_plain(getpass.getpass, prompt)
+        import termios
+        modes = termios.tcgetattr(0)
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(0, termios.TCSADRAIN, modes)
+        self.write(prompt.encode("utf-8", "surrogateescape"))
+        self._ending, self._reading = None, "keys"
+        line = self._next_bytes(RECEIVE_BYTES)    # the terminal gives whole lines
+        self._reading = ""
+        if self._ending is not None or not line:
+            raise self._ending or EOFError
+        self.write(b"\n")
+        return line.decode("utf-8", "surrogateescape").rstrip("\n")
+
+    def _next_bytes(self, count):
+        """Return what is typed; b"": it is at its end, or `_ending` says what ended it."""
+        try:
+            misses = 0
+            while self._ending is None and misses < (1 if self._is_secret else 5):
+                ready = select.select([0, self.woken] + self.owner.link.sockets(), [], [])[0]
+                if ready != [0]:
+                    self._look()
+                # Ctrl+C drops what was typed, also between these two lines.
+                data = os.read(0, count) if 0 in ready and self._ending is None else b""
+                if data:
+                    return data
+                misses = misses + 1 if ready == [0] else 0
+        except BaseException as exc:      # our caller can be readline, which is C
+            self._ending = exc
+        return b""
 
     def _look(self, *_):
         """While a line is read, do what is due; SIGURG's handler."""
@@ -11947,7 +11972,7 @@ class Terminal:
 
     def _on_resize(self, signum, frame):
         self.owner.on_resize()
-        if self._reading == "keys":
+        if self._reading == "keys" and not self._is_secret:
             self._call("rl_resize_terminal")
 
     def _on_suspend(self, signum, frame):
@@ -12065,24 +12090,6 @@ def _kept_modes():
     finally:
         if termios.tcgetattr(0) != before:
             termios.tcsetattr(0, termios.TCSANOW, before)
-
-
-def _read_secret(prompt):
-    """As getpass.getpass, which drops what is typed behind Ctrl+C."""
-    if os.name != "posix" or not os.isatty(0):
-        import getpass
-        return getpass.getpass(prompt)
-    import termios
-    modes = termios.tcgetattr(0)
-    modes[3] &= ~termios.ECHO
-    termios.tcsetattr(0, termios.TCSADRAIN, modes)
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    line = os.read(0, RECEIVE_BYTES)
-    sys.stdout.write("\n" * bool(line))
-    if not line:
-        raise EOFError
-    return line.decode("utf-8", "surrogateescape").rstrip("\n")
 
 
 def _read_without_waiting():
