@@ -12105,33 +12105,43 @@ def _read_without_waiting():
 
 
 class Execution:
-    """A session for a program: it runs one piece of code and leaves with an exit code.
+    """A session for a program: it runs pieces of code, each of which ends with an exit code.
 
-    `output` gets what the code prints, see PlainOutput. Ctrl+C and `timeout_s` interrupt the code;
+    `output` gets what the code prints, see PlainOutput. Ctrl+C and a timeout interrupt the code;
     what does not end after that, by a second Ctrl+C or GRACE_S, is left behind.
     """
 
     GRACE_S = 2.0
 
-    def __init__(self, link, output, timeout_s=None):
+    def __init__(self, link, output):
         self._link = link
         self._output = output
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.is_over = False      # it can run nothing more: the session ended, or was left
+        self._deadline = None     # when the code is to be interrupted
         self._turn = 0            # how many go-aheads came
         self._stream = "stdout"   # what the data belongs to that comes
         self._is_late = False     # the deadline has passed
         self._is_interrupted = False      # Ctrl+C was pressed
 
-    def run(self, source):
-        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124."""
+    def run(self, source, place=None, timeout_s=None):
+        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124.
+
+        `place` has the fields of the Place command, where the code stands in a module's file.
+        """
         outcome, code = {}, 1
+        self._is_late = self._is_interrupted = False
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            outcome = self._follow(source)
+            outcome = self._follow(source, place)
             code = 124 if self._is_late else _exit_code(outcome)
         except Left:
             code = self._leave()
+        except ProtocolError as exc:
+            print("hotrepl: %s" % exc, file=sys.stderr)
+            outcome, code = {"exception": describe_exception(exc)}, 2
         except (OSError, ServerGone) as exc:
+            self.is_over = True
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._is_late, code = True, self._leave()
             else:
@@ -12142,15 +12152,19 @@ class Execution:
             self._output.finish(outcome, code)
         return code
 
-    def _follow(self, source):
+    def _follow(self, source, place):
         """Run `source` to its end and return what the server says of that."""
-        self._link.open(("TurnMarks", {"kinds": True, "streams": True}))
-        self._pass_on_until_turn(is_shown=False)      # the banner and the first prompt
+        if not self._turn:
+            self._link.open(("TurnMarks", {"kinds": True, "streams": True}))
+            self._pass_on_until_turn(is_shown=False)      # the banner and the first prompt
+        if place:
+            self._link.ask("Place", **place)
         self._link.send(BEGIN + BLOCK_KIND + source + END)
         while self._pass_on_until_turn() in IN_EVALUATION:
             self._link.send(END_OF_FILE)      # there is nobody who could answer
         outcome = self._link.ask("Outcome")["outcome"]
-        if self._link.is_closed and "exit" not in outcome:
+        self.is_over = self._link.is_closed
+        if self.is_over and "exit" not in outcome:
             raise ServerGone("it closed the connection")
         return outcome
 
@@ -12194,6 +12208,7 @@ class Execution:
         self._link.post("KeyboardInterrupt", lambda reply: None, turn=self._turn, answered=True)
 
     def _leave(self):
+        self.is_over = True
         if self._is_late or self._is_interrupted:
             print("hotrepl: it has not ended; left it running there", file=sys.stderr)
         return 124 if self._is_late else 130 if self._is_interrupted else 1
@@ -12206,6 +12221,11 @@ class Execution:
 
 
 _STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
+
+
+def describe_exception(exc):
+    """Return an exception of our own as Outcome describes one."""
+    return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
 
 
 def _exit_code(outcome):
@@ -12247,12 +12267,20 @@ class PlainOutput:
 
 
 class JsonOutput:
-    """Print what comes as JSON objects, one a line; `fields` are in each."""
+    """Print what comes as JSON objects, one a line; `fields` are in each.
 
-    def __init__(self, **fields):
+    A text, or all that one execution prints to a stream, of over `max_chars` is cut.
+    """
+
+    def __init__(self, max_chars=None, **fields):
+        self._max_chars = sys.maxsize if max_chars is None else max_chars
         self._fields = fields
+        self._begin()
+
+    def _begin(self):
         self._begun = {"stdout": b"", "stderr": b""}      # the first bytes of a character
         self._whole = {"value": bytearray(), "traceback": bytearray(), "prompt": bytearray()}
+        self._left = dict.fromkeys(self._begun, self._max_chars)  # characters; -1: it was cut
 
     def write(self, kind, data):
         """Print `data`, bytes of that kind. OSError: nobody reads it."""
@@ -12262,17 +12290,23 @@ class JsonOutput:
             self._put_chunk(kind, self._begun[kind] + data)
 
     def finish(self, outcome, code):
-        """Print the value or the exception, and the exit code."""
+        """Print the value or the exception, and the exit code; the next execution may begin."""
         for name, rest in self._begun.items():
             if rest:
                 self._put_chunk(name, rest, is_last=True)
         texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
         if "value" in outcome:    # in full where it was displayed, else it may be cut
-            self._put(value=texts["value"][:-1] or outcome["value"])
+            self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
         if "exception" in outcome:
             traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
-            self._put(exception=dict(outcome["exception"], traceback=traceback_text))
+            self._put_cut("exception", dict(outcome["exception"], traceback=traceback_text))
         self._put(exit=code)
+        self._begin()
+
+    def _put_cut(self, name, texts):
+        cut = {key: text[:self._max_chars] for key, text in texts.items()}
+        self._put(**{name: cut if name == "exception" else cut[name]},
+                  **{"truncated": True} if cut != texts else {})
 
     def _put_chunk(self, name, data, is_last=False):
         try:
@@ -12283,7 +12317,12 @@ class JsonOutput:
                 self._begun[name] = b""
                 return self._put(stream=name, base64=base64.b64encode(data).decode("ascii"))
             text, self._begun[name] = data[:exc.start].decode("utf-8"), data[exc.start:]
-        if text:
+        left = self._left[name]
+        if len(text) > left >= 0:
+            self._left[name] = -1
+            self._put(stream=name, text=text[:left], truncated=True)
+        elif text and left >= 0:
+            self._left[name] -= len(text)
             self._put(stream=name, text=text)
 
     def _put(self, **fields):
@@ -12305,16 +12344,15 @@ def _write_out(name, data):
         raise
 
 
-def execute(source, output, host, port, control_port, ssl_context=None, token=None,
-            is_plain=False, timeout_s=None):
-    """Run `source`, bytes, in a session with a server; return an exit code.
+@contextmanager
+def execution(output, *server, timeout_s=None):
+    """Yield an Execution in a session with a server, the arguments of which are as in `connect`.
 
-    Where that is and what the other arguments mean is as in `connect`. socket.timeout: it did not
-    even greet us in time.
+    socket.timeout: it did not even greet us in time.
     """
     limit_s = None if timeout_s is None else timeout_s + Execution.GRACE_S
-    with _channels(host, port, control_port, ssl_context, token, is_plain, limit_s) as link:
-        return Execution(link, output, timeout_s).run(source)
+    with _channels(*server, timeout_s=limit_s) as link:
+        yield Execution(link, output)
 
 
 def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PORT,
@@ -12805,6 +12843,17 @@ def _parser():
     execute.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     execute.add_argument("--timeout", type=_seconds, metavar="SECONDS",
                          help="interrupt the code after this time, and exit with 124")
+    execute.add_argument("--module", metavar="MODULE",
+                         help="the code is from this module's file: run it there, patch what it "
+                         "defines (default: the module of --file)")
+    execute.add_argument("--file", metavar="F", help="the file it is from (default: FILE)")
+    execute.add_argument("--line", type=int, metavar="N",
+                         help="the line where CODE begins; without -c: take the definition around "
+                         "line N of FILE")
+    execute.add_argument("--stream", action="store_true",
+                         help="with --json -: run the requests that come on stdin, one a line")
+    execute.add_argument("--max-chars", type=int, metavar="N",
+                         help="with --json: cut texts that are longer")
     execute.set_defaults(run=_exec)
     execute.add_argument("--all", action="store_true", help="run it in every server of the list")
     execute.add_argument("--match", metavar="TEXT",
@@ -13034,6 +13083,8 @@ Run code in the process of a server, in a session of its own, and exit as a scri
   exec 10.0.0.5 patch.py         FILE is read here and runs there
   ... | exec 4711 -              in the server of that process
   exec --all fix.py              in every server of the list, one after the other
+  exec --line 12 app.py          patch the function around line 12 of the program's app.py
+  exec --json --stream -         answer many requests on one connection
 
 The code's stdout goes to stdout and its stderr to stderr, byte for byte; input() is at its end.
 With --all and --match each line begins with the server's PID, and the exit status is 1 if any
@@ -13048,7 +13099,12 @@ With --json stdout has one object a line, in this order:
   {"value": ...}                                  repr() of the last expression, if not None
   {"exception": {"type": ..., "message": ..., "traceback": ...}}
   {"exit": N}                                     always the last
-With --all and --match each has a "pid" too, but for one more {"exit": N} at the end."""
+With --all and --match each has a "pid" too, but for one more {"exit": N} at the end. A text that
+was cut at --max-chars has "truncated": true beside it.
+
+With --stream each line of stdin is a request, {"code": ..., "timeout": SECONDS, "module": ...,
+"file": ..., "line": ..., "within": the class it stands in}; all but the first may lack. Each is
+answered by its objects up to {"exit": N}, whatever fails."""
 
 
 def _connect(options):
@@ -13060,7 +13116,7 @@ def _connect(options):
 
 
 def _credentials(options):
-    """Return (ssl_context, token, is_plain), as `connect` and `execute` take them."""
+    """Return (ssl_context, token, is_plain), as `connect` takes them."""
     token = _read_file(options.token_file).decode().strip() if options.token_file else None
     return _tls_context(options), token, options.plain
 
@@ -13084,16 +13140,78 @@ def _exec(options):
     if len(words) > (0 if is_for_all else 1):
         return _misuse("exec takes one FILE or -c CODE, and one HOST without --all and --match; "
                        "found also %r" % words[-1])
+    if options.stream and (not options.json or path != "-" or is_for_all):
+        return _misuse("--stream goes with --json and -, without --all and --match")
+    if options.stream:
+        return _exec_stream(options, _find_server(options, words[0] if words else None))
     source = _read_source(path) if options.code is None else options.code.encode()
+    source, place = _placed(options, path, source)
     if is_for_all:
-        return _exec_in_all(options, source)
-    output = JsonOutput() if options.json else PlainOutput()
-    return _exec_at(options, source, output, _find_server(options, words[0] if words else None))
+        return _exec_in_all(options, source, place)
+    output = JsonOutput(options.max_chars) if options.json else PlainOutput()
+    return _exec_at(options, source, output, _find_server(options, words[0] if words else None),
+                    place)
 
 
-def _exec_at(options, source, output, place, label=""):
+def _placed(options, path, source):
+    """Return (source, fields of the Place request) of code that stands in a module's file."""
+    place = {name: getattr(options, name) for name in ("module", "file", "line")
+             if getattr(options, name) is not None}
+    if not place:
+        return source, place
+    if options.file or path not in (None, "-"):
+        place["file"] = os.path.abspath(options.file or path)
+    if path is not None and options.line is not None:
+        source, place["line"], place["within"] = _definition_at(source, options.line)
+    return source, place
+
+
+def _definition_at(source, line):
+    """Return (source, first line, class around it) of the function or class at a line of a file."""
+    import ast
+    import inspect
+    text = source.decode()
+    scope, names, found = ast.parse(text), [], None
+    while scope is not None:
+        nodes, scope = scope.body, None
+        for node in nodes:
+            first = min(each.lineno for each in [node] + getattr(node, "decorator_list", []))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                block = inspect.getblock(text.splitlines(True)[first - 1:])
+                if first <= line < first + len(block):
+                    found = "".join(block).encode(), first, ".".join(names)
+                    if isinstance(node, ast.ClassDef):
+                        scope = node
+                        names.append(node.name)
+    if found is None:
+        raise ValueError("no function or class stands at line %d" % line)
+    return found
+
+
+def _exec_stream(options, server):
+    """Run the requests that come on stdin, one after the other."""
+    import json
+    output, session = JsonOutput(options.max_chars), None
+    with ExitStack() as undo:
+        for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
+            try:
+                request = json.loads(line.decode())
+                place = {name: value for name, value in request.items() if name not in ("code", "timeout")}
+                source, timeout_s = request["code"].encode(), request.get("timeout", options.timeout)
+                if session is None or session.is_over:
+                    undo.close()
+                    session = undo.enter_context(execution(output, *server, *_credentials(options)))
+                session.run(source, place, timeout_s)
+            except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
+                output.finish({"exception": describe_exception(exc)},
+                              1 if isinstance(exc, OSError) else 2)
+    return 0
+
+
+def _exec_at(options, source, output, server, place=None, label=""):
     try:
-        return execute(source, output, *place, *_credentials(options), options.timeout)
+        with execution(output, *server, *_credentials(options), timeout_s=options.timeout) as one:
+            return one.run(source, place, options.timeout)
     except socket.timeout:
         _say(label + "no answer in time")
         code = 124
@@ -13104,13 +13222,14 @@ def _exec_at(options, source, output, place, label=""):
     return code
 
 
-def _exec_in_all(options, source):
+def _exec_in_all(options, source, place):
     codes = []
     for note in noted_servers():
         if (options.match or "") in _command(note) and 130 not in codes:
             label = "%d: " % note["pid"]
-            output = JsonOutput(pid=note["pid"]) if options.json else PlainOutput(label)
-            codes.append(_exec_at(options, source, output, _place_of_note(note), label))
+            output = (JsonOutput(options.max_chars, pid=note["pid"]) if options.json
+                      else PlainOutput(label))
+            codes.append(_exec_at(options, source, output, _place_of_note(note), place, label))
     if not codes:
         _say("there is no such server; 'list' shows those there are")
     code = 130 if 130 in codes else int(any(codes) or not codes)

@@ -9708,6 +9708,268 @@ class Exec(Case):
         self.assertEqual(outcome["exception"]["type"], "ProtocolError")
 
 
+class EditedProgram(Case):
+    """A program, and a file of it that an editor has open."""
+
+    SOURCE = """\
+        import functools
+        def step(x):
+            return x
+
+        class Till:
+            RATE = 2
+
+            @functools.lru_cache(None)
+            def price(self, amount):
+                return (amount *
+                        self.RATE)
+
+            class Inner:
+                def deep(self): return 1
+
+        def last():
+            return 1
+        """
+
+    def setUp(self):
+        super().setUp()
+        self.folder = self.folder()
+        self.path = self.folder.write("edited.py", self.SOURCE)
+        self.program = self.folder.run("import edited, time\nheld = edited.step\n" + SERVE + "while True: time.sleep(60)\n")
+        self.ports = [str(port) for _, port in addresses(self.program)]
+
+    def exec(self, *words, stdin=""):
+        """Return [exit code, stdout, stderr]."""
+        program = self.folder.start("-m", "hotrepl", "exec", "--port", self.ports[0],
+                                    "--control-port", self.ports[1], *words)
+        program.send(stdin)
+        program.process.stdin.close()
+        return program.end()
+
+    def edit(self, old, new):
+        with open(self.path) as file:
+            source = file.read()
+        self.assertEqual(source.count(old), 1)
+        with open(self.path, "w") as file:
+            file.write(source.replace(old, new))
+
+    def line_of(self, text):
+        with open(self.path) as file:
+            return str(file.read().split("\n").index(text) + 1)
+
+
+class ExecInModules(EditedProgram):
+    """exec with --module, --file and --line."""
+
+    def test_code_is_compiled_in_its_module_with_its_file_and_line(self):
+        self.edit("    return x\n", "    return x / 0\n")
+        self.assertEqual(self.exec("--module", "edited", "--file", self.path, "--line", "2", "-c",
+                                   "def step(x):\n    return x / 0"), [0, "patched edited.step\n", ""])
+        code, out, err = self.exec("-c", "held(1)")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn('File "%s", line 3, in step\n    return x / 0\n' % self.path, err)
+        self.assertEqual(self.exec("-c", "import inspect; inspect.getsource(held)")[1],
+                         "%r\n" % "def step(x):\n    return x / 0\n")
+
+    def test_the_definition_around_a_line_of_the_file_is_patched(self):
+        self.edit("def step(x):\n    return x\n", "\n\ndef step(x):\n    return x + 1\n")
+        self.edit("(amount *", "(5 * amount *")
+        self.edit("return 1\n\n", "return 2\n\n")
+        for text, name, check in (("    return x + 1", "step", "held(1) == 2"),
+                                  ("                self.RATE)", "Till.price", "edited.Till().price(3) == 30"),
+                                  ("    @functools.lru_cache(None)", "Till.price", "edited.Till().price(3) == 30"),
+                                  ("        def deep(self): return 2", "Till.Inner.deep",
+                                   "edited.Till.Inner().deep() == 2")):
+            with self.subTest(text):
+                self.assertEqual(self.exec("--line", self.line_of(text), self.path),
+                                 [0, "patched edited.%s\n" % name, ""])
+                self.assertEqual(self.exec("-c", check)[1], "True\n")
+
+    def test_the_file_can_come_on_stdin(self):
+        self.assertEqual(self.exec("--file", self.path, "--line", "4", "-", stdin="\n\ndef last():\n    return 2\n"),
+                         [0, "patched edited.last\n", ""])
+        self.assertEqual(self.exec("-c", "edited.last(), edited.last.__code__.co_firstlineno")[1], "(2, 3)\n")
+
+    def test_what_cannot_be_placed_is_an_error(self):
+        self.assertEqual(self.exec("--line", "4", self.path)[0::2],
+                         [2, "hotrepl: no function or class stands at line 4\n"])
+        other = self.folder.write("other.py", "def f(): pass\n")
+        code, out, err = self.exec("--line", "1", other)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("LookupError: no module that is loaded here is %r\n" % other, err)
+        self.assertIn("expected a module or a file", self.exec("--line", "1", "-c", "1")[2])
+
+    def test_json_has_it_too(self):
+        out = self.exec("--json", "--line", "2", self.path)[1]
+        self.assertEqual([json.loads(line) for line in out.splitlines()],
+                         [{"stream": "stdout", "text": "patched edited.step\n"}, {"exit": 0}])
+
+
+class Editors(EditedProgram):
+    """The recipes of the README, in the editors themselves as far as Debian has them."""
+
+    def recipe(self, name):
+        with open(os.path.join(os.path.dirname(SOURCE_PATH), "README.md"), encoding="utf-8") as file:
+            text = re.search(r"<!-- %s -->\n```\w+\n(.*?)```\n" % name, file.read(), re.S).group(1)
+        self.assertLessEqual(text.count("\n"), 15)
+        return text
+
+    def setUp(self):
+        super().setUp()
+        # What `python` finds, and the only server of the list.
+        os.mkdir(os.path.join(self.folder.path, "bin"))
+        os.symlink(sys.executable, os.path.join(self.folder.path, "bin", "python"))
+        self.environment = {"PATH": os.path.join(self.folder.path, "bin") + os.pathsep + os.environ["PATH"],
+                            "HOME": self.folder.path}
+
+    def edit_with(self, *command):
+        program = Program(list(command), self.folder.path, **self.environment)
+        self.keep(program)
+        program.process.stdin.close()
+        return program.end()
+
+    def check(self):
+        """Check what each editor has done: a method patched, a region run, the rest reloaded."""
+        self.assertEqual(self.exec("-c", "edited.Till().price(3), edited.ran, held(1)")[1], "(60, 'region', 5)\n")
+        self.assertEqual(self.exec("-c", "edited.Till.price.__wrapped__.__code__.co_firstlineno")[1],
+                         self.line_of("    @functools.lru_cache(None)") + "\n")
+
+    def test_emacs_patches_the_function_at_point_runs_the_region_and_reloads(self):
+        self.folder.write("init.el", self.recipe("emacs"))
+        script = self.folder.write("script.el", """
+            (find-file "edited.py")
+            (search-forward "(amount *")
+            (replace-match "(10 * amount *")
+            (hotrepl-patch)
+            (goto-char (point-max))
+            (let ((begin (point)))
+              (insert "\\n\\nran = 'region'\\n")
+              (hotrepl-run begin (point)))
+            (goto-char (point-min))
+            (search-forward "return x")
+            (replace-match "return x + 4")
+            (save-buffer)
+            (hotrepl-reload)
+            """)
+        code, out, err = self.edit_with(tool("emacs"), "-Q", "-batch", "-l", "init.el", "-l", script)
+        self.assertEqual(code, 0, err)
+        self.assertIn("patched edited.Till.price", out + err)
+        self.check()
+
+    def test_vim_patches_the_function_at_the_cursor_runs_the_range_and_reloads(self):
+        self.folder.write("vimrc", self.recipe("vim"))
+        script = self.folder.write("script.vim", """
+            edit edited.py
+            /(amount \\*/s//(10 * amount */
+            redir! > messages
+            HotreplPatch
+            redir END
+            call append(line('$'), ['', "ran = 'region'"])
+            $HotreplRun
+            /return x/s//return x + 4/
+            write
+            HotreplReload
+            qall!
+            """)
+        code, out, err = self.edit_with(tool("vim"), "-Nu", "vimrc", "-i", "NONE", "-n", "-es", "-S", script)
+        with open(os.path.join(self.folder.path, "messages")) as file:
+            self.assertIn("patched edited.Till.price", file.read())
+        self.assertEqual(code, 0, out + err)
+        self.check()
+
+    def test_the_tasks_of_vs_code_do_what_they_say(self):
+        tasks = json.loads(self.recipe("vscode"))
+        self.assertEqual((tasks["type"], tasks["command"]), ("process", "python"))
+        steps = [("(amount *", "(10 * amount *", "patch the function"), ("return 1\n\n", "return 1\n\n", "run the selection"),
+                 ("return x\n", "return x + 4\n", "reload")]
+        for (old, new, label), task in zip(steps, tasks["tasks"]):
+            self.assertEqual(task["label"].partition(": ")[2], label)
+            self.edit(old, new)
+            known = {"${lineNumber}": self.line_of("                self.RATE)"), "${file}": self.path,
+                     "${selectedText}": "ran = 'region'"}
+            code, _, err = self.edit_with("python", *[known.get(each, each) for each in task["args"]])
+            self.assertEqual((code, err), (0, ""))
+        self.check()
+
+
+class ExecStream(Case):
+    """exec --json --stream: requests on stdin, answers on stdout."""
+
+    def begin(self, *words, served=None):
+        self.served = served or self.serve()
+        host, port = self.served.server.address
+        return self.keep(Program(python_command(
+            SOURCE_PATH, "exec", "--port", str(port), "--control-port", str(self.served.server.control_address[1]),
+            "--json", "--stream", "-", *words)))
+
+    def ask(self, program, request):
+        """Send a request, a dict or a line; return its answer, without the exit, and that."""
+        program.send((request if isinstance(request, str) else json.dumps(request)) + "\n")
+        found = []
+        while not found or "exit" not in found[-1]:
+            found.append(json.loads(program.until("\n")))
+        return found[:-1], found[-1]["exit"]
+
+    def test_each_request_is_answered_on_one_connection(self):
+        program = self.begin()
+        self.assertEqual(self.ask(program, {"code": "x = 6; x * 7"}), ([{"value": "42"}], 0))
+        self.assertEqual(self.ask(program, {"code": "import sys\nprint('out')\nsys.stderr.write('err\\n') and None\nx"}),
+                         ([{"stream": "stdout", "text": "out\n"}, {"stream": "stderr", "text": "err\n"},
+                           {"value": "6"}], 0))
+        for number in range(200):
+            self.assertEqual(self.ask(program, {"code": "x + %d" % number}), ([{"value": str(6 + number)}], 0))
+        program.process.stdin.close()
+        self.assertEqual(program.end(), [0, "", ""])
+
+    def test_a_failure_ends_no_stream(self):
+        program = self.begin()
+        for request, kind, code in (({"code": "1/0"}, "ZeroDivisionError", 1), ({"code": "1 +"}, "SyntaxError", 1),
+                                    ("no json", "JSONDecodeError", 2), ("[1]", "AttributeError", 2),
+                                    ({"timeout": 5}, "KeyError", 2), ({"code": 5}, "AttributeError", 2),
+                                    ({"code": "1", "line": 0, "file": "x"}, "ProtocolError", 2)):
+            with self.subTest(request=request):
+                found, status = self.ask(program, request)
+                self.assertEqual((found[-1]["exception"]["type"], status), (kind, code))
+        self.assertEqual(self.ask(program, {"code": "exit(7)"}), ([], 7))
+        self.assertEqual(self.ask(program, {"code": "6*7"}), ([{"value": "42"}], 0))
+
+    def test_a_timeout_is_for_one_request(self):
+        program = self.begin()
+        found, code = self.ask(program, {"code": "while True: pass", "timeout": 0.2})
+        self.assertEqual((found[-1]["exception"]["type"], code), ("KeyboardInterrupt", 124))
+        self.assertEqual(self.ask(program, {"code": "6*7", "timeout": 20}), ([{"value": "42"}], 0))
+
+    def test_a_request_may_stand_in_a_module(self):
+        program = self.begin()
+        self.assertEqual(self.ask(program, {"code": "__name__", "module": "json"}), ([{"value": "'json'"}], 0))
+
+    def test_long_texts_are_cut(self):
+        program = self.begin("--max-chars", "10")
+        self.assertEqual(self.ask(program, {"code": "print('a' * 6); print('b' * 100); 'c' * 10"}), (
+            [{"stream": "stdout", "text": "aaaaaa\n" + "bbb", "truncated": True},
+             {"value": "'ccccccccc", "truncated": True}], 0))
+        found, code = self.ask(program, {"code": "raise ValueError('d' * 30)"})
+        self.assertEqual(found[-1]["truncated"], True)
+        self.assertEqual(found[-1]["exception"]["message"], "d" * 10)
+        self.assertEqual(self.ask(program, {"code": "'c' * 8"}), ([{"value": "'cccccccc'"}], 0))
+
+    def test_a_server_that_goes_away_ends_the_request_and_one_that_comes_takes_the_next(self):
+        program = self.begin()
+        self.ask(program, {"code": "1"})
+        address, control_address = self.served.server.address, self.served.server.control_address
+        self.served.server.stop()
+        self.assertEqual(self.ask(program, {"code": "1"})[1], 1)
+        self.assertEqual(self.ask(program, {"code": "1"})[1], 1)
+        self.serve(port=address[1], control_port=control_address[1])
+        self.assertEqual(self.ask(program, {"code": "6*7"}), ([{"value": "42"}], 0))
+
+    def test_wrong_use_is_said(self):
+        for words in (["--stream", "-"], ["--json", "--stream", "-c", "1"], ["--json", "--stream", "--all", "-"]):
+            with self.subTest(words):
+                program = self.keep(Program(python_command(SOURCE_PATH, "exec", *words)))
+                self.assertEqual(program.end()[0], 2)
+
+
 class OutcomeCommand(Case):
     def outcome(self, client):
         return client.control.request("Outcome")["outcome"]
