@@ -7901,7 +7901,8 @@ def show_source(obj):
 # --- Stacks and frames: what runs, and its variables ---
 
 _listed = threading.local()       # .marks: what frames() listed last in this thread
-_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")   # finds a frame, holds none
+# What finds a frame again, and holds none.
+_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")
 
 
 class Frame:
@@ -7937,7 +7938,7 @@ class Frame:
 
 
 def _marks():
-    """Return a _FrameMark for each frame of the program's own code, the outermost of a thread first."""
+    """Return a _FrameMark for each frame of the program's own code, the outermost first."""
     marks, seen = [], set()
     for title, stack in _stacks():
         for frame in stack:
@@ -8350,7 +8351,8 @@ class Placed:
         flags = sum({each.compiler_flag for each in vars(self.module).values()
                      if type(each) is __future__._Feature})
         above = "\n" * (self._line - 1 - bool(head)) + head
-        tree = compile(above + self._source, self._filename, "exec", flags | ast.PyCF_ONLY_AST, True)
+        tree = compile(above + self._source, self._filename, "exec",
+                       flags | ast.PyCF_ONLY_AST, True)
         for node in (tree.body[0] if self._path else tree).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 self._adapt(node, ast)
@@ -8395,8 +8397,9 @@ class Placed:
                 _set_cell(space.pop(each), value)
         for old, new in self._pairs:
             self._patch(old, new)
+        before = dict(vars(self._scope))
         for name, value in space.items():
-            if not re.match(_OF_CLASS_STATEMENTS, name) and vars(self._scope).get(name) is not value:
+            if not re.match(_OF_CLASS_STATEMENTS, name) and before.get(name) is not value:
                 setattr(self._scope, name, value)
                 print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
         return self._scope if len(self._path) == 1 else self
@@ -13196,12 +13199,11 @@ def _exec_stream(options, server):
         for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
             try:
                 request = json.loads(line.decode())
-                place = {name: value for name, value in request.items() if name not in ("code", "timeout")}
-                source, timeout_s = request["code"].encode(), request.get("timeout", options.timeout)
+                source, timeout_s = request.pop("code").encode(), request.pop("timeout", None)
                 if session is None or session.is_over:
                     undo.close()
                     session = undo.enter_context(execution(output, *server, *_credentials(options)))
-                session.run(source, place, timeout_s)
+                session.run(source, request, timeout_s or options.timeout)
             except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
                 output.finish({"exception": describe_exception(exc)},
                               1 if isinstance(exc, OSError) else 2)
