@@ -11282,11 +11282,14 @@ class Link:
     "stream" (which the data is of from here on); "note"; "eof" (goodbye); "closed", the last.
     """
 
-    BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind"}
+    BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
 
-    def __init__(self, sock, control, limit_s=ANSWER_LIMIT_S):
+    def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
         self.sock = sock          # the REPL channel
-        self.control = control    # the control channel
+        self.control = None       # the control channel, once `meet` had the server name it
+        self._number = 0          # of the session; all three set by `meet`
+        self._line = b""          # the server's first
+        self._secret = os.urandom(16).hex()       # shows that both channels are ours
         self.limit_s = limit_s    # how long a reply may take
         self.events = collections.deque()
         self.is_closed = False    # the server closed the REPL channel
@@ -11296,24 +11299,59 @@ class Link:
         self._unsent = collections.deque()    # (request, what takes its reply); also from handlers
         self._owed = collections.deque()  # what takes the replies that are still to come, in order
         self._is_posting = False  # a handler that interrupts this leaves its request to it
-        control.setblocking(False)    # a handler may have taken what a select() saw
-        if hasattr(socket, "TCP_USER_TIMEOUT") and control.family != getattr(socket, "AF_UNIX", 0):
-            control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
+
+    def meet(self, call_control, is_known=False):
+        """Have the server name its control channel, and connect to it: `call_control(port)` does.
+
+        The second connection goes where the first says, and never carries the token: where one
+        was shown (`is_known`), a proof is. ServerGone, or OSError: it does not work out.
+        """
+        self.send(BEGIN + SECRET_KIND + self._secret.encode("ascii") + END)
+        self.send(BEGIN + CONTROL_KIND + END)
+        address = self._receive_hello()
+        found = re.match(rb"(\d{1,5}) ([\w-]{16,99})\Z", address) or _gone(
+            "it names no control channel: %s" % shorten(address))
+        self.control = call_control(int(found.group(1)))
+        self.control.setblocking(False)   # a handler may have taken what a select() saw
+        if (hasattr(socket, "TCP_USER_TIMEOUT")
+                and self.control.family in (socket.AF_INET, socket.AF_INET6)):
+            self.control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
+        self.sock.settimeout(None)
+        if is_known:
+            self.ask("Authenticate", proof=found.group(2).decode("ascii"))
+        self.ask("PairWithSession", id=self._number, secret=self._secret)
 
     def open(self, *requests):
-        """Pair both channels, make `requests`, (command, fields); return the server's first line."""
-        secret = os.urandom(16).hex()     # shows that both are ours
-        self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END)
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self.sock.recv(1) or _gone("it closed the connection at once")
-        match = re.search(rb"session (\d+) connected", line) or _gone(
-            "its first line is %s, expected 'REPL session N connected.'" % shorten(line))
-        self.sock.settimeout(None)
-        self.ask("PairWithSession", id=int(match.group(1)), secret=secret)
+        """Make `requests`, (command, fields); return the server's first line."""
         for command, fields in requests:
             self.ask(command, **fields)
-        return line
+        return self._line
+
+    def _receive_hello(self):
+        """Take the first lines; return where the control channel is. What follows is an event."""
+        text, address = b"", None
+        while address is None:
+            if not select.select([self.sock], [], [], self.limit_s)[0]:
+                raise socket.timeout("timed out")
+            self._receive()
+            for kind, data in take_all(self.events):
+                text += data if kind == "data" else b""
+                address = data if kind == "control" else address
+            line, newline, rest = text.partition(b"\n")
+            match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\Z", line)
+            if not match and (newline or address is not None or len(line) > RECEIVE_BYTES):
+                _gone("its first line is %s, expected 'REPL session N connected.'" % shorten(line))
+            if self.is_closed:
+                _gone("it closed the connection at once")
+        self._number, self._line = int(match.group(1)), line + newline
+        self.events.append(("data", rest))
+        return address
+
+    def close(self):
+        """Close both connections."""
+        self.sock.close()
+        if self.control is not None:
+            self.control.close()
 
     def send(self, data):
         """Send bytes on the REPL channel; blocks while the server is slow."""
@@ -12358,8 +12396,8 @@ def execution(output, *server, timeout_s=None):
         yield Execution(link, output)
 
 
-def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PORT,
-            ssl_context=None, token=None, is_plain=False):
+def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=None,
+            token=None, is_plain=False):
     """Run the client in this terminal against a server; return an exit code, 0 or 1.
 
     `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
@@ -12376,36 +12414,41 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PO
 def _channels(host, port, control_port, ssl_context, token, is_plain, timeout_s=None):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
-    with _reach(host, port, control_port) as (address, control_address), ExitStack() as undo:
+    with _reach(host, port, control_port) as (address, locate_control), ExitStack() as undo:
         sock, is_ours = _dial(address, ssl_context, is_plain)
-        undo.callback(sock.close)
+        link = Link(sock, limit_s)
+        undo.callback(link.close)
         sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
         try:
-            shown = _show_token(sock, _tokens(address, token, is_ours))
-            control = _dial(control_address, ssl_context, is_plain)[0]
-            undo.callback(control.close)
-            link = Link(sock, control, limit_s)
-            if shown is not None:
-                link.ask("Authenticate", token=shown)
-            yield link
+            token = _show_token(sock, _tokens(address, token, is_ours))
+            link.meet(lambda port: _dial(locate_control(port), ssl_context, is_plain)[0],
+                      is_known=token is not None)
         except socket.timeout as exc:
             if timeout_s is not None:
                 raise
             raise ConnectionError(
                 errno.ETIMEDOUT, "no answer in %d seconds: the process is stopped or busy, or this "
                 "is not its REPL port" % limit_s) from exc
+        except (ServerGone, ProtocolError) as exc:
+            raise ConnectionError(errno.EPROTO, "the server is gone: %s" % exc) from exc
+        yield link
 
 
 @contextmanager
 def _reach(host, port, control_port):
-    """Yield the addresses of both channels, as a Server has them, and keep up what leads there."""
+    """Yield the REPL channel's address, and what returns the control channel's for its port there.
+
+    Keeps up what leads there.
+    """
     if host.startswith("unix:"):
-        yield host[len("unix:"):], host[len("unix:"):] + CONTROL_SUFFIX
+        yield host[len("unix:"):], lambda named: host[len("unix:"):] + CONTROL_SUFFIX
     elif host.startswith("ssh://") or "@" in host:
-        with _tunnel(host, port, control_port) as addresses:
-            yield addresses
+        forwarded = control_port or DEFAULT_CONTROL_PORT
+        with _tunnel(host, port, forwarded) as (address, control_address):
+            yield address, lambda named: control_address if named in (0, forwarded) else _gone(
+                "its control port is %d; pass --control-port %d" % (named, named))
     else:
-        yield (host, port), (host, control_port)
+        yield (host, port), lambda named: (host, control_port or named)
 
 
 @contextmanager
@@ -12875,15 +12918,19 @@ def _parser():
         "of this user on this machine, a line each. 'connect PID' and 'exec PID' take one of them, "
         "'exec --all' takes all.")
     servers.set_defaults(run=_list)
-    for command, purpose in ((serve, "listen on; 0: a free one (default: %d, or a free one)"),
-                             (client, "connect to (default: what is noted, else %d)"),
-                             (execute, "connect to (default: what is noted, else %d)")):
+    for command, purpose, control in (
+            (serve, "listen on; 0: a free one (default: %d, or a free one)", None),
+            (client, "connect to (default: what is noted, else %d)", _CONTROL_HELP),
+            (execute, "connect to (default: what is noted, else %d)", _CONTROL_HELP)):
         command.add_argument("--port", type=int, metavar="N",
                              help="the REPL port to " + purpose % DEFAULT_PORT)
-        command.add_argument("--control-port", type=int, metavar="N",
-                             help="the control port to " + purpose % DEFAULT_CONTROL_PORT)
+        command.add_argument("--control-port", type=int, metavar="N", help=control or (
+                             "the control port to " + purpose % DEFAULT_CONTROL_PORT))
     return parser
 
+
+_CONTROL_HELP = ("the control port, where it is not the one that the server names, or for ssh not %d"
+                 % DEFAULT_CONTROL_PORT)
 
 _EXAMPLES = """\
   hotrepl.py serve --keep train.py       run a script with a server in it
@@ -13058,8 +13105,6 @@ def _connect_command(server):
     words = ["python", os.path.basename(__file__), "connect", _join_address(server.address)]
     if isinstance(server.address, str):
         words[-1] = "unix:" + server.address
-    elif server.control_address[1] != DEFAULT_CONTROL_PORT:
-        words += ["--control-port", str(server.control_address[1])]
     return " ".join(words)
 
 
@@ -13282,7 +13327,7 @@ def _find_server(options, word):
     if found:
         return _place_of_note(found[0])
     host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
-    return host, port, options.control_port or _control_port(host, port)
+    return host, port, options.control_port
 
 
 def _place_of_note(note):
@@ -13290,15 +13335,7 @@ def _place_of_note(note):
     if isinstance(note["address"], str):
         return "unix:" + note["address"], None, None
     host, port = note["address"]
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, note["control_address"][1]
-
-
-def _control_port(host, port):
-    """Return the control port of the server at this address: that of a note, or the default."""
-    for note in noted_servers():
-        if note["address"][1] == port and host in ("localhost", _place_of_note(note)[0]):
-            return note["control_address"][1]
-    return DEFAULT_CONTROL_PORT
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, None
 
 
 def _read_source(path):

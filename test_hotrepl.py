@@ -460,8 +460,7 @@ def connect_command(server, *words):
         return python_command(SOURCE_PATH, "connect", "unix:" + server.address, *words)
     host, port = server.address
     host = "localhost" if host in ("127.0.0.1", "0.0.0.0") else "[%s]" % host
-    return python_command(SOURCE_PATH, "connect", "%s:%d" % (host, port), "--control-port",
-                          str(server.control_address[1]), *words)
+    return python_command(SOURCE_PATH, "connect", "%s:%d" % (host, port), *words)
 
 
 # === Kit: processes and terminals ============================================
@@ -5376,7 +5375,8 @@ class Leaving(Case):
 
         def answer():
             sock, _ = repl.accept()
-            sock.sendall(b"REPL session 1 connected.\n>>> \xff\xf9")
+            sock.sendall(b"REPL session 1 connected.\n>>> \xff\xfac%d a-proof-of-nothing\xff\xf0\xff\xf9"
+                         % control.getsockname()[1])
             requests, _ = control.accept()
             with sock, requests:
                 socks = [sock, requests]
@@ -5484,7 +5484,7 @@ class CommandLine(Case):
     def test_serve_says_the_line_to_type(self):
         program, line, (port, control_port) = self.serve(*self.FREE)
         words = re.search(r"connect with: python (hotrepl\.py connect .*)\n", line).group(1).split()
-        self.assertIn(str(control_port), words)
+        self.assertNotIn(str(control_port), words)        # the server names it
         client = self.keep(Program(python_command(*words), cwd=os.path.dirname(SOURCE_PATH)))
         self.assertEqual(client.finish("print(6*7)\nexit()\n"), [0, "42\n", ""])
 
@@ -7347,6 +7347,23 @@ while True:
 """
 
 
+# What stands between a client and a port, and prints what the client sends.
+RELAY = r"""
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(1)
+print(listener.getsockname()[1], flush=True)
+client, _ = listener.accept()
+server = socket.create_connection(("127.0.0.1", %d))
+for to in iter(lambda: selectors.select.select([client, server], [], [])[0], None):
+    for each in to:
+        data = each.recv(9999)
+        if each is client:
+            print(data, flush=True)
+        (server if each is client else client).sendall(data)
+"""
+
+
 class FalseServers(AccessCase):
     """Our client, of uid 1500, against what uid 1600 does to get its token, a line or a file."""
 
@@ -7426,9 +7443,9 @@ class FalseServers(AccessCase):
 
     def test_the_word_of_our_user_is_enough_but_gives_no_file_away(self):
         server = self.server(uid=ATTACKER, options="control_port=0, allow_uids=[%d]" % OWNER)
-        words = ["127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1])]
-        self.assert_refused(self.ran(*words))
-        code, out, said = self.ran("--plain", *words)
+        place = "127.0.0.1:%d" % server.ports[0]
+        self.assert_refused(self.ran(place))
+        code, out, said = self.ran("--plain", place)
         self.assertEqual((code, out), (0, "42\n"))
         self.assertIn("is uid %d's\n" % ATTACKER, said)
         false_server = self.false_server(["127.0.0.1", free_port()])
@@ -7441,7 +7458,7 @@ class FalseServers(AccessCase):
 
     def test_root_may_visit_and_is_told_whose_it_is(self):
         server = self.server()
-        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1]), uid=0)
+        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], uid=0)
         self.assertEqual((code, out), (0, "42\n"))
         self.assertEqual(set(said.splitlines()), {"hotrepl: the server at 127.0.0.1 port %d is uid %d's" % (each, OWNER)
                                                   for each in server.ports})
@@ -7456,6 +7473,30 @@ class FalseServers(AccessCase):
         self.assert_refused(self.ran())
         for each in false_servers:
             self.assert_heard_nothing(each)
+
+    def test_another_user_at_the_control_port_gets_nothing(self):
+        server = self.server(options="control_port=0, token='a-token-of-ours!'")
+        port, busy = server.ports[0], free_port()
+        false_server = self.false_server(["127.0.0.1", busy], "")
+        words = ["exec", "127.0.0.1:%d" % port, "-c", "6*7"]
+        default = "hotrepl.DEFAULT_CONTROL_PORT = %d; sys.exit(hotrepl.main())" % busy
+        self.assertEqual(self.as_user(OWNER, *words, code=default, stdin=subprocess.DEVNULL).end(), [0, "42\n", ""])
+        self.assert_refused(self.ran("127.0.0.1:%d" % port, "--control-port", str(busy)))
+        self.assert_heard_nothing(false_server)
+
+    def test_the_token_is_never_on_the_second_connection(self):
+        code = ("hotrepl.tcp_owner = lambda *_: (None, None)\n"
+                "server = hotrepl.start({}, port=0, control_port=0, banner='', token='a-token-of-ours!')\n"
+                "print(*server.address, *server.control_address, flush=True)\ninput()")
+        server = self.as_user(OWNER, code=code)
+        _, port, _, control_port = server.until("\n").split()
+        relay = RELAY % int(control_port)
+        between = self.as_user(OWNER, code=relay)
+        self.assertEqual(self.ran("127.0.0.1:" + port, "--control-port", between.until("\n").strip()), [0, "42\n", ""])
+        between.kill()
+        said = between.end()[1]
+        self.assertIn("Authenticate", said)
+        self.assertNotIn("a-token-of-ours!", said)
 
     def test_another_users_unix_socket_gets_no_file_of_ours(self):
         shared = os.path.join(self.base, "shared")
@@ -7489,7 +7530,7 @@ class FalseServers(AccessCase):
     def test_where_the_system_can_not_tell_the_user_has_to_say_so(self):
         server = self.server(options="control_port=0, token='a-token-of-ours!'")
         hidden = "hotrepl.tcp_owner = lambda *_: (None, None); sys.exit(hotrepl.main())"
-        words = ["exec", "127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1]), "-c", "6*7"]
+        words = ["exec", "127.0.0.1:%d" % server.ports[0], "-c", "6*7"]
         ended = self.as_user(OWNER, *words, code=hidden, stdin=subprocess.DEVNULL).end()
         self.assert_refused(ended, "can't tell whose server", "--plain", "nothing was sent")
         self.assertEqual(self.as_user(OWNER, "exec", "--plain", *words[1:], code=hidden, stdin=subprocess.DEVNULL).end(),
