@@ -1663,7 +1663,7 @@ class ConsoleMixin:
         `name` stands for it in tracebacks, in place of a number.
         """
         self._begin_input()
-        self.filename = name or self.filename
+        self.filename = name or self.filename  # type: ignore[has-type]
         self.source = source.rstrip() + "\n"
         self._with_known_source(self._run_source, self.source)
 
@@ -3117,7 +3117,7 @@ def _space_of(module):
     """Return the namespace of a module without running its code; None for what is no module."""
     if not _is(module, types.ModuleType) or type(module).__name__ == "_LazyModule":
         return None
-    return types.ModuleType.__dict__["__dict__"].__get__(module)
+    return types.ModuleType.__dict__["__dict__"].__get__(module)  # type: ignore[index]
 
 
 def _source_path(module):
@@ -4727,7 +4727,7 @@ class _Apply:
         elif _is(value, (staticmethod, classmethod)) and value.__func__ is function:
             self.put(_attribute(cls, name), type(value)(new))
         elif type(value) is property:
-            self.put(_attribute(cls, name), property(*[
+            self.put(_attribute(cls, name), property(*[  # type: ignore[arg-type]
                 new if each is function else each
                 for each in (value.fget, value.fset, value.fdel)], doc=value.__doc__))
         self._forward_to(function, new)
@@ -7135,7 +7135,7 @@ def _new_defaults(found, function):
 def _with_consts(code, consts):
     if hasattr(code, "replace"):
         return code.replace(co_consts=consts)
-    return types.CodeType(  # 3.6, 3.7
+    return types.CodeType(  # type: ignore  # 3.6, 3.7
         code.co_argcount, code.co_kwonlyargcount, code.co_nlocals, code.co_stacksize,
         code.co_flags, code.co_code, consts, code.co_names, code.co_varnames,
         code.co_filename, code.co_name, code.co_firstlineno, code.co_lnotab,
@@ -7333,7 +7333,7 @@ def _content(container):
     """Return a copy of what a container holds: a dict, list, set, bytearray or class."""
     if _is(container, type):
         return dict(vars(container))
-    return _CONTENTS[_container_kind(container)](container)
+    return _CONTENTS[_container_kind(container)](container)  # type: ignore[operator]
 
 
 def _parts(value):
@@ -7811,7 +7811,7 @@ class SessionHelp:
         session = current_session()
         is_paged = session is not None and session.is_terminal
         output = _Pages(session.terminal_size[1]) if is_paged else sys.stdout
-        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)
+        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)  # type: ignore[arg-type]
 
 
 class _Pages(io.TextIOBase):
@@ -8142,7 +8142,7 @@ class Call:
         self.seconds = time.perf_counter() - self._begun
         self.exception = exception
         ident = threading.get_ident()     # current_thread() would make an object that stays
-        self.thread = threading._active.get(ident, ident)     # type: ignore[attr-defined]
+        self.thread = threading._active.get(ident, ident)
         self._calls.note(self)
 
     def again(self):
@@ -12970,7 +12970,7 @@ def _serve(options):
         if sys.version_info >= (3, 12):
             # At its end Python waits for the program's threads, and lets no new one start: nobody
             # could visit them. So wait here, by the same function.
-            threading._shutdown()             # type: ignore[attr-defined]
+            threading._shutdown()
         return status             # the server is stopped by atexit
     _end_on_signals(done)
     _say("%s has ended with exit status %d and is kept; Ctrl+C ends it" % (words[0], status))
@@ -13027,7 +13027,7 @@ def _prepare_module(words, main_module):
 
     def load():                   # imports the module's package: that is the program's code too
         try:
-            _, spec, code_object = runpy._get_module_details(     # type: ignore[attr-defined]
+            _, spec, code_object = runpy._get_module_details(
                 words[0], _NoSuchModule)
         except _NoSuchModule as exc:
             raise SystemExit("hotrepl: %s" % exc) from None
