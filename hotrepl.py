@@ -1634,7 +1634,8 @@ class ConsoleMixin:
         self.serial = next(_serials)  # among the consoles of the process, and ...
         self.inputs = 0           # how many inputs were run: both number their file names
         self.source = ""          # what runs now, for its traceback
-        super().__init__(namespace)   # imacropy's runs code already
+        # imacropy's runs code already.
+        super().__init__(namespace)   # type: ignore[call-arg]
         self._is_plain = (self._has_plain_compiler()
                           and not self._overrides("push", "runsource", "runcode"))
         if hasattr(getattr(self, "compile", None), "compiler"):
@@ -2309,8 +2310,8 @@ def _copy_function(function):
     if annotate is None:
         copy.__annotations__ = function.__annotations__
     elif annotate.__code__.co_name == "__annotate__":     # else the program's own
-        import annotationlib      # 3.14: as text, since to evaluate them would run code
-        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)
+        import annotationlib      # 3.14: as text, since to evaluate them would run code  # novermin
+        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)  # novermin
         copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
     return copy
 
@@ -2391,7 +2392,7 @@ def _names_in_source(module):
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif not isinstance(node, ast.expr) or isinstance(node, (ast.Tuple, ast.List, ast.Starred)):
-            pending.extend(ast.iter_child_nodes(node))
+            pending.extend(ast.iter_child_nodes(node))  # type: ignore[arg-type]
 
 
 # === 7. Jobs =================================================================
@@ -2900,7 +2901,7 @@ def run_by(runner, function, *args):
 
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
-    errand = Errand(lambda: runner(errand.in_steps(function, *args)))
+    errand = Errand(lambda: runner(errand.in_steps(function, *args)))  # type: ignore[has-type]
     errand.claim()
     try:
         threading.Thread(target=errand.run, name="hotrepl coroutine", daemon=True).start()
@@ -8029,7 +8030,7 @@ def _stacks():
     loops = [] if session is None else session.loops()
     for ident in [each for each in known if each in running] + list(set(running) - set(known)):
         stack = _outwards(running.pop(ident))
-        loops += filter(None, map(_loop_run_by, stack))
+        loops.extend(filter(None, map(_loop_run_by, stack)))
         yield (_thread_title(known[ident]) if ident in known
                else "unknown to threading, ident %d" % ident), stack
     for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
@@ -10422,7 +10423,7 @@ def _message(value):
 def _evaluate(code_object, namespace, use):
     # One line on purpose: a debugger started in the session and still stepping when the
     # evaluation returns would otherwise stop at our next line.
-    value = (eval(code_object, namespace), sys.settrace(None))[0]
+    value = (eval(code_object, namespace), sys.settrace(None))[0]  # type: ignore
     use(value)
 
 
@@ -10960,7 +10961,7 @@ def _use_real_threads():
     if is_patched and __name__ != "__main__" and not REGISTRY.all():
         patched = {name: sys.modules.pop(name) for name in _PATCHED if name in sys.modules}
         try:
-            exec(__loader__.get_code(__name__), globals())
+            exec(__loader__.get_code(__name__), globals())  # type: ignore[name-defined]
         finally:
             sys.modules.update(patched)
 
@@ -11621,7 +11622,7 @@ class Conversation:
             self._state = "at work"       # the next press finds us on the way out
             raise Left
         self._ahead.clear()
-        self._answers.append(self.INTERRUPTED)
+        self._answers.append(self.INTERRUPTED)  # type: ignore[arg-type]
         if self._answers == [self.INTERRUPTED]:
             self.link.send(INTERRUPT)
         elif self._turn:
