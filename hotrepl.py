@@ -89,8 +89,8 @@ import weakref
 from contextlib import ExitStack, contextmanager, suppress
 
 __version__ = "0.1.0"
-__all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "ReloadReport",
-           "ReloadError", "async_raise", "Job"]
+__all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "changes", "undo",
+           "on_reload", "ReloadReport", "ReloadError", "async_raise", "Job"]
 
 
 class Logger:
@@ -3843,6 +3843,8 @@ class _Names:
             self._add_scope(_executed_children(node))
         elif kind == "AnnAssign" and node.value is None:
             self._add(node.annotation)
+        elif kind == "FunctionDef" and _is_bare(node):
+            self.binds.add(node.name)
         else:
             self._add_other(node, kind)
 
@@ -3867,6 +3869,14 @@ class _Names:
         self.reads |= inner.reads - inner.binds
         self.calls |= inner.calls - inner.binds
         self.heads |= inner.heads - inner.binds
+
+
+def _is_bare(node):
+    """Tell whether a `def` reads nothing: no decorators, defaults and annotations."""
+    args = node.args
+    return not (node.decorator_list or node.returns or args.defaults or args.kwonlyargs
+                or args.vararg or args.kwarg or getattr(node, "type_params", None)
+                or any(arg.annotation for arg in args.args))
 
 
 def _executed_children(node):
@@ -4463,6 +4473,8 @@ class _Apply:
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
         self.ordered = []               # the edits in the order in which they were applied
+        self.namespaces = None          # ids of those of all modules: no registries
+        self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
         self.olds = set()               # ids of the functions and classes that were folded into
@@ -4657,7 +4669,7 @@ class _Apply:
             return []
         absent = _bound_by(edit.new.statements).difference(edit.space)
         later = []
-        for function in _functions_of([edit.space]):
+        for function in self._live_functions(edit):
             found = edit.successors.of(function)
             if found is not None and found.code is None:
                 if found.reason:
@@ -4668,6 +4680,18 @@ class _Apply:
                 else:
                     self._swap_function(edit, function, found)
         return later
+
+    def _live_functions(self, edit):
+        """Return the functions of a module that were alive when all began; one pass for all edits."""
+        if self.functions is None and self.known is None and len(self.edits) == 1:
+            found = edit.successors.named_functions()
+            if found is not None:
+                return found
+        if self.functions is None:
+            self.functions = collections.defaultdict(list)
+            for each in _functions_of([each.space for each in self.edits]):
+                self.functions[id(each.__globals__)].append(each)
+        return self.functions[id(edit.space)]
 
     def _swap_function(self, edit, function, found):
         old, new = function.__code__, found.code
@@ -5085,9 +5109,8 @@ class _Apply:
     def _learn(self):
         """Note the functions and classes that are alive: what is none of them was made here."""
         if self.known is None:
-            spaces = [edit.space for edit in self.edits]
-            self.known = {id(each): each for each in itertools.chain(
-                _functions_of(spaces), _all_classes())}
+            functions = [each for edit in self.edits for each in self._live_functions(edit)]
+            self.known = {id(each): each for each in itertools.chain(functions, _all_classes())}
 
     def put(self, slot, value):
         self.journal.put(slot, value)
@@ -5797,6 +5820,7 @@ class _Apply:
         """Return what refers to one of `sources`, except for our own tables."""
         ours = {id(table) for table in [sources, self.known, self.folded, self.moves, vars(self)]}
         ours.update(id(edit.before) for edit in self.edits)
+        ours.update(map(id, (self.functions or {}).values()))
         ours.update(id(before) for _, before in self.journal._kept.values())
         return [holder for holder in _referrers(sources) if id(holder) not in ours]
 
@@ -6167,6 +6191,24 @@ class _Successors:
                 if pair.change == "class" and pair.old.kind == pair.new.kind == "ClassDef":
                     self._add(self.edit.sub_pairs(pair), path + pair.new.node.name + ".")
 
+    def named_functions(self):
+        """Return the functions that changed if their names lead to all of them, else None.
+
+        So it is where nothing runs and nothing but plain functions of the module changed.
+        """
+        found = []
+        for _, pair, path in self._leaves:
+            if pair.change != "same":
+                value = self.edit.space.get(getattr(pair.old.node, "name", ""))
+                if path or pair.change not in _LEFT_ALONE or not (
+                        pair.old.is_function and not pair.old.node.decorator_list
+                        and type(value) is types.FunctionType and not _nested_codes(value.__code__)
+                        and value.__code__.co_firstlineno == pair.old.start + 1
+                        and value.__globals__ is self.edit.space):
+                    return None
+                found.append(value)
+        return found if self.edit.old is not None else None
+
     def of(self, function):
         """Return a _Next for a function, or None where nothing is to be done."""
         code = function.__code__
@@ -6344,9 +6386,10 @@ class _Registrations:
 
     def __init__(self, apply, reached, targets):
         self._apply, self._targets = apply, targets
-        spaces = {id(_space_of(each)) for each in list(sys.modules.values())
-                  if _is(each, types.ModuleType)}
-        spaces.update(id(_get_dict(each)) for each in reached if not _container_kind(each))
+        if apply.namespaces is None:
+            apply.namespaces = {id(_space_of(each)) for each in list(sys.modules.values())}
+        spaces = apply.namespaces.union(
+            id(_get_dict(each)) for each in reached if not _container_kind(each))
         self._places = [each for each in reached if _is(each, (dict,) + _SEQUENCES)
                         and id(each) not in spaces]
         self._befores = {}      # id -> content before all
@@ -8463,7 +8506,8 @@ def _function_in(live, name, words):
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
          "main_thread": main_thread, "stacks": stacks, "frames": frames, "at": at, "watch": watch,
          "follow": follow,
-         "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch}
+         "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch,
+         "changes": changes, "undo": undo}
 
 
 class Guests:

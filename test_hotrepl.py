@@ -62,8 +62,8 @@ import warnings
 import weakref
 
 import hotrepl
-from hotrepl import (Completions, ReloadError, complete, complete_word, note_sources, patch, reload,
-                     unpatch)
+from hotrepl import (Completions, ReloadError, changes, complete, complete_word, note_sources, patch, reload,
+                     unpatch, undo)
 
 # The servers of the tests are not to be listed among those of whoever runs the tests.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="hotrepl test run ")
@@ -13737,6 +13737,189 @@ class Patch(Workspace):
         patch(m.f, lambda: 2)
         self.again("def f(): return 3\n")
         self.assertEqual((held(), m.f()), (3, 3))
+
+
+class History(Workspace):
+
+    def test_undo_takes_back_a_reload_and_a_later_one_applies_the_file_again(self):
+        m = self.load("A = 1\nB = A + 1\ndef f(x=1): return x\nclass C:\n    y = 1\n    def m(self): return 1\nGONE = 1\n")
+        before, held, c = dict(vars(m)), m.f, m.C()
+        new = "A = 5\nB = A + 1\ndef f(x=2): return x\nclass C:\n    y = 2\n    def m(self): return 2\nN = 1\n"
+        self.again(new)
+        self.assertEqual((m.A, m.B, held(), c.y, c.m(), m.N), (5, 6, 2, 2, 2, 1))
+        self.assertEqual(undo().kind, "reload")
+        self.assertEqual(dict(vars(m)), before)
+        self.assertEqual((held(), c.y, c.m()), (1, 1, 1))
+        reload(m)
+        self.assertEqual((m.A, m.B, held(), c.y, c.m(), hasattr(m, "GONE")), (5, 6, 2, 2, 2, False))
+
+    def test_undo_leaves_what_the_program_has_done_since(self):
+        text = "HOOKS = {}\ndef hook(f):\n    HOOKS[f.__name__] = f\n    return f\n@hook\ndef f(): pass\nX = 1\n"
+        m = self.load(text)
+        self.again(text.replace("X = 1", "X = 2") + "@hook\ndef g(): pass\n")
+        self.assertEqual(sorted(m.HOOKS), ["f", "g"])
+        m.HOOKS["mine"], m.X = 1, 7
+        undo()
+        self.assertEqual((sorted(m.HOOKS), m.X), (["f", "mine"], 7))
+
+    def test_changes_are_listed_with_number_time_thread_and_names(self):
+        m = self.load("def f(): return 1\ndef g(): return 1\n")
+        self.again("def f(): return 2\ndef g(): return 1\n")
+        patch(m.g, lambda: 3)
+        first, second = changes()[-2:]
+        self.assertEqual((second.number - first.number, first.names, second.names), (1, ["f"], ["g"]))
+        self.assertRegex(repr(changes()).split("\n")[-1], r"^ *\d+  \d\d:\d\d:\d\d  MainThread  patch g$")
+        undo(first.number)              # which the newer one does not cover
+        self.assertEqual((m.f(), m.g(), changes()[-1]), (1, 3, second))
+        undo()
+        self.assertEqual(m.g(), 1)
+        with self.assertRaisesRegex(ReloadError, "no change %d to take back" % first.number):
+            undo(first.number)
+
+    def test_undo_of_a_covered_change_names_the_newer_one_and_changes_nothing(self):
+        m = self.load("def f(): return 1\n")
+        self.again("def f(): return 2\n")
+        number = changes()[-1].number
+        patch(m.f, lambda: 3)
+        with self.assertRaisesRegex(ReloadError, "take that back first: .* patch f"):
+            undo(number)
+        self.assertEqual(m.f(), 3)
+
+    def test_failed_reload_leaves_no_change_on_record(self):
+        self.load("A = 1\n")
+        before = list(changes())
+        with self.assertRaises(ReloadError):
+            self.again("A = 2\n1 / 0\n")
+        self.assertEqual(list(changes()), before)
+
+    def test_function_typed_over_a_files_is_named_and_unpatch_brings_the_files_back(self):
+        m = self.load("def f(): return 1\nX = 1\n")
+        held = m.f
+        exec(compile("def f(): return 5", "<hotrepl 1>", "exec"), vars(m))
+        self.assertEqual((m.f(), held(), reload(m).unsaved, reload(m, dry_run=True).unsaved), (5, 1, ["f"], ["f"]))
+        unpatch(m.f)
+        self.assertIs(m.f, held)
+        exec(compile("def f(): return 5", "<hotrepl 1>", "exec"), vars(m))
+        del held
+        gc.collect()
+        unpatch(m.f)
+        self.assertEqual((m.f(), reload(m).unsaved), (1, []))
+        with self.assertRaisesRegex(ValueError, "is not patched"):
+            unpatch(m.f)
+
+    def test_hook_of_a_class_is_called_for_each_live_instance_of_it_and_below(self):
+        text = ("class C:\n    x = %d\n    def __reload__(self): self.seen = self.x\nclass D(C): pass\n"
+                "class Other:\n    def __reload__(self): self.seen = 1\n")
+        m = self.load(text % 1)
+        c, d, other = m.C(), m.D(), m.Other()
+        self.again(text % 2)
+        self.assertEqual((c.seen, d.seen, hasattr(other, "seen")), (2, 2, False))
+
+    def test_hook_of_a_class_is_called_when_only_a_body_changed(self):
+        text = "class C:\n    def m(self): return %d\n    def __reload__(self): self.seen = self.m()\n"
+        m = self.load(text % 1)
+        c = m.C()
+        self.again(text % 2)
+        self.assertEqual(c.seen, 2)
+
+    def test_hook_of_a_module_gets_the_previous_values(self):
+        text = "A = %d\ndef __reload__(old):\n    global SUM\n    SUM = old.A + A\n"
+        m = self.load(text % 1)
+        self.again(text % 5)
+        self.assertEqual(m.SUM, 6)
+
+    def test_on_reload_is_for_classes_of_others(self):
+        m = self.load("class C:\n    x = 1\n")
+        c, seen = m.C(), []
+        hotrepl.on_reload(m.C, seen.append)
+        self.again("class C:\n    x = 2\n")
+        self.assertEqual(seen, [c])
+        with self.assertRaisesRegex(TypeError, "expected a class and a function"):
+            hotrepl.on_reload(c, seen.append)
+
+    def test_hook_that_fails_undoes_all(self):
+        text = "X = %d\nclass C:\n    x = %d\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n"
+        m = self.load(text % (1, 1))
+        c = m.C()
+        with self.assertRaisesRegex(ReloadError, "ZeroDivisionError"):
+            self.again(text % (2, 2))
+        self.assertEqual((m.X, m.C.x, vars(c)), (1, 1, {}))
+
+
+class Diff(unittest.TestCase):
+    """The pairs of two texts, without a program."""
+
+    TABLE = (       # (old text, new text, changes in the order of the new text, gone ones last)
+        ("A = 1\nB = 2\n", "A = 1\nB = 2\n", "same same"),
+        ("A = 1\nB = 2\n", "\nA = 1\nB = 3\n", "moved value"),
+        ("A = 1\nB = 2\n", "B = 2\nA = 1\n", "moved moved"),
+        ("A = [  # one\n 1]\n", "A = [\n 1]\n", "moved"),
+        ("A = 1\n", "A = 1.0\n", "value"),
+        ("A = 1\n", "A = True\n", "value"),
+        ("A = 1\nB = 1\n", "B = 1\n", "moved gone"),
+        ("A = 1\n", "A = 1\nB = 1\n", "same new"),
+        ("def f(): return 1\n", "def f(): return 2\n", "body"),
+        ("@d(1)\ndef f(a=1): return 1\n", "@d(1)\ndef f(a=1): return 2\n", "body"),
+        ("@d(1)\ndef f(): return 1\n", "@d(2)\ndef f(): return 1\n", "def"),
+        ("def f(a): return 1\n", "def f(a=1): return 1\n", "def"),
+        ("def f(a: int): return 1\n", "def f(a: str): return 1\n", "def"),
+        ("def f(): return 1\n", "async def f(): return 1\n", "def"),
+        ("def f(): return 1\n", "class f: pass\n", "value"),
+        ("f = lambda: 1\n", "f = lambda: 2\n", "body"),
+        ("f = lambda x: 1\n", "f = lambda y: 1\n", "value"),
+        ("T = [lambda: 1, 2]\n", "T = [lambda: 5, 2]\n", "body"),
+        ("T = [lambda: 1, 2]\n", "T = [lambda: 1, 3]\n", "value"),
+        ("class C:\n    def m(self): return 1\n", "class C:\n    def m(self): return 2\n", "body"),
+        ("class C:\n    class D:\n        def m(self): return 1\n",
+         "class C:\n    class D:\n        def m(self): return 2\n", "body"),
+        ("class C:\n    x = 1\n", "class C:\n    x = 2\n", "class"),
+        ("class C(A): pass\n", "class C(B): pass\n", "class"),
+        ("@d\nclass C: pass\n", "class C: pass\n", "class"),
+        ("if X:\n    def f(): return 1\n", "if X:\n    def f(): return 2\n", "body"),
+        ("if X:\n    a = 1\n", "if X:\n    a = 2\n", "value"),
+        ("try:\n    def f(): return 1\nexcept E: pass\n", "try:\n    def f(): return 2\nexcept E: pass\n", "body"),
+        ("import a\n", "import a, b\n", "new gone"),
+        ("from a import b\n", "from a import b, c\n", "value"),
+        ("from a import b\n", "from c import b\n", "new gone"),
+        ("H.append(1)\n", "H.append(2)\n", "value"),
+        ("H.append(1)\nA = 1\n", "A = 1\nH.append(1)\n", "moved moved"),
+        ("A = 1\nA += 1\n", "A = 1\n", "again gone"),
+        ("A = 1\nA += 1\n", "A = 1\nA += 2\n", "again value"),
+        ("A = 1\nA += 1\n", "A = 2\nA += 1\n", "value again"),
+        ("def f(): return 1\nf = w(f)\n", "def f(): return 2\nf = w(f)\n", "body same"),
+        ("def f(): return 1\nf = w(f)\n", "def f(): return 1\nf = v(f)\n", "again value"),
+        ("@overload\ndef f(a: int): ...\n@overload\ndef f(a: str): ...\ndef f(a): return 1\n",
+         "@overload\ndef f(a: int): ...\n@overload\ndef f(a: bytes): ...\n@overload\ndef f(a: str): ...\n"
+         "def f(a): return 2\n", "same new moved body"),
+        ("@property\ndef p(s): return 1\n@p.setter\ndef p(s, v): s.v = 1\n",
+         "@property\ndef p(s): return 2\n@p.setter\ndef p(s, v): s.v = 2\n", "body body"),
+        ("@property\ndef p(s): return 1\n",
+         "@property\ndef p(s): return 1\n@p.setter\ndef p(s, v): s.v = 2\n", "same new"),
+        ("@r(int)\ndef _(x): return 1\n@r(str)\ndef _(x): return 2\n",
+         "@r(int)\ndef _(x): return 1\n@r(bytes)\ndef _(x): return 3\n@r(str)\ndef _(x): return 4\n", "same new body"),
+        ("'doc'\nA = 1\n", "'other'\nA = 1\n", "value same"),
+        ("a = []; b = 1; c = 2\n", "a = []; b = 3; c = 2\n", "same value same"),
+        ("", "A = 1\n", "new"),
+        ("A = 1\n", "", "gone"),
+    )
+
+    def changes(self, old, new):
+        new = hotrepl._Source(new.encode(), "m.py")
+        old = hotrepl._Source(old.encode(), "m.py", new)
+        pairs = hotrepl._pair(old.statements, new.statements)
+        return " ".join(pair.change for pair in pairs)
+
+    def test_table(self):
+        for old, new, expected in self.TABLE:
+            with self.subTest(old=old, new=new):
+                self.assertEqual(self.changes(old, new), expected)
+
+    def test_old_text_that_shares_statements_is_paired_as_one_that_shares_none(self):
+        for old, new, _ in self.TABLE:
+            with self.subTest(old=old, new=new):
+                sources = [hotrepl._Source(text.encode(), "m.py") for text in (old, new)]
+                pairs = hotrepl._pair(*[each.statements for each in sources])
+                self.assertEqual(" ".join(pair.change for pair in pairs), self.changes(old, new))
 
 
 class AsAUserWould(Workspace):
