@@ -11330,14 +11330,18 @@ class Link:
 
     def _receive_hello(self):
         """Take the first lines; return where the control channel is. What follows is an event."""
-        text, address = b"", None
+        text, address, later = b"", None, []
         while address is None:
             if not select.select([self.sock], [], [], self.limit_s)[0]:
                 raise socket.timeout("timed out")
             self._receive()
             for kind, data in take_all(self.events):
-                text += data if kind == "data" else b""
-                address = data if kind == "control" else address
+                if kind == "control":
+                    address = data
+                elif kind == "data" and address is None:
+                    text += data
+                else:
+                    later.append((kind, data))
             line, newline, rest = text.partition(b"\n")
             match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\Z", line)
             if not match and (newline or address is not None or len(line) > RECEIVE_BYTES):
@@ -11345,7 +11349,7 @@ class Link:
             if self.is_closed:
                 _gone("it closed the connection at once")
         self._number, self._line = int(match.group(1)), line + newline
-        self.events.append(("data", rest))
+        self.events.extend([("data", rest)] + later)
         return address
 
     def close(self):
