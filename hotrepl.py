@@ -8111,10 +8111,10 @@ def _await_chain(coroutine):
 
 
 # --- Watched calls ---
-# The function is patched to call a copy of itself, which notes each call in a queue: that is all
-# that the program's threads do. Who looks at them, asks `when` and makes reprs, either of which may
-# hang, is the session's thread, or with quiet=True one of their own. A third thread, the keeper,
-# patches the function and sees to it that the patch is taken back, whatever hangs.
+# The function gets code that calls a copy of it and notes the call in a queue: that is all that
+# the program's threads do. Who looks at the calls, asks `when` and makes reprs, either of which
+# may hang, is the session's thread, or with quiet=True one of their own. The keeper, a thread too,
+# gives the function that code and takes it off again, whatever hangs.
 
 WATCH_BACKLOG = 1000              # calls that wait to be looked at; the oldest go first
 WATCH_LINES_PER_S = 100
@@ -8181,6 +8181,7 @@ class Calls(list):
         self._has_begun = threading.Event()
         self._is_over = threading.Event()
         self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
+        self._noting = self._original = self._code = None     # see _noting(); what forwards to it
 
     def start(self, *others):
         """Begin to watch, and let `others` run in threads meanwhile."""
@@ -8205,7 +8206,9 @@ class Calls(list):
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
-        if not self._is_over.is_set():
+        if self._is_over.is_set():
+            self._take_off()      # a patch that came later was undone later
+        else:
             call.number = next(self._numbers)
             self._queue.append(call)
             if self._came.locked():
@@ -8245,20 +8248,40 @@ class Calls(list):
             if _watched.setdefault(self.function, self) is not self:
                 raise RuntimeError("%s is watched already" % self.function.__qualname__)
             try:
-                undo = patch(self.function, _noting(self.function, self))
+                self._put_on()
                 self._has_begun.set()
                 while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
                            or self._session is not None and self._session.is_left()):
                     pass
-                self._is_over.set()
-                undo()
             finally:
+                self._is_over.set()
+                with _hot.lock:
+                    self._take_off()
                 del _watched[self.function]
         finally:
             self._is_over.set()
             self._has_begun.set()
             self._queue.clear()
             self._end_collector()
+
+    def _put_on(self):
+        self._noting, self._original = _noting(self.function, self)
+        self._code = _forwarder(self.function, self._noting)[0]
+        with _hot.lock:
+            vars(self.function)["__wrapped__"] = self._noting     # inspect.signature() looks there
+            _assign_code(self.function, self._code)
+
+    def _take_off(self):
+        """Give the function what the copy has, which a reload may have changed meanwhile.
+
+        What a patch gave it meanwhile is left alone.
+        """
+        if self.function.__code__ is self._code:
+            _swap(self.function, self._original.__code__, self._original.__defaults__,
+                  self._original.__kwdefaults__)
+        if vars(self.function).get("__wrapped__") is self._noting:
+            del self.function.__wrapped__
+            vars(self.function).update(vars(self._original))
 
     def _end_collector(self):
         for thread in self._threads[1:]:
@@ -8276,7 +8299,7 @@ class Calls(list):
 
 
 def _noting(function, calls):
-    """Return a function that calls a copy of `function`, and of the same kind, noted in `calls`."""
+    """Return a function that calls a copy of `function`, and notes it in `calls`; and that copy."""
     import inspect
     original = types.FunctionType(function.__code__, function.__globals__, function.__name__,
                                   function.__defaults__, function.__closure__)
@@ -8298,7 +8321,7 @@ def _noting(function, calls):
             with Call(calls, args, kwargs) as call:
                 call.result = original(*args, **kwargs)
             return call.result
-    return functools.update_wrapper(noting, original)
+    return functools.update_wrapper(noting, original), original
 
 
 # --- Code that an editor sends ---

@@ -6760,6 +6760,32 @@ class Watching(Case):
         undo()
         self.assertEqual(self.pay("a"), ["a"])
         self.over()
+        self.assertEqual([each for each in hotrepl.changes() if "pay" in repr(each)], [])
+
+    def test_watch_and_a_reload_meanwhile_leave_the_new_code(self):
+        folder = self.folder()
+        source = "def work(a, b=1):\n    return a + b\n\ndef other():\n    return work(1)\n"
+        folder.write("watched_module.py", source)
+        sys.path.insert(0, folder.path)
+        self.addCleanup(sys.path.remove, folder.path)
+        module = importlib.import_module("watched_module")
+        self.addCleanup(sys.modules.pop, "watched_module")
+        note_sources()
+        for old, new, expected in (("a + b", "a * 10 + b", 11), ("b=1", "b=2", 12), ("10 + b", "(10) + b", 12)):
+            with self.subTest(new):
+                held, before = module.work, set(vars(module.work))
+                calls = self.quiet(module.work)
+                module.other()
+                eventually(lambda: len(calls) == 1)
+                source = source.replace(old, new)
+                folder.write("watched_module.py", source)
+                reload(module)
+                self.assertIs(module.work, held)
+                self.assertEqual(module.other(), expected)
+                calls.stop()
+                self.assertEqual(module.other(), expected)
+                self.assertEqual(held.__code__.co_name, "work")
+                self.assertEqual(set(vars(held)), before)
 
     def test_watch_catches_the_slow_request_of_a_thousand(self):
         program = self.folder().run(SERVE + """if True:
@@ -9965,7 +9991,7 @@ class ExecStream(Case):
     def test_a_failure_ends_no_stream(self):
         program = self.begin()
         for request, kind, code in (({"code": "1/0"}, "ZeroDivisionError", 1), ({"code": "1 +"}, "SyntaxError", 1),
-                                    ("no json", "JSONDecodeError", 2), ("[1]", "AttributeError", 2),
+                                    ("no json", "JSONDecodeError", 2), ("[1]", "TypeError", 2),
                                     ({"timeout": 5}, "KeyError", 2), ({"code": 5}, "AttributeError", 2),
                                     ({"code": "1", "line": 0, "file": "x"}, "ProtocolError", 2)):
             with self.subTest(request=request):
