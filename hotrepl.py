@@ -12033,9 +12033,10 @@ class Conversation:
             except KeyboardInterrupt:
                 return b""
         if kind in AT_PROMPT:
+            text = text if text.strip() else ""   # an empty line has no indentation
             self._block += text.split("\n")
-            self.terminal.remember("\n".join(self._block), is_longer=kind == "continuation")
-            text = text if text.strip() else ""
+            if text:
+                self.terminal.remember("\n".join(self._block), kind == "continuation")
         else:
             text, *more = text.rstrip("\n").split("\n")
             self._ahead.extend(more)
@@ -12123,18 +12124,24 @@ class Conversation:
 def _indentation(block):
     """Return what the next line of a statement begins with, after the lines `block`."""
     import tokenize
-    last = block[-1] if block else ""
+    row, is_new = len(block), True    # where the last logical line begins
+    lines = iter([line + "\n" for line in block] + [""])
     try:
-        list(tokenize.generate_tokens(iter([line + "\n" for line in block] + [""]).__next__))
+        for kind, _, (start, _), _, _ in tokenize.generate_tokens(lines.__next__):
+            if kind == tokenize.NEWLINE:
+                is_new = True
+            elif is_new and kind in (tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER):
+                row, is_new = start, False
     except (tokenize.TokenError, SyntaxError, StopIteration) as exc:
         if "string" in str(exc):  # its lines are the user's
             return ""
-    indent = last[:len(last) - len(last.lstrip())]
-    code = last.partition("#")[0].rstrip()
-    if code.endswith((":", "(", "[", "{")):
+        row = len(block)          # in brackets
+    first, last = (block[at - 1] for at in (row, len(block)))
+    indent, last = first[:len(first) - len(first.lstrip())], last.partition("#")[0].rstrip()
+    if last.endswith((":", "(", "[", "{")):
         return indent + "    "
-    is_last = re.match(r"\s*(return|raise|pass|break|continue)\b", code)
-    return indent[:-4] if is_last else indent
+    is_end = re.match(r"\s*(return|raise|pass|break|continue)\b", first)
+    return indent[:-4] if is_end else indent
 
 
 class Terminal:

@@ -4787,6 +4787,128 @@ class CtrlC(Case):
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
+class LooksLikeAPrompt(Case):
+    """The client knows what it is asked for, whatever the prompt looks like."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.folder().path, "history")
+        self.terminal = self.serve().terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
+        for name in ("ps1", "ps2"):
+            self.addCleanup(vars(sys).pop, name, None)
+
+    def paste(self, text):
+        if HAS_READLINE:
+            self.terminal.type("\x1b[200~" + text + "\x1b[201~")
+            self.terminal.until(text.rpartition("\n")[2])
+            self.terminal.type("\n")
+        else:
+            self.terminal.type(text + "\n")
+
+    def assert_in_step(self):
+        for at in range(3):
+            self.terminal.ask("print('value', %d*2)" % at, "\nvalue %d" % (at * 2))
+
+    def test_a_paste_into_code_interact(self):
+        self.terminal.ask("import code; code.interact('be' + 'gin')", "\nbegin")
+        self.paste("a = 6\na * 7")
+        self.terminal.until("\n42\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+        self.terminal.press("^D")
+        self.terminal.until("now exiting")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+
+    def test_a_paste_into_interact_of_pdb(self):
+        self.terminal.ask("import pdb; pdb.run('n = 6', globals())", "", "(Pdb) ")
+        self.terminal.ask("interact", "", ">>> ")
+        self.paste("a = 6\na * 7")
+        self.terminal.until("\n42\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+        self.terminal.press("^D")
+        self.terminal.until("(Pdb) ")
+        self.terminal.type("c\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+
+    def test_a_paste_into_input(self):
+        self.terminal.type("x = input('>>> '); y = input('>>> ')\n")
+        self.terminal.until("\n>>> ")
+        self.paste("one\ntwo")
+        self.terminal.until("two\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+        self.terminal.ask("x + y", "\n'onetwo'")
+
+    @unittest.skipUnless(HAS_READLINE, "GNU readline")
+    def test_answers_are_no_history(self):
+        self.terminal.type("input('>>> ')\n")
+        self.terminal.until("\n>>> ")
+        self.terminal.ask("an answer", "'an answer'")
+        with open(self.path) as file:
+            self.assertEqual([json.loads(line) for line in file], ["input('>>> ')"])
+
+
+@unittest.skipUnless(HAS_PTY and HAS_READLINE, "needs a pty and GNU readline")
+class Statements(Case):
+    """A statement of several lines as it is typed and comes back."""
+
+    def setUp(self):
+        super().setUp()
+        self.served = self.serve()
+        self.path = os.path.join(self.folder().path, "history")
+        self.terminal = self.served.terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
+
+    def type_lines(self, *lines):
+        for line in lines:
+            self.terminal.type(line + "\n")
+            self.terminal.until(line + "\n")
+            self.terminal.until("... ")
+        self.terminal.type("\n")
+        self.terminal.until(">>> ")
+
+    def test_the_next_line_is_indented(self):
+        self.type_lines("def f(n):", "if n > 1:", "return f(n - 1) * n", "return 1")
+        self.terminal.ask("f(5)", "\n120")
+        self.type_lines("for n in range(3):", "x = '''", "a", "b'''", "y = n", "pass")
+        self.terminal.ask("x, y", "\n('\\na\\nb', 2)")
+
+    def test_an_empty_line_is_not_indented(self):
+        self.terminal.type("x = '''\n")
+        self.terminal.until("... ")
+        self.terminal.type("    a\n")
+        self.terminal.until("... ")
+        self.terminal.type("'''\n")
+        self.terminal.until(">>> ")
+        self.terminal.ask("x", "\n'\\n    a\\n'")
+
+    def test_it_comes_back_as_one(self):
+        self.type_lines("for n in range(2):", "print('value', n)")
+        self.terminal.press("Up")
+        self.terminal.until("print('value', n)")
+        self.terminal.type("\n")
+        self.terminal.until("\nvalue 0\nvalue 1\n")
+        self.terminal.until(">>> ")
+        self.terminal.press("^D")
+        self.terminal.end()
+        terminal = self.served.terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
+        terminal.press("Up")
+        terminal.until("print('value', n)")
+        terminal.type("\n")
+        terminal.until("\nvalue 0\nvalue 1\n")
+        with open(self.path) as file:
+            self.assertEqual(json.loads(file.read().splitlines()[-1]), "for n in range(2):\n    print('value', n)")
+
+    def test_ctrl_d_behind_the_indentation_leaves(self):
+        self.terminal.type("if True:\n")
+        self.terminal.until("...     ")
+        self.terminal.press("^D")
+        self.assertEqual(self.terminal.end()[0], 0)
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
 class BehindCtrlC(Case):
     """What is typed right behind Ctrl+C, in one write, is read; what is before it is dropped."""
 
