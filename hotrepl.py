@@ -5,7 +5,7 @@ One file, standard library only, CPython 3.6 and newer and PyPy3. Copy it beside
     import hotrepl                                  # in the program
     hotrepl.start(locals=globals())
 
-    python hotrepl.py connect                       # in another terminal; or: nc localhost 1337
+    python hotrepl.py connect                       # in another terminal; or: nc 127.0.0.1 1337
 
 SECURITY. A REPL is a back door by design: who gets in can do whatever this process can. By
 default only 127.0.0.1 is bound and only processes of your own user (or root) are let in; other
@@ -193,6 +193,9 @@ BLOCK_KIND = b"b"                 # client: BEGIN "b" lines END, one unit of sev
 SECRET_KIND = b"s"                # client: BEGIN "s" secret END, what PairWithSession has to show
 CONTROL_KIND = b"c"               # client: BEGIN "c" END; server: BEGIN "c" port proof END
 NOTE_KIND = b"n"                  # server: BEGIN "n" lines END, to be shown above the prompt
+TURN_KIND = b"k"                  # server: BEGIN "k" word END, before a prompt: what it waits for
+AT_PROMPT = ("primary", "continuation")     # two of these words; the others are ...
+IN_EVALUATION = ("input", "secret", "debugger")
 STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
                 "value": b"v", "traceback": b"t"}     # what is displayed, not printed
 
@@ -207,9 +210,10 @@ COMMANDS = [  # fields: name -> (types, is it required)
             "Bind this control connection to REPL session `id`; the commands below need it. "
             "`secret` is what the session's client sent on the REPL channel; without one, both "
             "connections must be the same user's."),
-    Command("TurnMarks", {"streams": (bool, False)},
-            "From now on end every wait for input with 0xFF 0xF9; with `streams` also mark "
-            "where stdout, stderr, the prompt, a displayed value and a traceback begin."),
+    Command("TurnMarks", {"kinds": (bool, False), "streams": (bool, False)},
+            "From now on end every wait for input with 0xFF 0xF9; with `kinds` also say before its "
+            "prompt what it is for: primary, continuation, input, secret or debugger; with "
+            "`streams` where stdout, stderr, the prompt, a displayed value and a traceback begin."),
     Command("TabComplete", {"text": (str, True), "state": (int, True)},
             "Completion number `state` of the word `text`, or null, as readline counts."),
     Command("Complete", {"line": (str, True), "cursor": (int, False)},
@@ -220,14 +224,16 @@ COMMANDS = [  # fields: name -> (types, is it required)
             "evaluation that is over meanwhile is not interrupted, nor is the next."),
     Command("Background", {"turn": (int, False)},
             "Turn the evaluation into a background job; the session goes on with a new prompt."),
-    Command("Where", {}, "What the evaluation is doing: `where`, a line of text, or null."),
+    Command("Where", {}, "What the evaluation is doing: `where`, a line of text, or null; while its "
+            "output is being sent also `sending`, how many bytes of how many are."),
     Command("Terminal", {"columns": (int, True), "lines": (int, True), "colours": (bool, True)},
             "The client is a terminal of this size that shows colours or not."),
     Command("Place", {"module": (str, False), "file": (str, False), "line": (int, False),
-                      "within": (str, False)},
+                      "within": (str, False), "name": (str, False)},
             "The next block is from line `line` on of a module's file: it runs in that module, and "
             "what it defines is given to patch(). One of `module` and `file` is needed; `within` "
-            "is the class that an indented definition stands in."),
+            "is the class that an indented definition stands in. Or `name` alone, which stands "
+            "for the block in tracebacks."),
     Command("Outcome", {},
             "How the last input ended: `state` (running, waiting for input, done, background), and "
             "`value` (its repr), `exception` (type, message, traceback) or `exit` (a SystemExit's "
@@ -833,6 +839,7 @@ class SessionStream(io.BufferedIOBase):
         self.sink = sink          # replaced when an evaluation goes to the background
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write, as stderr does
+        self.count = 0            # bytes so far
         self._earlier = None      # a stream whose text goes out before ours
         self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
         self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
@@ -867,6 +874,7 @@ class SessionStream(io.BufferedIOBase):
     def write(self, data):
         if self._earlier is not None:
             self._earlier.text.flush()
+        self.count += len(data)
         if threading.get_ident() == self._guard.ident:
             self._guard.shield(self.sink.send, bytes(data), self.kind)
         else:
@@ -1649,13 +1657,19 @@ class ConsoleMixin:
         self._run_all(code_objects)
         return False
 
-    def run_block(self, source):
-        """Run `source`, any number of statements, as one unit; show the last one's value."""
+    def run_block(self, source, name=None):
+        """Run `source`, any number of statements, as one unit; show the last one's value.
+
+        `name` stands for it in tracebacks, in place of a number.
+        """
         self._begin_input()
+        self.filename = name or self.filename
         self.source = source.rstrip() + "\n"
         self._with_known_source(self._run_source, self.source)
 
     def _run_source(self, source):
+        if source.count("\n") == 1 and source.endswith("?\n") and self._answer(source):
+            return
         try:
             body, last = _split_block(source, self.filename, self._flags())
         except (SyntaxError, ValueError, OverflowError, RecursionError):
@@ -1798,6 +1812,9 @@ class ConsoleMixin:
     def showsyntaxerror(self, filename=None, **options):
         """Show the SyntaxError that is being handled, without any frames."""
         kind, value, _ = sys.exc_info()
+        if kind is SyntaxError and value.text is None and value.filename == self.filename:
+            line = self.source.split("\n")[(value.lineno or 1) - 1:][:1]     # the compiler's error
+            value.text = line[0] if line else None
         own = super().showsyntaxerror if self._overrides("showsyntaxerror") else None
         self.evaluator.show_exception(kind, value, None,
                                       own and functools.partial(own, filename, **options))
@@ -3044,14 +3061,14 @@ def note_sources(modules=None):
 
 def _new_modules():
     """Return the program's own modules, or none where nothing was imported since the last call."""
-    loaded = list(map(id, list(sys.modules.values())))
-    if loaded == _looked_at:
+    count = len(sys.modules)
+    if _looked_at == [count]:
         return []
-    _looked_at[:] = loaded
+    _looked_at[:] = [count]
     return [(name, module) for name, module, _ in _own_modules()]
 
 
-_looked_at = []  # ids of the modules that were loaded when note_sources() looked last
+_looked_at = []  # [how many modules were loaded when note_sources() looked last]
 
 
 def _note(module):
@@ -3235,9 +3252,10 @@ def _tops(folders):
 def _typed_over(module):
     """Yield the functions of a module that were typed at a prompt over those of its file."""
     for name, value in list(_space_of(module).items()):
-        if type(value) is types.FunctionType and _is_from_console(value) and (
-                _statement_of(module, name) is not None):
-            yield name
+        if type(value) is types.FunctionType and value.__code__.co_filename[:1] == "<":
+            found = _statement_of(module, name)
+            if found is not None and found[1].is_function and not found[1].node.decorator_list:
+                yield name
 
 
 def _statement_of(module, name):
@@ -3340,6 +3358,18 @@ class _Edit:
         at = next(k for k, pair in enumerate(self.pairs) if pair.new is statement)
         return at > last
 
+    def lost_values(self, statement):
+        """Return the values of names that a statement reads, which its module deletes again."""
+        found = {}
+        for each in self.new.statements:
+            if each is statement:
+                break
+            if each.is_pure and each.binds & statement.names.reads and not (
+                    each.binds & set(self.space)):
+                value = _value_of(each, dict(self.space, **found))
+                found.update((name, value) for name in each.binds if value is not _MISSING)
+        return found
+
     def may_drop(self, name):
         """Tell whether the module may take a name away itself."""
         codes = [code for _, code in _code_paths([self.new.code])]
@@ -3382,8 +3412,8 @@ def _pair(olds, news, is_compiled_alike=True):
     for j, new in enumerate(news):
         old = olds[partners[j]] if j in partners else None
         change = _change(old, new)
-        if change == "same" and not is_compiled_alike and new.has_definitions:
-            change = "moved"
+        if change in _LEFT_ALONE and not is_compiled_alike and new.has_definitions:
+            change = "live" if new.is_function else "again"
         pairs.append(_Pair(old, new, change))
     pairs = _with_uncovered(pairs, olds, news)
     return pairs + [_Pair(old, None, "gone") for i, old in enumerate(olds) if i not in taken]
@@ -4011,7 +4041,7 @@ class _Evidence:
         """Return a _Pair for each statement."""
         pairs = self._look_at(self.source.statements, self.space, "", None)
         names, doc = self.source.names, self.space.get("__doc__")
-        if "*" not in names:
+        if "*" not in names and _INDIRECT.isdisjoint(self.source.code.co_names):
             self._look_for_extras(names | self.set_globals)
         if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
             self.gone.append(("", "__doc__"))
@@ -4045,7 +4075,7 @@ class _Evidence:
 
     def _change_of_value(self, statement, items, prefix, cls, counts):
         skips = self.set_globals if cls is None else self.set_attributes
-        change = "same"
+        literals, change = _literals(statement.node), "same"
         for name in statement.binds:
             live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
             if name.startswith("__") or name in skips or counts[name] > 1:
@@ -4055,10 +4085,9 @@ class _Evidence:
                     change = "new" if statement.is_pure and len(statement.binds) == 1 else change
                     self.found.append(_Found(prefix + name, "" if change == "new" else (
                         "%s is not there, the file has it" % (prefix + name))))
-            elif _is_other_literal(statement.node, live):
+            elif name in literals and _is_unlike(literals[name], live):
                 self.found.append(_Found(prefix + name, "%s is %s, the file says %s" % (
-                    prefix + name, shorten(repr(live), 40), shorten(repr(_literal(
-                        statement.node.value)), 40))))
+                    prefix + name, shorten(repr(live), 40), shorten(repr(literals[name]), 40))))
         return change
 
     def _change_of_definition(self, statement, items, prefix, cls, counts):
@@ -4108,7 +4137,9 @@ class _Evidence:
             self.found += [_Found("%s.%s" % (path, name), "%s.%s is not in the file" % (path, name))
                            for name in _added_to_class(statement, cls, self.set_attributes)
                            if (path, name) not in self.gone]
-        return "same" if all(pair.change == "same" for pair in pairs) else "class"
+        is_same = all(pair.change == "same" for pair in pairs) and not any(
+            where == path for where, _ in self.gone)
+        return "same" if is_same else "class"
 
     def _look_for_extras(self, names):
         for name, value in list(self.space.items()):
@@ -4130,17 +4161,27 @@ def _is_plain_class(cls):
         "__dataclass_fields__" not in vars(cls) and "__attrs_attrs__" not in vars(cls))
 
 
-def _is_other_literal(node, live):
-    """Tell whether a live value is surely not the literal that a statement gives."""
-    if not all(type(target).__name__ == "Name" for target in getattr(node, "targets", ())):
-        return False
-    value = _literal(node.value)
+def _literals(node):
+    """Return {name: value} of the literals that an assignment gives to names."""
+    value, found = _literal(node.value), {}
+    for target in getattr(node, "targets", None) or [node.target]:
+        if type(target).__name__ == "Name":
+            found[target.id] = value
+        elif type(target).__name__ == "Tuple" and _is(value, (tuple, list)) and (
+                len(value) == len(target.elts)):
+            found.update((each.id, item) for each, item in zip(target.elts, value)
+                         if type(each).__name__ == "Name")
+    return found
+
+
+def _is_unlike(literal, live):
+    """Tell whether a live value is surely not what a literal gives."""
     try:
-        hash(value)  # a list or a dict is there to be changed
+        hash(literal)  # a list or a dict is there to be changed
     except TypeError:
         return False
-    return value is not _MISSING and (
-        type(live) is not type(value) or _typed(live) != _typed(value))
+    return literal is not _MISSING and (
+        type(live) is not type(literal) or _typed(live) != _typed(literal))
 
 
 def _defaults_fit(function, node):
@@ -4154,17 +4195,7 @@ def _defaults_fit(function, node):
         if (default is None) != (live is _MISSING):
             return False
         pairs += [(default, live)] if default is not None else []
-    return all(_is_unlike_literal(*pair) is False for pair in pairs)
-
-
-def _is_unlike_literal(node, live):
-    value = _literal(node)
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return value is not _MISSING and (
-        type(live) is not type(value) or _typed(live) != _typed(value))
+    return not any(_is_unlike(_literal(default), live) for default, live in pairs)
 
 
 def _added_to_class(statement, cls, stored):
@@ -4430,6 +4461,7 @@ class _Apply:
         self.by_name = {edit.name: edit for edit in edits}
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
+        self.ordered = []               # the edits in the order in which they were applied
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
         self.olds = set()               # ids of the functions and classes that were folded into
@@ -4545,13 +4577,14 @@ class _Apply:
             if len(self.edits) > 1 and pair.new.kind in _IMPORTERS:
                 yield from _imported_by(pair.new.node, edit.space)
             self._apply_pair(scope, pair)
-        edit.space.update(held)
+        edit.space.update((name, held[name]) for name in held if name not in edit.space)
         self._annotate(edit)
         for function, found in later:
             self._swap_function(edit, function, found)
         self._run_for_closures(scope)
         self._retire_gone(scope, edit.pairs)
         self._follow(edit)
+        self.ordered.append(edit)
 
     def _annotate(self, edit):
         """3.14: make of the annotations that each statement brought one function, as an import does.
@@ -4731,7 +4764,7 @@ class _Apply:
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
         old, new = pair.old.node, pair.new.node
-        if any(_decorator_name(each) == "overload" for each in new.decorator_list):
+        if _is_overload(new):
             return
         if scope.cls is not None and scope.count(new.name) > 1:
             self._run_group(scope, new.name)
@@ -4778,7 +4811,7 @@ class _Apply:
             return {name for name, node in news.items() if name in live and name in olds
                     and _key(olds[name], False) == _key(node, False)}
         return {name for name, node in news.items() if name in live
-                and not _is_unlike_literal(node, live[name])}
+                and not _is_unlike(_literal(node), live[name])}
 
     def _merged_defaults(self, pair, raw, new):
         live, values, kept = _live_defaults(raw), _live_defaults(new), self._kept_parameters(pair, raw)
@@ -4848,7 +4881,7 @@ class _Apply:
             return
         self.started.add((id(scope.cls), name))
         nodes = [each.node for each in scope.statements if each.is_function and name in each.binds
-                 and not any(_decorator_name(line) == "overload" for line in each.node.decorator_list)]
+                 and not _is_overload(each.node)]
         self._learn()
         for key, value in scope.execute(nodes, self).items():
             self._bind(scope, key, self.fold(scope.get_raw(key), value), None)
@@ -4943,6 +4976,8 @@ class _Apply:
         if statement.is_constant:
             self._put_docstring(scope, statement)
             return
+        if _is_overload(statement.node) and scope.last_binder(statement.node.name) is not statement:
+            return
         if scope.cls is None and self.everything and self._is_kept_out(edit, statement):
             return
         self._learn()
@@ -4951,6 +4986,12 @@ class _Apply:
         before = {name: scope.get(name) for name in statement.binds}
         places = _Registrations(self, reached, targets)
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if not statement.is_harmless and not _INDIRECT.isdisjoint(statement.code.co_names):
+            names = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
+            if pair.old is not None and scope.cls is None and names:
+                self.report.notes.append("%s: what it had bound before and binds no more is still "
+                                         "there: which of %s, can't be told" % (
+                                             statement.title, ", ".join(names)))
         if statement.is_definition and pair.change == "new":
             places.put_before(self._later_values(scope, statement))
         for name in sorted(statement.binds):
@@ -4982,18 +5023,19 @@ class _Apply:
         if statement is scope.statements[0]:
             bound = scope.execute([statement.node], self)
             doc = bound.get("__doc__", scope.edit.space.get("__doc__"))
-            if scope.cls is not None:
-                self.put(_attribute(scope.cls, "__doc__"), doc)
+            self.put(_entry(scope.edit.space, "__doc__") if scope.cls is None else _attribute(
+                scope.cls, "__doc__"), doc)
 
     def _settle(self, scope, statement, name, old, new):
         """Give the name the object it had before, with the behaviour of the new one."""
         last = scope.last_binder(name)
-        if new is _MISSING and name not in scope.held:
+        if new is _MISSING:
             return
         if last is not statement and not scope.runs(last):
             new = old           # a later statement, which does not run again, has the last word
         elif last is not statement and scope.runs(last) and scope.cls is None:
-            return              # it will be settled then
+            scope.held[name] = new      # it will be settled then
+            return
         elif old is not _MISSING and new is not _MISSING:
             new = self.fold(old, new, statement)
         self._bind(scope, name, new, statement)
@@ -5441,7 +5483,7 @@ class _Apply:
             self._follow_pure(follower, source, before, values)
             changed = {name for name in set(before) | set(follower.space)
                        if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
-                       and (not name.startswith("__") or name == "__all__")}
+                       and name not in _IMPORT_NAMES}
             if changed:
                 todo += self._follow_imports(follower, before, changed)
 
@@ -5482,7 +5524,7 @@ class _Apply:
                         values[name] = was, now
                         self.report.add("followed", edit.name, [name])
                     elif not _is_plain_equal(live, now):
-                        self.report.add("not_run_again", edit.name, [each.title])
+                        self._report_not_run(edit, each, used)
             elif used and each.kind == "ClassDef":
                 self._follow_class(edit, each, olds, news, set(values))
             if used and each.is_function:
@@ -5583,7 +5625,12 @@ class _Apply:
         for pair in edit.pairs:
             if pair.new is not None and pair.change in _LEFT_ALONE and (
                     pair.new.names.reads & names) and not pair.new.is_main_guard:
-                self.report.add("not_run_again", edit.name, [pair.new.title])
+                self._report_not_run(edit, pair.new, pair.new.names.reads & names)
+
+    def _report_not_run(self, edit, statement, names):
+        title = statement.node.name if statement.is_definition else statement.title
+        self.report.add("not_run_again", edit.name, [
+            "%s (%s changed)" % (title, ", ".join(sorted(names)))])
 
     def _report_not_run_again(self, edit):
         """Name unchanged statements that called, or were made by, code that is another now."""
@@ -5599,7 +5646,7 @@ class _Apply:
             used = each.names.heads if each.is_definition else each.names.calls
             reads = each.names.reads & values - each.binds if not each.is_definition else set()
             if used & changed or reads and not (each.is_pure or each.is_definition):
-                self.report.add("not_run_again", edit.name, [each.title])
+                self._report_not_run(edit, each, used & changed | reads)
         for pair in edit.pairs:
             if pair.new is not None and pair.change not in _LEFT_ALONE and self._is_kept_out(
                     edit, pair.new) and (edit.name == "__main__" or not pair.new.is_main_guard):
@@ -5614,6 +5661,9 @@ class _Apply:
                 self.put(_entry(edit.space, name), None if name == "__doc__" else _MISSING)
                 if type(edit.space.get("__annotations__")) is dict:
                     self.put(_entry(edit.space["__annotations__"], name), _MISSING)
+        for edit in self.ordered:
+            if edit.names_gone(is_done=True):
+                self._follow(edit)
         for _, function, path, reason in self.closures.values():
             self.stuck[path, reason] += 1
         self._move_classes()
@@ -5623,7 +5673,7 @@ class _Apply:
             function()
         self._fill_attributes()
         self._call_hooks()
-        for edit in self.edits:
+        for edit in self.ordered:
             self._report_names(edit)
             self._report_not_run_again(edit)
             self._report_removed(edit)
@@ -5884,9 +5934,16 @@ class _Apply:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
                 if self._is_old(first):
-                    name = getattr(first.f_code, "co_qualname", first.f_code.co_name)
-                    name = codes.get(id(first.f_code), (name,))[0]
+                    name = codes.get(id(first.f_code), (None,))[0] or self._path_of(first.f_code)
                     self.stuck[name, reason] += 1 + len(more)
+
+    def _path_of(self, code):
+        """Return the path of a code that is no live function's any more."""
+        for edit in self.edits if not hasattr(code, "co_qualname") else ():     # 3.6-3.10
+            for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
+                if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
+                    return path
+        return getattr(code, "co_qualname", code.co_name)
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
@@ -5966,9 +6023,11 @@ class _Scope:
             edit.annotated[id(statement)] = edit.space.get("__conditional_annotations__", ())
             names = edit.space if "*" in statement.binds else statement.binds
             return {name: edit.space.get(name, _MISSING) for name in names}
-        exec(code, edit.space, held)
-        return {name: held[name] for name in (statement.binds if statement else held)
-                if name in held}
+        lost = edit.lost_values(statement) if statement is not None else {}
+        space = dict(lost, **held)
+        exec(code, edit.space, space)
+        names = statement.binds if statement is not None else set(space).difference(lost, held)
+        return {name: space[name] for name in names if name in space}
 
     def _in_class(self, nodes):
         """Run statements in the class's scope; `super()` in what they define means the class."""
@@ -6215,6 +6274,10 @@ def _decorator_name(node):
     while type(node).__name__ == "Call":
         node = node.func
     return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def _is_overload(node):
+    return any(_decorator_name(each) == "overload" for each in getattr(node, "decorator_list", ()))
 
 
 _TRANSPARENT = {"staticmethod", "classmethod", "property", "setter", "getter", "deleter", "wraps",
@@ -6965,8 +7028,7 @@ def unpatch(old):
             if change.target is target:
                 undo(change.number)
                 return
-        if type(target) is not types.FunctionType or not _is_from_console(target) or (
-                not _bring_files_version(target)):
+        if type(target) is not types.FunctionType or not _bring_files_version(target):
             raise ValueError("%r is not patched" % (old,))
 
 
@@ -6976,7 +7038,8 @@ def _bring_files_version(typed):
         space = _space_of(module)
         for key in [key for key, value in list(space.items()) if value is typed]:
             found = _statement_of(module, key)
-            if found is None or not found[1].is_function:
+            if found is None or not found[1].is_function or _is_in_file(
+                    typed.__code__, found[0]):
                 continue
             source, statement = found
             line = statement.start + 1
@@ -7597,9 +7660,13 @@ def _forget_new_modules(before):
 # the name is free, and taken out again where they are still ours. Each is a plain function
 # that finds its session by the thread it runs in.
 
-def doc(obj):
-    """Print the docstring of `obj`, dedented, below its signature and its file and line."""
+def doc(obj=_MISSING):
+    """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
     import inspect
+    if obj is _MISSING:
+        for name, tool in sorted(TOOLS.items()):
+            print("%-13s %s" % (name, inspect.getdoc(tool).partition("\n")[0]))
+        return
     print(_headline(obj))
     print(inspect.getdoc(obj) or inspect.getcomments(_definition(obj)) or "no docstring")
 
@@ -7741,7 +7808,32 @@ class SessionHelp:
         import pydoc
         # With an output, pydoc asks no pager of the process's; with sys.stdin as input it
         # asks by input(), which is the session's.
-        return pydoc.Helper(sys.stdin, sys.stdout)(*args, **kwargs)
+        session = current_session()
+        is_paged = session is not None and session.is_terminal
+        output = _Pages(session.terminal_size[1]) if is_paged else sys.stdout
+        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)
+
+
+class _Pages(io.TextIOBase):
+    """Shows on stdout what is written, each text page by page."""
+
+    def __init__(self, height):
+        super().__init__()
+        self._height = max(height - 1, 2)     # the last line of the terminal is for our question
+
+    def write(self, text):
+        lines = text.splitlines(True)
+        for at in range(0, len(lines), self._height):
+            if at and self._is_enough():
+                break
+            sys.stdout.write("".join(lines[at:at + self._height]))
+        return len(text)
+
+    def _is_enough(self):
+        try:
+            return input("-- Enter: more, q: enough -- ").strip().lower().startswith("q")
+        except EOFError:
+            return True
 
 
 def _headline(obj):
@@ -7809,7 +7901,7 @@ def show_source(obj):
 # --- Stacks and frames: what runs, and its variables ---
 
 _listed = threading.local()       # .marks: what frames() listed last in this thread
-_Mark = collections.namedtuple("_Mark", "frame_id code title text")   # finds a frame, holds none
+_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")   # finds a frame, holds none
 
 
 class Frame:
@@ -7845,14 +7937,14 @@ class Frame:
 
 
 def _marks():
-    """Return a _Mark for each frame of the program's own code, the outermost of a thread first."""
+    """Return a _FrameMark for each frame of the program's own code, the outermost of a thread first."""
     marks, seen = [], set()
     for title, stack in _stacks():
         for frame in stack:
             code = frame.f_code
             if id(frame) not in seen and _is_own_code(code):
                 seen.add(id(frame))       # a task that runs is on its thread's stack as well
-                marks.append(_Mark(id(frame), code, title, "%s, %s:%d" % (
+                marks.append(_FrameMark(id(frame), code, title, "%s, %s:%d" % (
                     getattr(code, "co_qualname", code.co_name), code.co_filename,
                     frame.f_lineno)))
     return marks
@@ -8383,6 +8475,10 @@ class Guests:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
             for name, tool in TOOLS.items():
                 namespace.setdefault(name, tool)
+
+    def hidden(self, namespace):
+        """Return the names of tools that are the program's own here."""
+        return [name for name, tool in sorted(TOOLS.items()) if namespace.get(name) is not tool]
 
     def leave(self, namespace):
         """Take them out where they are still ours, after as many calls as of `enter`."""
@@ -9309,6 +9405,7 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 # recv; nothing is polled. A failed send only sets a flag, which the next read turns into
 # end-of-file: a dead peer is its own session's business, and print() never raises for it.
 
+VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
 
 
@@ -9322,9 +9419,12 @@ class Connection:
         self.is_broken = False    # a send failed: the peer is gone
         self.is_shut = False      # from outside: what came and was not read is not read either
         self.has_marks = False    # the client asked for turn marks; guarded by lock, as all below
-        self.has_streams = False  # and for stream marks
+        self.has_kinds = False    # and to be told what each turn is for, ...
+        self.has_streams = False  # ... and for stream marks
+        self.sending = None       # (bytes sent, of how many) in the middle of much; of the sender
+        self._is_dropping = False  # what the sender has left of what was printed is not wanted
         self._stream = None       # kind of the stream whose data was put last
-        self._backlog = []        # bytes to be sent
+        self._backlog = []        # bytes to be sent; _Kept: not what a program printed
         self._is_corked = False   # collect only
 
     def send(self, data, stream="stdout"):
@@ -9338,7 +9438,7 @@ class Connection:
         """Have `data` sent by the next `flush`."""
         if self.has_streams and stream != self._stream:
             self._stream = stream
-            self._backlog.append(BEGIN + STREAM_KINDS[stream] + END)
+            self._backlog.append(_Kept(BEGIN + STREAM_KINDS[stream] + END))
         if self.has_marks and IAC in data:
             data = data.replace(IAC, IAC + IAC)
         self._backlog.append(data)
@@ -9346,36 +9446,66 @@ class Connection:
     def put_mark(self, mark):
         """Have `mark` sent by the next `flush`, if the client knows marks."""
         if self.has_marks:
-            self._backlog.append(mark)
+            self._backlog.append(_Kept(mark))
+
+    def put_turn(self, kind, prompt=""):
+        """Have a wait for input announced by the next `flush`: of what kind, and its prompt."""
+        if self.has_kinds:
+            self._backlog.append(_Kept(BEGIN + TURN_KIND + kind.encode("ascii") + END))
+        elif kind == "secret":
+            self.put_mark(NO_ECHO)
+        if prompt:
+            self.put(_Kept(prompt.encode("utf-8", "backslashreplace")), "prompt")
+        self.put_mark(GO_AHEAD)
 
     def send_note(self, text):
         """Send lines of no evaluation; a client with marks shows them above its prompt."""
         data = text.encode("utf-8", "backslashreplace")
         with self.lock:
-            self._backlog.append(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
+            self._backlog.append(_Kept(BEGIN + NOTE_KIND + data + END if self.has_marks else data))
             self.flush()
 
     def name_control(self, address, proof):
         """Tell the client the port of the control channel, and what to show there as a token."""
         port = 0 if isinstance(address, str) else address[1]
         with self.lock:
-            self._backlog.append(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END)
+            self._backlog.append(_Kept(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
             self.flush()
 
     def answer_timing_mark(self):
         """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
         with self.lock:
-            self._backlog.append(IAC + b"\xfb\x06")
+            self._backlog.append(_Kept(IAC + b"\xfb\x06"))
 
     def flush(self):
         """Send all that was put; blocks while the client is slow."""
-        data = b"".join(self._backlog)
+        items, data = list(self._backlog), b"".join(self._backlog)
         del self._backlog[:]
         if data and not self.is_broken:
             try:
-                self.sock.sendall(data, NO_SIGNAL)
+                if len(data) <= CHUNK_BYTES:
+                    self.sock.sendall(data, NO_SIGNAL)
+                else:
+                    self._send_much(items, len(data))
             except (OSError, ValueError):
                 self.is_broken = True
+
+    def drop_rest(self):
+        """Have a sender in the middle of much leave out what was printed; from any thread."""
+        self._is_dropping = self.sending is not None
+
+    def _send_much(self, items, total):
+        self._is_dropping, self.sending, sent = False, (0, total), 0
+        try:
+            for item in items:
+                for piece in _pieces(item):
+                    if self._is_dropping and not isinstance(item, _Kept):
+                        break
+                    self.sock.sendall(piece, NO_SIGNAL)
+                    sent += len(piece)
+                    self.sending = sent, total
+        finally:
+            self.sending = None
 
     def tick(self, flush):
         """Call `flush` to collect what was printed, and send what the peer takes at once."""
@@ -9407,7 +9537,7 @@ class Connection:
         except (OSError, ValueError):
             self.is_broken = True
             return
-        self._backlog[:] = [data[sent:]] if sent < len(data) else []
+        self._backlog[:] = [_Kept(data[sent:])] if sent < len(data) else []
 
     def receive(self):
         """Return what came, b"" at end-of-file; blocks."""
@@ -9445,6 +9575,23 @@ class Connection:
             self.sock.close()
 
 
+class _Kept(bytes):
+    """What a client needs to follow: it is sent also where what was printed is dropped."""
+
+
+def _pieces(data):
+    """Yield `data` in parts after each of which something else may come."""
+    begin = 0
+    while begin < len(data):
+        end = begin + CHUNK_BYTES
+        while end < min(begin + CHUNK_BYTES + 3, len(data)) and 0x80 <= data[end] < 0xC0:
+            end += 1              # not in the middle of a character ...
+        piece = data[begin:end]
+        end += (end - begin - len(piece.rstrip(IAC))) % 2     # ... nor of a doubled IAC
+        yield data[begin:end]
+        begin = end
+
+
 class Session:
     """One client's conversation with the process."""
 
@@ -9465,8 +9612,8 @@ class Session:
         self._lock = threading.Lock()
         self.place = None         # fields of the Place command, for the next block
         self.is_copy = False      # this is a child that was forked; nobody is connected
-        self._waiting = None      # "prompt" or "input" while it waits for the client; _lock
-        self._waker = None        # a socket that ends a wait for "input"; guarded by _lock
+        self._waiting = None      # the kind of turn while it waits for the client; _lock
+        self._waker = None        # a socket that ends a wait in an evaluation; guarded by _lock
         self._inputs = InputDecoder()
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
@@ -9482,12 +9629,15 @@ class Session:
     def greet(self, banner):
         """Send the first lines; they go out with the first prompt."""
         hello = "REPL session %d connected.\n%s" % (self.number, banner)
+        hidden = GUESTS.hidden(self.server.namespace)
+        if hidden and banner:
+            hello += "The program has names of its own that hide tools: %s.\n" % ", ".join(hidden)
         self.connection.put(hello.encode("utf-8", "backslashreplace"))
 
     def read(self, evaluator, kind, prompt):
         """Wait for the client and return its next input, (kind, text) as in InputDecoder.
 
-        `kind` is "prompt", or "input" within an evaluation. Runs in the thread `evaluator`, blocks.
+        `kind` is what the turn is for, see AT_PROMPT. Runs in the thread `evaluator`, blocks.
         Detached: the session goes on in another thread.
         """
         try:
@@ -9511,15 +9661,16 @@ class Session:
         """Put `items` before what `read` returns next."""
         self._inputs.ready.extendleft(reversed(items))
 
-    def use_marks(self, has_streams):
+    def use_marks(self, has_kinds, has_streams):
         """Mark turns from now on; where a prompt is already out, its mark follows at once."""
         with self.connection.lock:
             self.connection.has_marks = True
+            self.connection.has_kinds = has_kinds
             self.connection.has_streams = has_streams
             with self._lock:
-                is_waiting = self._waiting is not None
-            if is_waiting:
-                self.connection.put_mark(GO_AHEAD)
+                kind = self._waiting
+            if kind is not None:
+                self.connection.put_turn(kind)
             self.connection.flush()
 
     def interrupt(self, turn=None, is_answered=False):
@@ -9531,7 +9682,7 @@ class Session:
         with self._lock:
             if turn not in (None, self.turn) and not (is_answered and turn >= self._begun_turn):
                 return            # too late: that one is over
-            waits_at_prompt = self._waiting == "prompt" and not is_answered
+            waits_at_prompt = self._waiting in AT_PROMPT and not is_answered
             if waits_at_prompt:
                 self.turn += 1
                 self._begun_turn = self.turn
@@ -9540,6 +9691,7 @@ class Session:
         if waits_at_prompt:
             self._prompt_again()
         else:
+            self.connection.drop_rest()
             self._wake()
 
     def background(self, turn=None):
@@ -9547,6 +9699,7 @@ class Session:
 
         ProtocolError: nothing is evaluated, or what the client saw as turn `turn` is over.
         """
+        self.connection.drop_rest()
         with self.connection.lock, self._lock:
             old = self.evaluator
             if self._waiting or turn not in (None, self.turn):
@@ -9560,7 +9713,8 @@ class Session:
 
     def describe_outcome(self):
         """Return how the last input ended or stands, for the Outcome command."""
-        return dict(self.outcome, **{"state": "waiting"} if self._waiting == "input" else {})
+        is_asking = self._waiting in IN_EVALUATION
+        return dict(self.outcome, **{"state": "waiting"} if is_asking else {})
 
     def complete(self, line, cursor):
         """Return the Completions at `cursor` in `line`; none where looking takes too long."""
@@ -9609,6 +9763,8 @@ class Session:
         """Return what the evaluation does just now, as one line, or None."""
         import linecache
         frame = sys._current_frames().get(self.evaluator.ident)
+        while frame is not None and frame.f_code.co_filename == _THIS_FILE:
+            frame = frame.f_back
         if self._waiting or frame is None:
             return None
         text = "%s, line %d, in %s" % (frame.f_code.co_filename, frame.f_lineno,
@@ -9651,7 +9807,8 @@ class Session:
     def _look(self, function, *args, **options):
         """Return what `function` finds in the namespace; None where an object's __dir__ hangs, or
         raises what is no Exception: that is the business of the thread that looks."""
-        job = Job(function, self.server.namespace, *args, **options)
+        names = debugged_names(self.evaluator) if self._waiting in IN_EVALUATION else None
+        job = Job(function, self.server.namespace if names is None else names, *args, **options)
         job.start()
         job.join(COMPLETION_TIMEOUT_S)
         if job.state == "running":
@@ -9666,20 +9823,18 @@ class Session:
                     raise Detached
                 self.turn += 1    # with the next line: an interrupt is for this turn from here on
                 self._waiting = kind
-                if kind == "prompt":
+                if kind in AT_PROMPT:
                     self._begun_turn = self.turn
                     evaluator.interrupts.expect()
-            if prompt:
-                self.connection.put(prompt.encode("utf-8", "backslashreplace"), "prompt")
-            self.connection.put_mark(NO_ECHO * evaluator.asks_secret + GO_AHEAD)
+            self.connection.put_turn(kind, prompt)
             if not self._inputs.ready:
                 self.connection.flush()
 
     def _receive(self, kind):
-        if self.turn == 1:        # while the user reads the first prompt
+        if kind == "prompt":      # while the user reads it: what was imported since the last one
             note_sources()
         # Without a limit the prompt needs no waker: `_prompt_again` serves it.
-        if kind == "input" or self.server.idle_timeout_s is not None:
+        if kind in IN_EVALUATION or self.server.idle_timeout_s is not None:
             if not self._wait_for_data():
                 self._end_idle()
         data = self.connection.receive()
@@ -9744,11 +9899,10 @@ class Session:
 
     def _prompt_again(self):
         self.evaluator.console.resetbuffer()
-        prompt = self.evaluator.prompt()      # it may run the program's code: not under the lock
+        turn = self.evaluator.prompt()        # it may run the program's code: not under the lock
         with self.connection.lock:
             self.connection.put(b"\nKeyboardInterrupt\n", "stderr")
-            self.connection.put(prompt.encode("utf-8", "backslashreplace"), "prompt")
-            self.connection.put_mark(GO_AHEAD)
+            self.connection.put_turn(*turn)
             self.connection.flush()
 
 
@@ -9782,6 +9936,7 @@ class Evaluator(Job):
         self.interrupts.adopt()
         _here.evaluator = self
         ROUTER.acquire()
+        DEBUGGERS.acquire()
         try:
             ROUTER.bind(self.streams)
             self._prepare_console()
@@ -9817,8 +9972,10 @@ class Evaluator(Job):
             self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
 
     def prompt(self):
-        """Return the prompt that is due: primary, or continuation."""
-        return prompt_text("ps2", "... ") if self.console.buffer else prompt_text("ps1", ">>> ")
+        """Return (kind, text) of the prompt that is due."""
+        if self.console.buffer:
+            return "continuation", prompt_text("ps2", "... ")
+        return "primary", prompt_text("ps1", ">>> ")
 
     def evaluate(self, code_object, namespace, use, runcode=None):
         """Run `code_object` and call `use` with its value; interrupts are on, and only here.
@@ -9827,6 +9984,7 @@ class Evaluator(Job):
         """
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
+        DEBUGGERS.look()
         self._recall_error()
         lent = self._lend(namespace)
         try:
@@ -9861,6 +10019,10 @@ class Evaluator(Job):
         text = repr(value)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        if self.session.is_terminal and len(text) > VALUE_LIMIT:
+            cut = VALUE_LIMIT // 2
+            text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
+                text[:cut], len(text) - 2 * cut, text[-cut:])
         self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
         self.session.value = value
 
@@ -9890,7 +10052,7 @@ class Evaluator(Job):
         try:
             _forget_long_name(value)
             text = "".join(_without_ours(traceback.TracebackException(
-                kind, value, frames, limit=_depth(frames))).format())
+                kind, value, frames, limit=_traceback_limit(frames))).format())
         except BaseException as exc:      # one that can't even be formatted; interrupts are off
             text = "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
         if self.session.is_copy:
@@ -9899,19 +10061,28 @@ class Evaluator(Job):
         self.session.outcome["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
-        with suppress(BaseException):
-            if show is not None:
-                return show()
         stderr = self.streams["stderr"]
+        if show is None and sys.excepthook is not sys.__excepthook__:
+            show = functools.partial(sys.excepthook, kind, value, frames)
+        if show is not None and self._has_shown(show):
+            return
         text = _paint(text) if self.session.has_colours else text
         with suppress(BaseException):
             if self.console is not None and self.console._overrides("write"):
                 return stderr.write_as("traceback", self.console.write, text)
         stderr.write_as("traceback", stderr.text.write, text)
 
+    def _has_shown(self, show):
+        """Return whether `show()`, a console's own or the program's, sends something itself."""
+        before = sum(self.streams[name].count for name in ("stdout", "stderr"))
+        with suppress(BaseException):
+            self.streams["stderr"].write_as("traceback", lambda _: show(), "")
+            self.flush()
+            return sum(self.streams[name].count for name in ("stdout", "stderr")) > before
+
     def _converse(self):
         while True:
-            kind, text = self.session.read(self, "prompt", self.prompt())
+            kind, text = self.session.read(self, *self.prompt())
             self.value, self.exception, self.started = None, None, time.monotonic()
             if kind == "eof":
                 return self._finish_input()
@@ -9940,8 +10111,8 @@ class Evaluator(Job):
         source = "\n".join(self.console.buffer + [text])
         self.console.resetbuffer()
         place, self.session.place = self.session.place, None
-        if place is None:
-            self.console.run_block(source)
+        if place is None or "name" in place:
+            self.console.run_block(source, **place or {})
         else:
             self._run_placed(source, place)
 
@@ -9992,22 +10163,22 @@ class Evaluator(Job):
             self.session.outcome["exit"] = status
 
     def _ask(self):
-        if self.is_detached:
-            return ""
-        kind, text = self.session.read(self, "input", "")
-        if kind == "eof":
-            return ""
-        if kind == "line":
-            self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
-            return text + "\n"
-        if kind == "interrupt":
-            self.session.audit_interrupt(self.session.peer)
-            raise KeyboardInterrupt
-        if kind == "block":
-            self.session.unread([("line", line) for line in text.split("\n")])
-        else:
-            getattr(self, "_take_" + kind)(text)
-        return self._ask()
+        while not self.is_detached:
+            word = "secret" if self.asks_secret else "debugger" if _is_debugger() else "input"
+            kind, text = self.session.read(self, word, "")
+            if kind == "eof":
+                break
+            if kind == "line":
+                self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
+                return text + "\n"
+            if kind == "interrupt":
+                self.session.audit_interrupt(self.session.peer)
+                raise KeyboardInterrupt
+            if kind == "block":
+                self.session.unread([("line", line) for line in text.split("\n")])
+            else:
+                getattr(self, "_take_" + kind)(text)
+        return ""
 
     def ask_secret(self, prompt):
         """Return a line that the user types unseen, where the client can hide it."""
@@ -10048,6 +10219,7 @@ class Evaluator(Job):
         finally:
             self.ended = time.monotonic()
             self.state = "done" if self.exception is None else "failed"
+            DEBUGGERS.release()
             ROUTER.release()
             _here.evaluator = None
             if not self.is_detached:      # last: from here on stop() does not wait for us
@@ -10061,6 +10233,153 @@ class Evaluator(Job):
             if self.session.error is not None:
                 _forget_error(self.session.error[1])
             self.session.release()
+
+
+def _is_debugger():
+    """Return whether it is a debugger's own prompt that reads from the session just now."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_filename == _THIS_FILE:
+        frame = frame.f_back
+    asker = frame and frame.f_locals.get("self")
+    return "bdb" in sys.modules and isinstance(asker, sys.modules["bdb"].Bdb)
+
+
+class DebuggerMixin:
+    """What a session adds to pdb.Pdb: it neither stops in our frames nor shows them."""
+
+    def get_stack(self, frame, frames):
+        stack, at = super().get_stack(frame, frames)
+        first = max((k for k, (each, _) in enumerate(stack[:-1])
+                     if _is_plumbing(each.f_code)), default=-1) + 1
+        return stack[first:], at - first if at >= first else len(stack) - first - 1
+
+    def stop_here(self, frame):
+        return not _is_plumbing(frame.f_code) and super().stop_here(frame)
+
+    def dispatch_return(self, frame, value):
+        result = super().dispatch_return(frame, value)
+        if frame.f_back is None or _is_plumbing(frame.f_back.f_code):
+            sys.settrace(None)    # the input is at its end
+        return result
+
+
+class Debuggers:
+    """Has pdb talk to the session in whose thread it is called, while there are sessions.
+
+    3.14: else all threads share one debugger, which follows one of them, belongs to the terminal
+    where it was first used, and asks before it quits whether to kill the process. pdb is adapted
+    when it is imported, since its import takes longer than all else that a session needs.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._count = 0           # of sessions; guarded by _lock, as is the rest
+        self._undo = ExitStack()  # what takes our things out of pdb and the import system
+        self._loader = None       # pdb's own, while we stand before it
+        self._kind = None         # the sessions' class of debuggers, while pdb is adapted
+
+    def acquire(self):
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                sys.meta_path.insert(0, self)
+                self._undo.callback(self._leave_imports)
+
+    def release(self):
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                self._undo.close()
+
+    def forget(self):
+        """In a forked child: put everything back without waiting for locks."""
+        self._lock = threading.Lock()
+        self._count = 0
+        self._undo.close()
+
+    def find_spec(self, name, path=None, target=None):
+        """As a finder: have pdb loaded by us."""
+        if name != "pdb":
+            return None
+        from importlib.machinery import PathFinder
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        """As a loader: leave it to the import system."""
+
+    def exec_module(self, module):
+        """As a loader: load pdb as its own loader does, and adapt it."""
+        module.__loader__ = module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self.look()
+
+    def look(self):
+        """Adapt pdb, if it is loaded and still as it came."""
+        if self._kind is None and "pdb" in sys.modules:
+            import pdb            # waits for another thread that is still at it
+            with self._lock:
+                if self._count and self._kind is None and hasattr(pdb, "Pdb"):
+                    self._adapt(pdb)
+
+    def _adapt(self, pdb):
+        self._undo.callback(setattr, self, "_kind", None)
+        self._kind = type("SessionPdb", (DebuggerMixin, pdb.Pdb), {})
+        for name in ("set_trace", "set_trace_async"):
+            if hasattr(pdb.Pdb, name):
+                own, ours = vars(pdb.Pdb).get(name), self._stand_in(getattr(pdb.Pdb, name), pdb.Pdb)
+                setattr(pdb.Pdb, name, ours)
+                self._undo.callback(self._put_back, pdb.Pdb, name, ours, own)
+
+    def _put_back(self, cls, name, ours, own):
+        if vars(cls).get(name) is ours:
+            delattr(cls, name) if own is None else setattr(cls, name, own)
+
+    def _leave_imports(self):
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def _stand_in(self, original, shared):
+        def stop(debugger, frame=None, **options):
+            frame, last = frame or sys._getframe(1), getattr(shared, "_last_pdb_instance", None)
+            if type(debugger) not in (shared, self._kind):
+                return original(debugger, frame, **options)
+            is_ours = current_evaluator() is not None
+            if is_ours and debugger is last:
+                debugger = self._kind()
+            elif is_ours:
+                debugger.__class__, debugger.mode = self._kind, None
+            if getattr(debugger, "monitoring_tracer", None) is not None:
+                debugger.stop_trace()     # that way only one thread of a process can be followed
+                debugger.monitoring_tracer, debugger.backend = None, "settrace"
+            result = original(debugger, frame, **options)
+            if is_ours:
+                shared._last_pdb_instance = last      # nobody else is to stand at it
+            return result
+        return stop
+
+
+DEBUGGERS = Debuggers()
+
+
+def debugged_names(evaluator):
+    """Return the names that an input at `(Pdb)` or in a console of the user's sees, or None."""
+    from code import InteractiveInterpreter
+    frame, pdb = sys._current_frames().get(evaluator.ident), sys.modules.get("pdb")
+    while frame is not None:
+        asking = frame.f_locals.get("self")
+        if asking is evaluator.console:
+            return None
+        if isinstance(asking, InteractiveInterpreter):
+            return asking.locals
+        if pdb is not None and isinstance(asking, pdb.Pdb) and asking.curframe is not None:
+            # Up to 3.12 f_locals would undo what was assigned at the debugger's prompt.
+            return dict(asking.curframe.f_globals, **vars(asking).get("curframe_locals")
+                        or asking.curframe.f_locals)
+        frame = frame.f_back
+    return None
 
 
 def prompt_text(name, default):
@@ -10131,12 +10450,12 @@ _PLUMBING = {method.__code__ for method in (
     SessionStream._write_first)}
 
 
-def _depth(frames):
-    """Return how many entries of a traceback come before plumbing of ours, as a limit."""
-    depth = 0
+def _traceback_limit(frames):
+    """Return how many entries of a traceback to show: those before plumbing of ours, at most."""
+    depth, limit = 0, getattr(sys, "tracebacklimit", None)
     while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
         depth, frames = depth + 1, frames.tb_next
-    return depth or None
+    return min(depth or sys.maxsize, max(limit, 0) if isinstance(limit, int) else sys.maxsize)
 
 
 def _exit_copy(status, text):
@@ -10164,6 +10483,11 @@ def _forget_error(error):
         for name in ("last_type", "last_value", "last_traceback", "last_exc"):
             if hasattr(sys, name):
                 delattr(sys, name)
+
+
+def note_in_background():
+    """Have the sources of the program noted, once a server has started."""
+    threading.Thread(target=note_sources, name="hotrepl notes", daemon=True).start()
 
 
 # === 12. Control channel =====================================================
@@ -10255,7 +10579,7 @@ class ControlConnection(threading.Thread):
         self.session = session
 
     def _do_TurnMarks(self, request):
-        self._paired().use_marks(bool(request.get("streams")))
+        self._paired().use_marks(bool(request.get("kinds")), bool(request.get("streams")))
 
     def _do_TabComplete(self, request):
         session = self._paired()
@@ -10276,15 +10600,20 @@ class ControlConnection(threading.Thread):
         return {"job": self._paired().background(request.get("turn")).number}
 
     def _do_Place(self, request):
-        place = {name: request[name] for name in ("module", "file", "line", "within")
+        place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
-        if not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+        session = self._paired()
+        if list(place) == ["name"]:
+            session.place = place
+            return
+        if "name" in place or not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
-        self._paired().place = place
+        session.place = place
 
     def _do_Where(self, request):
-        return {"where": self._paired().where()}
+        sending = self._paired().connection.sending
+        return dict({"sending": sending} if sending else {}, where=self._paired().where())
 
     def _do_Terminal(self, request):
         session = self._paired()
@@ -10383,6 +10712,7 @@ class Server:
             REGISTRY.add(self)
             undo.callback(REGISTRY.remove, self)
             self._undo = undo.pop_all()
+        note_in_background()
 
     def stop(self):
         """Close all sessions and listeners and put the process back as it was before `start`.
@@ -10773,6 +11103,7 @@ class Registry:
         MAIN.forget()
         FOLLOWERS.forget()
         ROUTER.forget()
+        DEBUGGERS.forget()
         FLUSHER.forget()
 
 
@@ -10898,7 +11229,7 @@ def _join_address(address):
 
 
 def _default_banner():
-    return ("Python %s, hotrepl %s. doc(obj) or obj? explains, exit() leaves.\n"
+    return ("Python %s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, exit() leaves.\n"
             % (sys.version.split()[0], __version__))
 
 
@@ -10910,372 +11241,476 @@ REGISTRY = Registry()
 
 
 # === 14. Client ==============================================================
-# A terminal at one end, two sockets at the other. The main thread edits lines (input() with
-# GNU readline or libedit where there is one) and shows output; a reader thread takes the REPL
-# channel apart; an interrupter thread sends what Ctrl+C asks for, so that no signal handler
-# ever waits. The server says when it is our turn, and all since the last newline is the prompt.
+# A terminal at one end, two sockets at the other, and one thread between them. Link: both
+# sockets. Terminal: what a person sees and types. Conversation: which event means what; its
+# table says it all. Execution: for a program, it holds a Link and no terminal.
+#
+# How a line travels. The server says what it waits for, sends its prompt and go-ahead; Link
+# makes events of that; Conversation has Terminal read a line behind the prompt, and sends it,
+# or the lines of a paste as one block; then it shows what comes until the next go-ahead. While
+# readline edits, it asks `Terminal._next_key` for keys, which waits for them and for the sockets.
+# How a Ctrl+C travels. The terminal drops what was typed before it and sends SIGINT. At a
+# prompt the handler ends the line, and an interrupt goes where the line would have gone, on the
+# REPL channel. At work it is a request on the control channel, with the number of the turn, so
+# that it hits nothing later. What was typed behind Ctrl+C waits in the terminal for its prompt.
 
 class ServerGone(Exception):
-    """The server closed the connection, or never accepted one."""
+    """The server closed the connection, or does not answer."""
 
 
 class Left(Exception):
     """The user forced the end of the client."""
 
 
-PRESSED, RESIZED = b"p", b"r"     # what signals' handlers tell the interrupter
-SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something
-KEY_SIGNALS = {signal.SIGINT, getattr(signal, "SIGTSTP", signal.SIGINT)}  # their numbers come first
-LOOK_AGAIN_S = 0.03               # readline is made to look for signals this often ...
-LOOKS = 5                         # ... and so many times after each key
+SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something ...
+ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for any reply
+LOOK_AGAIN_S = 0.03               # plain input() is made to look for signals this often
 PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
+HALF_LINE_S = 0.02                # a line whose end does not come for so long is shown
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
+PROMPT_LIMIT_BYTES = 4096         # what comes in a line longer than that is no prompt
 UNREACHED_MS = 15000              # so long no machine takes a request (a firewall): there is none
 
 
-class ControlClient:
-    """Requests to the server's control channel; any thread, one at a time."""
+class Link:
+    """A session with a server: bytes and requests out, events in. For the main thread.
 
-    def __init__(self, sock):
-        self._sock = sock
-        self._lock = threading.Lock()
-        self._decoder = MessageDecoder()
-        self._replies = collections.deque()
-        self._owed = 0            # replies to requests that were given up; they come first
-        if hasattr(socket, "TCP_USER_TIMEOUT") and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
-
-    def request(self, command, **fields):
-        """Send a request and return its reply, a dict; blocks. ServerGone: no connection."""
-        with self._lock:
-            self._sock.sendall(encode_message(dict(fields, command=command)))
-            self._owed += 1
-            while self._owed:
-                reply = self._receive()
-                self._owed -= 1
-        return reply
-
-    def ask(self, command, **fields):
-        """As `request`, but raise ProtocolError with the server's reason where it refuses."""
-        reply = self.request(command, **fields)
-        if reply.get("status") != "ok":
-            raise ProtocolError(str(reply.get("reason", "refused without a reason")))
-        return reply
-
-    def close(self):
-        self._sock.close()
-
-    def limit_wait(self, timeout_s):
-        """Give up a request whose reply takes longer than this."""
-        self._sock.settimeout(timeout_s)
-
-    def _receive(self):
-        while not self._replies:
-            try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except OSError as exc:
-                raise ServerGone(str(exc)) from exc
-            if not data:
-                raise ServerGone("the control connection was closed")
-            self._replies.extend(self._decoder.feed(data))
-        return self._replies.popleft()
-
-
-class Turn:
-    """A wait of the server's for us. A line answers it or Ctrl+C does, whichever comes first.
-
-    The handler of Ctrl+C runs in the main thread between any two steps; an append is one step.
+    `events` holds (kind, bytes), as they came: "data"; "kind" (what the turn will be for), "turn";
+    "stream" (which the data is of from here on); "note"; "eof" (goodbye); "closed", the last.
     """
 
-    LINE, INTERRUPT = "line", "interrupt"
+    BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind"}
 
-    def __init__(self, number):
-        self.number = number
-        self.is_in_vain = False   # Ctrl+C did not reach the server; where it runs, the next leaves
-        self._answers = []
+    def __init__(self, sock, control, limit_s=ANSWER_LIMIT_S):
+        self.sock = sock          # the REPL channel
+        self.control = control    # the control channel
+        self.limit_s = limit_s    # how long a reply may take
+        self.events = collections.deque()
+        self.is_closed = False    # the server closed the REPL channel
+        self.loss = ""            # why there is no control channel any more
+        self._marks = MarkDecoder()
+        self._messages = MessageDecoder()
+        self._unsent = collections.deque()    # (request, what takes its reply); also from handlers
+        self._owed = collections.deque()  # what takes the replies that are still to come, in order
+        self._is_posting = False  # a handler that interrupts this leaves its request to it
+        control.setblocking(False)    # a handler may have taken what a select() saw
+        if hasattr(socket, "TCP_USER_TIMEOUT") and control.family != getattr(socket, "AF_UNIX", 0):
+            control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
 
-    def answer(self, answer):
-        """Answer the turn, and return whether that was the first answer."""
-        self._answers.append(answer)
-        return self._answers == [answer]
+    def open(self, *requests):
+        """Pair both channels, make `requests`, (command, fields); return the server's first line."""
+        secret = os.urandom(16).hex()     # shows that both are ours
+        self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END)
+        line = b""
+        while not line.endswith(b"\n"):
+            line += self.sock.recv(1) or _gone("it closed the connection at once")
+        match = re.search(rb"session (\d+) connected", line) or _gone(
+            "its first line is %s, expected 'REPL session N connected.'" % shorten(line))
+        self.sock.settimeout(None)
+        self.ask("PairWithSession", id=int(match.group(1)), secret=secret)
+        for command, fields in requests:
+            self.ask(command, **fields)
+        return line
 
-    @property
-    def is_interrupted(self):
-        return self._answers[:1] == [self.INTERRUPT]
+    def send(self, data):
+        """Send bytes on the REPL channel; blocks while the server is slow."""
+        with suppress(OSError):   # it is gone: the next event tells
+            self.sock.sendall(data)
+
+    def post(self, command, use, **fields):
+        """Send a request, and have `use` called with its reply, {} where there is none.
+
+        Does not wait; a signal's handler may call it.
+        """
+        self._unsent.append((encode_message(dict(fields, command=command)), use))
+        self._send_requests()
+
+    def ask(self, command, limit_s=None, **fields):
+        """Return the reply to a request. ProtocolError: it is refused. ServerGone: none came."""
+        replies, end = [], time.monotonic() + (limit_s or self.limit_s)
+        self.post(command, replies.append, **fields)
+        while not replies and time.monotonic() < end:
+            if select.select([self.control], [], [], max(0.0, end - time.monotonic()))[0]:
+                self._receive_replies()
+        if not (replies and replies[0]):
+            raise ServerGone(self.loss or "no answer on the control connection")
+        if replies[0].get("status") != "ok":
+            raise ProtocolError(str(replies[0].get("reason", "refused without a reason")))
+        return replies[0]
+
+    def wait(self, timeout_s=None, *others):
+        """Take in what comes within that time; return which sockets, of `others` too, were ready."""
+        self._send_requests()
+        ready = select.select(self.sockets() + list(others), [], [], timeout_s)[0]
+        if self.sock in ready:
+            self._receive()
+        if self.control in ready:
+            self._receive_replies()
+        return ready
+
+    def sockets(self):
+        """Return those that something can still come from."""
+        return [self.sock] * (not self.is_closed) + [self.control] * (not self.loss)
+
+    def _receive(self):
+        try:
+            data = self.sock.recv(RECEIVE_BYTES)
+        except OSError:
+            data = b""
+        for kind, payload in self._marks.feed(data):
+            if kind == "block" and payload[:1] in self.BLOCKS:
+                kind, payload = self.BLOCKS[payload[:1]], payload[1:]
+            self.events.append(("stream" if kind == "block" else kind, payload))
+        if not data:
+            self.is_closed = True
+            self.events.append(("closed", b""))
+
+    def _send_requests(self):
+        if self._is_posting:
+            return
+        self._is_posting = True
+        try:
+            for request, use in take_all(self._unsent):
+                self._owed.append(use)
+                while request and not self.loss:
+                    if not select.select([], [self.control], [], self.limit_s)[1]:
+                        raise ServerGone("it takes no requests")
+                    request = request[self.control.send(request):]
+        except (OSError, ServerGone) as exc:
+            self.loss = str(exc)
+        finally:
+            self._is_posting = False
+        if self.loss:
+            self._give_up()
+
+    def _receive_replies(self):
+        try:
+            data = self.control.recv(RECEIVE_BYTES) or _gone("the control connection was closed")
+            for reply in self._messages.feed(data):
+                self._owed.popleft()(reply if isinstance(reply, dict) else {})
+        except BlockingIOError:
+            pass
+        except (OSError, ServerGone, ProtocolError, IndexError) as exc:
+            self.loss = str(exc)
+            self._give_up()
+
+    def _give_up(self):
+        for use in take_all(self._owed):
+            use({})
 
 
-class Client:
-    """One session with a server, as a person at a terminal sees it."""
+def _gone(why):
+    raise ServerGone(why)
 
-    MARKS = {"streams": False}    # fields of the TurnMarks request
 
-    def __init__(self, sock, control):
-        import queue
-        self._sock = sock
-        self.control = control
-        self._secret = os.urandom(16).hex()       # shows that both connections are ours
-        self.history = None       # a _History where there is readline
-        self.gets_whole_pastes = False    # input() returns a paste of several lines as one string
-        self.marks_pastes = False         # the terminal can be told to mark where one begins, ends
-        self._ahead = collections.deque()         # lines of a paste, for the waits that follow
-        self._begun = ""          # the beginning of the next line, where it came with a paste
-        self.ends_line_at_eof = False     # input() goes to a new line on Ctrl+D ...
-        self.ends_line_at_interrupt = False       # ... and on Ctrl+C
-        self._prompts = ()        # the server's own prompts: what is typed there is history
-        # (kind, bytes) from the reader to the main thread: few, or Ctrl+C would show late
-        self._events = queue.Queue(64)
-        self._notes = collections.deque()  # what is to be shown above the prompt, from the reader
-        self._turn = Turn(0)      # the last one; its number counts go-aheads
-        self._edited_prompt = ""  # of the line that is being edited
-        self._is_editing = False  # the main thread is in input(): Ctrl+C ends that
-        self._is_line_open = False        # Ctrl+C ended that: what comes next begins a new line
-        self._is_secret = False   # the next answer is not to be shown
-        self._is_leaving = False  # end-of-file was sent: Ctrl+C forces the end, once
-        self._has_ended = False   # the server says that the session ended as the user wanted
-        self._is_gone = False     # the server closed the connection; written by the reader
-        self._is_alone = False    # the control connection is lost, and the user was told
-        self._pressed = collections.deque()       # (command, fields) of Ctrl+C and Ctrl+Z
-        self._looks = 0           # how often readline is to look still; both are the interrupter's
-        self._doubt = None        # (turn, time): what began at that turn is stuck if it runs then
-        self._kick, self._kicked = socket.socketpair()   # bytes that wake the interrupter
-        self._stdout = getattr(sys.stdout, "buffer", None)
+class Conversation:
+    """One session with a server, as a person at a terminal has it.
+
+    What happens at an event (rows: where it is). A turn is answered by what comes first, a line or
+    Ctrl+C; an append to `_answers` is one step, which no signal's handler can cut in two.
+
+              output     go-ahead  line or ^D   Ctrl+C              Ctrl+Z      1 s later  closed
+    --------  ---------  --------  -----------  ------------------  ----------  ---------  ------
+    at work   show       asked     -            request; urged      background  -          exit 1
+    urged     show       asked     -            request             background  explain    exit 1
+    in vain   show       asked     -            exit 0              background  -          exit 1
+    flooded   show       asked     -            request; dropping   background  -          exit 1
+    dropping  -          asked     -            request             background  explain    exit 1
+    asked     (waits)    -         send         interrupt; urged    stop us     -          exit 1
+    leaving   show       asked     -            exit 0              background  -          exit 0
+
+    "asked" is at work once it is answered, or leaving after Ctrl+D at the primary prompt. A note
+    is shown at once: between lines, or above the one that is edited. "explain" asks the server
+    what it does, and says so; no answer means in vain, output still on its way: flooded.
+    """
+
+    INTERRUPTED = object()        # an answer
+
+    def __init__(self, link):
+        self.link = link
+        self.terminal = Terminal(self)
+        self._state = "at work"   # as in the table; "asked" is: nothing in _answers
+        self._answers = [b""]     # to the last turn; the first counts
+        self._turn = 0            # how many go-aheads came
+        self._explain_at = None   # when what was interrupted and goes on is explained
+        self._is_heard = True     # the last request about that was answered
+        self._notes = []          # what is to be shown, in bytes
+        self._ahead = collections.deque()     # lines of a paste, for the waits that follow
+        self._block = []          # the lines of the statement that is being typed
+        self._is_ended = False    # the server says that the session ended as the user wanted
+        self._is_loss_told = False    # that of the control connection
 
     def run(self):
         """Talk until the user leaves or the server is gone; return the exit code."""
-        with ExitStack() as undo:
-            for each in (self._sock, self._kick, self._kicked, self.control):
-                undo.callback(each.close)
+        with self.terminal:
             try:
-                greeting = self._receive_greeting()
-                undo.enter_context(_terminal_modes())
-                undo.enter_context(self._signals())   # before it is shown that we are connected
-                self._pair(greeting)
-                undo.enter_context(_line_editor(self))
-                self._spawn(self._read, "reader")
-                self._spawn(self._send_interrupts, "interrupter")
-                return self._converse()
+                self.terminal.write(self.link.open(*self.terminal.facts(),
+                                                   ("TurnMarks", {"kinds": True})))
+                self.terminal.begin()
+                while True:
+                    self._answer(self._show_until_turn())
             except Left:
                 return 0
-            except ServerGone as exc:
-                return self._report_gone(exc)
-
-    def _receive_greeting(self):
-        """Send the secret that pairs the connections; return the first line, not yet shown."""
-        self._sock.sendall(BEGIN + SECRET_KIND + self._secret.encode("ascii") + END)
-        line = b""
-        while not line.endswith(b"\n"):
-            byte = self._sock.recv(1)
-            if not byte:
-                raise ServerGone("it closed the connection at once")
-            line += byte
-        return line
-
-    def _pair(self, line):
-        """Show the first line, bind the control connection to that session, ask for marks."""
-        match = re.search(rb"session (\d+) connected", line)
-        if not match:
-            raise ServerGone("its first line is %s, expected 'REPL session N connected.'"
-                             % shorten(line))
-        self._write(line)
-        self.control.ask("PairWithSession", id=int(match.group(1)), secret=self._secret)
-        self._prompts = self.control.ask("DescribeServer").get("prompts", {}).values()
-        self._tell_terminal()
-        self.control.ask("TurnMarks", **self.MARKS)
-
-    def _converse(self):
-        while True:
-            prompt = self._show_until_turn()
-            self._turn, self._is_leaving = Turn(self._turn.number + 1), False
-            data = self._ask(prompt)
-            if self._turn.answer(Turn.LINE):
-                self._is_leaving = data == END_OF_FILE and self._is_primary(prompt)
-                self._sock.sendall(data)
+            except (ProtocolError, ServerGone) as exc:
+                if self._state == "leaving" or self._is_ended:
+                    return 0
+                print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
+                return 1
 
     def _show_until_turn(self):
-        """Write what comes until the server waits for us; return its prompt, not yet shown."""
-        import queue
-        line = b""                # since the last newline
-        shown = 0                 # how much of it is on the screen
+        """Show what comes until the server waits for us; return for what."""
+        word = "primary"
         while True:
-            try:
-                kind, data = self._events.get(timeout=0.02 if shown < len(line) else None)
-            except queue.Empty:
-                self._write(line[shown:])
-                shown = len(line)
-                continue
-            if self._is_line_open and kind in ("data", "turn"):
-                self._is_line_open = False
-                self._write(b"\n" * (not data.startswith(b"\n")))
-            if kind == "data":
-                line, shown = self._show(line, shown, data)
-            elif kind == "turn":
-                return self._prompt(line, shown)
-            elif kind == "note":
-                gap = b"\n" if shown and self._notes else b""
-                self._write(gap + b"".join(take_all(self._notes)))
-                shown = 0
-            elif kind == "no echo":
-                self._is_secret = True
-            elif kind == "eof":
-                self._has_ended = True
-            elif kind == "closed":
-                self._write(line[shown:] + b"\n" * bool(line))
-                raise ServerGone("it closed the connection")
+            for kind, data in take_all(self.link.events):
+                if kind == "data" and self._state != "dropping":
+                    self.terminal.show(data)
+                elif kind == "kind":
+                    word, self._state = data.decode("ascii"), "at work"
+                    self.terminal.begin_prompt(is_whole=word in AT_PROMPT)
+                elif kind == "turn":
+                    return word
+                else:
+                    self._take_other(kind, data)
+            self._show_notes()
+            ready = self.link.wait(self._patience_s(), self.terminal.woken)
+            if self.terminal.woken in ready:
+                self.terminal.woken.recv(RECEIVE_BYTES)
+            if not ready:
+                self._on_quiet()
 
-    def _show(self, line, shown, data):
-        """Write the complete lines of `line` + `data`; return the rest and how much of it shows."""
-        head, newline, rest = data.rpartition(b"\n")
-        if not newline:
-            return line + data, shown
-        self._write(line[shown:] + head + newline)
-        return rest, 0
+    def _take_other(self, kind, data):
+        if kind == "note":
+            self._notes.append(data)
+        elif kind == "eof":
+            self._is_ended = True
+        elif kind == "closed":
+            self.terminal.end_line()
+            raise ServerGone("it closed the connection")
 
-    def _prompt(self, line, shown):
-        if shown:
-            self._write(b"\r")    # input() writes it again
-        return line.rpartition(b"\r")[2].decode("utf-8", "replace")
+    def _patience_s(self):
+        waits = [HALF_LINE_S] * self.terminal.holds_back()
+        if self._explain_at is not None:
+            waits.append(max(0.0, self._explain_at - time.monotonic()))
+        return min(waits, default=None)
 
-    def _ask(self, prompt):
+    def _on_quiet(self):
+        self.terminal.show_half()
+        if self._explain_at is not None and time.monotonic() >= self._explain_at:
+            self._explain_at = None
+            if self._is_heard:
+                self._request("Where", self._explain)
+                self._explain_at = time.monotonic() + STUCK_AFTER_S
+            else:
+                self._state = "in vain"
+                self._say("%s; Ctrl+C again leaves, and it goes on" % (
+                    "this can't be interrupted any more" if self.link.loss else
+                    "no answer from the server: the process is stopped or very busy"))
+
+    def _explain(self, reply):
+        """Say why Ctrl+C had no effect yet."""
+        if not reply or not self._answers or self._state == "at work":
+            return self._on_heard(reply)
+        self._is_heard, self._explain_at = True, None
+        if reply.get("where") and not reply.get("sending"):
+            return self._say("no reaction yet: %s; a call in C has to return first. "
+                             "Ctrl+Z puts it into the background." % reply["where"])
+        self._state = "flooded"
+        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in reply["sending"]) \
+            if reply.get("sending") else ""
+        self._say("still sending its output%s; Ctrl+C again drops the rest" % how_much)
+
+    def _answer(self, kind):
+        """Send what the user answers to a turn for `kind`."""
+        self._turn += 1
+        self._state, self._explain_at = "at work", None
+        prompt = self.terminal.take_prompt()
+        if kind != "continuation":
+            self._block = []
+        self._answers = []        # from here on it is asked
+        data = self._read(kind, prompt)
+        self._answers.append(data)
+        if self._answers[0] is data:
+            if data == END_OF_FILE and kind in AT_PROMPT:
+                self._state = "leaving"
+            self.link.send(data)
+
+    def _read(self, kind, prompt):
         """Return what the user answers, as bytes for the server."""
-        import getpass
-        self._edited_prompt = prompt
-        if self._ahead and not self._is_secret:
+        if self._ahead and kind != "secret":
             text = self._ahead.popleft()
-            self._write(("%s%s\n" % (prompt, text)).encode("utf-8", "surrogateescape"))
-            return self._answer(prompt, text)
-        begun, self._begun = self._begun, ""
-        if self._is_secret:
-            self.mark_pastes(False)
-        try:
-            text = (self._edit(getpass.getpass, prompt) if self._is_secret
-                    else self._edit(_input, _hide_escapes(prompt), begun))
-        except EOFError:
-            _forget_end_of_file()
-            self._write(b"" if self.ends_line_at_eof and not self._is_secret else b"\n")
-            return END_OF_FILE
-        except ServerGone:
-            self._write(b"\n")
-            raise
-        finally:
-            is_secret, self._is_secret = self._is_secret, False
-            self.mark_pastes(True)        # also what is pasted before the next prompt is one unit
-        if self._turn.is_interrupted:
-            self._is_line_open = is_secret or not self.ends_line_at_interrupt
-            return b""
-        if not is_secret and not self.gets_whole_pastes:
-            more, self._begun = _rest_of_paste()
-            # PyPy's line editor keeps the NUL that Linux makes of a Ctrl+D typed ahead.
-            text = text.replace("\0", "") + more
-        self._show_tall((prompt + text).rstrip("\n"))
-        return self._answer(prompt, text)
-
-    def _answer(self, prompt, text):
-        """Return `text` as bytes for the server: several lines are one unit, but for input()."""
-        if not self._is_primary(prompt):
+            self.terminal.write((prompt + text + "\n").encode("utf-8", "surrogateescape"))
+        else:
+            try:
+                indent = _indentation(self._block) if kind == "continuation" else ""
+                text = self.terminal.read(prompt, indent, is_secret=kind == "secret")
+            except EOFError:
+                return END_OF_FILE
+            except KeyboardInterrupt:
+                return b""
+        if kind in AT_PROMPT:
+            self._block += text.split("\n")
+            self.terminal.remember("\n".join(self._block), is_longer=kind == "continuation")
+            text = text if text.strip() else ""
+        else:
             text, *more = text.rstrip("\n").split("\n")
             self._ahead.extend(more)
-        elif self.history is not None:
-            self.history.add(text)
         data = text.encode("utf-8", "surrogateescape").replace(IAC, b"")
-        if b"\n" in data:
-            return BEGIN + BLOCK_KIND + data + END
-        return data + b"\n"
+        return BEGIN + BLOCK_KIND + data + END if b"\n" in data else data + b"\n"
 
-    def _is_primary(self, prompt):
-        """Return whether that is the server's own prompt, rather than of input() or pdb."""
-        return prompt in self._prompts or (
-            self._request("Outcome").get("outcome", {}).get("state") != "waiting")
+    # What the terminal calls, in the main thread.
 
-    def mark_pastes(self, is_on):
-        """Tell the terminal, where that can be done, whether to mark what is pasted."""
-        if self.marks_pastes:
-            self._write(b"\033[?2004h" if is_on else b"\033[?2004l")
-
-    def _edit(self, read, *args):
-        """Return what the user types; Ctrl+C and the server's end are raised in here only."""
-        with _kept_modes():       # Ctrl+C can be raised in `read` while that puts them back
-            return self._edit_in_any_mode(read, *args)
-
-    def _edit_in_any_mode(self, read, *args):
-        try:
-            try:
-                self._is_editing = True
-                self._look()
-                return read(*args)
-            finally:
-                self._is_editing = False
-        except (KeyboardInterrupt, SystemError):  # the latter where CPython's input() is about to
-            self._is_editing = False      # raise and has another handler run; the line above may
-            if not self._turn.is_interrupted:     # not have run
-                raise ServerGone("it closed the connection") from None
-            return ""
-
-    def _look(self, *_):
-        """While a line is edited, do what is due: readline has handlers of signals run."""
-        if not self._is_editing:
-            return
-        if self._is_gone:
+    def on_ready(self):
+        """While a line is edited: take in what came; ServerGone ends it."""
+        self.link.wait(0.0)
+        events = self.link.events
+        self._notes += [data for kind, data in events if kind == "note"]
+        self._is_ended = self._is_ended or ("eof", b"") in events
+        if self.link.is_closed:
             raise ServerGone("it closed the connection")
-        if self._turn.is_interrupted:
-            raise KeyboardInterrupt
+        for _ in range(len(events)):      # what else comes is for later: another's interrupt, say
+            if events[0][0] == "note":
+                events.popleft()
+            else:
+                events.rotate(-1)
         self._show_notes()
 
-    def _make_look(self):
-        """Have `_look` called: by a signal's handler, where readline waits for a key."""
-        if hasattr(signal, "SIGURG") and signal.getsignal(signal.SIGURG) == self._look:
-            if self._is_editing:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
-        elif self._is_editing:
-            self._show_notes()    # no more than that can be done from another thread
+    def on_interrupt(self):
+        """Deal with Ctrl+C, pressed however often; a signal's handler."""
+        if self._state in ("leaving", "in vain"):
+            self._state = "at work"       # the next press finds us on the way out
+            raise Left
+        self._ahead.clear()
+        self._answers.append(self.INTERRUPTED)
+        if self._answers == [self.INTERRUPTED]:
+            self.link.send(INTERRUPT)
+        elif self._turn:
+            self._request("KeyboardInterrupt", self._on_heard, turn=self._turn, answered=True)
+        self._state = "dropping" if self._state in ("flooded", "dropping") else "urged"
+        self._explain_at = time.monotonic() + STUCK_AFTER_S
+
+    def on_suspend(self):
+        """Deal with Ctrl+Z at work; a signal's handler."""
+        self._request("Background", lambda reply: None, turn=self._turn)
+
+    def on_resize(self):
+        """Tell the server the size of the terminal; a signal's handler."""
+        for command, fields in self.terminal.facts():
+            self.link.post(command, lambda reply: None, **fields)
+
+    def complete(self, line):
+        """Return the reply to Complete, {} where there is none."""
+        try:
+            return self.link.ask("Complete", limit_s=2 * COMPLETION_TIMEOUT_S, line=line,
+                                 cursor=len(line))
+        except (ProtocolError, ServerGone) as exc:
+            if self.link.loss:
+                self._tell_loss(exc)
+            else:
+                self._say("no completions: %s" % exc)
+            self._show_notes()
+            return {}
+
+    def _request(self, command, use, **fields):
+        self._is_heard = False
+        self.link.post(command, use, **fields)
+
+    def _on_heard(self, reply):
+        self._is_heard = bool(reply)
+        if not reply:
+            self._tell_loss(self.link.loss)
+            if self._state == "urged":
+                self._explain_at = time.monotonic()
+
+    def _tell_loss(self, why):
+        if self.link.loss and not self._is_loss_told and not self.link.is_closed:
+            self._is_loss_told = True
+            self._say("the control connection is lost, and with it Tab and interrupts: %s" % why)
+
+    def _say(self, text):
+        self._notes.append(("\nhotrepl: %s\n" % text).encode("utf-8", "replace"))
 
     def _show_notes(self):
         if self._notes:
-            is_erased = not self._is_secret and _call_readline("rl_clear_visible_line",
-                                                               ("fflush", None))
-            self.show_above(b"".join(take_all(self._notes)).decode("utf-8", "replace"),
-                            begin="" if is_erased else "\r\033[K")
+            notes, self._notes = self._notes, []
+            self.terminal.show_note(b"".join(notes))
 
-    def request_aside(self, command, **fields):
-        """Return the reply to a request, {} if there is none; Ctrl+C ends but the wait for it."""
-        import queue
-        replies = queue.Queue()
 
-        self._spawn(lambda: replies.put(self._request(command, **fields)), command)
-        return replies.get()
+def _indentation(block):
+    """Return what the next line of a statement begins with, after the lines `block`."""
+    import tokenize
+    last = block[-1] if block else ""
+    try:
+        list(tokenize.generate_tokens(iter([line + "\n" for line in block] + [""]).__next__))
+    except (tokenize.TokenError, SyntaxError, StopIteration) as exc:
+        if "string" in str(exc):  # its lines are the user's
+            return ""
+    indent = last[:len(last) - len(last.lstrip())]
+    code = last.partition("#")[0].rstrip()
+    if code.endswith((":", "(", "[", "{")):
+        return indent + "    "
+    is_last = re.match(r"\s*(return|raise|pass|break|continue)\b", code)
+    return indent[:-4] if is_last else indent
 
-    def _request(self, command, **fields):
-        """Return the reply to a request, {} where the control connection is lost: says so once."""
-        try:
-            return self.control.request(command, **fields)
-        except (OSError, ServerGone, ProtocolError) as exc:
-            if not self._is_alone and not self._is_gone:
-                self._is_alone = True
-                self._say("the control connection is lost, and with it Tab and interrupts: %s"
-                          % exc)
-            return {}
 
-    def _show_tall(self, text):
-        """Show a block that fills the screen again: readline leaves out the lines in its middle."""
+class Terminal:
+    """What a person sees and types. A context manager: afterwards all is as it was before.
+
+    A line is read in one of two ways. GNU readline gets its keys from `_next_key`, in which signals
+    and sockets are dealt with. Any other reading (PyPy's and libedit's input(), getpass) is made to
+    look by a thread that sends SIGURG again and again: a signal that comes just before a wait
+    for a key does not end that wait.
+    """
+
+    def __init__(self, owner):
+        self.owner = owner        # a Conversation, for its on_... methods
+        self.woken, self._wake = socket.socketpair()      # a byte for each signal
+        self._undo = ExitStack()
+        self._stdout = getattr(sys.stdout, "buffer", None)
+        self._history = None      # a _History where there is readline
+        self._library = None      # the C library of GNU readline, where that can be had
+        self._callback = None     # `_next_key` for it
+        self._reading = ""        # "keys" or "plain" while a line is read
+        self._ending = None       # the exception that ends the reading of keys
+        self._prompt = ""         # of the line that is read
+        self._is_secret = False   # which is not to be shown
+        self._begun = ""          # the beginning of the next line, where it came with a paste
+        self._line = b""          # what came since the last newline, ...
+        self._shown = 0           # ... how much of it is on the screen, ...
+        self._is_long = False     # ... and whether there was more of it, which is
+        self._is_line_open = False    # Ctrl+C ended a line here: what comes next begins a new one
+        self._takes_pastes = False    # a paste of several lines is read as one string
+        self._marks_pastes = False    # the terminal can be told to mark where one begins and ends
+        self._ends_line_at_eof = False    # reading goes to a new line on Ctrl+D ...
+        self._ends_line_at_interrupt = False      # ... and on Ctrl+C
+
+    def __enter__(self):
+        for each in (self.woken, self._wake):
+            self._undo.callback(each.close)
+            each.setblocking(False)
+        self._undo.enter_context(_kept_modes())
+        self._undo.enter_context(self._signals())     # before it is shown that we are connected
+        return self
+
+    def __exit__(self, *exc_info):
+        self._undo.close()
+
+    def begin(self):
+        """Get ready to edit lines."""
+        self._undo.enter_context(self._line_editor())
+
+    def facts(self):
+        """Return the requests that tell a server what terminal this is."""
         import shutil
+        if not sys.stdout.isatty():
+            return []
         columns, lines = shutil.get_terminal_size()
-        if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
-            self._write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
+        has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        return [("Terminal", {"columns": columns, "lines": lines, "colours": has_colours})]
 
-    def show_above(self, text, begin="\n"):
-        """Write `text` above the line that is being edited, and that line again."""
-        sys.stdout.write((begin + text).replace("\n", "\r\n"))   # the terminal may be raw
-        sys.stdout.flush()
-        if self._is_secret:       # getpass reads that, not readline
-            sys.stdout.write(self._edited_prompt)
-            sys.stdout.flush()
-        elif not _call_readline("rl_on_new_line", "rl_redisplay"):
-            line = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
-            line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
-            sys.stdout.write(self._edited_prompt + line)
-            sys.stdout.flush()
+    # Output. The last line is held back for a moment: it may be a prompt, which the editor writes.
 
-    def _write(self, data):
-        """Write bytes to the terminal. A terminal that is gone is the end of the client."""
+    def write(self, data):
+        """Write bytes. A terminal that is gone is the end of the client."""
         try:
             if self._stdout is None:
                 sys.stdout.write(data.decode("utf-8", "replace"))
@@ -11285,129 +11720,209 @@ class Client:
         except (OSError, ValueError) as exc:
             raise Left from exc
 
-    def _report_gone(self, exc):
-        if self._is_leaving or self._has_ended:
-            return 0
-        print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
-        return 1
+    def show(self, data):
+        """Write the complete lines of what comes, and hold back the rest."""
+        if self._is_line_open:
+            self._is_line_open = False
+            self.write(b"\n" * (not data.startswith(b"\n")))
+        head, newline, rest = data.rpartition(b"\n")
+        if newline:
+            self.write(self._line[self._shown:] + head + newline)
+            self._line, self._shown, self._is_long = rest, 0, False
+        else:
+            self._line += data
+        if len(self._line) > PROMPT_LIMIT_BYTES:
+            self.show_half()
+            self._line, self._shown, self._is_long = b"", 0, True
 
-    def _spawn(self, target, name):
-        threading.Thread(target=target, name="hotrepl client " + name, daemon=True).start()
+    def holds_back(self):
+        """Return whether there is something that `show_half` would write."""
+        return self._shown < len(self._line)
 
-    def _read(self):
-        """Take the REPL channel apart; runs in the reader's thread."""
-        decoder = MarkDecoder()
-        while True:
+    def show_half(self):
+        """Write what is held back: its end does not come."""
+        self.write(self._line[self._shown:])
+        self._shown = len(self._line)
+
+    def end_line(self):
+        """Begin a new line, if one is begun."""
+        self.show_half()
+        if self._line or self._is_long or self._is_line_open:
+            self.write(b"\n")
+        self._line, self._shown, self._is_long, self._is_line_open = b"", 0, False, False
+
+    def begin_prompt(self, is_whole):
+        """Get ready for a turn; `is_whole`: its prompt is only what comes from here on."""
+        if self._is_long or self._is_line_open:
+            self.end_line()
+
+    def take_prompt(self):
+        """Return what came since the last newline, for `read` to write."""
+        if self._is_long or self._is_line_open:
+            self.end_line()
+        if self._shown:
+            self.write(b"\r")
+        line, self._line, self._shown = self._line, b"", 0
+        return line.rpartition(b"\r")[2].decode("utf-8", "replace")
+
+    def show_note(self, data):
+        """Write lines above the one that is edited, or before what comes next."""
+        if self._reading:
+            is_erased = not self._is_secret and self._call("rl_clear_visible_line",
+                                                           ("fflush", None))
+            self.show_above(data.decode("utf-8", "replace"), "" if is_erased else "\r\033[K")
+        else:
+            self.show_half()
+            self.write(b"\n" * (bool(self._line) and not data.startswith(b"\n")) + data)
+            self._shown = 0
+
+    def show_above(self, text, begin="\n"):
+        """Write `text` above the line that is edited, and that line again."""
+        sys.stdout.write((begin + text).replace("\n", "\r\n"))   # the terminal may be raw
+        sys.stdout.flush()
+        if not self._is_secret and self._call("rl_on_new_line", "rl_redisplay"):
+            return
+        line = ""                 # of a secret that getpass reads
+        if not self._is_secret and "readline" in sys.modules:
+            line = sys.modules["readline"].get_line_buffer()
+        line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
+        sys.stdout.write(self._prompt + line)
+        sys.stdout.flush()
+
+    # Input.
+
+    def read(self, prompt, begun="", is_secret=False):
+        """Return what is typed behind `prompt`: a line, or several of a paste.
+
+        EOFError after Ctrl+D, KeyboardInterrupt after Ctrl+C, and what `owner.on_ready` raises.
+        """
+        self._prompt, self._is_secret = prompt, is_secret
+        begun, self._begun = self._begun or begun, ""
+        try:
+            with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
+                if is_secret:     # `_kept_modes` shows again what is typed
+                    self._mark_pastes(False)
+                    return self._read_plain(_read_secret, prompt)
+                text = (self._read_plain(_input, _hide_escapes(prompt), begun)
+                        if self._library is None else self._read_keys(_hide_escapes(prompt), begun))
+        except EOFError:
+            self.write(b"" if self._ends_line_at_eof and not is_secret else b"\n")
+            raise
+        except KeyboardInterrupt:
+            self._is_line_open = is_secret or not self._ends_line_at_interrupt
+            raise
+        except ServerGone:
+            self.write(b"\n")
+            raise
+        finally:
+            self._mark_pastes(True)       # also what is pasted before the next prompt is one unit
+        if not self._takes_pastes:
+            more, self._begun = _rest_of_paste()
+            # PyPy's line editor keeps the NUL that Linux makes of a Ctrl+D typed ahead.
+            text = text.replace("\0", "") + more
+        self._show_tall((prompt + text).rstrip("\n"))
+        return text
+
+    def remember(self, text, is_longer=False):
+        """Keep what was typed at a prompt; `is_longer`: in place of the last, its beginning."""
+        if self._history is not None:
+            self._history.add(text, is_longer)
+
+    def _read_keys(self, prompt, begun):
+        """Return what is typed into GNU readline, which gets its keys from us."""
+        import ctypes
+        import readline
+        self._ending, self._reading = None, "keys"
+        readline.set_startup_hook((lambda: readline.insert_text(begun)) if begun else None)
+        try:
+            line = self._library.readline(prompt.encode("utf-8", "surrogateescape"))
+        finally:
+            self._reading = ""
+            readline.set_startup_hook(None)
+        text = None if not line else ctypes.string_at(line)
+        self._library.free(ctypes.c_void_p(line))
+        if self._ending is not None:
+            raise self._ending
+        if text is None:
+            raise EOFError
+        return text.decode("utf-8", "surrogateescape")
+
+    def _next_key(self, _):
+        """Return the next byte that is typed, -1 at the end; readline calls it."""
+        try:
+            _read_without_waiting()
+            misses = 0
+            while self._ending is None and misses < 5:
+                ready = select.select([0, self.woken] + self.owner.link.sockets(), [], [])[0]
+                if ready != [0]:
+                    self._look()
+                # Ctrl+C drops what was typed, also between these two lines.
+                key = os.read(0, 1) if 0 in ready and self._ending is None else b""
+                if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
+                    self._ending = EOFError()
+                elif key:
+                    return key[0]
+                misses = misses + 1 if ready == [0] else 0
+        except BaseException as exc:      # readline is C: `_read_keys` raises it
+            self._ending = exc
+        done = self._variable("rl_done")
+        if self._ending is None or done.value:    # in the middle of a paste, which ends so
+            return -1
+        done.value = 1
+        return 0
+
+    def _look(self, *_):
+        """While a line is read, do what is due; SIGURG's handler."""
+        if self._reading:
+            with suppress(BlockingIOError):
+                self.woken.recv(RECEIVE_BYTES)
+            self.owner.on_ready()
+
+    def _read_plain(self, read, *args):
+        """Return `read(*args)`; Ctrl+C and the server's end are raised in here only."""
+        self._ending = None
+        over, end = socket.socketpair()
+        if hasattr(signal, "SIGURG") and signal.getsignal(signal.SIGURG) == self._look:
+            threading.Thread(target=self._make_look, args=(over,), name="hotrepl client watcher",
+                             daemon=True).start()
+        try:
             try:
-                data = self._sock.recv(RECEIVE_BYTES)
-            except OSError:
-                data = b""
-            if not data:
-                break
-            for kind, data in decoder.feed(data):
-                if kind == "block" and data[:1] == NOTE_KIND:
-                    self._take_note(data[1:])
-                else:
-                    self._events.put((kind, data))
-        self._is_gone = True
-        self._events.put(("closed", b""))
-        while self._is_editing:
-            self._make_look()
-            time.sleep(LOOK_AGAIN_S)
+                self._reading = "plain"
+                self._look()
+                return read(*args)
+            finally:
+                self._reading = ""
+        except (KeyboardInterrupt, SystemError):  # the latter where CPython's input() is about to
+            self._reading = ""    # raise and has another handler run; the line above may not have
+            raise self._ending or ServerGone("it closed the connection") from None    # run
+        finally:
+            end.close()
 
-    def _say(self, text):
-        self._take_note(("\nhotrepl: %s\n" % text).encode("utf-8", "replace"))
+    def _make_look(self, over):
+        """Have `_look` called in the main thread while it reads and something is due."""
+        with over:
+            while over not in select.select([over, self.woken] + self.owner.link.sockets(),
+                                            [], [])[0] and self._reading:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
+                time.sleep(LOOK_AGAIN_S)
 
-    def _take_note(self, text):
-        """Have `text` shown.
+    def _mark_pastes(self, is_on):
+        """Tell the terminal, where that can be done, whether to mark what is pasted."""
+        if self._marks_pastes:
+            self.write(b"\033[?2004h" if is_on else b"\033[?2004l")
 
-        Again and again: a signal that comes just before input() waits does not end that wait.
-        """
-        self._notes.append(text)
-        while self._notes and self._is_editing:
-            self._make_look()
-            time.sleep(FLUSH_INTERVAL_S)
-        if self._notes:           # else it is shown: nobody takes events while a line is edited
-            self._events.put(("note", b""))
-
-    def _send_interrupts(self):
-        """Pass Ctrl+C and Ctrl+Z on, pressed however often; runs in the interrupter's thread.
-
-        readline has a handler run when a signal ends its wait for a key, not where one came just
-        before, and what its callbacks raise is lost: so it is made to look again.
-        """
-        with suppress(OSError, ValueError):       # the client has ended and closed its sockets
-            while True:
-                if not select.select([self._kicked], [], [], self._patience_s())[0]:
-                    self._on_quiet()
-                    continue
-                told = self._kicked.recv(RECEIVE_BYTES)
-                if not told:
-                    return
-                if KEY_SIGNALS.intersection(told):
-                    self._looks = LOOKS
-                if PRESSED in told:
-                    self._make_look()
-                if RESIZED in told:
-                    self._tell_terminal()
-                for command, fields in list(take_all(self._pressed))[-1:]:
-                    if not self._request(command, **fields):
-                        self._do_without_server(**fields)
-                    self._doubt = ((fields["turn"], time.monotonic() + STUCK_AFTER_S)
-                                   if fields.get("answered") else None)
-
-    def _do_without_server(self, turn, answered=False):
-        """Do for Ctrl+C what can be done where no request gets through."""
-        now = self._turn
-        if now.number != turn or now.is_in_vain:
-            return
-        now.is_in_vain = answered or now.is_interrupted
-        if answered:
-            self._say("this can't be interrupted any more; Ctrl+C again leaves, and it goes on")
-        elif now.is_interrupted:  # the server would prompt again
-            prompt = self._edited_prompt.encode("utf-8", "replace")
-            self._events.put(("data", b"\nKeyboardInterrupt\n" + prompt))
-            self._events.put(("turn", b""))
-
-    def _must_look(self):
-        return self._looks > 0 or (self._is_editing and self._turn.is_interrupted)
-
-    def _patience_s(self):
-        """Return how long to wait for a key before something else is due; None: for ever."""
-        waits = [LOOK_AGAIN_S] * self._must_look()
-        if self._doubt is not None:
-            waits.append(max(0.0, self._doubt[1] - time.monotonic()))
-        return min(waits, default=None)
-
-    def _on_quiet(self):
-        if self._must_look():
-            self._make_look()
-            self._looks -= 1
-        if self._doubt is not None and time.monotonic() >= self._doubt[1]:
-            (turn, _), self._doubt = self._doubt, None
-            self._explain_stuck(turn)
-
-    def _explain_stuck(self, turn):
-        """Say what the evaluation after `turn` does that Ctrl+C does not reach, if it runs."""
-        where = None
-        if self._turn.number == turn:
-            where = self._request("Where").get("where")
-        if where and self._turn.number == turn:
-            print("\nhotrepl: no reaction yet: %s; a call in C has to return first. "
-                  "Ctrl+Z puts it into the background." % where, file=sys.stderr)
-
-    def _tell_terminal(self, *_):
-        """Tell the server the size of our terminal; also when that changes."""
+    def _show_tall(self, text):
+        """Show a block that fills the screen again: readline leaves out the lines in its middle."""
         import shutil
-        if not sys.stdout.isatty():
-            return
         columns, lines = shutil.get_terminal_size()
-        has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        self._request("Terminal", columns=columns, lines=lines, colours=has_colours)
+        if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
+            self.write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
+
+    # Signals.
 
     @contextmanager
     def _signals(self):
-        """Have Ctrl+C mean what it should, for as long as the client runs."""
+        """Have Ctrl+C, Ctrl+Z and a new size mean what they should."""
         if threading.current_thread() is not threading.main_thread():
             yield                 # signals are the main thread's; connect() works without
             return
@@ -11415,8 +11930,7 @@ class Client:
                     "SIGWINCH": self._on_resize, "SIGURG": self._look}
         before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
                   for name, handler in handlers.items() if hasattr(signal, name)]
-        self._kick.setblocking(False)     # a signal's number comes through it before its handler
-        wakeup = signal.set_wakeup_fd(self._kick.fileno())
+        wakeup = signal.set_wakeup_fd(self._wake.fileno())
         try:
             yield
         finally:
@@ -11424,11 +11938,23 @@ class Client:
             for number, handler in before:
                 signal.signal(number, handler)
 
+    def _on_interrupt(self, signum, frame):
+        self.owner.on_interrupt()
+        if self._reading:
+            self._ending = KeyboardInterrupt()
+        if self._reading == "plain":
+            raise self._ending
+
+    def _on_resize(self, signum, frame):
+        self.owner.on_resize()
+        if self._reading == "keys":
+            self._call("rl_resize_terminal")
+
     def _on_suspend(self, signum, frame):
-        if self._is_editing:
+        if self._reading:
             self._suspend()
         else:
-            self._press("Background", turn=self._turn.number)
+            self.owner.on_suspend()
 
     def _suspend(self):
         """Stop, as any program does on Ctrl+Z; then show the line again that is being edited.
@@ -11436,122 +11962,219 @@ class Client:
         The terminal is in readline's mode then, which not every shell takes back and gives again.
         """
         import termios
-        if self._is_secret:
-            _drop_typed()         # else what follows reads it, and shows it
+        if self._is_secret:       # else what follows reads it, and shows it
+            termios.tcflush(0, termios.TCIFLUSH)
         mode, cooked = termios.tcgetattr(0), termios.tcgetattr(0)
         cooked[0] |= termios.ICRNL
         cooked[3] |= termios.ICANON | termios.ECHO
         termios.tcsetattr(0, termios.TCSADRAIN, cooked)
         before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        self.mark_pastes(False)
+        self._mark_pastes(False)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, before)
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
-        self.mark_pastes(True)            # shells end that
+        self._mark_pastes(True)           # shells end that
         self.show_above("", begin="")
 
-    def _on_resize(self, signum, frame):
-        self._tell(RESIZED)
+    # GNU readline and its likes.
 
-    def _on_interrupt(self, signum, frame):
-        turn = self._turn
-        if self._is_leaving or turn.is_in_vain and not turn.is_interrupted:
-            self._is_leaving = turn.is_in_vain = False    # the next press finds us on the way out
-            raise Left
-        _drop_typed()
-        self._ahead.clear()
-        turn.answer(Turn.INTERRUPT)
-        self._press("KeyboardInterrupt", turn=turn.number, answered=not turn.is_interrupted)
-        if not hasattr(signal, "SIGURG"):
-            self._look()          # else readline is made to: not while it deals with this signal
+    @contextmanager
+    def _line_editor(self):
+        """Set up readline, and put it back; plain input() where there is none."""
+        try:
+            import readline
+        except ImportError:
+            yield
+            return
+        completer, delimiters = readline.get_completer(), readline.get_completer_delims()
+        with _History(readline) as self._history, suppress(Left):
+            readline.set_completer(_RemoteCompleter(self, readline).complete)
+            readline.set_completer_delims("")     # the word is the whole line: any replacement fits
+            if _is_libedit(readline):
+                readline.parse_and_bind("bind ^I rl_complete")
+            else:
+                self._set_up_readline(readline)
+            try:
+                with self._own_keys(readline):
+                    yield
+            finally:
+                self._mark_pastes(False)
+                readline.set_completer(completer)
+                readline.set_completer_delims(delimiters)
 
-    def _press(self, command, **fields):
-        self._pressed.append((command, fields))
-        self._tell(PRESSED)
+    def _set_up_readline(self, readline):
+        version = getattr(readline, "_READLINE_VERSION", 0)
+        is_pyrepl = sys.implementation.name == "pypy"
+        is_dumb = os.environ.get("TERM") == "dumb"
+        for setting in ("tab: complete", "set enable-bracketed-paste on",
+                        "set show-all-if-ambiguous on"):
+            readline.parse_and_bind(setting)
+        self._takes_pastes = version >= 0x0700
+        self._marks_pastes = self._takes_pastes and not is_dumb and sys.stdout.isatty()
+        self._ends_line_at_eof = not is_dumb and is_pyrepl
+        self._ends_line_at_interrupt = not is_dumb and is_pyrepl
 
-    def _tell(self, byte):
-        with suppress(OSError):   # it is full: the interrupter waits for a server that hangs
-            self._kick.send(byte)
+    @contextmanager
+    def _own_keys(self, readline):
+        """Have GNU readline ask us for keys, where its C library and a terminal can be had."""
+        try:
+            import ctypes
+            library = ctypes.CDLL(readline.__file__)
+            source = ctypes.c_void_p.in_dll(library, "rl_getc_function")
+            library.readline.restype, library.free.restype = ctypes.c_void_p, None
+        except (ImportError, AttributeError, OSError, ValueError, TypeError):
+            yield                 # PyPy's, and some builds
+            return
+        if _is_libedit(readline) or not (os.isatty(0) and os.isatty(1)):
+            yield
+            return
+        self._callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self._next_key)
+        before, self._library = source.value, library
+        source.value = ctypes.cast(self._callback, ctypes.c_void_p).value
+        self._variable("rl_catch_signals").value = 0      # as Python's input() has it
+        try:
+            yield
+        finally:
+            source.value, self._library = before, None
+
+    def _variable(self, name):
+        import ctypes
+        return ctypes.c_int.in_dll(self._library, name)
+
+    def _call(self, *calls):
+        """Call functions of GNU readline, names or (name, argument); False: it is not in use."""
+        if self._library is None:
+            return False
+        for call in calls:
+            name, *arguments = (call,) if isinstance(call, str) else call
+            if hasattr(self._library, name):      # an old one
+                getattr(self._library, name)(*arguments)
+        return True
 
 
-class Execution(Client):
-    """One session for a program: it runs one piece of code and leaves with an exit code.
+@contextmanager
+def _kept_modes():
+    """Afterwards the terminal is as it was before."""
+    if os.name != "posix" or not os.isatty(0):
+        yield
+        return
+    import termios
+    before = termios.tcgetattr(0)
+    try:
+        yield
+    finally:
+        if termios.tcgetattr(0) != before:
+            termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def _read_secret(prompt):
+    """As getpass.getpass, which drops what is typed behind Ctrl+C."""
+    if os.name != "posix" or not os.isatty(0):
+        import getpass
+        return getpass.getpass(prompt)
+    import termios
+    modes = termios.tcgetattr(0)
+    modes[3] &= ~termios.ECHO
+    termios.tcsetattr(0, termios.TCSADRAIN, modes)
+    sys.stdout.write(prompt)
+    sys.stdout.flush()
+    line = os.read(0, RECEIVE_BYTES)
+    sys.stdout.write("\n" * bool(line))
+    if not line:
+        raise EOFError
+    return line.decode("utf-8", "surrogateescape").rstrip("\n")
+
+
+def _read_without_waiting():
+    """Have a read of the terminal, which readline has set up, return nothing where nothing is.
+
+    Else Ctrl+C, which drops what was typed, could do so between our looking and reading.
+    """
+    import termios
+    modes = termios.tcgetattr(0)
+    if modes[6][termios.VMIN] != 0:
+        modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0
+        termios.tcsetattr(0, termios.TCSANOW, modes)
+
+
+class Execution:
+    """A session for a program: it runs one piece of code and leaves with an exit code.
 
     `output` gets what the code prints, see PlainOutput. Ctrl+C and `timeout_s` interrupt the code;
     what does not end after that, by a second Ctrl+C or GRACE_S, is left behind.
     """
 
-    MARKS = {"streams": True}
     GRACE_S = 2.0
 
-    def __init__(self, sock, control, output, timeout_s=None):
-        super().__init__(sock, control)
+    def __init__(self, link, output, timeout_s=None):
+        self._link = link
         self._output = output
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._turn = 0            # how many go-aheads came
+        self._stream = "stdout"   # what the data belongs to that comes
         self._is_late = False     # the deadline has passed
         self._is_interrupted = False      # Ctrl+C was pressed
-        self._outcome = {}        # what the server says how it ended
 
-    def execute(self, source):
+    def run(self, source):
         """Run `source`, bytes, and return the exit code: as of a script, 130 or 124."""
-        with ExitStack() as undo:
-            for each in (self._sock, self._kick, self._kicked, self.control):
-                undo.callback(each.close)
-            code = self._follow(undo, source)
-            with suppress(OSError):
-                self._output.finish(self._outcome, code)
-            return code
-
-    def _follow(self, undo, source):
+        outcome, code = {}, 1
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            undo.enter_context(self._signals())
-            self._pair(self._receive_greeting())
-            self._sock.settimeout(None)   # from here on the reader waits there, and we for it
-            self._spawn(self._read, "reader")
-            self._show_until_turn(is_shown=False)     # the banner and the first prompt
-            self._sock.sendall(BEGIN + BLOCK_KIND + source + END)
-            while self._show_until_turn() and self._ask_outcome() == "waiting":
-                self._sock.sendall(END_OF_FILE)       # there is nobody who could answer
-            return 124 if self._is_late else _exit_code(self._outcome)
+            outcome = self._follow(source)
+            code = 124 if self._is_late else _exit_code(outcome)
         except Left:
-            return self._leave()
+            code = self._leave()
         except (OSError, ServerGone) as exc:
             if self._deadline is not None and time.monotonic() > self._deadline:
-                self._is_late = True
-                return self._leave()
-            print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
-            return 1
+                self._is_late, code = True, self._leave()
+            else:
+                print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        with suppress(OSError):
+            self._output.finish(outcome, code)
+        return code
 
-    def _show_until_turn(self, is_shown=True):
-        """Pass on what comes until the server waits for us; return False where the code left."""
-        while True:
-            kind, data = self._next_event()
-            if kind == "turn":
-                self._turn = Turn(self._turn.number + 1)
-                return True
-            if kind == "block" and data in _STREAM_NAMES:
-                self._stream = _STREAM_NAMES[data]
-            elif kind == "data" and is_shown:
-                self._pass_on(data)
-            elif kind == "closed":
-                self._ask_outcome()
-                if "exit" not in self._outcome:
-                    raise ServerGone("it closed the connection")
-                return False
+    def _follow(self, source):
+        """Run `source` to its end and return what the server says of that."""
+        self._link.open(("TurnMarks", {"kinds": True, "streams": True}))
+        self._pass_on_until_turn(is_shown=False)      # the banner and the first prompt
+        self._link.send(BEGIN + BLOCK_KIND + source + END)
+        while self._pass_on_until_turn() in IN_EVALUATION:
+            self._link.send(END_OF_FILE)      # there is nobody who could answer
+        outcome = self._link.ask("Outcome")["outcome"]
+        if self._link.is_closed and "exit" not in outcome:
+            raise ServerGone("it closed the connection")
+        return outcome
 
-    def _next_event(self):
-        import queue
+    def _pass_on_until_turn(self, is_shown=True):
+        """Pass on what comes until the server waits for us; return for what, or "" at the end."""
+        word = ""
         while True:
-            try:
-                return self._events.get(timeout=None if self._deadline is None else
-                                        max(0.0, self._deadline - time.monotonic()))
-            except queue.Empty:
-                if self._is_late or not self._turn.number:
-                    self._is_late = True
-                    raise Left from None
+            for kind, data in take_all(self._link.events):
+                if kind == "data" and is_shown:
+                    self._pass_on(data)
+                elif kind == "stream":
+                    self._stream = _STREAM_NAMES.get(data, "stdout")
+                elif kind == "kind":
+                    word = data.decode("ascii")
+                elif kind in ("turn", "closed"):
+                    self._turn += 1
+                    return word if kind == "turn" else ""
+            self._link.wait(self._patience_s())
+
+    def _patience_s(self):
+        """Return how long to wait; where the time is over, interrupt the code, or leave it."""
+        if self._deadline is None:
+            return None
+        if time.monotonic() >= self._deadline:
+            if self._is_late or not self._turn:
                 self._is_late = True
-                self._deadline = time.monotonic() + self.GRACE_S
-                self._spawn(self._interrupt, "interrupter")
+                raise Left
+            self._is_late = True
+            self._deadline = time.monotonic() + self.GRACE_S
+            self._interrupt()
+        return max(0.0, self._deadline - time.monotonic())
 
     def _pass_on(self, data):
         try:
@@ -11560,42 +12183,19 @@ class Execution(Client):
             self._interrupt()
             raise Left from exc
 
-    def _ask_outcome(self):
-        self._outcome = self.control.ask("Outcome")["outcome"]
-        return self._outcome.get("state")
-
     def _interrupt(self):
-        try:
-            self.control.request("KeyboardInterrupt", turn=self._turn.number,
-                                 answered=True)
-        except (OSError, ServerGone):
-            pass                  # the reader tells
+        self._link.post("KeyboardInterrupt", lambda reply: None, turn=self._turn, answered=True)
 
     def _leave(self):
         if self._is_late or self._is_interrupted:
             print("hotrepl: it has not ended; left it running there", file=sys.stderr)
         return 124 if self._is_late else 130 if self._is_interrupted else 1
 
-    @contextmanager
-    def _signals(self):
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
     def _on_interrupt(self, signum, frame):
-        if self._is_interrupted or not self._turn.number:
-            self._is_interrupted = True
+        is_first, self._is_interrupted = not self._is_interrupted, True
+        if not is_first or not self._turn:
             raise Left
-        self._is_interrupted = True
-        self._spawn(self._interrupt, "interrupter")
-
-    def _write(self, data):
-        """Show nothing of the greeting."""
-
-    def _tell_terminal(self, *_):
-        """What the code prints is for a program, whatever our stdout is."""
+        self._interrupt()
 
 
 _STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
@@ -11616,13 +12216,18 @@ class PlainOutput:
 
     def __init__(self, prefix=""):
         self._prefix = prefix.encode()
-        self._begun = {"stdout": b"", "stderr": b""}      # lines whose end has not come yet
+        # Lines whose end has not come yet.
+        self._begun = {"stdout": bytearray(), "stderr": bytearray()}
 
     def write(self, kind, data):
         """Print `data`, bytes of that kind (as in STREAM_KINDS). OSError: nobody reads it."""
         name = {"value": "stdout", "traceback": "stderr", "prompt": None}.get(kind, kind)
         if name and self._prefix:
-            *lines, self._begun[name] = (self._begun[name] + data).split(b"\n")
+            head, newline, rest = data.rpartition(b"\n")
+            lines = (self._begun[name] + head).split(b"\n") if newline else []
+            if newline:
+                self._begun[name].clear()
+            self._begun[name] += rest
             data = b"".join(self._prefix + line + b"\n" for line in lines)
         if name:
             _write_out(name, data)
@@ -11640,7 +12245,7 @@ class JsonOutput:
     def __init__(self, **fields):
         self._fields = fields
         self._begun = {"stdout": b"", "stderr": b""}      # the first bytes of a character
-        self._whole = {"value": b"", "traceback": b"", "prompt": b""}
+        self._whole = {"value": bytearray(), "traceback": bytearray(), "prompt": bytearray()}
 
     def write(self, kind, data):
         """Print `data`, bytes of that kind. OSError: nobody reads it."""
@@ -11694,42 +12299,53 @@ def _write_out(name, data):
 
 
 def execute(source, output, host, port, control_port, ssl_context=None, token=None,
-            timeout_s=None):
+            is_plain=False, timeout_s=None):
     """Run `source`, bytes, in a session with a server; return an exit code.
 
     Where that is and what the other arguments mean is as in `connect`. socket.timeout: it did not
     even greet us in time.
     """
     limit_s = None if timeout_s is None else timeout_s + Execution.GRACE_S
-    with _channels(host, port, control_port, ssl_context, token, limit_s) as (sock, control):
-        return Execution(sock, control, output, timeout_s).execute(source)
+    with _channels(host, port, control_port, ssl_context, token, is_plain, limit_s) as link:
+        return Execution(link, output, timeout_s).run(source)
 
 
 def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PORT,
-            ssl_context=None, token=None):
+            ssl_context=None, token=None, is_plain=False):
     """Run the client in this terminal against a server; return an exit code, 0 or 1.
 
     `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
     machine that is reached with ssh; there "ssh://.../PATH" means a unix socket. `token` is sent
-    where the server asks for one. Blocks until the user leaves. Belongs in the main thread, which
-    Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
+    where the server asks for one. Nothing is sent to a server of another user, or whose that is
+    can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Belongs in the
+    main thread, which Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
     """
-    with _channels(host, port, control_port, ssl_context, token) as (sock, control):
-        return Client(sock, control).run()
+    with _channels(host, port, control_port, ssl_context, token, is_plain) as link:
+        return Conversation(link).run()
 
 
 @contextmanager
-def _channels(host, port, control_port, ssl_context, token, timeout_s=None):
-    """Yield the socket of the REPL channel and a ControlClient, both past the door."""
+def _channels(host, port, control_port, ssl_context, token, is_plain, timeout_s=None):
+    """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
+    limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
     with _reach(host, port, control_port) as (address, control_address), ExitStack() as undo:
-        sock = undo.enter_context(_dial(address, ssl_context))
-        sock.settimeout(timeout_s)    # for a process that is stopped, and answers nothing at all
-        shown = _show_token(sock, _tokens(address, token))
-        control = ControlClient(undo.enter_context(_dial(control_address, ssl_context)))
-        control.limit_wait(timeout_s)
-        if shown is not None:
-            control.ask("Authenticate", token=shown)
-        yield sock, control
+        sock, is_ours = _dial(address, ssl_context, is_plain)
+        undo.callback(sock.close)
+        sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
+        try:
+            shown = _show_token(sock, _tokens(address, token, is_ours))
+            control = _dial(control_address, ssl_context, is_plain)[0]
+            undo.callback(control.close)
+            link = Link(sock, control, limit_s)
+            if shown is not None:
+                link.ask("Authenticate", token=shown)
+            yield link
+        except socket.timeout as exc:
+            if timeout_s is not None:
+                raise
+            raise ConnectionError(
+                errno.ETIMEDOUT, "no answer in %d seconds: the process is stopped or busy, or this "
+                "is not its REPL port" % limit_s) from exc
 
 
 @contextmanager
@@ -11789,20 +12405,61 @@ kill $watch 2>/dev/null
 exit $code"""
 
 
-def _dial(address, ssl_context=None):
+def _dial(address, ssl_context=None, is_plain=False):
+    """Return a socket that is connected to a server, and whether that is this user's own.
+
+    Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
+    user's word, vouches for it.
+    """
     where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
     try:
         if isinstance(address, str):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.connect(address)
         else:
-            sock = socket.create_connection(address)
+            sock = _connect_to(*address)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as exc:
         raise OSError(exc.errno, "nobody answers at %s (%s); start a server there with "
                       "'python hotrepl.py serve' or hotrepl.start()"
                       % (where, exc.strerror or exc)) from exc
-    return sock if ssl_context is None else _encrypted(sock, ssl_context, where)
+    try:
+        is_ours = _check_owner(sock, where, ssl_context is not None or is_plain)
+    except BaseException:
+        sock.close()
+        raise
+    return sock if ssl_context is None else _encrypted(sock, ssl_context, where), is_ours
+
+
+def _connect_to(host, port):
+    """Return a connected socket; localhost is 127.0.0.1 first, where a server listens by default."""
+    if host == "localhost":
+        with suppress(ConnectionRefusedError):
+            return socket.create_connection(("127.0.0.1", port))
+        host = "::1"
+    return socket.create_connection((host, port))
+
+
+def _check_owner(sock, where, is_vouched):
+    """Return whether the server is our user's; PermissionError if it isn't, and nobody vouches.
+
+    Root may visit another user's, as it may do all else, and is told so.
+    """
+    try:
+        owner = server_owner(sock)
+    except PermissionError:       # as behind a container's published port
+        owner = None
+    if owner is None and not is_vouched:
+        raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
+                              "nothing was sent; come by --tls or ssh, or pass --plain to send all, "
+                              "a token too, in clear text" % where)
+    is_ours = owner is not None and owner == effective_uid()
+    if owner is not None and not is_ours:
+        if effective_uid() != 0 and not is_vouched:
+            raise PermissionError(errno.EACCES, "the server at %s is uid %d's, not yours, so "
+                                  "nothing was sent; 'list' shows yours" % (where, owner))
+        print("hotrepl: the server at %s is uid %d's" % (where, owner), file=sys.stderr)
+    return is_ours
 
 
 def _encrypted(sock, ssl_context, where):
@@ -11825,7 +12482,7 @@ def _encrypted(sock, ssl_context, where):
 def _show_token(sock, tokens):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
-    if sock.gettimeout() is None and not select.select([sock], [], [], SILENCE_S)[0]:
+    if sock.gettimeout() > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
         print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
               "Ctrl+C gives up", file=sys.stderr)
     while True:
@@ -11848,14 +12505,13 @@ def _show_token(sock, tokens):
         sock.sendall(token.encode("utf-8") + b"\n")
 
 
-def _tokens(address, token):
-    """Yield what may be the token: as we were told, as a server here left it, as is typed."""
+def _tokens(address, token, is_ours):
+    """Yield what may be the token: as we were told, as a server of ours left it, as is typed."""
     import getpass
     token = token or os.environ.get("HOTREPL_TOKEN")
     if token:
         yield token
-    elif isinstance(address, str) or address[0] in ("localhost", "127.0.0.1", "::1"):
-        # No other machine is shown the token of a server on this one.
+    elif is_ours:
         yield from stored_tokens(address)
     while sys.stdin is not None and sys.stdin.isatty():
         yield getpass.getpass("token: ")
@@ -11920,89 +12576,13 @@ def _is_listening(address):
     return False
 
 
-@contextmanager
-def _terminal_modes():
-    """Within this the terminal keeps what was typed at Ctrl+C; afterwards it is as it was before.
-
-    Else it would drop a key between readline's looking and reading, which then waits for another,
-    deaf to signals. `_drop_typed` does it where readline does not read.
-    """
-    if os.name != "posix" or not os.isatty(0):
-        yield
-        return
-    import termios
-    before, modes = termios.tcgetattr(0), termios.tcgetattr(0)
-    modes[3] |= termios.NOFLSH
-    termios.tcsetattr(0, termios.TCSANOW, modes)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, before)
-
-
-@contextmanager
-def _kept_modes():
-    """Afterwards the terminal is as it was before."""
-    if os.name != "posix" or not os.isatty(0):
-        yield
-        return
-    import termios
-    before = termios.tcgetattr(0)
-    try:
-        yield
-    finally:
-        if termios.tcgetattr(0) != before:
-            termios.tcsetattr(0, termios.TCSANOW, before)
-
-
-def _drop_typed():
-    if os.name == "posix" and os.isatty(0):
-        import termios
-        termios.tcflush(0, termios.TCIFLUSH)
-
-
-@contextmanager
-def _line_editor(client):
-    """Set up readline for a session, and put it back; plain input() where there is none."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    completer, delimiters = readline.get_completer(), readline.get_completer_delims()
-    with _History(readline) as client.history:
-        readline.set_completer(_RemoteCompleter(client, readline).complete)
-        readline.set_completer_delims("")     # the word is the whole line: any replacement fits
-        if _is_libedit(readline):
-            readline.parse_and_bind("bind ^I rl_complete")
-        else:
-            readline.parse_and_bind("tab: complete")
-            readline.parse_and_bind("set enable-bracketed-paste on")
-            version = getattr(readline, "_READLINE_VERSION", 0)
-            client.gets_whole_pastes = version >= 0x0700
-            is_pyrepl = sys.implementation.name == "pypy"
-            is_dumb = os.environ.get("TERM") == "dumb"
-            client.marks_pastes = (client.gets_whole_pastes and not is_dumb
-                                   and sys.stdout.isatty())
-            client.ends_line_at_eof = not is_dumb and (version >= 0x0801 or is_pyrepl)
-            client.ends_line_at_interrupt = not is_dumb and is_pyrepl
-            readline.parse_and_bind("set show-all-if-ambiguous on")
-        try:
-            yield
-        finally:
-            with suppress(Left):
-                client.mark_pastes(False)
-            readline.set_completer(completer)
-            readline.set_completer_delims(delimiters)
-
-
 class _RemoteCompleter:
     """Readline's completer: one request for the whole list, at state 0."""
 
     SHOWN = 200                   # of the words that could stand at the cursor
 
-    def __init__(self, client, readline):
-        self._client = client
+    def __init__(self, terminal, readline):
+        self._terminal = terminal
         self._start = 0           # where in the line the replaced word begins
         self._matches = []
         if hasattr(readline, "set_completion_display_matches_hook"):
@@ -12016,10 +12596,10 @@ class _RemoteCompleter:
     def _fetch(self, line):
         if not line.strip():
             return [line + "    "]
-        reply = self._client.request_aside("Complete", line=line, cursor=len(line))
+        reply = self._terminal.owner.complete(line)
         self._start = reply.get("start", 0)
         if reply.get("hint"):
-            self._client.show_above(reply["hint"] + "\n")
+            self._terminal.show_above(reply["hint"] + "\n")
         return [line[:self._start] + match for match in reply.get("matches", ())]
 
     def _display(self, substitution, matches, longest):
@@ -12032,7 +12612,7 @@ class _RemoteCompleter:
                 for index in range(0, len(words), per_line)]
         if len(matches) > self.SHOWN:
             rows.append("... and %d more" % (len(matches) - self.SHOWN))
-        self._client.show_above("\n".join(rows) + "\n")
+        self._terminal.show_above("\n".join(rows) + "\n")
 
 
 class _History:
@@ -12052,25 +12632,34 @@ class _History:
     def __enter__(self):
         if hasattr(self._readline, "set_auto_history"):
             self._readline.set_auto_history(False)
-        with suppress(Exception):     # PyPy's readline raises its own on a terminal it can't use
-            for entry in self._read():
-                self._offer(entry)
+        for entry in self._read():
+            self._offer(entry)
         return self
 
     def __exit__(self, *exc_info):
         if self._error is not None:
             print("hotrepl: history not saved: %s" % self._error, file=sys.stderr)
 
-    def add(self, entry):
-        """Remember what was typed at a prompt, unless it is blank or was the last one too."""
-        if entry.strip() and self._last != entry:
-            self._last = entry
-            self._save(entry)
-            if hasattr(self._readline, "set_auto_history"):
-                self._offer(entry)
+    def add(self, entry, is_longer):
+        """Remember what was typed at a prompt, unless it is blank or was the last one too.
+
+        `is_longer`: the last was its beginning, and is there no longer.
+        """
+        entry = entry.rstrip("\n")
+        if not entry.strip() or self._last == entry:
+            return
+        self._last = entry
+        self._save(entry)
+        if hasattr(self._readline, "set_auto_history"):
+            with suppress(Exception):
+                if is_longer:
+                    at = self._readline.get_current_history_length() - 1
+                    self._readline.remove_history_item(at)
+            self._offer(entry)
 
     def _offer(self, entry):
-        with suppress(UnicodeError):  # LC_ALL=C: Python reads UTF-8, readline can't keep it
+        # LC_ALL=C: Python reads UTF-8, readline can't keep it; PyPy's has errors of its own.
+        with suppress(Exception):
             self._readline.add_history(entry)
 
     def _save(self, entry):
@@ -12089,9 +12678,12 @@ class _History:
         import json
         try:
             with open(self._path, encoding="utf-8") as file:
-                return [json.loads(line) for line in collections.deque(file, self.LIMIT)]
+                entries = [json.loads(line) for line in collections.deque(file, self.LIMIT)]
         except (OSError, ValueError):
             return []
+        # A statement was saved line by line, each time longer.
+        return [entry for entry, later in zip(entries, entries[1:] + [""])
+                if not later.startswith(entry + "\n")]
 
 
 def _rest_of_paste():
@@ -12135,27 +12727,6 @@ def _input(prompt, begun):
 
 def _is_libedit(readline):
     return "libedit" in (readline.__doc__ or "")
-
-
-def _forget_end_of_file():
-    """Have readline forget Ctrl+D, which else adds an empty line to each line that follows."""
-    with suppress(ImportError, KeyError, AttributeError, OSError, ValueError):
-        import ctypes
-        library = ctypes.CDLL(sys.modules["readline"].__file__)
-        ctypes.c_int.in_dll(library, "rl_eof_found").value = 0
-
-
-def _call_readline(*calls):
-    """Call functions of the C library behind readline, names or (name, argument); False: can't."""
-    try:
-        import ctypes
-        library = ctypes.CDLL(sys.modules["readline"].__file__)
-        for call in calls:
-            name, *arguments = (call,) if isinstance(call, str) else call
-            getattr(library, name)(*arguments)
-        return True
-    except (AttributeError, KeyError, OSError, TypeError):
-        return False              # PyPy's readline, and some builds
 
 
 def _hide_escapes(prompt):
@@ -12234,6 +12805,8 @@ def _parser():
     for command in client, execute:
         command.add_argument("--token-file", metavar="FILE", help="holds the server's token")
         command.add_argument("--tls", action="store_true", help="encrypt; verify the server's name")
+        command.add_argument("--plain", action="store_true",
+                             help="send all in clear text, to whoever's server it is")
         command.add_argument("--cafile", metavar="FILE",
                              help="--tls, and who may sign for the server")
         command.add_argument("--cert", metavar="FILE", help="--tls, and our certificate and key")
@@ -12433,7 +13006,7 @@ def _connect_command(server):
 
 _HOST_HELP = ("HOST, HOST:PORT, unix:PATH, USER@HOST or ssh://USER@HOST:PORT by ssh, or "
               "the PID of a server of the list (default: the only one in the list; where that is "
-              "empty, localhost)")
+              "empty, 127.0.0.1)")
 
 _CONNECT_HELP = """\
 Open a session: an interactive Python in the process of a server. exit() or Ctrl+D leaves it,
@@ -12480,9 +13053,9 @@ def _connect(options):
 
 
 def _credentials(options):
-    """Return (ssl_context, token), as `connect` and `execute` take them."""
+    """Return (ssl_context, token, is_plain), as `connect` and `execute` take them."""
     token = _read_file(options.token_file).decode().strip() if options.token_file else None
-    return _tls_context(options), token
+    return _tls_context(options), token, options.plain
 
 
 def _tls_context(options):
@@ -12580,7 +13153,7 @@ def _find_server(options, word):
         raise SystemExit(2)
     if found:
         return _place_of_note(found[0])
-    host, port = _split_address(word or "localhost", options.port or DEFAULT_PORT)
+    host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
     return host, port, options.control_port or _control_port(host, port)
 
 
@@ -12628,7 +13201,7 @@ def _split_address(text, default_port):
         raise SystemExit(_misuse("%r has no number as its port, expected HOST:PORT" % text))
     if not match:
         return text, default_port
-    return match.group(1) or match.group(2) or "localhost", int(match.group(3) or default_port)
+    return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
 
 
 def _read_file(path):
