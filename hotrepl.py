@@ -5041,8 +5041,10 @@ class _Apply:
             return value
         places = _Registrations(self, reached, {id(old), id(raw)})
         value = places.renew(decorate)
-        if pair.old is not None and pair.change == "def" and not places.taken:
-            self._note_not_retired(scope, pair)
+        if pair.old is not None and pair.change == "def" and not places.taken and (
+                pair.old.decorator_dump() != pair.new.decorator_dump()) and not (
+                    _is_transparent(node)):
+            self._note_not_retired(scope, pair.new)
         if value is not raw:
             value = self._fold_made(old, value, reached)
         self._bind(scope, node.name, value, pair.new)
@@ -5056,12 +5058,9 @@ class _Apply:
             return value
         return self._fold_by_rule(old, value)
 
-    def _note_not_retired(self, scope, pair):
-        if pair.old.decorator_dump() != pair.new.decorator_dump() and not _is_transparent(
-                pair.new.node):
-            self.report.notes.append(
-                "%s: what its old decorator registered was not found and may be there still"
-                % scope.title(pair.new.node.name))
+    def _note_not_retired(self, scope, statement):
+        self.report.notes.append("%s: what its old decorator registered was not found and may be "
+                                 "there still" % scope.title(statement.node.name))
 
     def _run_group(self, scope, name):
         """Run all `def`s of one name in a class, such as a property and its setter."""
@@ -5287,10 +5286,13 @@ class _Apply:
             if pair.change == "gone" and pair.old.is_definition and pair.old.node.name not in names:
                 value = scope.get(pair.old.node.name)
                 if value is not _MISSING:
+                    self._learn()
                     reached = self.snapshot(scope.edit, *[each.old for each in pairs if each is pair or (
                         each.old is not None and pair.old.node.name in each.old.names.reads)])
                     targets = {id(value)} | {id(each) for each in _functions_in(value)}
-                    _Registrations(self, reached, targets).drop()
+                    if not _Registrations(self, reached, targets).drop() and not (
+                            _is_transparent(pair.old.node)):
+                        self._note_not_retired(scope, pair.old)
         if scope.cls is not None:
             self._take_attributes(scope, pairs, names)
 
@@ -5858,6 +5860,9 @@ class _Apply:
         self._redirect()
         for function in self.afterwards:
             function()
+        for name, forget in _CACHES.items():
+            if name in sys.modules and self.known is not None:
+                forget()
         self._fill_attributes()
         self._call_hooks()
         for edit in self.ordered:
@@ -5942,13 +5947,13 @@ class _Apply:
                         hooked[id(sub)] = sub, functions
         instances = _instances(*[cls for cls, _ in hooked.values()])
         for instance in instances:
-            self._keep_reached([instance])
+            self.keep_reached([instance])
             for function in hooked[id(type(instance))][1]:
                 function(instance)
         for edit in self.edits:
             hook = edit.space.get("__reload__")
             if callable(hook) and any(pair.change != "same" for pair in edit.pairs):
-                self._keep_reached([hook])
+                self.keep_reached([hook])
                 hook(types.SimpleNamespace(**{
                     name: value for name, value in edit.before.items() if type(name) is str}))
 
@@ -6000,9 +6005,9 @@ class _Apply:
                 values += self.keep_names(statement, edit.space)
         if edit.space.get("__annotations__"):
             values.append(edit.space["__annotations__"])
-        return self._keep_reached(values)
+        return self.keep_reached(values)
 
-    def _keep_reached(self, values):
+    def keep_reached(self, values):
         found = list(_reachable(values))
         for each in found:
             if type(each) is types.FunctionType:
@@ -6549,6 +6554,10 @@ class _Registrations:
 
     def __init__(self, apply, reached, targets):
         self._apply, self._targets = apply, targets
+        self._special = [_REGISTRARS[kind](apply, each, targets) for each in reached
+                         for kind in _type_names(each) if kind in _REGISTRARS]
+        reached = list({id(each): each for each in itertools.chain(
+            reached, *[special.reached for special in self._special])}.values())
         if apply.namespaces is None:
             apply.namespaces = {id(_space_of(each)) for each in list(sys.modules.values())}
         spaces = apply.namespaces.union(
@@ -6568,7 +6577,11 @@ class _Registrations:
                 self.taken.append((each, hits))
                 _without(each, hits)
         self._bases = {id(each): _content(each) for each in self._places}
+        for special in self._special:
+            special.open()
         result = make()
+        for special in self._special:
+            special.close()
         if self._targets:
             for container, hits in self.taken:
                 self._settle(container, hits)
@@ -6576,9 +6589,14 @@ class _Registrations:
         return result
 
     def drop(self):
-        """Take the old entries out for good."""
-        for each in self._places:
-            _without(each, self._hits(each))
+        """Take the old entries out for good; tell whether there were any."""
+        hits = [(each, self._hits(each)) for each in self._places]
+        for each, found in hits:
+            _without(each, found)
+        for special in self._special:
+            special.open()
+            special.close()
+        return any(found for _, found in hits)
 
     def _hits(self, container):
         content = _content(container)
@@ -6715,6 +6733,113 @@ def _restore_entries(container, before, hits):
         _replace_items(container, content)
 
 
+class _FlaskApp:
+    """Flask registers nothing after its first request, and its URLs lead to names, not to views."""
+
+    def __init__(self, apply, app, targets):
+        self.reached = []
+        self._apply, self._app = apply, app
+        self._has_started = app._got_first_request
+        self._gone = {name for name, view in app.view_functions.items() if _leads_to(view, targets)}
+
+    def open(self):
+        self._apply.put(_entry(vars(self._app), "_got_first_request"), False)
+        urls = self._app.url_map
+        if self._gone:
+            rules = {name: each for name, each in urls._rules_by_endpoint.items()
+                     if name not in self._gone}
+            matcher = type(urls._matcher)(urls._matcher.merge_slashes)
+            for rule in itertools.chain(*rules.values()):
+                if not rule.build_only:
+                    matcher.add(rule)
+            for name, value in (("_rules_by_endpoint", rules), ("_matcher", matcher), ("_remap", True)):
+                self._apply.put(_entry(vars(urls), name), value)
+
+    def close(self):
+        self._apply.put(_entry(vars(self._app), "_got_first_request"), self._has_started)
+
+
+class _FlaskBlueprint:
+    """What a blueprint has got was copied into the apps that registered it."""
+
+    COPIED = ("before_request_funcs", "after_request_funcs", "teardown_request_funcs",
+              "template_context_processors", "url_value_preprocessors", "url_default_functions",
+              "error_handler_spec")
+
+    def __init__(self, apply, blueprint, targets):
+        self._apply, self._blueprint = apply, blueprint
+        self._apps = [(app, name) for app in _instances(*_classes_named("flask.app.Flask"))
+                      for name, each in app.blueprints.items() if each is blueprint]
+        self.reached = apply.keep_reached([app for app, _ in self._apps])
+        self._special = [_FlaskApp(apply, app, targets) for app, _ in self._apps]
+        self._known = list(blueprint.deferred_functions)
+        self._options = [self._options_of(*each) for each in self._apps]
+
+    def _options_of(self, app, name):
+        """Return what the app registered it with, as far as its URLs show it."""
+        for function in self._known:
+            found = dict(zip(function.__code__.co_freevars, map(_cell_value, function.__closure__ or ())))
+            path, view = found.get("rule"), found.get("view_func")
+            end = found.get("endpoint") or getattr(view, "__name__", None)
+            for rule in app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ()) if path else ():
+                if rule.rule.endswith(path):
+                    return {"url_prefix": rule.rule[:-len(path)] or None, "name": name}
+        return {"name": name}
+
+    def open(self):
+        for special in self._special:
+            special.open()
+        self._apply.put(_entry(vars(self._blueprint), "_got_registered_once"), False)
+
+    def close(self):
+        self._apply.put(_entry(vars(self._blueprint), "_got_registered_once"), True)
+        for (app, name), options in zip(self._apps, self._options):
+            state = self._blueprint.make_setup_state(app, options, True)
+            for function in self._blueprint.deferred_functions:
+                if not any(function is each for each in self._known):
+                    function(state)
+            for each in self.COPIED:
+                getattr(app, each).pop(name, None)
+            self._blueprint._merge_blueprint_funcs(app, name)
+        for special in self._special:
+            special.close()
+
+
+def _forget_django_urls():
+    """Django's views are looked for in caches, and in what included files had when they were read."""
+    sys.modules["django.urls"].clear_url_caches()
+    for each in _instances(*_classes_named("django.urls.resolvers.URLResolver")):
+        for name in ("url_patterns", "urlconf_module"):
+            vars(each).pop(name, None)
+        each._populated = False
+
+
+def _forget_fastapi_routes():
+    """FastAPI keeps its schema, and the routes of the routers that it includes."""
+    for each in _instances(*_classes_named("fastapi.routing.APIRouter")):
+        getattr(each, "_mark_routes_changed", int)()
+    for each in _instances(*_classes_named("fastapi.applications.FastAPI")):
+        each.openapi_schema = None
+
+
+# What a framework's registry needs besides lists and dicts, by its class; what is cached elsewhere.
+_REGISTRARS = {"flask.app.Flask": _FlaskApp, "flask.blueprints.Blueprint": _FlaskBlueprint}
+_CACHES = {"django.urls.resolvers": _forget_django_urls, "fastapi.routing": _forget_fastapi_routes}
+
+
+def _type_names(value):
+    return ["%s.%s" % (cls.__module__, cls.__qualname__) for cls in type(value).__mro__]
+
+
+def _classes_named(name):
+    """Return the class `module.Class` and those derived from it, where that module is loaded."""
+    module, _, name = name.rpartition(".")
+    found = [getattr(sys.modules.get(module), name, None)]
+    for cls in found if found[0] else ():
+        found += type.__subclasses__(cls)
+    return found if found[0] else []
+
+
 def _taken_in(cls):
     """Return the functions of a class that were defined outside of it, such as Celery's `run`."""
     return [function for function in map(_unwrapped, vars(cls).values())
@@ -6749,7 +6874,8 @@ def _leads_to(value, targets, depth=3):
             return True
         inners = [each for each in (_get_dict(value) or {}).values()
                   if id(each) in targets or _is(each, _WRAPPERS + (type,))]
-        inners += [_member(value, member)[0]() for member in _members(type(value))]
+        inners += [_member(value, member)[0]() for base in type(value).__mro__
+                   for member in vars(base).values() if type(member) is types.MemberDescriptorType]
         inners += _taken_in(type(value))
         depth = min(depth, 2)
     else:
