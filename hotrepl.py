@@ -8105,7 +8105,7 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     """
     calls = Calls(function, count, when, seconds)
     if quiet:
-        calls.start(calls.collect)
+        calls.start(lambda: calls.extend(calls.wanted()))
         return calls
     calls.start()
     try:
@@ -8398,7 +8398,7 @@ def _outwards(frame):
 def _loop_run_by(frame):
     """Return the asyncio loop that a frame runs, or None."""
     is_running = frame.f_code.co_name == "run_forever" and "asyncio" in frame.f_code.co_filename
-    return frame.f_locals.get("self") if is_running else None
+    return _variables(frame).get("self") if is_running else None
 
 
 def _tasks(loop):
@@ -8555,8 +8555,8 @@ class Calls(list):
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
-        if self._is_over.is_set():
-            self._take_off()      # a patch that came later was undone later
+        if self._is_over.is_set() or time.monotonic() > self._end:
+            self._take_off()      # a patch that came later was undone later, or this is a fork
         else:
             call.number = next(self._numbers)
             self._queue.append(call)
@@ -8564,31 +8564,24 @@ class Calls(list):
                 with suppress(RuntimeError):  # another thread was quicker
                     self._came.release()
 
-    def collect(self):
-        """Put the calls that are wanted into the list, until it is over."""
-        try:
-            self.extend(self._wanted())
-        finally:
-            self._is_over.set()
-
     def show(self):
         """Print the calls that are wanted, until it is over."""
-        for shown, call in enumerate(self._wanted(), 1):
+        for shown, call in enumerate(self.wanted(), 1):
             print(call)
             if shown % WATCH_LINES_PER_S == 0:
                 self._is_over.wait(1.0)
 
-    def _wanted(self):
+    def wanted(self):
         """Yield the calls that are wanted as they come, until it is over."""
-        wanted = 0
-        while wanted < self._count and not self._is_over.is_set():
+        left = self._count
+        while left > 0 and not self._is_over.is_set():
             if not self._queue:
                 self._came.acquire(True, WATCH_LOOK_S)
                 continue
             call = self._queue.popleft()
             call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
             if self._when is None or self._when(call):
-                wanted += 1
+                left -= 1
                 yield call
 
     def _keep(self):
@@ -8600,7 +8593,8 @@ class Calls(list):
                 self._put_on()
                 self._has_begun.set()
                 while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
-                           or self._session is not None and self._session.is_left()):
+                           or self._session is not None and self._session.is_left()
+                           or self._threads[-1].ended):
                     pass
             finally:
                 self._is_over.set()
@@ -8611,7 +8605,10 @@ class Calls(list):
             self._is_over.set()
             self._has_begun.set()
             self._queue.clear()
-            self._end_collector()
+            for thread in self._threads[1:]:
+                thread.join(2 * WATCH_LOOK_S)
+                with suppress(ValueError):    # it has ended
+                    async_raise(thread, SystemExit)
 
     def _put_on(self):
         self._noting, self._original = _noting(self.function, self)
@@ -8628,15 +8625,10 @@ class Calls(list):
         if self.function.__code__ is self._code:
             _swap(self.function, self._original.__code__, self._original.__defaults__,
                   self._original.__kwdefaults__)
-        if vars(self.function).get("__wrapped__") is self._noting:
-            del self.function.__wrapped__
-            vars(self.function).update(vars(self._original))
-
-    def _end_collector(self):
-        for thread in self._threads[1:]:
-            thread.join(2 * WATCH_LOOK_S)
-            with suppress(ValueError):    # it has ended
-                async_raise(thread, SystemExit)
+        own, before = vars(self.function), vars(self._original)
+        if own.get("__wrapped__") is self._noting:
+            own.pop("__wrapped__", None)      # another thread may be here too
+            own.update({"__wrapped__": before["__wrapped__"]} if "__wrapped__" in before else {})
 
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
@@ -8820,16 +8812,8 @@ def _function_in(live, name, words):
     """
     if isinstance(live, property):
         live = live.fset if "setter" in words else live.fdel if "deleter" in words else live.fget
-    inside = [live]
-    for each in inside:           # it grows
-        if len(inside) > 100:
-            break
-        if isinstance(each, types.FunctionType) and each.__code__.co_name == name:
-            return each
-        inside += [getattr(each, inner) for inner in ("__func__", "__wrapped__", "func")
-                   if hasattr(each, inner)]
-        inside += map(_cell_value, getattr(each, "__closure__", None) or ())
-    return live if isinstance(live, types.FunctionType) else None
+    return next((each for each in _functions_in(live) if each.__code__.co_name == name),
+                live if isinstance(live, types.FunctionType) else None)
 
 
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
@@ -13855,19 +13839,16 @@ def _definition_at(source, line):
     """Return (source, first line, class around it) of the function or class at a line of a file."""
     import ast
     import inspect
-    text = source.decode()
-    scope, names, found = ast.parse(text), [], None
-    while scope is not None:
-        nodes, scope = scope.body, None
-        for node in nodes:
-            first = min(each.lineno for each in [node] + getattr(node, "decorator_list", []))
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                block = inspect.getblock(text.splitlines(True)[first - 1:])
-                if first <= line < first + len(block):
-                    found = "".join(block).encode(), first, ".".join(names)
-                    if isinstance(node, ast.ClassDef):
-                        scope = node
-                        names.append(node.name)
+    text, names, found = source.decode(), [], None
+    nodes = ast.parse(text).body
+    for node in nodes:            # what stands in the class at that line is added meanwhile
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            first = min(each.lineno for each in [node] + node.decorator_list)
+            block = inspect.getblock(text.splitlines(True)[first - 1:])
+            if first <= line < first + len(block):
+                found = "".join(block).encode(), first, ".".join(names)
+                names.append(node.name)
+                nodes += node.body if isinstance(node, ast.ClassDef) else []
     if found is None:
         raise ValueError("no function or class stands at line %d" % line)
     return found

@@ -7112,6 +7112,33 @@ class Watching(Case):
         self.assertEqual([(call.args, call.result) for call in calls],
                          [((1,), 1), ((2,), 2), ((3,), 6), ((4,), 24)])
 
+    def test_watch_keeps_what_the_program_puts_on_the_function_meanwhile(self):
+        self.pay.count = 1
+        calls = self.quiet(self.pay)
+        self.pay.count += 1
+        self.pay.other = 5
+        calls.stop()
+        self.assertEqual(vars(self.pay), {"count": 2, "other": 5})
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_watch_leaves_a_forked_child_after_its_time(self):
+        program = self.folder().run("""
+            import os, time, warnings
+            import hotrepl
+            warnings.simplefilter("ignore")   # 3.12 warns of any fork beside threads
+            def pay(name): return name
+            code = pay.__code__
+            calls = hotrepl.watch(pay, quiet=True, seconds=0.5)
+            child = os.fork()
+            if child == 0:
+                end = time.monotonic() + 10
+                while pay.__code__ is not code and time.monotonic() < end:
+                    pay("a")
+                os._exit(pay.__code__ is not code or "__wrapped__" in vars(pay))
+            print(os.waitpid(child, 0)[1], flush=True)
+            """)
+        self.assertEqual(program.end()[:2], [0, "0\n"])
+
     def test_watch_keeps_what_a_cache_holds(self):
         calls = []
 
