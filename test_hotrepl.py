@@ -13828,6 +13828,8 @@ class Threads(Workspace):
 
 
 
+
+
 class RealPrograms(Workspace):
     """What programs do that small examples don't, each a kind of edit that once went wrong."""
 
@@ -15398,7 +15400,7 @@ def before(sender, instance, **options):
         Edit("parameter added", "def add(x, y):", "def add(x, y, z=10):", "return x + y", "return x + y + z"),
         Edit("default", "x=1", "x=2"),
         Edit("task renamed", 'name="named"', 'name="other"'),
-        Edit("function renamed", "def shared", "def new", named="note: app.(shared|new): what its old decorator registered"),
+        Edit("function renamed", "def shared", "def new", named="note: app.(shared|new): what its old decorator registered", alone=True),
         Edit("task added", "@app.task(base", "@app.task\ndef new():\n    return 'new'\n\n@app.task(base"),
         ),
 
