@@ -1634,7 +1634,8 @@ class ConsoleMixin:
         self.serial = next(_serials)  # among the consoles of the process, and ...
         self.inputs = 0           # how many inputs were run: both number their file names
         self.source = ""          # what runs now, for its traceback
-        super().__init__(namespace)   # imacropy's runs code already
+        # imacropy's runs code already.
+        super().__init__(namespace)   # type: ignore[call-arg]
         self._is_plain = (self._has_plain_compiler()
                           and not self._overrides("push", "runsource", "runcode"))
         if hasattr(getattr(self, "compile", None), "compiler"):
@@ -1663,7 +1664,7 @@ class ConsoleMixin:
         `name` stands for it in tracebacks, in place of a number.
         """
         self._begin_input()
-        self.filename = name or self.filename
+        self.filename = name or self.filename  # type: ignore[has-type]
         self.source = source.rstrip() + "\n"
         self._with_known_source(self._run_source, self.source)
 
@@ -2309,8 +2310,8 @@ def _copy_function(function):
     if annotate is None:
         copy.__annotations__ = function.__annotations__
     elif annotate.__code__.co_name == "__annotate__":     # else the program's own
-        import annotationlib      # 3.14: as text, since to evaluate them would run code
-        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)
+        import annotationlib      # 3.14: as text, since to evaluate them would run code  # novermin
+        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)  # novermin
         copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
     return copy
 
@@ -2391,7 +2392,7 @@ def _names_in_source(module):
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif not isinstance(node, ast.expr) or isinstance(node, (ast.Tuple, ast.List, ast.Starred)):
-            pending.extend(ast.iter_child_nodes(node))
+            pending.extend(ast.iter_child_nodes(node))  # type: ignore[arg-type]
 
 
 # === 7. Jobs =================================================================
@@ -2900,7 +2901,7 @@ def run_by(runner, function, *args):
 
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
-    errand = Errand(lambda: runner(errand.in_steps(function, *args)))
+    errand = Errand(lambda: runner(errand.in_steps(function, *args)))  # type: ignore[has-type]
     errand.claim()
     try:
         threading.Thread(target=errand.run, name="hotrepl coroutine", daemon=True).start()
@@ -3117,7 +3118,7 @@ def _space_of(module):
     """Return the namespace of a module without running its code; None for what is no module."""
     if not _is(module, types.ModuleType) or type(module).__name__ == "_LazyModule":
         return None
-    return types.ModuleType.__dict__["__dict__"].__get__(module)
+    return types.ModuleType.__dict__["__dict__"].__get__(module)  # type: ignore[index]
 
 
 def _source_path(module):
@@ -4738,7 +4739,7 @@ class _Apply:
         elif _is(value, (staticmethod, classmethod)) and value.__func__ is function:
             self.put(_attribute(cls, name), type(value)(new))
         elif type(value) is property:
-            self.put(_attribute(cls, name), property(*[
+            self.put(_attribute(cls, name), property(*[  # type: ignore[arg-type]
                 new if each is function else each
                 for each in (value.fget, value.fset, value.fdel)], doc=value.__doc__))
         self._forward_to(function, new)
@@ -7318,7 +7319,7 @@ def _new_defaults(found, function):
 def _with_consts(code, consts):
     if hasattr(code, "replace"):
         return code.replace(co_consts=consts)
-    return types.CodeType(  # 3.6, 3.7
+    return types.CodeType(  # type: ignore  # 3.6, 3.7
         code.co_argcount, code.co_kwonlyargcount, code.co_nlocals, code.co_stacksize,
         code.co_flags, code.co_code, consts, code.co_names, code.co_varnames,
         code.co_filename, code.co_name, code.co_firstlineno, code.co_lnotab,
@@ -7516,7 +7517,7 @@ def _content(container):
     """Return a copy of what a container holds: a dict, list, set, bytearray or class."""
     if _is(container, type):
         return dict(vars(container))
-    return _CONTENTS[_container_kind(container)](container)
+    return _CONTENTS[_container_kind(container)](container)  # type: ignore[operator]
 
 
 def _parts(value):
@@ -7994,7 +7995,7 @@ class SessionHelp:
         session = current_session()
         is_paged = session is not None and session.is_terminal
         output = _Pages(session.terminal_size[1]) if is_paged else sys.stdout
-        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)
+        return pydoc.Helper(sys.stdin, output)(*args, **kwargs)  # type: ignore[arg-type]
 
 
 class _Pages(io.TextIOBase):
@@ -8084,7 +8085,8 @@ def show_source(obj):
 # --- Stacks and frames: what runs, and its variables ---
 
 _listed = threading.local()       # .marks: what frames() listed last in this thread
-_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")   # finds a frame, holds none
+# What finds a frame again, and holds none.
+_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")
 
 
 class Frame:
@@ -8120,7 +8122,7 @@ class Frame:
 
 
 def _marks():
-    """Return a _FrameMark for each frame of the program's own code, the outermost of a thread first."""
+    """Return a _FrameMark for each frame of the program's own code, the outermost first."""
     marks, seen = [], set()
     for title, stack in _stacks():
         for frame in stack:
@@ -8211,7 +8213,7 @@ def _stacks():
     loops = [] if session is None else session.loops()
     for ident in [each for each in known if each in running] + list(set(running) - set(known)):
         stack = _outwards(running.pop(ident))
-        loops += filter(None, map(_loop_run_by, stack))
+        loops.extend(filter(None, map(_loop_run_by, stack)))
         yield (_thread_title(known[ident]) if ident in known
                else "unknown to threading, ident %d" % ident), stack
     for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
@@ -8324,7 +8326,7 @@ class Call:
         self.seconds = time.perf_counter() - self._begun
         self.exception = exception
         ident = threading.get_ident()     # current_thread() would make an object that stays
-        self.thread = threading._active.get(ident, ident)     # type: ignore[attr-defined]
+        self.thread = threading._active.get(ident, ident)
         self._calls.note(self)
 
     def again(self):
@@ -8533,7 +8535,8 @@ class Placed:
         flags = sum({each.compiler_flag for each in vars(self.module).values()
                      if type(each) is __future__._Feature})
         above = "\n" * (self._line - 1 - bool(head)) + head
-        tree = compile(above + self._source, self._filename, "exec", flags | ast.PyCF_ONLY_AST, True)
+        tree = compile(above + self._source, self._filename, "exec",
+                       flags | ast.PyCF_ONLY_AST, True)
         for node in (tree.body[0] if self._path else tree).body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 self._adapt(node, ast)
@@ -8578,8 +8581,9 @@ class Placed:
                 _set_cell(space.pop(each), value)
         for old, new in self._pairs:
             self._patch(old, new)
+        before = dict(vars(self._scope))
         for name, value in space.items():
-            if not re.match(_OF_CLASS_STATEMENTS, name) and vars(self._scope).get(name) is not value:
+            if not re.match(_OF_CLASS_STATEMENTS, name) and before.get(name) is not value:
                 setattr(self._scope, name, value)
                 print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
         return self._scope if len(self._path) == 1 else self
@@ -9823,6 +9827,8 @@ class Session:
         `kind` is what the turn is for, see AT_PROMPT. Runs in the thread `evaluator`, blocks.
         Detached: the session goes on in another thread.
         """
+        if kind in AT_PROMPT:     # before anybody can edit what was imported since the last one
+            note_sources()
         try:
             evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
             while not self._inputs.ready:
@@ -10014,8 +10020,6 @@ class Session:
                 self.connection.flush()
 
     def _receive(self, kind):
-        if kind == "prompt":      # while the user reads it: what was imported since the last one
-            note_sources()
         # Without a limit the prompt needs no waker: `_prompt_again` serves it.
         if kind in IN_EVALUATION or self.server.idle_timeout_s is not None:
             if not self._wait_for_data():
@@ -10602,7 +10606,7 @@ def _message(value):
 def _evaluate(code_object, namespace, use):
     # One line on purpose: a debugger started in the session and still stepping when the
     # evaluation returns would otherwise stop at our next line.
-    value = (eval(code_object, namespace), sys.settrace(None))[0]
+    value = (eval(code_object, namespace), sys.settrace(None))[0]  # type: ignore
     use(value)
 
 
@@ -11140,7 +11144,7 @@ def _use_real_threads():
     if is_patched and __name__ != "__main__" and not REGISTRY.all():
         patched = {name: sys.modules.pop(name) for name in _PATCHED if name in sys.modules}
         try:
-            exec(__loader__.get_code(__name__), globals())
+            exec(__loader__.get_code(__name__), globals())  # type: ignore[name-defined]
         finally:
             sys.modules.update(patched)
 
@@ -11462,11 +11466,14 @@ class Link:
     "stream" (which the data is of from here on); "note"; "eof" (goodbye); "closed", the last.
     """
 
-    BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind"}
+    BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
 
-    def __init__(self, sock, control, limit_s=ANSWER_LIMIT_S):
+    def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
         self.sock = sock          # the REPL channel
-        self.control = control    # the control channel
+        self.control = None       # the control channel, once `meet` had the server name it
+        self._number = 0          # of the session; all three set by `meet`
+        self._line = b""          # the server's first
+        self._secret = os.urandom(16).hex()       # shows that both channels are ours
         self.limit_s = limit_s    # how long a reply may take
         self.events = collections.deque()
         self.is_closed = False    # the server closed the REPL channel
@@ -11476,24 +11483,59 @@ class Link:
         self._unsent = collections.deque()    # (request, what takes its reply); also from handlers
         self._owed = collections.deque()  # what takes the replies that are still to come, in order
         self._is_posting = False  # a handler that interrupts this leaves its request to it
-        control.setblocking(False)    # a handler may have taken what a select() saw
-        if hasattr(socket, "TCP_USER_TIMEOUT") and control.family != getattr(socket, "AF_UNIX", 0):
-            control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
+
+    def meet(self, call_control, is_known=False):
+        """Have the server name its control channel, and connect to it: `call_control(port)` does.
+
+        The second connection goes where the first says, and never carries the token: where one
+        was shown (`is_known`), a proof is. ServerGone, or OSError: it does not work out.
+        """
+        self.send(BEGIN + SECRET_KIND + self._secret.encode("ascii") + END)
+        self.send(BEGIN + CONTROL_KIND + END)
+        address = self._receive_hello()
+        found = re.match(rb"(\d{1,5}) ([\w-]{16,99})\Z", address) or _gone(
+            "it names no control channel: %s" % shorten(address))
+        self.control = call_control(int(found.group(1)))
+        self.control.setblocking(False)   # a handler may have taken what a select() saw
+        if (hasattr(socket, "TCP_USER_TIMEOUT")
+                and self.control.family in (socket.AF_INET, socket.AF_INET6)):
+            self.control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
+        self.sock.settimeout(None)
+        if is_known:
+            self.ask("Authenticate", proof=found.group(2).decode("ascii"))
+        self.ask("PairWithSession", id=self._number, secret=self._secret)
 
     def open(self, *requests):
-        """Pair both channels, make `requests`, (command, fields); return the server's first line."""
-        secret = os.urandom(16).hex()     # shows that both are ours
-        self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END)
-        line = b""
-        while not line.endswith(b"\n"):
-            line += self.sock.recv(1) or _gone("it closed the connection at once")
-        match = re.search(rb"session (\d+) connected", line) or _gone(
-            "its first line is %s, expected 'REPL session N connected.'" % shorten(line))
-        self.sock.settimeout(None)
-        self.ask("PairWithSession", id=int(match.group(1)), secret=secret)
+        """Make `requests`, (command, fields); return the server's first line."""
         for command, fields in requests:
             self.ask(command, **fields)
-        return line
+        return self._line
+
+    def _receive_hello(self):
+        """Take the first lines; return where the control channel is. What follows is an event."""
+        text, address = b"", None
+        while address is None:
+            if not select.select([self.sock], [], [], self.limit_s)[0]:
+                raise socket.timeout("timed out")
+            self._receive()
+            for kind, data in take_all(self.events):
+                text += data if kind == "data" else b""
+                address = data if kind == "control" else address
+            line, newline, rest = text.partition(b"\n")
+            match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\Z", line)
+            if not match and (newline or address is not None or len(line) > RECEIVE_BYTES):
+                _gone("its first line is %s, expected 'REPL session N connected.'" % shorten(line))
+            if self.is_closed:
+                _gone("it closed the connection at once")
+        self._number, self._line = int(match.group(1)), line + newline
+        self.events.append(("data", rest))
+        return address
+
+    def close(self):
+        """Close both connections."""
+        self.sock.close()
+        if self.control is not None:
+            self.control.close()
 
     def send(self, data):
         """Send bytes on the REPL channel; blocks while the server is slow."""
@@ -11763,7 +11805,7 @@ class Conversation:
             self._state = "at work"       # the next press finds us on the way out
             raise Left
         self._ahead.clear()
-        self._answers.append(self.INTERRUPTED)
+        self._answers.append(self.INTERRUPTED)  # type: ignore[arg-type]
         if self._answers == [self.INTERRUPTED]:
             self.link.send(INTERRUPT)
         elif self._turn:
@@ -11985,7 +12027,7 @@ class Terminal:
             with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
                 if is_secret:     # `_kept_modes` shows again what is typed
                     self._mark_pastes(False)
-                    return self._read_plain(_read_secret, prompt)
+                    return self._read_secret(prompt)
                 text = (self._read_plain(_input, _hide_escapes(prompt), begun)
                         if self._library is None else self._read_keys(_hide_escapes(prompt), begun))
         except EOFError:
@@ -12032,27 +12074,52 @@ class Terminal:
 
     def _next_key(self, _):
         """Return the next byte that is typed, -1 at the end; readline calls it."""
-        try:
-            _read_without_waiting()
-            misses = 0
-            while self._ending is None and misses < 5:
-                ready = select.select([0, self.woken] + self.owner.link.sockets(), [], [])[0]
-                if ready != [0]:
-                    self._look()
-                # Ctrl+C drops what was typed, also between these two lines.
-                key = os.read(0, 1) if 0 in ready and self._ending is None else b""
-                if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
-                    self._ending = EOFError()
-                elif key:
-                    return key[0]
-                misses = misses + 1 if ready == [0] else 0
-        except BaseException as exc:      # readline is C: `_read_keys` raises it
-            self._ending = exc
+        _read_without_waiting()
+        key = self._next_bytes(1)
+        if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
+            self._ending = EOFError()
+        elif key:
+            return key[0]
         done = self._variable("rl_done")
         if self._ending is None or done.value:    # in the middle of a paste, which ends so
             return -1
         done.value = 1
         return 0
+
+    def _read_secret(self, prompt):
+        """As getpass.getpass, which drops what is typed behind Ctrl+C."""
+        import getpass
+        if os.name != "posix" or not os.isatty(0):
+            return self._read_plain(getpass.getpass, prompt)
+        import termios
+        modes = termios.tcgetattr(0)
+        modes[3] &= ~termios.ECHO
+        termios.tcsetattr(0, termios.TCSADRAIN, modes)
+        self.write(prompt.encode("utf-8", "surrogateescape"))
+        self._ending, self._reading = None, "keys"
+        line = self._next_bytes(RECEIVE_BYTES)    # the terminal gives whole lines
+        self._reading = ""
+        if self._ending is not None or not line:
+            raise self._ending or EOFError
+        self.write(b"\n")
+        return line.decode("utf-8", "surrogateescape").rstrip("\n")
+
+    def _next_bytes(self, count):
+        """Return what is typed; b"": it is at its end, or `_ending` says what ended it."""
+        try:
+            misses = 0
+            while self._ending is None and misses < (1 if self._is_secret else 5):
+                ready = select.select([0, self.woken] + self.owner.link.sockets(), [], [])[0]
+                if ready != [0]:
+                    self._look()
+                # Ctrl+C drops what was typed, also between these two lines.
+                data = os.read(0, count) if 0 in ready and self._ending is None else b""
+                if data:
+                    return data
+                misses = misses + 1 if ready == [0] else 0
+        except BaseException as exc:      # our caller can be readline, which is C
+            self._ending = exc
+        return b""
 
     def _look(self, *_):
         """While a line is read, do what is due; SIGURG's handler."""
@@ -12130,7 +12197,7 @@ class Terminal:
 
     def _on_resize(self, signum, frame):
         self.owner.on_resize()
-        if self._reading == "keys":
+        if self._reading == "keys" and not self._is_secret:
             self._call("rl_resize_terminal")
 
     def _on_suspend(self, signum, frame):
@@ -12250,24 +12317,6 @@ def _kept_modes():
             termios.tcsetattr(0, termios.TCSANOW, before)
 
 
-def _read_secret(prompt):
-    """As getpass.getpass, which drops what is typed behind Ctrl+C."""
-    if os.name != "posix" or not os.isatty(0):
-        import getpass
-        return getpass.getpass(prompt)
-    import termios
-    modes = termios.tcgetattr(0)
-    modes[3] &= ~termios.ECHO
-    termios.tcsetattr(0, termios.TCSADRAIN, modes)
-    sys.stdout.write(prompt)
-    sys.stdout.flush()
-    line = os.read(0, RECEIVE_BYTES)
-    sys.stdout.write("\n" * bool(line))
-    if not line:
-        raise EOFError
-    return line.decode("utf-8", "surrogateescape").rstrip("\n")
-
-
 def _read_without_waiting():
     """Have a read of the terminal, which readline has set up, return nothing where nothing is.
 
@@ -12281,33 +12330,43 @@ def _read_without_waiting():
 
 
 class Execution:
-    """A session for a program: it runs one piece of code and leaves with an exit code.
+    """A session for a program: it runs pieces of code, each of which ends with an exit code.
 
-    `output` gets what the code prints, see PlainOutput. Ctrl+C and `timeout_s` interrupt the code;
+    `output` gets what the code prints, see PlainOutput. Ctrl+C and a timeout interrupt the code;
     what does not end after that, by a second Ctrl+C or GRACE_S, is left behind.
     """
 
     GRACE_S = 2.0
 
-    def __init__(self, link, output, timeout_s=None):
+    def __init__(self, link, output):
         self._link = link
         self._output = output
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.is_over = False      # it can run nothing more: the session ended, or was left
+        self._deadline = None     # when the code is to be interrupted
         self._turn = 0            # how many go-aheads came
         self._stream = "stdout"   # what the data belongs to that comes
         self._is_late = False     # the deadline has passed
         self._is_interrupted = False      # Ctrl+C was pressed
 
-    def run(self, source):
-        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124."""
+    def run(self, source, place=None, timeout_s=None):
+        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124.
+
+        `place` has the fields of the Place command, where the code stands in a module's file.
+        """
         outcome, code = {}, 1
+        self._is_late = self._is_interrupted = False
+        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            outcome = self._follow(source)
+            outcome = self._follow(source, place)
             code = 124 if self._is_late else _exit_code(outcome)
         except Left:
             code = self._leave()
+        except ProtocolError as exc:
+            print("hotrepl: %s" % exc, file=sys.stderr)
+            outcome, code = {"exception": describe_exception(exc)}, 2
         except (OSError, ServerGone) as exc:
+            self.is_over = True
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._is_late, code = True, self._leave()
             else:
@@ -12318,15 +12377,19 @@ class Execution:
             self._output.finish(outcome, code)
         return code
 
-    def _follow(self, source):
+    def _follow(self, source, place):
         """Run `source` to its end and return what the server says of that."""
-        self._link.open(("TurnMarks", {"kinds": True, "streams": True}))
-        self._pass_on_until_turn(is_shown=False)      # the banner and the first prompt
+        if not self._turn:
+            self._link.open(("TurnMarks", {"kinds": True, "streams": True}))
+            self._pass_on_until_turn(is_shown=False)      # the banner and the first prompt
+        if place:
+            self._link.ask("Place", **place)
         self._link.send(BEGIN + BLOCK_KIND + source + END)
         while self._pass_on_until_turn() in IN_EVALUATION:
             self._link.send(END_OF_FILE)      # there is nobody who could answer
         outcome = self._link.ask("Outcome")["outcome"]
-        if self._link.is_closed and "exit" not in outcome:
+        self.is_over = self._link.is_closed
+        if self.is_over and "exit" not in outcome:
             raise ServerGone("it closed the connection")
         return outcome
 
@@ -12370,6 +12433,7 @@ class Execution:
         self._link.post("KeyboardInterrupt", lambda reply: None, turn=self._turn, answered=True)
 
     def _leave(self):
+        self.is_over = True
         if self._is_late or self._is_interrupted:
             print("hotrepl: it has not ended; left it running there", file=sys.stderr)
         return 124 if self._is_late else 130 if self._is_interrupted else 1
@@ -12382,6 +12446,11 @@ class Execution:
 
 
 _STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
+
+
+def describe_exception(exc):
+    """Return an exception of our own as Outcome describes one."""
+    return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
 
 
 def _exit_code(outcome):
@@ -12423,12 +12492,20 @@ class PlainOutput:
 
 
 class JsonOutput:
-    """Print what comes as JSON objects, one a line; `fields` are in each."""
+    """Print what comes as JSON objects, one a line; `fields` are in each.
 
-    def __init__(self, **fields):
+    A text, or all that one execution prints to a stream, of over `max_chars` is cut.
+    """
+
+    def __init__(self, max_chars=None, **fields):
+        self._max_chars = sys.maxsize if max_chars is None else max_chars
         self._fields = fields
+        self._begin()
+
+    def _begin(self):
         self._begun = {"stdout": b"", "stderr": b""}      # the first bytes of a character
         self._whole = {"value": bytearray(), "traceback": bytearray(), "prompt": bytearray()}
+        self._left = dict.fromkeys(self._begun, self._max_chars)  # characters; -1: it was cut
 
     def write(self, kind, data):
         """Print `data`, bytes of that kind. OSError: nobody reads it."""
@@ -12438,17 +12515,23 @@ class JsonOutput:
             self._put_chunk(kind, self._begun[kind] + data)
 
     def finish(self, outcome, code):
-        """Print the value or the exception, and the exit code."""
+        """Print the value or the exception, and the exit code; the next execution may begin."""
         for name, rest in self._begun.items():
             if rest:
                 self._put_chunk(name, rest, is_last=True)
         texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
         if "value" in outcome:    # in full where it was displayed, else it may be cut
-            self._put(value=texts["value"][:-1] or outcome["value"])
+            self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
         if "exception" in outcome:
             traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
-            self._put(exception=dict(outcome["exception"], traceback=traceback_text))
+            self._put_cut("exception", dict(outcome["exception"], traceback=traceback_text))
         self._put(exit=code)
+        self._begin()
+
+    def _put_cut(self, name, texts):
+        cut = {key: text[:self._max_chars] for key, text in texts.items()}
+        self._put(**{name: cut if name == "exception" else cut[name]},
+                  **{"truncated": True} if cut != texts else {})
 
     def _put_chunk(self, name, data, is_last=False):
         try:
@@ -12459,7 +12542,12 @@ class JsonOutput:
                 self._begun[name] = b""
                 return self._put(stream=name, base64=base64.b64encode(data).decode("ascii"))
             text, self._begun[name] = data[:exc.start].decode("utf-8"), data[exc.start:]
-        if text:
+        left = self._left[name]
+        if len(text) > left >= 0:
+            self._left[name] = -1
+            self._put(stream=name, text=text[:left], truncated=True)
+        elif text and left >= 0:
+            self._left[name] -= len(text)
             self._put(stream=name, text=text)
 
     def _put(self, **fields):
@@ -12481,20 +12569,19 @@ def _write_out(name, data):
         raise
 
 
-def execute(source, output, host, port, control_port, ssl_context=None, token=None,
-            is_plain=False, timeout_s=None):
-    """Run `source`, bytes, in a session with a server; return an exit code.
+@contextmanager
+def execution(output, *server, timeout_s=None):
+    """Yield an Execution in a session with a server, the arguments of which are as in `connect`.
 
-    Where that is and what the other arguments mean is as in `connect`. socket.timeout: it did not
-    even greet us in time.
+    socket.timeout: it did not even greet us in time.
     """
     limit_s = None if timeout_s is None else timeout_s + Execution.GRACE_S
-    with _channels(host, port, control_port, ssl_context, token, is_plain, limit_s) as link:
-        return Execution(link, output, timeout_s).run(source)
+    with _channels(*server, timeout_s=limit_s) as link:
+        yield Execution(link, output)
 
 
-def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PORT,
-            ssl_context=None, token=None, is_plain=False):
+def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=None,
+            token=None, is_plain=False):
     """Run the client in this terminal against a server; return an exit code, 0 or 1.
 
     `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
@@ -12511,36 +12598,41 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=DEFAULT_CONTROL_PO
 def _channels(host, port, control_port, ssl_context, token, is_plain, timeout_s=None):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
-    with _reach(host, port, control_port) as (address, control_address), ExitStack() as undo:
+    with _reach(host, port, control_port) as (address, locate_control), ExitStack() as undo:
         sock, is_ours = _dial(address, ssl_context, is_plain)
-        undo.callback(sock.close)
+        link = Link(sock, limit_s)
+        undo.callback(link.close)
         sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
         try:
-            shown = _show_token(sock, _tokens(address, token, is_ours))
-            control = _dial(control_address, ssl_context, is_plain)[0]
-            undo.callback(control.close)
-            link = Link(sock, control, limit_s)
-            if shown is not None:
-                link.ask("Authenticate", token=shown)
-            yield link
+            token = _show_token(sock, _tokens(address, token, is_ours))
+            link.meet(lambda port: _dial(locate_control(port), ssl_context, is_plain)[0],
+                      is_known=token is not None)
         except socket.timeout as exc:
             if timeout_s is not None:
                 raise
             raise ConnectionError(
                 errno.ETIMEDOUT, "no answer in %d seconds: the process is stopped or busy, or this "
                 "is not its REPL port" % limit_s) from exc
+        except (ServerGone, ProtocolError) as exc:
+            raise ConnectionError(errno.EPROTO, "the server is gone: %s" % exc) from exc
+        yield link
 
 
 @contextmanager
 def _reach(host, port, control_port):
-    """Yield the addresses of both channels, as a Server has them, and keep up what leads there."""
+    """Yield the REPL channel's address, and what returns the control channel's for its port there.
+
+    Keeps up what leads there.
+    """
     if host.startswith("unix:"):
-        yield host[len("unix:"):], host[len("unix:"):] + CONTROL_SUFFIX
+        yield host[len("unix:"):], lambda named: host[len("unix:"):] + CONTROL_SUFFIX
     elif host.startswith("ssh://") or "@" in host:
-        with _tunnel(host, port, control_port) as addresses:
-            yield addresses
+        forwarded = control_port or DEFAULT_CONTROL_PORT
+        with _tunnel(host, port, forwarded) as (address, control_address):
+            yield address, lambda named: control_address if named in (0, forwarded) else _gone(
+                "its control port is %d; pass --control-port %d" % (named, named))
     else:
-        yield (host, port), (host, control_port)
+        yield (host, port), lambda named: (host, control_port or named)
 
 
 @contextmanager
@@ -12981,6 +13073,17 @@ def _parser():
     execute.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     execute.add_argument("--timeout", type=_seconds, metavar="SECONDS",
                          help="interrupt the code after this time, and exit with 124")
+    execute.add_argument("--module", metavar="MODULE",
+                         help="the code is from this module's file: run it there, patch what it "
+                         "defines (default: the module of --file)")
+    execute.add_argument("--file", metavar="F", help="the file it is from (default: FILE)")
+    execute.add_argument("--line", type=int, metavar="N",
+                         help="the line where CODE begins; without -c: take the definition around "
+                         "line N of FILE")
+    execute.add_argument("--stream", action="store_true",
+                         help="with --json -: run the requests that come on stdin, one a line")
+    execute.add_argument("--max-chars", type=int, metavar="N",
+                         help="with --json: cut texts that are longer")
     execute.set_defaults(run=_exec)
     execute.add_argument("--all", action="store_true", help="run it in every server of the list")
     execute.add_argument("--match", metavar="TEXT",
@@ -12999,15 +13102,19 @@ def _parser():
         "of this user on this machine, a line each. 'connect PID' and 'exec PID' take one of them, "
         "'exec --all' takes all.")
     servers.set_defaults(run=_list)
-    for command, purpose in ((serve, "listen on; 0: a free one (default: %d, or a free one)"),
-                             (client, "connect to (default: what is noted, else %d)"),
-                             (execute, "connect to (default: what is noted, else %d)")):
+    for command, purpose, control in (
+            (serve, "listen on; 0: a free one (default: %d, or a free one)", None),
+            (client, "connect to (default: what is noted, else %d)", _CONTROL_HELP),
+            (execute, "connect to (default: what is noted, else %d)", _CONTROL_HELP)):
         command.add_argument("--port", type=int, metavar="N",
                              help="the REPL port to " + purpose % DEFAULT_PORT)
-        command.add_argument("--control-port", type=int, metavar="N",
-                             help="the control port to " + purpose % DEFAULT_CONTROL_PORT)
+        command.add_argument("--control-port", type=int, metavar="N", help=control or (
+                             "the control port to " + purpose % DEFAULT_CONTROL_PORT))
     return parser
 
+
+_CONTROL_HELP = ("the control port, where it is not the one that the server names, or for ssh not %d"
+                 % DEFAULT_CONTROL_PORT)
 
 _EXAMPLES = """\
   hotrepl.py serve --keep train.py       run a script with a server in it
@@ -13047,7 +13154,7 @@ def _serve(options):
         if sys.version_info >= (3, 12):
             # At its end Python waits for the program's threads, and lets no new one start: nobody
             # could visit them. So wait here, by the same function.
-            threading._shutdown()             # type: ignore[attr-defined]
+            threading._shutdown()
         return status             # the server is stopped by atexit
     _end_on_signals(done)
     _say("%s has ended with exit status %d and is kept; Ctrl+C ends it" % (words[0], status))
@@ -13104,7 +13211,7 @@ def _prepare_module(words, main_module):
 
     def load():                   # imports the module's package: that is the program's code too
         try:
-            _, spec, code_object = runpy._get_module_details(     # type: ignore[attr-defined]
+            _, spec, code_object = runpy._get_module_details(
                 words[0], _NoSuchModule)
         except _NoSuchModule as exc:
             raise SystemExit("hotrepl: %s" % exc) from None
@@ -13182,8 +13289,6 @@ def _connect_command(server):
     words = ["python", os.path.basename(__file__), "connect", _join_address(server.address)]
     if isinstance(server.address, str):
         words[-1] = "unix:" + server.address
-    elif server.control_address[1] != DEFAULT_CONTROL_PORT:
-        words += ["--control-port", str(server.control_address[1])]
     return " ".join(words)
 
 
@@ -13210,6 +13315,8 @@ Run code in the process of a server, in a session of its own, and exit as a scri
   exec 10.0.0.5 patch.py         FILE is read here and runs there
   ... | exec 4711 -              in the server of that process
   exec --all fix.py              in every server of the list, one after the other
+  exec --line 12 app.py          patch the function around line 12 of the program's app.py
+  exec --json --stream -         answer many requests on one connection
 
 The code's stdout goes to stdout and its stderr to stderr, byte for byte; input() is at its end.
 With --all and --match each line begins with the server's PID, and the exit status is 1 if any
@@ -13224,7 +13331,12 @@ With --json stdout has one object a line, in this order:
   {"value": ...}                                  repr() of the last expression, if not None
   {"exception": {"type": ..., "message": ..., "traceback": ...}}
   {"exit": N}                                     always the last
-With --all and --match each has a "pid" too, but for one more {"exit": N} at the end."""
+With --all and --match each has a "pid" too, but for one more {"exit": N} at the end. A text that
+was cut at --max-chars has "truncated": true beside it.
+
+With --stream each line of stdin is a request, {"code": ..., "timeout": SECONDS, "module": ...,
+"file": ..., "line": ..., "within": the class it stands in}; all but the first may lack. Each is
+answered by its objects up to {"exit": N}, whatever fails."""
 
 
 def _connect(options):
@@ -13236,7 +13348,7 @@ def _connect(options):
 
 
 def _credentials(options):
-    """Return (ssl_context, token, is_plain), as `connect` and `execute` take them."""
+    """Return (ssl_context, token, is_plain), as `connect` takes them."""
     token = _read_file(options.token_file).decode().strip() if options.token_file else None
     return _tls_context(options), token, options.plain
 
@@ -13260,16 +13372,77 @@ def _exec(options):
     if len(words) > (0 if is_for_all else 1):
         return _misuse("exec takes one FILE or -c CODE, and one HOST without --all and --match; "
                        "found also %r" % words[-1])
+    if options.stream and (not options.json or path != "-" or is_for_all):
+        return _misuse("--stream goes with --json and -, without --all and --match")
+    if options.stream:
+        return _exec_stream(options, _find_server(options, words[0] if words else None))
     source = _read_source(path) if options.code is None else options.code.encode()
+    source, place = _placed(options, path, source)
     if is_for_all:
-        return _exec_in_all(options, source)
-    output = JsonOutput() if options.json else PlainOutput()
-    return _exec_at(options, source, output, _find_server(options, words[0] if words else None))
+        return _exec_in_all(options, source, place)
+    output = JsonOutput(options.max_chars) if options.json else PlainOutput()
+    return _exec_at(options, source, output, _find_server(options, words[0] if words else None),
+                    place)
 
 
-def _exec_at(options, source, output, place, label=""):
+def _placed(options, path, source):
+    """Return (source, fields of the Place request) of code that stands in a module's file."""
+    place = {name: getattr(options, name) for name in ("module", "file", "line")
+             if getattr(options, name) is not None}
+    if not place:
+        return source, place
+    if options.file or path not in (None, "-"):
+        place["file"] = os.path.abspath(options.file or path)
+    if path is not None and options.line is not None:
+        source, place["line"], place["within"] = _definition_at(source, options.line)
+    return source, place
+
+
+def _definition_at(source, line):
+    """Return (source, first line, class around it) of the function or class at a line of a file."""
+    import ast
+    import inspect
+    text = source.decode()
+    scope, names, found = ast.parse(text), [], None
+    while scope is not None:
+        nodes, scope = scope.body, None
+        for node in nodes:
+            first = min(each.lineno for each in [node] + getattr(node, "decorator_list", []))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                block = inspect.getblock(text.splitlines(True)[first - 1:])
+                if first <= line < first + len(block):
+                    found = "".join(block).encode(), first, ".".join(names)
+                    if isinstance(node, ast.ClassDef):
+                        scope = node
+                        names.append(node.name)
+    if found is None:
+        raise ValueError("no function or class stands at line %d" % line)
+    return found
+
+
+def _exec_stream(options, server):
+    """Run the requests that come on stdin, one after the other."""
+    import json
+    output, session = JsonOutput(options.max_chars), None
+    with ExitStack() as undo:
+        for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
+            try:
+                request = json.loads(line.decode())
+                source, timeout_s = request.pop("code").encode(), request.pop("timeout", None)
+                if session is None or session.is_over:
+                    undo.close()
+                    session = undo.enter_context(execution(output, *server, *_credentials(options)))
+                session.run(source, request, timeout_s or options.timeout)
+            except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
+                output.finish({"exception": describe_exception(exc)},
+                              1 if isinstance(exc, OSError) else 2)
+    return 0
+
+
+def _exec_at(options, source, output, server, place=None, label=""):
     try:
-        return execute(source, output, *place, *_credentials(options), options.timeout)
+        with execution(output, *server, *_credentials(options), timeout_s=options.timeout) as one:
+            return one.run(source, place, options.timeout)
     except socket.timeout:
         _say(label + "no answer in time")
         code = 124
@@ -13280,13 +13453,14 @@ def _exec_at(options, source, output, place, label=""):
     return code
 
 
-def _exec_in_all(options, source):
+def _exec_in_all(options, source, place):
     codes = []
     for note in noted_servers():
         if (options.match or "") in _command(note) and 130 not in codes:
             label = "%d: " % note["pid"]
-            output = JsonOutput(pid=note["pid"]) if options.json else PlainOutput(label)
-            codes.append(_exec_at(options, source, output, _place_of_note(note), label))
+            output = (JsonOutput(options.max_chars, pid=note["pid"]) if options.json
+                      else PlainOutput(label))
+            codes.append(_exec_at(options, source, output, _place_of_note(note), place, label))
     if not codes:
         _say("there is no such server; 'list' shows those there are")
     code = 130 if 130 in codes else int(any(codes) or not codes)
@@ -13337,7 +13511,7 @@ def _find_server(options, word):
     if found:
         return _place_of_note(found[0])
     host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
-    return host, port, options.control_port or _control_port(host, port)
+    return host, port, options.control_port
 
 
 def _place_of_note(note):
@@ -13345,15 +13519,7 @@ def _place_of_note(note):
     if isinstance(note["address"], str):
         return "unix:" + note["address"], None, None
     host, port = note["address"]
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, note["control_address"][1]
-
-
-def _control_port(host, port):
-    """Return the control port of the server at this address: that of a note, or the default."""
-    for note in noted_servers():
-        if note["address"][1] == port and host in ("localhost", _place_of_note(note)[0]):
-            return note["control_address"][1]
-    return DEFAULT_CONTROL_PORT
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port, None
 
 
 def _read_source(path):

@@ -360,12 +360,12 @@ class Footprint(collections.OrderedDict):
                          for name in self if now[name] != self[name])
 
 
-def open_descriptors():
-    """Return {descriptor: what it leads to} of this process; on systems without /proc, {}."""
-    found = {}
-    for name in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else ():
+def open_descriptors(pid="self"):
+    """Return {descriptor: what it leads to} of a process; on systems without /proc, {}."""
+    found, folder = {}, "/proc/%s/fd" % pid
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
         with contextlib.suppress(OSError):
-            found[int(name)] = os.readlink("/proc/self/fd/" + name)
+            found[int(name)] = os.readlink("%s/%s" % (folder, name))
     # libffi's own file is kept open on some systems, once a process has used ctypes.
     return {fd: path for fd, path in found.items()
             if not (path.endswith("/fd") or "/libffi.so" in path)}
@@ -460,8 +460,7 @@ def connect_command(server, *words):
         return python_command(SOURCE_PATH, "connect", "unix:" + server.address, *words)
     host, port = server.address
     host = "localhost" if host in ("127.0.0.1", "0.0.0.0") else "[%s]" % host
-    return python_command(SOURCE_PATH, "connect", "%s:%d" % (host, port), "--control-port",
-                          str(server.control_address[1]), *words)
+    return python_command(SOURCE_PATH, "connect", "%s:%d" % (host, port), *words)
 
 
 # === Kit: processes and terminals ============================================
@@ -5376,7 +5375,8 @@ class Leaving(Case):
 
         def answer():
             sock, _ = repl.accept()
-            sock.sendall(b"REPL session 1 connected.\n>>> \xff\xf9")
+            sock.sendall(b"REPL session 1 connected.\n>>> \xff\xfac%d a-proof-of-nothing\xff\xf0\xff\xf9"
+                         % control.getsockname()[1])
             requests, _ = control.accept()
             with sock, requests:
                 socks = [sock, requests]
@@ -5484,7 +5484,7 @@ class CommandLine(Case):
     def test_serve_says_the_line_to_type(self):
         program, line, (port, control_port) = self.serve(*self.FREE)
         words = re.search(r"connect with: python (hotrepl\.py connect .*)\n", line).group(1).split()
-        self.assertIn(str(control_port), words)
+        self.assertNotIn(str(control_port), words)        # the server names it
         client = self.keep(Program(python_command(*words), cwd=os.path.dirname(SOURCE_PATH)))
         self.assertEqual(client.finish("print(6*7)\nexit()\n"), [0, "42\n", ""])
 
@@ -7347,6 +7347,23 @@ while True:
 """
 
 
+# What stands between a client and a port, and prints what the client sends.
+RELAY = r"""
+listener = socket.socket()
+listener.bind(("127.0.0.1", 0))
+listener.listen(1)
+print(listener.getsockname()[1], flush=True)
+client, _ = listener.accept()
+server = socket.create_connection(("127.0.0.1", %d))
+for to in iter(lambda: selectors.select.select([client, server], [], [])[0], None):
+    for each in to:
+        data = each.recv(9999)
+        if each is client:
+            print(data, flush=True)
+        (server if each is client else client).sendall(data)
+"""
+
+
 class FalseServers(AccessCase):
     """Our client, of uid 1500, against what uid 1600 does to get its token, a line or a file."""
 
@@ -7426,9 +7443,9 @@ class FalseServers(AccessCase):
 
     def test_the_word_of_our_user_is_enough_but_gives_no_file_away(self):
         server = self.server(uid=ATTACKER, options="control_port=0, allow_uids=[%d]" % OWNER)
-        words = ["127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1])]
-        self.assert_refused(self.ran(*words))
-        code, out, said = self.ran("--plain", *words)
+        place = "127.0.0.1:%d" % server.ports[0]
+        self.assert_refused(self.ran(place))
+        code, out, said = self.ran("--plain", place)
         self.assertEqual((code, out), (0, "42\n"))
         self.assertIn("is uid %d's\n" % ATTACKER, said)
         false_server = self.false_server(["127.0.0.1", free_port()])
@@ -7441,7 +7458,7 @@ class FalseServers(AccessCase):
 
     def test_root_may_visit_and_is_told_whose_it_is(self):
         server = self.server()
-        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1]), uid=0)
+        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], uid=0)
         self.assertEqual((code, out), (0, "42\n"))
         self.assertEqual(set(said.splitlines()), {"hotrepl: the server at 127.0.0.1 port %d is uid %d's" % (each, OWNER)
                                                   for each in server.ports})
@@ -7456,6 +7473,30 @@ class FalseServers(AccessCase):
         self.assert_refused(self.ran())
         for each in false_servers:
             self.assert_heard_nothing(each)
+
+    def test_another_user_at_the_control_port_gets_nothing(self):
+        server = self.server(options="control_port=0, token='a-token-of-ours!'")
+        port, busy = server.ports[0], free_port()
+        false_server = self.false_server(["127.0.0.1", busy], "")
+        words = ["exec", "127.0.0.1:%d" % port, "-c", "6*7"]
+        default = "hotrepl.DEFAULT_CONTROL_PORT = %d; sys.exit(hotrepl.main())" % busy
+        self.assertEqual(self.as_user(OWNER, *words, code=default, stdin=subprocess.DEVNULL).end(), [0, "42\n", ""])
+        self.assert_refused(self.ran("127.0.0.1:%d" % port, "--control-port", str(busy)))
+        self.assert_heard_nothing(false_server)
+
+    def test_the_token_is_never_on_the_second_connection(self):
+        code = ("hotrepl.tcp_owner = lambda *_: (None, None)\n"
+                "server = hotrepl.start({}, port=0, control_port=0, banner='', token='a-token-of-ours!')\n"
+                "print(*server.address, *server.control_address, flush=True)\ninput()")
+        server = self.as_user(OWNER, code=code)
+        _, port, _, control_port = server.until("\n").split()
+        relay = RELAY % int(control_port)
+        between = self.as_user(OWNER, code=relay)
+        self.assertEqual(self.ran("127.0.0.1:" + port, "--control-port", between.until("\n").strip()), [0, "42\n", ""])
+        between.kill()
+        said = between.end()[1]
+        self.assertIn("Authenticate", said)
+        self.assertNotIn("a-token-of-ours!", said)
 
     def test_another_users_unix_socket_gets_no_file_of_ours(self):
         shared = os.path.join(self.base, "shared")
@@ -7489,7 +7530,7 @@ class FalseServers(AccessCase):
     def test_where_the_system_can_not_tell_the_user_has_to_say_so(self):
         server = self.server(options="control_port=0, token='a-token-of-ours!'")
         hidden = "hotrepl.tcp_owner = lambda *_: (None, None); sys.exit(hotrepl.main())"
-        words = ["exec", "127.0.0.1:%d" % server.ports[0], "--control-port", str(server.ports[1]), "-c", "6*7"]
+        words = ["exec", "127.0.0.1:%d" % server.ports[0], "-c", "6*7"]
         ended = self.as_user(OWNER, *words, code=hidden, stdin=subprocess.DEVNULL).end()
         self.assert_refused(ended, "can't tell whose server", "--plain", "nothing was sent")
         self.assertEqual(self.as_user(OWNER, "exec", "--plain", *words[1:], code=hidden, stdin=subprocess.DEVNULL).end(),
@@ -9706,6 +9747,268 @@ class Exec(Case):
         client.turn()
         outcome = client.control.request("Outcome")["outcome"]
         self.assertEqual(outcome["exception"]["type"], "ProtocolError")
+
+
+class EditedProgram(Case):
+    """A program, and a file of it that an editor has open."""
+
+    SOURCE = """\
+        import functools
+        def step(x):
+            return x
+
+        class Till:
+            RATE = 2
+
+            @functools.lru_cache(None)
+            def price(self, amount):
+                return (amount *
+                        self.RATE)
+
+            class Inner:
+                def deep(self): return 1
+
+        def last():
+            return 1
+        """
+
+    def setUp(self):
+        super().setUp()
+        self.folder = self.folder()
+        self.path = self.folder.write("edited.py", self.SOURCE)
+        self.program = self.folder.run("import edited, time\nheld = edited.step\n" + SERVE + "while True: time.sleep(60)\n")
+        self.ports = [str(port) for _, port in addresses(self.program)]
+
+    def exec(self, *words, stdin=""):
+        """Return [exit code, stdout, stderr]."""
+        program = self.folder.start("-m", "hotrepl", "exec", "--port", self.ports[0],
+                                    "--control-port", self.ports[1], *words)
+        program.send(stdin)
+        program.process.stdin.close()
+        return program.end()
+
+    def edit(self, old, new):
+        with open(self.path) as file:
+            source = file.read()
+        self.assertEqual(source.count(old), 1)
+        with open(self.path, "w") as file:
+            file.write(source.replace(old, new))
+
+    def line_of(self, text):
+        with open(self.path) as file:
+            return str(file.read().split("\n").index(text) + 1)
+
+
+class ExecInModules(EditedProgram):
+    """exec with --module, --file and --line."""
+
+    def test_code_is_compiled_in_its_module_with_its_file_and_line(self):
+        self.edit("    return x\n", "    return x / 0\n")
+        self.assertEqual(self.exec("--module", "edited", "--file", self.path, "--line", "2", "-c",
+                                   "def step(x):\n    return x / 0"), [0, "patched edited.step\n", ""])
+        code, out, err = self.exec("-c", "held(1)")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn('File "%s", line 3, in step\n    return x / 0\n' % self.path, err)
+        self.assertEqual(self.exec("-c", "import inspect; inspect.getsource(held)")[1],
+                         "%r\n" % "def step(x):\n    return x / 0\n")
+
+    def test_the_definition_around_a_line_of_the_file_is_patched(self):
+        self.edit("def step(x):\n    return x\n", "\n\ndef step(x):\n    return x + 1\n")
+        self.edit("(amount *", "(5 * amount *")
+        self.edit("return 1\n\n", "return 2\n\n")
+        for text, name, check in (("    return x + 1", "step", "held(1) == 2"),
+                                  ("                self.RATE)", "Till.price", "edited.Till().price(3) == 30"),
+                                  ("    @functools.lru_cache(None)", "Till.price", "edited.Till().price(3) == 30"),
+                                  ("        def deep(self): return 2", "Till.Inner.deep",
+                                   "edited.Till.Inner().deep() == 2")):
+            with self.subTest(text):
+                self.assertEqual(self.exec("--line", self.line_of(text), self.path),
+                                 [0, "patched edited.%s\n" % name, ""])
+                self.assertEqual(self.exec("-c", check)[1], "True\n")
+
+    def test_the_file_can_come_on_stdin(self):
+        self.assertEqual(self.exec("--file", self.path, "--line", "4", "-", stdin="\n\ndef last():\n    return 2\n"),
+                         [0, "patched edited.last\n", ""])
+        self.assertEqual(self.exec("-c", "edited.last(), edited.last.__code__.co_firstlineno")[1], "(2, 3)\n")
+
+    def test_what_cannot_be_placed_is_an_error(self):
+        self.assertEqual(self.exec("--line", "4", self.path)[0::2],
+                         [2, "hotrepl: no function or class stands at line 4\n"])
+        other = self.folder.write("other.py", "def f(): pass\n")
+        code, out, err = self.exec("--line", "1", other)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("LookupError: no module that is loaded here is %r\n" % other, err)
+        self.assertIn("expected a module or a file", self.exec("--line", "1", "-c", "1")[2])
+
+    def test_json_has_it_too(self):
+        out = self.exec("--json", "--line", "2", self.path)[1]
+        self.assertEqual([json.loads(line) for line in out.splitlines()],
+                         [{"stream": "stdout", "text": "patched edited.step\n"}, {"exit": 0}])
+
+
+class Editors(EditedProgram):
+    """The recipes of the README, in the editors themselves as far as Debian has them."""
+
+    def recipe(self, name):
+        with open(os.path.join(os.path.dirname(SOURCE_PATH), "README.md"), encoding="utf-8") as file:
+            text = re.search(r"<!-- %s -->\n```\w+\n(.*?)```\n" % name, file.read(), re.S).group(1)
+        self.assertLessEqual(text.count("\n"), 15)
+        return text
+
+    def setUp(self):
+        super().setUp()
+        # What `python` finds, and the only server of the list.
+        os.mkdir(os.path.join(self.folder.path, "bin"))
+        os.symlink(sys.executable, os.path.join(self.folder.path, "bin", "python"))
+        self.environment = {"PATH": os.path.join(self.folder.path, "bin") + os.pathsep + os.environ["PATH"],
+                            "HOME": self.folder.path}
+
+    def edit_with(self, *command):
+        program = Program(list(command), self.folder.path, **self.environment)
+        self.keep(program)
+        program.process.stdin.close()
+        return program.end()
+
+    def check(self):
+        """Check what each editor has done: a method patched, a region run, the rest reloaded."""
+        self.assertEqual(self.exec("-c", "edited.Till().price(3), edited.ran, held(1)")[1], "(60, 'region', 5)\n")
+        self.assertEqual(self.exec("-c", "edited.Till.price.__wrapped__.__code__.co_firstlineno")[1],
+                         self.line_of("    @functools.lru_cache(None)") + "\n")
+
+    def test_emacs_patches_the_function_at_point_runs_the_region_and_reloads(self):
+        self.folder.write("init.el", self.recipe("emacs"))
+        script = self.folder.write("script.el", """
+            (find-file "edited.py")
+            (search-forward "(amount *")
+            (replace-match "(10 * amount *")
+            (hotrepl-patch)
+            (goto-char (point-max))
+            (let ((begin (point)))
+              (insert "\\n\\nran = 'region'\\n")
+              (hotrepl-run begin (point)))
+            (goto-char (point-min))
+            (search-forward "return x")
+            (replace-match "return x + 4")
+            (save-buffer)
+            (hotrepl-reload)
+            """)
+        code, out, err = self.edit_with(tool("emacs"), "-Q", "-batch", "-l", "init.el", "-l", script)
+        self.assertEqual(code, 0, err)
+        self.assertIn("patched edited.Till.price", out + err)
+        self.check()
+
+    def test_vim_patches_the_function_at_the_cursor_runs_the_range_and_reloads(self):
+        self.folder.write("vimrc", self.recipe("vim"))
+        script = self.folder.write("script.vim", """
+            edit edited.py
+            /(amount \\*/s//(10 * amount */
+            redir! > messages
+            HotreplPatch
+            redir END
+            call append(line('$'), ['', "ran = 'region'"])
+            $HotreplRun
+            /return x/s//return x + 4/
+            write
+            HotreplReload
+            qall!
+            """)
+        code, out, err = self.edit_with(tool("vim"), "-Nu", "vimrc", "-i", "NONE", "-n", "-es", "-S", script)
+        with open(os.path.join(self.folder.path, "messages")) as file:
+            self.assertIn("patched edited.Till.price", file.read())
+        self.assertEqual(code, 0, out + err)
+        self.check()
+
+    def test_the_tasks_of_vs_code_do_what_they_say(self):
+        tasks = json.loads(self.recipe("vscode"))
+        self.assertEqual((tasks["type"], tasks["command"]), ("process", "python"))
+        steps = [("(amount *", "(10 * amount *", "patch the function"), ("return 1\n\n", "return 1\n\n", "run the selection"),
+                 ("return x\n", "return x + 4\n", "reload")]
+        for (old, new, label), task in zip(steps, tasks["tasks"]):
+            self.assertEqual(task["label"].partition(": ")[2], label)
+            self.edit(old, new)
+            known = {"${lineNumber}": self.line_of("                self.RATE)"), "${file}": self.path,
+                     "${selectedText}": "ran = 'region'"}
+            code, _, err = self.edit_with("python", *[known.get(each, each) for each in task["args"]])
+            self.assertEqual((code, err), (0, ""))
+        self.check()
+
+
+class ExecStream(Case):
+    """exec --json --stream: requests on stdin, answers on stdout."""
+
+    def begin(self, *words, served=None):
+        self.served = served or self.serve()
+        host, port = self.served.server.address
+        return self.keep(Program(python_command(
+            SOURCE_PATH, "exec", "--port", str(port), "--control-port", str(self.served.server.control_address[1]),
+            "--json", "--stream", "-", *words)))
+
+    def ask(self, program, request):
+        """Send a request, a dict or a line; return its answer, without the exit, and that."""
+        program.send((request if isinstance(request, str) else json.dumps(request)) + "\n")
+        found = []
+        while not found or "exit" not in found[-1]:
+            found.append(json.loads(program.until("\n")))
+        return found[:-1], found[-1]["exit"]
+
+    def test_each_request_is_answered_on_one_connection(self):
+        program = self.begin()
+        self.assertEqual(self.ask(program, {"code": "x = 6; x * 7"}), ([{"value": "42"}], 0))
+        self.assertEqual(self.ask(program, {"code": "import sys\nprint('out')\nsys.stderr.write('err\\n') and None\nx"}),
+                         ([{"stream": "stdout", "text": "out\n"}, {"stream": "stderr", "text": "err\n"},
+                           {"value": "6"}], 0))
+        for number in range(200):
+            self.assertEqual(self.ask(program, {"code": "x + %d" % number}), ([{"value": str(6 + number)}], 0))
+        program.process.stdin.close()
+        self.assertEqual(program.end(), [0, "", ""])
+
+    def test_a_failure_ends_no_stream(self):
+        program = self.begin()
+        for request, kind, code in (({"code": "1/0"}, "ZeroDivisionError", 1), ({"code": "1 +"}, "SyntaxError", 1),
+                                    ("no json", "JSONDecodeError", 2), ("[1]", "AttributeError", 2),
+                                    ({"timeout": 5}, "KeyError", 2), ({"code": 5}, "AttributeError", 2),
+                                    ({"code": "1", "line": 0, "file": "x"}, "ProtocolError", 2)):
+            with self.subTest(request=request):
+                found, status = self.ask(program, request)
+                self.assertEqual((found[-1]["exception"]["type"], status), (kind, code))
+        self.assertEqual(self.ask(program, {"code": "exit(7)"}), ([], 7))
+        self.assertEqual(self.ask(program, {"code": "6*7"}), ([{"value": "42"}], 0))
+
+    def test_a_timeout_is_for_one_request(self):
+        program = self.begin()
+        found, code = self.ask(program, {"code": "while True: pass", "timeout": 0.2})
+        self.assertEqual((found[-1]["exception"]["type"], code), ("KeyboardInterrupt", 124))
+        self.assertEqual(self.ask(program, {"code": "6*7", "timeout": 20}), ([{"value": "42"}], 0))
+
+    def test_a_request_may_stand_in_a_module(self):
+        program = self.begin()
+        self.assertEqual(self.ask(program, {"code": "__name__", "module": "json"}), ([{"value": "'json'"}], 0))
+
+    def test_long_texts_are_cut(self):
+        program = self.begin("--max-chars", "10")
+        self.assertEqual(self.ask(program, {"code": "print('a' * 6); print('b' * 100); 'c' * 10"}), (
+            [{"stream": "stdout", "text": "aaaaaa\n" + "bbb", "truncated": True},
+             {"value": "'ccccccccc", "truncated": True}], 0))
+        found, code = self.ask(program, {"code": "raise ValueError('d' * 30)"})
+        self.assertEqual(found[-1]["truncated"], True)
+        self.assertEqual(found[-1]["exception"]["message"], "d" * 10)
+        self.assertEqual(self.ask(program, {"code": "'c' * 8"}), ([{"value": "'cccccccc'"}], 0))
+
+    def test_a_server_that_goes_away_ends_the_request_and_one_that_comes_takes_the_next(self):
+        program = self.begin()
+        self.ask(program, {"code": "1"})
+        address, control_address = self.served.server.address, self.served.server.control_address
+        self.served.server.stop()
+        self.assertEqual(self.ask(program, {"code": "1"})[1], 1)
+        self.assertEqual(self.ask(program, {"code": "1"})[1], 1)
+        self.serve(port=address[1], control_port=control_address[1])
+        self.assertEqual(self.ask(program, {"code": "6*7"}), ([{"value": "42"}], 0))
+
+    def test_wrong_use_is_said(self):
+        for words in (["--stream", "-"], ["--json", "--stream", "-c", "1"], ["--json", "--stream", "--all", "-"]):
+            with self.subTest(words):
+                program = self.keep(Program(python_command(SOURCE_PATH, "exec", *words)))
+                self.assertEqual(program.end()[0], 2)
 
 
 class OutcomeCommand(Case):
@@ -13238,7 +13541,9 @@ class Patch(Workspace):
 
     def test_undo_of_a_patch_is_exact(self):
         m = self.load("def f(a, b=1, *, c=2) -> int:\n    'doc'\nf.tag = 1\n")
-        names = ("__code__", "__defaults__", "__kwdefaults__", "__annotations__", "__doc__",
+        # 3.14: __annotations__ are made anew, out of the same __annotate__.
+        makes = "__annotate__" if sys.version_info >= (3, 14) else "__annotations__"
+        names = ("__code__", "__defaults__", "__kwdefaults__", makes, "__doc__", "__annotations__",
                  "__name__", "__qualname__", "__module__", "__dict__")
         before = [getattr(m.f, name) for name in names]
         ids = list(map(id, before))
@@ -16032,7 +16337,7 @@ class Target:
         """Return its Usage just now."""
         status = dict(line.split(":\t", 1) for line in self._read("status").splitlines())
         times = self._read("stat").rpartition(")")[2].split()
-        return Usage(int(status["Threads"]), len(os.listdir(self._path("fd"))),
+        return Usage(int(status["Threads"]), len(open_descriptors(self.program.process.pid)),
                      int(status["VmRSS"].split()[0]) / 1024, int(status["VmHWM"].split()[0]) / 1024,
                      (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK"))
 
