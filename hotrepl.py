@@ -3978,10 +3978,20 @@ def _key(node, is_shell):
         is_body = is_shell and kind in _FUNCTIONS + ("Lambda",)
         return (kind,) + tuple([
             _key(getattr(node, name, None), is_shell) for name in fields
-            if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")])
+            if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")]) + (
+                _doc_key(node) if is_body else ())
     if isinstance(node, list):
         return tuple([_key(each, is_shell) for each in node])
     return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
+
+
+def _doc_key(node):
+    """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
+    if not getattr(node, "decorator_list", None) or _is_transparent(node):
+        return ()
+    value = getattr(node.body[0], "value", None)
+    text = getattr(value, "value", getattr(value, "s", None))     # 3.6, 3.7: a Str
+    return (text,) if type(text) is str else ()
 
 
 class _Names:
@@ -4651,6 +4661,7 @@ class _Apply:
         self.classes = {}               # id -> class that changed, for the hooks
         self.import_index = None        # {module: those that import from it}; made when needed
         self.sources = {}               # name -> _Source of a module that is not edited
+        self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
 
     def patch(self, old, new):
@@ -4976,9 +4987,15 @@ class _Apply:
             return
         self._fold_definition(scope, pair, raw, new)
         self._note_init(scope, pair)
+        self._note_signature(pair, raw)
         value = scope.get(pair.new.node.name)
         if type(value) is _LRU_CACHE:
             self.afterwards.append(value.cache_clear)
+
+    def _note_signature(self, pair, function):
+        """Who looks at parameters when it is defined, such as FastAPI, follows."""
+        if pair.old is not None and _key(pair.old.node.args, False) != _key(pair.new.node.args, False):
+            self.refielded[id(function)] = function
 
     def _fold_definition(self, scope, pair, raw, new):
         """Give a function code, defaults and the rest of one that was evaluated anew."""
@@ -5137,8 +5154,32 @@ class _Apply:
         if scope.cls is not None and pair.new.node.name == "__init__" and pair.old is not None:
             self.inits.append((scope.cls, pair.old.node, pair.new.node))
 
+    def _follow_fields_elsewhere(self):
+        """Do the same in modules that are not edited, and in what follows those."""
+        done = set(self.by_name)
+        while True:
+            found = [(name, known) for name, known in list(_hot.known.items())
+                     if name not in done and known.text is not None and any(
+                         id(value) in self.refielded for value in (
+                             _space_of(known.module()) or {}).values())]
+            if not found:
+                break
+            for name, known in found:
+                done.add(name)
+                source = self._parsed(name, known)
+                edit = source and _Edit(name, known.module(), known.path, known.stamp)
+                if edit and edit.text == known.text:
+                    edit.compile()
+                    edit.compare()
+                    scope = _Scope(edit)
+                    for pair in edit.pairs:
+                        if pair.new.is_definition:
+                            self._follow_fields(scope, pair)
+                    edit.space.update(edit.held)
+
     def _follow_fields(self, scope, pair):
         """A class or handler that copies the fields of a class which has others now runs again."""
+        self._rebuild_models()
         node = pair.new.node
         value = scope.get(node.name)
         if pair.new.kind == "ClassDef":
@@ -5151,7 +5192,7 @@ class _Apply:
                 self.report.add("followed", scope.edit.name, [scope.prefix + node.name])
         elif node.decorator_list and not _is_transparent(node) and any(
                 id(scope.edit.space.get(name)) in self.refielded
-                for name in pair.new.names.reads):
+                for name in pair.new.names.reads - pair.new.names.heads):
             self._redecorate(scope, pair)
             self.report.add("followed", scope.edit.name, [scope.prefix + node.name])
 
@@ -5613,7 +5654,16 @@ class _Apply:
             if name not in olds:
                 self.fills.append((old, name, None if field.is_required() else functools.partial(
                     field.get_default, call_default_factory=True)))
-        self.afterwards.append(lambda: old.model_rebuild(force=True))
+        self.unbuilt.append(old)
+        self.afterwards.append(self._rebuild_models)
+
+    def _rebuild_models(self):
+        """What validates a pydantic model makes the old class again, before others ask for it."""
+        while self.unbuilt:
+            cls = self.unbuilt.pop()
+            for name in ("core_schema", "validator", "serializer", "complete"):
+                self.journal.keep(_attribute(cls, "__pydantic_%s__" % name))
+            cls.model_rebuild(force=True)
 
     def fold_wrapper(self, old, new):
         """staticmethod, classmethod, property: the old object, if it holds the right functions."""
@@ -5845,6 +5895,8 @@ class _Apply:
 
     def _finish(self):
         """Reach closures, references, instances; take names away; tell the hooks."""
+        if self.refielded:
+            self._follow_fields_elsewhere()
         for edit in self.edits:
             for name in edit.names_gone():
                 self.put(_entry(edit.space, name), None if name == "__doc__" else _MISSING)
@@ -6640,13 +6692,18 @@ class _Registrations:
         _restore_container(container, ordered)
 
     def _is_below_a_new_key(self, container):
-        """Tell whether it is a value in a dict that has got another key: the entry went there."""
+        """Tell whether a dict that it is a value of got the entry under another key."""
         for each in self._places:
             now = _content(each)
             if type(now) is dict and any(value is container for value in now.values()) and any(
-                    key not in self._befores[id(each)] for key in now):
+                    key not in self._befores[id(each)] or self._has_gained(value)
+                    for key, value in now.items()):
                 return True
         return False
+
+    def _has_gained(self, value):
+        base = self._bases.get(id(value))
+        return base is not None and len(_content(value)) > len(base)
 
     def _folded_entry(self, old, new):
         """The old object of an entry goes on, with the content of the new one."""
