@@ -19891,12 +19891,12 @@ def bench_reload(subject):
         sizes = subject.size(300, 60), subject.size(1500, 300)
         for size in sizes:
             write_modules(folder, size, 1)
-        host = subject.serving(MANY_MODULES % (folder,))
+        host = subject.serving(MANY_MODULES % (folder, os.path.dirname(SOURCE_PATH)))
         host.value("noting(%d)" % sizes[1])
         for size in sizes:      # both are loaded, and only one package of them is edited
             host.value("all_changed(%d, 2)" % size)
         rounds = [host.value("many_round(%r, %d)" % (sizes, 3 + number)) for number in range(subject.rounds)]
-        fresh = subject.serving(MANY_MODULES % (folder,))
+        fresh = subject.serving(MANY_MODULES % (folder, os.path.dirname(SOURCE_PATH)))
         noted = fresh.value("noting(%d)" % sizes[0])
     return found + [[(each[k], 0) for each in rounds] for k in (0, 1)] + [
         [each[2] for each in rounds], [(noted, 0)]]
@@ -19917,8 +19917,8 @@ def write_modules(folder, size, version):
 MANY_MODULES = r"""
 import importlib, os, threading
 folder = %r
-sys.path.insert(0, folder)
-sys.path.insert(0, os.path.dirname(os.path.abspath(hotrepl.__file__)))
+sys.path[:0] = [folder, %r]
+import hotrepl
 from test_hotrepl import write_modules
 
 def noting(size):
