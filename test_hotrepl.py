@@ -465,10 +465,16 @@ def connect_command(server, *words):
 
 # === Kit: processes and terminals ============================================
 
+# What `python hotrepl.py` does, but with what was compiled of the file before: it is long, and many tests start it.
+RUN_COMPILED = ("import sys; sys.path[0], sys.argv[0] = %r, %r; import hotrepl; sys.exit(hotrepl.main())")
+
+
 def python_command(*words, python=None):
     """Return the command `python WORDS...` with the flags that this process runs with."""
     if python is not None:
         return [python] + list(words)
+    if words[0] == SOURCE_PATH:
+        words = ("-c", RUN_COMPILED % os.path.split(SOURCE_PATH)) + words[1:]
     flags = ["-W" + each for each in sys.warnoptions]
     flags += ["-X", "dev"] if getattr(sys.flags, "dev_mode", False) else []
     return [sys.executable] + flags + list(words)
