@@ -10031,6 +10031,29 @@ class Exec(Case):
         source = "import sys; print('out'); print('err', file=sys.stderr)"
         self.assertEqual(self.end("-c", source), [0, "out\n", "err\n"])
 
+    def test_a_file_has_its_name_in_tracebacks(self):
+        path = self.folder().write("fix it.py", "x = 1\n1 / 0  # here\n")
+        code, _, err = self.end(path)
+        self.assertEqual(code, 1)
+        self.assertIn('File "fix it.py", line 2, in <module>\n    1 / 0  # here\n', err)
+
+    def test_a_question_is_answered(self):
+        self.assertIn("Return the number of items", self.end("-c", "len?")[1])
+
+    def test_misuse_is_one_line_that_says_what_was_expected(self):
+        path = self.folder().write("garbage.pem", "garbage\n")
+        for words, message in (
+                (["-c", "1", "-c", "2"], "hotrepl: -c is there twice, expected one CODE, of any number of lines; see --help"),
+                (["localhost"], "hotrepl: can't read 'localhost': No such file or directory; "
+                                "exec [HOST] takes -c CODE, a FILE or -"),
+                (["--cert", path, "-c", "1"], "hotrepl: --cert: expected a certificate and its key in PEM, "
+                                              "found none that fit in %r" % path),
+                (["--cafile", path, "-c", "1"], "hotrepl: --cafile: expected certificates in PEM, found none in %r" % path)):
+            self.assertEqual(self.end(*words), [2, "", message + "\n"])
+        code, _, err = self.end("--timeout", "abc", "-c", "1")
+        self.assertEqual((code, err.splitlines()[-1].partition("error: ")[2]),
+                         (2, "argument --timeout: expected a number of seconds, found 'abc'"))
+
     def test_the_last_value_is_shown_as_at_the_prompt(self):
         served = self.serve()
         self.assertEqual(self.end("-c", "x = 6\nx * 7", served=served), [0, "42\n", ""])
@@ -10083,7 +10106,8 @@ class Exec(Case):
 
     def test_a_file_that_cannot_be_read_is_one_line(self):
         self.assertEqual(self.end("nowhere.py"), [
-            2, "", "hotrepl: can't read 'nowhere.py': No such file or directory\n"])
+            2, "", "hotrepl: can't read 'nowhere.py': No such file or directory; "
+                   "exec [HOST] takes -c CODE, a FILE or -\n"])
 
     def test_code_can_come_in_on_stdin(self):
         source = "def f():\n    return 5\n\n    # a comment\nprint(f())\nf() + 1"
@@ -10663,6 +10687,38 @@ class Finding(NotesCase):
             self.assertEqual(first, "hotrepl: which one? name it by its PID, or as HOST:PORT")
             self.assertEqual([line.split()[0] for line in table],
                              ["PID"] + [str(each.process.pid) for each in programs])
+
+    def test_on_a_terminal_the_number_is_asked_for(self):
+        programs = self.programs("a", "b")
+        for word, program in zip("ab", programs):
+            terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY=""))
+            terminal.until("%d  " % programs[1].process.pid)
+            terminal.until("\nwhich one? PID: ")
+            terminal.type("5\n")
+            terminal.until("\nwhich one? PID: ")
+            terminal.type("%d\n" % program.process.pid)
+            terminal.until(">>> ")
+            terminal.ask("import sys; sys.argv[1]", "\n%r" % word)
+        terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect")))
+        terminal.until("\nwhich one? PID: ")
+        terminal.type("\n")
+        self.assertEqual(terminal.end()[0], 2)
+
+    def test_list_can_be_read_by_a_program(self):
+        self.assertEqual(self.hotrepl("list", "--json"), [0, "", ""])
+        programs = self.programs("a", "b")
+        found = [json.loads(line) for line in self.hotrepl("list", "--json")[1].splitlines()]
+        self.assertEqual([(each["pid"], tuple(each["address"]), each["argv"][-1]) for each in found],
+                         [(each.process.pid, each.address, word) for each, word in zip(programs, "ab")])
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    def test_exec_in_all_names_one_that_is_stopped_and_goes_on(self):
+        programs = self.programs("a", "b")
+        programs[0].process.send_signal(signal.SIGSTOP)
+        self.addCleanup(programs[0].process.send_signal, signal.SIGCONT)
+        code, out, err = self.hotrepl("exec", "--all", "-c", "6*7")
+        self.assertEqual((code, out), (1, "%d: 42\n" % programs[1].process.pid))
+        self.assertRegex(err, r"(?m)^hotrepl: %d: no answer in 10 seconds: " % programs[0].process.pid)
 
     def test_a_server_is_named_by_its_pid(self):
         for word, program in zip("ab", self.programs("a", "b")):
