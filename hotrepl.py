@@ -7991,7 +7991,8 @@ def _forget_new_modules(before):
 # === 9. Session tools ========================================================
 # The names a user finds at the prompt. They are put into the program's namespace only where
 # the name is free, and taken out again where they are still ours. Each is a plain function
-# that finds its session by the thread it runs in.
+# that finds its session by the thread it runs in. Below them, each with its own head: what
+# runs and its variables, the calls that watch() notes, and the code that an editor sends.
 
 def doc(obj=_MISSING):
     """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
@@ -8107,8 +8108,8 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     if quiet:
         calls.start(lambda: calls.extend(calls.wanted()))
         return calls
-    calls.start()
     try:
+        calls.start()
         return calls.show()
     finally:
         calls.stop()
@@ -8530,22 +8531,19 @@ class Calls(list):
         self._has_begun = threading.Event()
         self._is_over = threading.Event()
         self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
-        self._noting = self._original = self._code = None     # see _noting(); what forwards to it
+        self._noting, self._original = _noting(self.function, self)
+        self._code = _forwarder(self.function, self._noting)[0]   # what the function gets
 
     def start(self, *others):
         """Begin to watch, and let `others` run in threads meanwhile."""
-        try:
-            for work in (self._keep,) + others:
-                self._threads.append(Job(work))
-                self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
-                self._threads[-1].start()
-                while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
-                    pass
-            if self._is_over.is_set():
-                self.stop()       # raises why it can't be patched
-        except BaseException:
-            self._is_over.set()
-            raise
+        for work in (self._keep,) + others:
+            self._threads.append(Job(work))
+            self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
+            self._threads[-1].start()
+        while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
+            pass
+        if self._is_over.is_set():
+            self.stop()           # raises why it can't be watched
 
     def stop(self):
         """Watch no more; return once the function is as it was."""
@@ -8585,37 +8583,31 @@ class Calls(list):
                 yield call
 
     def _keep(self):
-        """Patch the function, wait until it is over, and take the patch back."""
+        """Give the function the code that notes, wait until it is over, and take it off."""
+        if _watched.setdefault(self.function, self) is not self:
+            self._is_over.set()
+            self._has_begun.set()
+            raise RuntimeError("%s is watched already" % self.function.__qualname__)
         try:
-            if _watched.setdefault(self.function, self) is not self:
-                raise RuntimeError("%s is watched already" % self.function.__qualname__)
-            try:
-                self._put_on()
-                self._has_begun.set()
-                while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
-                           or self._session is not None and self._session.is_left()
-                           or self._threads[-1].ended):
-                    pass
-            finally:
-                self._is_over.set()
-                with _hot.lock:
-                    self._take_off()
-                del _watched[self.function]
+            with _hot.lock:
+                vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
+                _assign_code(self.function, self._code)
+            self._has_begun.set()
+            while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
+                       or self._session is not None and self._session.is_left()
+                       or self._threads[-1].ended):
+                pass
         finally:
             self._is_over.set()
             self._has_begun.set()
+            with _hot.lock:
+                self._take_off()
+            del _watched[self.function]
             self._queue.clear()
             for thread in self._threads[1:]:
                 thread.join(2 * WATCH_LOOK_S)
                 with suppress(ValueError):    # it has ended
                     async_raise(thread, SystemExit)
-
-    def _put_on(self):
-        self._noting, self._original = _noting(self.function, self)
-        self._code = _forwarder(self.function, self._noting)[0]
-        with _hot.lock:
-            vars(self.function)["__wrapped__"] = self._noting     # inspect.signature() looks there
-            _assign_code(self.function, self._code)
 
     def _take_off(self):
         """Give the function what the copy has, which a reload may have changed meanwhile.
