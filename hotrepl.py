@@ -3989,8 +3989,8 @@ def _doc_key(node):
     """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return ()
-    value = getattr(node.body[0], "value", None)
-    text = getattr(value, "value", getattr(value, "s", None))     # 3.6, 3.7: a Str
+    value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
+    text = getattr(value, value._fields[0], None) if value is not None else None  # 3.6, 3.7: s
     return (text,) if type(text) is str else ()
 
 
@@ -5025,19 +5025,17 @@ class _Apply:
 
     def _raw(self, scope, pair):
         """Return the live function of a `def`, below whatever its decorators have made of it."""
-        node = pair.new.node
-        lines = {pair.new.start + 1} | ({pair.old.start + 1} if pair.old else set())
-        value = scope.get(node.name)
-        found = [each for each in _functions_in(value) if each.__code__.co_name == node.name
-                 and each.__globals__ is scope.edit.space and each.__qualname__ == (
-                     scope.prefix + node.name)]
-        if not found and value is not _MISSING:
-            for each in _functions_of([scope.edit.space]):
-                if each.__code__.co_name == node.name and each.__code__.co_firstlineno in lines and (
-                        each.__qualname__ == scope.prefix + node.name):
-                    found.append(each)
-        exact = [each for each in found if each.__code__.co_firstlineno in lines]
-        return (exact or found or [None])[0]
+        name, value = pair.new.node.name, scope.get(pair.new.node.name)
+        is_only = scope.count(name) == 1
+        for source in (_functions_in(value), _functions_of([scope.edit.space])):
+            found = [each for each in source if each.__code__.co_name == name
+                     and each.__globals__ is scope.edit.space
+                     and each.__qualname__ == scope.prefix + name] if value is not _MISSING else []
+            line = (pair.old or pair.new).start + 1
+            exact = [each for each in found if each.__code__.co_firstlineno == line]
+            if exact or found and is_only:
+                return (exact or found)[0]
+        return None
 
     def _redecorate(self, scope, pair):
         """Call the decorators again, on the old function, whose attributes were theirs."""
