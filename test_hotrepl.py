@@ -20036,7 +20036,7 @@ def write_modules(folder, size, version):
             file.write("from . import m%d\n" % (number - 1) * (number > 0) + (
                 "LIMIT = {0}\nSTATE = {{}}\nclass C:\n    x = {0}\n    def m(self): return {0}\n"
                 "    def n(self): return 1\n".format(version) + "".join(
-                    "def f%d(a, b=1):\n    return a + b + %d\n" % (k, version) for k in range(8))) * (number >= 0))
+                    "def f%d(a, b=1):\n    return a + b + %d\n" % (k, version) for k in range(2))) * (number >= 0))
 
 
 MANY_MODULES = r"""
