@@ -86,11 +86,12 @@ import threading
 import time
 import types
 import weakref
+from _operator import _compare_digest as compare_digest   # hmac's, without OpenSSL
 from contextlib import ExitStack, contextmanager, suppress
 
 __version__ = "0.1.0"
-__all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "ReloadReport",
-           "ReloadError", "async_raise", "Job"]
+__all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "changes", "undo",
+           "on_reload", "ReloadReport", "ReloadError", "async_raise", "Job"]
 
 
 class Logger:
@@ -137,7 +138,9 @@ OUTCOME_LIMIT = 30000             # characters of a text in the reply to Outcome
 NOTE_NAME = "server-%d-%s.note"   # in the runtime folder; by these the client finds servers
 MAX_SESSIONS = 300                # open at once, unless start() is told another number
 STOP_TIMEOUT_S = 1.0              # how long stop() waits for the threads of its sessions
+BACKLOG = 1024                    # connections that the system keeps while we accept others
 CLOSE_TIMEOUT_S = 0.2             # how long a closed connection waits for the peer to close it too
+IS_PYPY = sys.implementation.name == "pypy"
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 # For send, since a program may let SIGPIPE end it; PyPy 7.3 has no name for it.
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
@@ -162,6 +165,44 @@ def shorten(value, width=60):
     """Return `value` as one line of at most `width` characters, for messages."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= width else text[:width - 3] + "..."
+
+
+class OwnSocket(socket.socket):
+    """A socket that closes its descriptor only while that is its own.
+
+    Programs close whole ranges of descriptors (os.closerange); then its number is another file's.
+    """
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self._mark = self._inode()
+
+    @classmethod
+    def adopt(cls, sock):
+        """Return `sock` as one of these, in its place."""
+        return cls(sock.family, sock.type, sock.proto, sock.detach())
+
+    def is_own(self):
+        """Return whether the descriptor leads still to what it led to at first."""
+        return self._inode() == self._mark
+
+    def _inode(self):
+        try:
+            info = os.fstat(self.fileno())
+        except OSError:           # closed; on Windows a socket's number is no descriptor
+            return None
+        return info.st_dev, info.st_ino
+
+    def _real_close(self, *args):
+        if self.is_own():
+            super()._real_close(*args)    # type: ignore[misc]
+        else:
+            self.detach()
+
+
+def is_own(sock):
+    """Return whether `sock`, of whatever class, is not known to be another's by now."""
+    return not isinstance(sock, OwnSocket) or sock.is_own()
 
 
 def take_all(items):
@@ -627,18 +668,21 @@ def _forward(kind, name):
 class ThreadHook(StandIn):
     """Stand for sys.displayhook: in a session's thread the session displays the value."""
 
-    NOTEBOOKS = ("IPython.", "ipykernel.")    # whose hooks show a value to their own user
-
     def __init__(self, default):
         self.default = default
-        self._is_for_all = not (default is sys.__displayhook__        # a program's own
-                                or type(default).__module__.startswith(self.NOTEBOOKS))
+        self._is_for_all = _is_of_program(default, sys.__displayhook__)
 
     def __call__(self, value):
         evaluator = current_evaluator()
         if evaluator is None or self._is_for_all:
             return self.default(value)
         return evaluator.display(value)
+
+
+def _is_of_program(hook, plain):
+    """Return whether a hook in sys is a program's own; a notebook's shows all to its own user."""
+    owner = type(getattr(hook, "__self__", hook))
+    return hook is not plain and not owner.__module__.startswith(("IPython.", "ipykernel."))
 
 
 class ThreadTerminalSize(StandIn):
@@ -665,6 +709,29 @@ class ThreadGetpass(StandIn):
         if evaluator is None:
             return self.default(prompt, *args, **options)
         return evaluator.ask_secret(prompt)
+
+
+class ThreadExit(StandIn):
+    """Stand for what ends the process, or replaces it: what a session printed goes out before."""
+
+    def __init__(self, default):
+        self.default = default
+
+    def __call__(self, *args, **options):
+        evaluator = current_evaluator()
+        if evaluator is not None:
+            evaluator.push_out()
+        return self.default(*args, **options)
+
+
+class ThreadSystem(ThreadExit):
+    """Stand for os.system: a session is told, once, where what it prints goes."""
+
+    def __call__(self, command):
+        evaluator = current_evaluator()
+        if evaluator is not None:
+            evaluator.hint_at_children()
+        return super().__call__(command)
 
 
 RESEND_S = 0.01
@@ -696,6 +763,8 @@ class StreamRouter:
         ("sys", "stdin", thread_stream), ("sys", "stdout", thread_stream),
         ("sys", "stderr", thread_stream), ("sys", "displayhook", ThreadHook),
         ("os", "get_terminal_size", ThreadTerminalSize), ("getpass", "getpass", ThreadGetpass),
+        ("os", "_exit", ThreadExit), ("os", "abort", ThreadExit), ("os", "execv", ThreadExit),
+        ("os", "execve", ThreadExit), ("os", "system", ThreadSystem),
         *([("sys", "unraisablehook", ThreadUnraisable)] if sys.version_info >= (3, 8) else []))
 
     def __init__(self):
@@ -735,6 +804,12 @@ class StreamRouter:
                 for each in _stand_ins(_standing(sys, name)):
                     if each is self._ours.get(name):
                         streams[name].bind(each._use(streams[name].text))
+
+    def unbind(self):
+        """Have the calling thread print where the program does."""
+        for name, each in list(self._ours.items()) + list(self._kept):
+            if name in STREAM_NAMES:
+                each._use(each.default)
 
     @contextmanager
     def lent(self, make_stream):
@@ -836,6 +911,7 @@ class SessionStream(io.BufferedIOBase):
     def __init__(self, kind, sink, guard, errors, flusher=None):
         super().__init__()
         self.kind = kind          # "stdout" or "stderr"
+        self._name = kind
         self.sink = sink          # replaced when an evaluation goes to the background
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write, as stderr does
@@ -863,6 +939,7 @@ class SessionStream(io.BufferedIOBase):
             self._slots["write"] = self._write_first
 
     def _write_first(self, text):
+        self._check_peer()
         self._guard.shield(self._flusher.watch, self)
         self._slots["write"] = self.text.write    # from here on print() runs in C
         return self.text.write(text)
@@ -870,6 +947,8 @@ class SessionStream(io.BufferedIOBase):
     def tick(self):
         """Send what was printed so far, as far as that does not block; called by the Flusher."""
         self.sink.tick(self.text.flush)
+        if self.sink.is_broken:
+            self._slots["write"] = self._write_first
 
     def write(self, data):
         if self._earlier is not None:
@@ -877,9 +956,15 @@ class SessionStream(io.BufferedIOBase):
         self.count += len(data)
         if threading.get_ident() == self._guard.ident:
             self._guard.shield(self.sink.send, bytes(data), self.kind)
+            self._check_peer()
         else:
             self.sink.send(bytes(data), self.kind)
         return len(data)
+
+    def _check_peer(self):
+        """End what prints for nobody, as a pipe does; our own words come after an evaluation."""
+        if self.sink.is_broken and self._guard.is_open():
+            raise BrokenPipeError(errno.EPIPE, "the session's client is gone")
 
     def write_as(self, kind, write, text):
         """Call `write(text)`; what arrives here meanwhile is of another kind than ours."""
@@ -897,14 +982,27 @@ class SessionStream(io.BufferedIOBase):
             self.text.flush()
             self.kind = kind
 
+    @property
+    def name(self):
+        return "<%s>" % self._name
+
     def writable(self):
         return True
+
+    def fileno(self):
+        _refuse_descriptor(self._name)
 
     def close(self):
         """Do nothing: a session's streams live as long as the session."""
 
     def isatty(self):
         return _is_terminal()
+
+
+def _refuse_descriptor(name):
+    raise io.UnsupportedOperation(
+        "a session's %s has no descriptor that a process or faulthandler could use; "
+        "subprocess.getoutput() and stacks() show theirs here" % name)
 
 
 def _no_close():
@@ -922,7 +1020,7 @@ class SessionInput(io.TextIOBase):
     `ask()` blocks and returns one line with its newline, or "" at end-of-file.
     """
 
-    encoding, errors, mode, name = "utf-8", "strict", "r", "<session>"
+    encoding, errors, mode, name = "utf-8", "strict", "r", "<stdin>"
 
     def __init__(self, ask):
         super().__init__()
@@ -947,6 +1045,9 @@ class SessionInput(io.TextIOBase):
         if size is not None and size >= 0:
             return self.readline(size)
         return "".join(iter(self.readline, ""))
+
+    def fileno(self):
+        _refuse_descriptor("stdin")
 
     def close(self):
         """Do nothing: site's exit() closes sys.stdin, and only the session is to end."""
@@ -1224,7 +1325,6 @@ FOLLOWERS = Followers()
 # a thread that is being started, which would get it.
 # Requests come from any thread, the rest runs in the owner's.
 
-IS_PYPY = sys.implementation.name == "pypy"
 PATIENCE_ROUNDS = 20              # how often an interrupt waits for a better moment ...
 PATIENCE_PAUSE_S = 0.0005         # ... and how long each time
 IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import in it
@@ -1413,6 +1513,10 @@ class Interrupts:
     def adopt(self):
         """Make the calling thread the owner."""
         self.ident = threading.get_ident()
+
+    def is_open(self):
+        """Return whether the owner, who asks, evaluates something."""
+        return self._state == self.OPEN
 
     def expect(self):
         """Get ready for an input: from here on a request is for what it evaluates."""
@@ -1750,6 +1854,7 @@ class ConsoleMixin:
     def _with_known_source(self, function, argument):
         """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
         import linecache
+        restore_sources()
         filename = self.filename
         linecache.cache[filename] = _lines_entry(filename, self.source)
         try:
@@ -1820,6 +1925,12 @@ class ConsoleMixin:
         self.evaluator.show_exception(kind, value, None,
                                       own and functools.partial(own, filename, **options))
 
+    def raise_in_input(self, exc):
+        """Raise `exc`, which showing a value raised, as if the input did: on its first line."""
+        line = self.source.partition("\n")[0].strip()
+        name = "_" * len(line)    # as long as the line, so that no marks are below that
+        eval(compile(name, self.filename, "eval"), {}, _Raising(exc))
+
     def write(self, data):
         if self._overrides("write"):
             super().write(data)
@@ -1843,6 +1954,17 @@ class ConsoleMixin:
         except BaseException:
             self.showtraceback()
         return True
+
+
+class _Raising(dict):
+    """A namespace in which each name raises an exception."""
+
+    def __init__(self, exc):
+        super().__init__()
+        self.exc = exc
+
+    def __missing__(self, name):
+        raise self.exc
 
 
 class _BlockCompiler:
@@ -1890,9 +2012,17 @@ def remember_source(filename, source):
     """Let tracebacks and inspect.getsource find the lines of what was typed; the last 1,000."""
     import linecache
     linecache.cache[filename] = _lines_entry(filename, source)
-    _remembered[filename] = None
+    _remembered[filename] = source
     if len(_remembered) > 1000:
         linecache.cache.pop(_remembered.popitem(last=False)[0], None)
+
+
+def restore_sources():
+    """Put back what linecache.clearcache() took."""
+    import linecache
+    if _remembered and next(reversed(_remembered)) not in linecache.cache:
+        for filename, source in list(_remembered.items()):
+            linecache.cache[filename] = _lines_entry(filename, source)
 
 
 def _lines_entry(filename, source):
@@ -1900,7 +2030,7 @@ def _lines_entry(filename, source):
     return len(source), None, (source.rstrip("\n") + "\n").splitlines(True), filename
 
 
-_remembered = collections.OrderedDict()   # file names that stay in linecache, the oldest first
+_remembered = collections.OrderedDict()   # file name -> source; what stays in linecache, in order
 
 
 # Completion looks, and runs nothing: no property, no `__getattr__`, no import, no call; the one
@@ -2448,6 +2578,7 @@ class JobOutput:
     """The newest LIMIT_BYTES of what a job printed; takes the place of a connection."""
 
     LIMIT_BYTES = 1 << 20
+    is_broken = False             # as a Connection whose peer is gone
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -2513,6 +2644,7 @@ class JobList(list):
 
 
 JOBS = JobTable()
+CO_COROUTINE = 0x80               # as in inspect
 TICK_S = 0.02                     # how often who waits for an errand looks around
 REFUSALS = 10                     # looks in a row at a main thread that lets no signal in
 
@@ -2520,8 +2652,9 @@ REFUSALS = 10                     # looks in a row at a main thread that lets no
 class Errand:
     """A call that another thread makes for the one that waits for it."""
 
-    def __init__(self, function, *args):
+    def __init__(self, function, *args, context=None):
         self.evaluator = current_evaluator()      # for whom it is
+        self.context = context    # a coroutine's steps run in it
         self.is_abandoned = False  # nobody waits any more; written by who waited
         self.task = None          # where it is a coroutine's: what to cancel; written by its loop
         self.refusals = 0         # looks in a row that found the main thread deaf to signals
@@ -2568,7 +2701,7 @@ class Errand:
 
     async def in_steps(self, function, *args):
         """Await what the coroutine function returns; each step of it prints for who waits."""
-        return await _Steps(function(*args), self.printing)
+        return await _Steps(function(*args), self.printing, self.context)
 
     @contextmanager
     def printing(self):
@@ -2628,11 +2761,12 @@ def _refuse_to_ask():
 
 
 class _Steps:
-    """An awaitable that runs each step of a coroutine within `around()`."""
+    """An awaitable that runs each step of a coroutine within `around()`, in a `context`."""
 
-    def __init__(self, coroutine, around):
+    def __init__(self, coroutine, around, context):
         self._coroutine = coroutine
         self._around = around
+        self._context = context
 
     def __await__(self):
         return self
@@ -2644,15 +2778,15 @@ class _Steps:
 
     def send(self, value):
         with self._around():
-            return self._coroutine.send(value)
+            return self._context.run(self._coroutine.send, value)
 
     def throw(self, *exc_info):
         with self._around():
-            return self._coroutine.throw(*exc_info)
+            return self._context.run(self._coroutine.throw, *exc_info)
 
     def close(self):
         with self._around():
-            self._coroutine.close()
+            self._context.run(self._coroutine.close)
 
 
 class MainThread:
@@ -2735,7 +2869,10 @@ class MainThread:
         handler = signal.getsignal(self.SIGNAL)
         if handler not in (signal.SIG_DFL, signal.SIG_IGN):
             return "the program has a handler of its own for SIGURG: %s" % shorten(handler)
-        self._before = signal.signal(self.SIGNAL, self._on_signal)
+        try:
+            self._before = signal.signal(self.SIGNAL, self._on_signal)
+        except ValueError as exc:
+            return "start() was called in a sub-interpreter (%s)" % exc
         return ""
 
     def _is_installed(self):
@@ -2849,21 +2986,45 @@ class OwnLoop:
 
     async def _live(self):
         import asyncio
+        asyncio._unregister_task(asyncio.current_task())  # novm; all_tasks() shows the user's
         self.loop = asyncio.get_event_loop()
         self._end = self.loop.create_future()
         self._ready.set()
         await self._end
 
 
-def run_on_loop(loop, function, *args):
-    """Return the result of a coroutine function, called and awaited on an asyncio loop.
+def new_context():
+    """Return a copy of the calling thread's contextvars.Context; 3.6 has none."""
+    if sys.version_info < (3, 7):
+        return _NoContext()
+    import _contextvars           # built in; contextvars itself is a file
+    return _contextvars.copy_context()
+
+
+class _NoContext:
+    """Takes the place of a Context on 3.6."""
+
+    def run(self, function, *args):
+        return function(*args)
+
+    def copy(self):
+        return self
+
+
+def run_on_loop(loop, context, function, *args):
+    """Return the result of a function, called on an asyncio loop in `context`; a coroutine's, where
+    it is a coroutine function.
 
     A KeyboardInterrupt cancels the task and waits for its end; a second one only leaves.
     """
     def begin():
-        if errand.claim():
-            errand.task = loop.create_task(errand.run_coroutine())
-            errand.task.add_done_callback(errand.finish)
+        if not errand.claim():
+            return
+        if not is_awaited:
+            errand.run()          # in no task: all_tasks() shows the program's
+            return
+        errand.task = loop.create_task(errand.run_coroutine())
+        errand.task.add_done_callback(errand.finish)
 
     def check(_=None):
         if not loop.is_running():
@@ -2871,13 +3032,15 @@ def run_on_loop(loop, function, *args):
                                % ("is closed" if loop.is_closed() else "does not run"))
 
     check()
-    errand = Errand(function, *args)
+    is_awaited = bool(function.__code__.co_flags & CO_COROUTINE)
+    errand = (Errand(function, *args, context=context) if is_awaited
+              else Errand(context.run, function, *args))
     try:
         loop.call_soon_threadsafe(begin)
         return errand.wait(check)
     except (KeyboardInterrupt, SystemExit) as exc:
-        if errand.claim() or errand.has_ended():
-            raise                 # never begun, or its own exception
+        if errand.claim() or errand.has_ended() or errand.task is None:
+            raise                 # never begun, its own exception, or nothing to cancel
         loop.call_soon_threadsafe(lambda: errand.task.cancel())
         if isinstance(exc, SystemExit):
             raise
@@ -2896,12 +3059,12 @@ def _wait_cancelled(errand, check):
         raise KeyboardInterrupt from None
 
 
-def run_by(runner, function, *args):
-    """Return what `runner` makes of a coroutine, called in a thread of its own.
+def run_by(runner, context, function, *args):
+    """Return what `runner` makes of a coroutine in `context`, called in a thread of its own.
 
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
-    errand = Errand(lambda: runner(errand.in_steps(function, *args)))  # type: ignore[has-type]
+    errand = Errand(lambda: runner(errand.in_steps(function, *args)), context=context)
     errand.claim()
     try:
         threading.Thread(target=errand.run, name="hotrepl coroutine", daemon=True).start()
@@ -3853,6 +4016,8 @@ class _Names:
             self._add_scope(_executed_children(node))
         elif kind == "AnnAssign" and node.value is None:
             self._add(node.annotation)
+        elif kind == "FunctionDef" and _is_bare(node):
+            self.binds.add(node.name)
         else:
             self._add_other(node, kind)
 
@@ -3877,6 +4042,14 @@ class _Names:
         self.reads |= inner.reads - inner.binds
         self.calls |= inner.calls - inner.binds
         self.heads |= inner.heads - inner.binds
+
+
+def _is_bare(node):
+    """Tell whether a `def` reads nothing: no decorators, defaults and annotations."""
+    args = node.args
+    return not (node.decorator_list or node.returns or args.defaults or args.kwonlyargs
+                or args.vararg or args.kwarg or getattr(node, "type_params", None)
+                or any(arg.annotation for arg in args.args))
 
 
 def _executed_children(node):
@@ -4473,6 +4646,8 @@ class _Apply:
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
         self.ordered = []               # the edits in the order in which they were applied
+        self.namespaces = None          # ids of those of all modules: no registries
+        self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
         self.olds = set()               # ids of the functions and classes that were folded into
@@ -4668,7 +4843,7 @@ class _Apply:
             return []
         absent = _bound_by(edit.new.statements).difference(edit.space)
         later = []
-        for function in _functions_of([edit.space]):
+        for function in self._live_functions(edit):
             found = edit.successors.of(function)
             if found is not None and found.code is None:
                 if found.reason:
@@ -4679,6 +4854,18 @@ class _Apply:
                 else:
                     self._swap_function(edit, function, found)
         return later
+
+    def _live_functions(self, edit):
+        """Return the functions of a module that were alive when all began; one pass for all edits."""
+        if self.functions is None and self.known is None and len(self.edits) == 1:
+            found = edit.successors.named_functions()
+            if found is not None:
+                return found
+        if self.functions is None:
+            self.functions = collections.defaultdict(list)
+            for each in _functions_of([each.space for each in self.edits]):
+                self.functions[id(each.__globals__)].append(each)
+        return self.functions[id(edit.space)]
 
     def _swap_function(self, edit, function, found):
         old, new = function.__code__, found.code
@@ -5125,9 +5312,8 @@ class _Apply:
     def _learn(self):
         """Note the functions and classes that are alive: what is none of them was made here."""
         if self.known is None:
-            spaces = [edit.space for edit in self.edits]
-            self.known = {id(each): each for each in itertools.chain(
-                _functions_of(spaces), _all_classes())}
+            functions = [each for edit in self.edits for each in self._live_functions(edit)]
+            self.known = {id(each): each for each in itertools.chain(functions, _all_classes())}
 
     def put(self, slot, value):
         self.journal.put(slot, value)
@@ -5854,6 +6040,7 @@ class _Apply:
         """Return what refers to one of `sources`, except for our own tables."""
         ours = {id(table) for table in [sources, self.known, self.folded, self.moves, vars(self)]}
         ours.update(id(edit.before) for edit in self.edits)
+        ours.update(map(id, (self.functions or {}).values()))
         ours.update(id(before) for _, before in self.journal._kept.values())
         return [holder for holder in _referrers(sources) if id(holder) not in ours]
 
@@ -6224,6 +6411,24 @@ class _Successors:
                 if pair.change == "class" and pair.old.kind == pair.new.kind == "ClassDef":
                     self._add(self.edit.sub_pairs(pair), path + pair.new.node.name + ".")
 
+    def named_functions(self):
+        """Return the functions that changed if their names lead to all of them, else None.
+
+        So it is where nothing runs and nothing but plain functions of the module changed.
+        """
+        found = []
+        for _, pair, path in self._leaves:
+            if pair.change != "same":
+                value = self.edit.space.get(getattr(pair.old.node, "name", ""))
+                if path or pair.change not in _LEFT_ALONE or not (
+                        pair.old.is_function and not pair.old.node.decorator_list
+                        and type(value) is types.FunctionType and not _nested_codes(value.__code__)
+                        and value.__code__.co_firstlineno == pair.old.start + 1
+                        and value.__globals__ is self.edit.space):
+                    return None
+                found.append(value)
+        return found if self.edit.old is not None else None
+
     def of(self, function):
         """Return a _Next for a function, or None where nothing is to be done."""
         code = function.__code__
@@ -6405,9 +6610,10 @@ class _Registrations:
                          for kind in _type_names(each) if kind in _REGISTRARS]
         reached = list({id(each): each for each in itertools.chain(
             reached, *[special.reached for special in self._special])}.values())
-        spaces = {id(_space_of(each)) for each in list(sys.modules.values())
-                  if _is(each, types.ModuleType)}
-        spaces.update(id(_get_dict(each)) for each in reached if not _container_kind(each))
+        if apply.namespaces is None:
+            apply.namespaces = {id(_space_of(each)) for each in list(sys.modules.values())}
+        spaces = apply.namespaces.union(
+            id(_get_dict(each)) for each in reached if not _container_kind(each))
         self._places = [each for each in reached if _is(each, (dict,) + _SEQUENCES)
                         and id(each) not in spaces]
         self._befores = {}      # id -> content before all
@@ -7956,7 +8162,7 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     """
     calls = Calls(function, count, when, seconds)
     if quiet:
-        calls.start(calls.collect)
+        calls.start(lambda: calls.extend(calls.wanted()))
         return calls
     calls.start()
     try:
@@ -7983,7 +8189,7 @@ def halt():
 
 
 class SessionHelp:
-    """Help as in an interactive Python: help(obj), or help() for the browser."""
+    """Show help as an interactive Python does: help(obj), or help() for the browser."""
 
     def __repr__(self):
         return "Type help() for interactive help, or help(object) for help about object."
@@ -8053,11 +8259,17 @@ def _find_source(obj):
         return typed              # inspect would look in the file of the module
     try:
         lines, number = inspect.getsourcelines(definition)
-        return inspect.getsourcefile(definition), number, lines
     except (TypeError, OSError):
         if typed is None:
             raise
         return typed
+    # From 3.13 on a class has a line number, which inspect looks up in the file of its module.
+    if typed is not None and not re.search(_CLASS_LINE % definition.__name__, "".join(lines)):
+        return typed
+    return inspect.getsourcefile(definition), number, lines
+
+
+_CLASS_LINE = r"(?m)^\s*class\s+%s\b"
 
 
 def _find_typed_class(kind):
@@ -8067,7 +8279,7 @@ def _find_typed_class(kind):
     for filename in reversed(_remembered):
         lines = linecache.getlines(filename)
         for index, line in enumerate(lines):
-            if re.match(r"class\s+%s\b" % re.escape(kind.__name__), line):
+            if re.match(_CLASS_LINE % kind.__name__, line):
                 return filename, index + 1, inspect.getblock(lines[index:])
     return None
 
@@ -8214,10 +8426,21 @@ def _stacks():
     for ident in [each for each in known if each in running] + list(set(running) - set(known)):
         stack = _outwards(running.pop(ident))
         loops.extend(filter(None, map(_loop_run_by, stack)))
-        yield (_thread_title(known[ident]) if ident in known
-               else "unknown to threading, ident %d" % ident), stack
+        if not _is_all_ours(known.get(ident), stack):
+            yield (_thread_title(known[ident]) if ident in known
+                   else "unknown to threading, ident %d" % ident), stack
     for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
         yield _task_title(task), _await_chain(getattr(task, "get_coro", lambda: task._coro)())
+
+
+def _is_all_ours(thread, stack):
+    """Return whether it is a thread of ours that runs nothing of the user's now."""
+    if thread is None or isinstance(thread, Job) and thread.number:
+        return False
+    library = os.path.dirname(os.__file__)
+    return thread.name.startswith("hotrepl ") and all(
+        path == _THIS_FILE or os.path.dirname(path).startswith(library)
+        and "site-packages" not in path for path in (each.f_code.co_filename for each in stack))
 
 
 def _outwards(frame):
@@ -8232,7 +8455,7 @@ def _outwards(frame):
 def _loop_run_by(frame):
     """Return the asyncio loop that a frame runs, or None."""
     is_running = frame.f_code.co_name == "run_forever" and "asyncio" in frame.f_code.co_filename
-    return frame.f_locals.get("self") if is_running else None
+    return _variables(frame).get("self") if is_running else None
 
 
 def _tasks(loop):
@@ -8251,7 +8474,7 @@ def _print_stack(title, stack, with_variables):
         if _is_own_code(frame.f_code):
             each.locals = _shown(_variables(frame))
     print(title + ":")
-    print("".join(summary.format()) or "  only hotrepl's own code\n")
+    print("".join(summary.format()))
 
 
 def _shown(variables):
@@ -8294,10 +8517,10 @@ def _await_chain(coroutine):
 
 
 # --- Watched calls ---
-# The function is patched to call a copy of itself, which notes each call in a queue: that is all
-# that the program's threads do. Who looks at them, asks `when` and makes reprs, either of which may
-# hang, is the session's thread, or with quiet=True one of their own. A third thread, the keeper,
-# patches the function and sees to it that the patch is taken back, whatever hangs.
+# The function gets code that calls a copy of it and notes the call in a queue: that is all that
+# the program's threads do. Who looks at the calls, asks `when` and makes reprs, either of which
+# may hang, is the session's thread, or with quiet=True one of their own. The keeper, a thread too,
+# gives the function that code and takes it off again, whatever hangs.
 
 WATCH_BACKLOG = 1000              # calls that wait to be looked at; the oldest go first
 WATCH_LINES_PER_S = 100
@@ -8364,6 +8587,7 @@ class Calls(list):
         self._has_begun = threading.Event()
         self._is_over = threading.Event()
         self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
+        self._noting = self._original = self._code = None     # see _noting(); what forwards to it
 
     def start(self, *others):
         """Begin to watch, and let `others` run in threads meanwhile."""
@@ -8388,38 +8612,33 @@ class Calls(list):
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
-        if not self._is_over.is_set():
+        if self._is_over.is_set() or time.monotonic() > self._end:
+            self._take_off()      # a patch that came later was undone later, or this is a fork
+        else:
             call.number = next(self._numbers)
             self._queue.append(call)
             if self._came.locked():
                 with suppress(RuntimeError):  # another thread was quicker
                     self._came.release()
 
-    def collect(self):
-        """Put the calls that are wanted into the list, until it is over."""
-        try:
-            self.extend(self._wanted())
-        finally:
-            self._is_over.set()
-
     def show(self):
         """Print the calls that are wanted, until it is over."""
-        for shown, call in enumerate(self._wanted(), 1):
+        for shown, call in enumerate(self.wanted(), 1):
             print(call)
             if shown % WATCH_LINES_PER_S == 0:
                 self._is_over.wait(1.0)
 
-    def _wanted(self):
+    def wanted(self):
         """Yield the calls that are wanted as they come, until it is over."""
-        wanted = 0
-        while wanted < self._count and not self._is_over.is_set():
+        left = self._count
+        while left > 0 and not self._is_over.is_set():
             if not self._queue:
                 self._came.acquire(True, WATCH_LOOK_S)
                 continue
             call = self._queue.popleft()
             call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
             if self._when is None or self._when(call):
-                wanted += 1
+                left -= 1
                 yield call
 
     def _keep(self):
@@ -8428,26 +8647,45 @@ class Calls(list):
             if _watched.setdefault(self.function, self) is not self:
                 raise RuntimeError("%s is watched already" % self.function.__qualname__)
             try:
-                undo = patch(self.function, _noting(self.function, self))
+                self._put_on()
                 self._has_begun.set()
                 while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
-                           or self._session is not None and self._session.is_left()):
+                           or self._session is not None and self._session.is_left()
+                           or self._threads[-1].ended):
                     pass
-                self._is_over.set()
-                undo()
             finally:
+                self._is_over.set()
+                with _hot.lock:
+                    self._take_off()
                 del _watched[self.function]
         finally:
             self._is_over.set()
             self._has_begun.set()
             self._queue.clear()
-            self._end_collector()
+            for thread in self._threads[1:]:
+                thread.join(2 * WATCH_LOOK_S)
+                with suppress(ValueError):    # it has ended
+                    async_raise(thread, SystemExit)
 
-    def _end_collector(self):
-        for thread in self._threads[1:]:
-            thread.join(2 * WATCH_LOOK_S)
-            with suppress(ValueError):    # it has ended
-                async_raise(thread, SystemExit)
+    def _put_on(self):
+        self._noting, self._original = _noting(self.function, self)
+        self._code = _forwarder(self.function, self._noting)[0]
+        with _hot.lock:
+            vars(self.function)["__wrapped__"] = self._noting     # inspect.signature() looks there
+            _assign_code(self.function, self._code)
+
+    def _take_off(self):
+        """Give the function what the copy has, which a reload may have changed meanwhile.
+
+        What a patch gave it meanwhile is left alone.
+        """
+        if self.function.__code__ is self._code:
+            _swap(self.function, self._original.__code__, self._original.__defaults__,
+                  self._original.__kwdefaults__)
+        own, before = vars(self.function), vars(self._original)
+        if own.get("__wrapped__") is self._noting:
+            own.pop("__wrapped__", None)      # another thread may be here too
+            own.update({"__wrapped__": before["__wrapped__"]} if "__wrapped__" in before else {})
 
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
@@ -8459,7 +8697,7 @@ class Calls(list):
 
 
 def _noting(function, calls):
-    """Return a function that calls a copy of `function`, and of the same kind, noted in `calls`."""
+    """Return a function that calls a copy of `function`, and notes it in `calls`; and that copy."""
     import inspect
     original = types.FunctionType(function.__code__, function.__globals__, function.__name__,
                                   function.__defaults__, function.__closure__)
@@ -8481,7 +8719,7 @@ def _noting(function, calls):
             with Call(calls, args, kwargs) as call:
                 call.result = original(*args, **kwargs)
             return call.result
-    return functools.update_wrapper(noting, original)
+    return functools.update_wrapper(noting, original), original
 
 
 # --- Code that an editor sends ---
@@ -8631,22 +8869,15 @@ def _function_in(live, name, words):
     """
     if isinstance(live, property):
         live = live.fset if "setter" in words else live.fdel if "deleter" in words else live.fget
-    inside = [live]
-    for each in inside:           # it grows
-        if len(inside) > 100:
-            break
-        if isinstance(each, types.FunctionType) and each.__code__.co_name == name:
-            return each
-        inside += [getattr(each, inner) for inner in ("__func__", "__wrapped__", "func")
-                   if hasattr(each, inner)]
-        inside += map(_cell_value, getattr(each, "__closure__", None) or ())
-    return live if isinstance(live, types.FunctionType) else None
+    return next((each for each in _functions_in(live) if each.__code__.co_name == name),
+                live if isinstance(live, types.FunctionType) else None)
 
 
 TOOLS = {"doc": doc, "server_print": server_print, "bg": bg, "fg": fg, "jobs": jobs, "halt": halt,
          "main_thread": main_thread, "stacks": stacks, "frames": frames, "at": at, "watch": watch,
          "follow": follow,
-         "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch}
+         "help": SessionHelp(), "reload": reload, "patch": patch, "unpatch": unpatch,
+         "changes": changes, "undo": undo}
 
 
 class Guests:
@@ -8654,12 +8885,15 @@ class Guests:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock
+        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock ...
+        self._modules = {}        # ... and the module that stands for it, where it had no name
 
     def enter(self, namespace):
         """Put the tools into the dict `namespace` where their names are free."""
         with self._lock:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
+            if "__name__" not in namespace:
+                self._modules[id(namespace)] = _NamespaceModule(namespace)
             for name, tool in TOOLS.items():
                 namespace.setdefault(name, tool)
 
@@ -8667,8 +8901,11 @@ class Guests:
         """Return the names of tools that are the program's own here."""
         return [name for name, tool in sorted(TOOLS.items()) if namespace.get(name) is not tool]
 
-    def leave(self, namespace):
-        """Take them out where they are still ours, after as many calls as of `enter`."""
+    def leave(self, namespace, is_copy=False):
+        """Take them out where they are still ours, after as many calls as of `enter`.
+
+        `is_copy`: in a forked child, which may still pickle what the prompt made.
+        """
         with self._lock:
             self._counts[id(namespace)] -= 1
             if self._counts[id(namespace)]:
@@ -8677,6 +8914,41 @@ class Guests:
             for name, tool in TOOLS.items():
                 if namespace.get(name) is tool:
                     del namespace[name]
+            module = self._modules.pop(id(namespace), None)
+            if module is not None and not is_copy:
+                module.leave()
+
+
+class _NamespaceModule(types.ModuleType):
+    """Stands in sys.modules for a namespace without a name, and gives it one.
+
+    Else what is made at the prompt would belong to builtins: dataclasses, pickle and
+    typing.get_type_hints look up a class's module.
+    """
+
+    def __init__(self, namespace):
+        names = itertools.chain(["__console__"], map("__console%d__".__mod__, itertools.count(2)))
+        super().__init__(next(name for name in names if name not in sys.modules))
+        self._namespace = namespace
+        namespace["__name__"] = self._name = super().__getattribute__("__name__")
+        sys.modules[self._name] = self
+
+    @property
+    def __dict__(self):
+        return self._namespace
+
+    def __getattr__(self, name):
+        try:
+            return self._namespace[name]
+        except KeyError:
+            raise AttributeError("module %r has no attribute %r" % (self._name, name)) from None
+
+    def leave(self):
+        """Take the module and the name away where they are still ours."""
+        if sys.modules.get(self._name) is self:
+            del sys.modules[self._name]
+        if self._namespace.get("__name__") == self._name:
+            del self._namespace["__name__"]
 
 
 GUESTS = Guests()
@@ -8729,6 +9001,7 @@ class Door:
         if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
             raise ValueError("allow_names takes a list of names, and an ssl_context with "
                              "verify_mode CERT_REQUIRED")
+        self.tell = None                      # called with a line for people about who is refused
         if not all(type(uid) is int for uid in self.allow_uids):
             raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
                             % shorten(allow_uids))
@@ -8872,6 +9145,8 @@ class Door:
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
         level = 30 if event == "refused" else 20      # logging.WARNING, logging.INFO
+        if event == "refused" and self.tell is not None:
+            self.tell("refused %s" % " ".join("%s=%s" % fact for fact in facts.items()))
         if audit_log.isEnabledFor(level):
             text = " ".join("%s=%r" % fact for fact in facts.items())
             if self.token is not None:
@@ -8914,8 +9189,7 @@ def _checked_token(token):
 
 def make_token():
     """Return a new secret of 256 random bits, as URL-safe ASCII bytes."""
-    import secrets
-    return secrets.token_urlsafe(32).encode("ascii")
+    return os.urandom(32).hex().encode("ascii")
 
 
 class _TokenLines:
@@ -9110,7 +9384,7 @@ def open_netlink():
     """Return a socket to ask the kernel about sockets, for one thread, or raise OSError."""
     if not hasattr(socket, "AF_NETLINK"):
         raise OSError(errno.EAFNOSUPPORT, "no netlink on this system")
-    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
+    netlink = OwnSocket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
     netlink.setblocking(False)    # the answer is there when sendto() returns
     return netlink
 
@@ -9339,7 +9613,7 @@ def unix_listener(path):
     if len(os.fsencode(path)) > limit_bytes or "\0" in path:
         raise ValueError("unix socket path %r must have no NUL and at most %d bytes, it has %d; "
                          "pass a shorter one" % (path, limit_bytes, len(os.fsencode(path))))
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    with OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _remove_stale(path)
         try:
             listener.bind(path)
@@ -9348,7 +9622,7 @@ def unix_listener(path):
         ours = os.lstat(path)
         try:
             os.chmod(path, 0o600)
-            listener.listen(128)
+            listener.listen(BACKLOG)
             listener.setblocking(False)
             yield listener
         finally:                  # while it is open, its inode can't be another file's
@@ -9581,7 +9855,8 @@ class _Way:
 def shut_down(sock, how=socket.SHUT_RDWR):
     """Shut down a socket, from any thread; one that is gone already is as good."""
     try:
-        socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
+        if is_own(sock):
+            socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
     except OSError:
         pass
 
@@ -9696,13 +9971,17 @@ class Connection:
 
     def tick(self, flush):
         """Call `flush` to collect what was printed, and send what the peer takes at once."""
-        if not self.lock.acquire(False):
-            return                # somebody is sending just now
-        try:
+        if self.lock.acquire(False):      # else somebody is sending just now
+            try:
+                self.push(flush)
+            finally:
+                self.lock.release()
+
+    def push(self, flush):
+        """As `tick`, but wait for whoever is sending."""
+        with self.lock:
             self.collect(flush)
             self._send_some()
-        finally:
-            self.lock.release()
 
     def collect(self, function, *args):
         """Call `function`; what it sends is only put."""
@@ -9755,7 +10034,7 @@ class Connection:
         """Send the rest, say goodbye and close."""
         with self.lock:
             self.flush()
-            if not self.is_broken:
+            if not self.is_broken and is_own(self.sock):
                 shut_down(self.sock, socket.SHUT_WR)
                 drain(self.sock)
             self.is_broken = True
@@ -9798,6 +10077,7 @@ class Session:
         self.evaluator = None     # the thread that holds the session
         self._lock = threading.Lock()
         self.place = None         # fields of the Place command, for the next block
+        self.knows_children = False       # it was said where child processes print
         self.is_copy = False      # this is a child that was forked; nobody is connected
         self._waiting = None      # the kind of turn while it waits for the client; _lock
         self._waker = None        # a socket that ends a wait in an evaluation; guarded by _lock
@@ -9805,6 +10085,7 @@ class Session:
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
         self.proof = make_token()                 # told here, it passes for the token there
+        self.context = None       # contextvars': evaluations run in it; set by the first evaluator
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -9813,11 +10094,16 @@ class Session:
         self.evaluator = Evaluator(self)
         self.evaluator.start()
 
-    def greet(self, banner):
+    def keep_value(self, value):
+        """Let `_` be `value`."""
+        last, self.value = [self.value], value
+        _drop(last)
+
+    def greet(self):
         """Send the first lines; they go out with the first prompt."""
-        hello = "REPL session %d connected.\n%s" % (self.number, banner)
+        hello = "REPL session %d connected.\n%s" % (self.number, self.server.banner)
         hidden = GUESTS.hidden(self.server.namespace)
-        if hidden and banner:
+        if hidden and self.server.banner:
             hello += "The program has names of its own that hide tools: %s.\n" % ", ".join(hidden)
         self.connection.put(hello.encode("utf-8", "backslashreplace"))
 
@@ -9827,8 +10113,11 @@ class Session:
         `kind` is what the turn is for, see AT_PROMPT. Runs in the thread `evaluator`, blocks.
         Detached: the session goes on in another thread.
         """
-        if kind in AT_PROMPT:     # before anybody can edit what was imported since the last one
-            note_sources()
+        try:
+            if kind in AT_PROMPT:  # before anybody can edit what was imported since the last one
+                note_sources()
+        except ImportError as exc:    # nothing can be imported any more
+            log.debug("no sources noted: %s", exc)
         try:
             evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
             while not self._inputs.ready:
@@ -9840,11 +10129,22 @@ class Session:
 
     def audit_input(self, text, event="input"):
         """Have it on record what is about to run, or to be read; an audit hook may forbid it."""
-        self.server.door.audit_input(self.number, self.peer, text, event)
+        self._aside(self.server.door.audit_input, self.number, self.peer, text, event)
 
     def audit_interrupt(self, peer):
         """Have it on record that `peer` interrupts, on either channel."""
-        self.server.door.audit("interrupt", session=self.number, peer=peer)
+        self._aside(self.server.door.audit, "interrupt", session=self.number, peer=peer)
+
+    def _aside(self, audit, *args, **facts):
+        """Call `audit`; handlers that the session made on its stderr show it to the program."""
+        evaluator = current_evaluator()
+        if evaluator is None or not audit_log.isEnabledFor(20):
+            return audit(*args, **facts)
+        ROUTER.unbind()
+        try:
+            audit(*args, **facts)
+        finally:
+            ROUTER.bind(evaluator.streams)
 
     def unread(self, items):
         """Put `items` before what `read` returns next."""
@@ -9895,6 +10195,7 @@ class Session:
                 raise ProtocolError("nothing is being evaluated")
             old.flush()
             old.detach()
+            self.context = self.context.copy()    # the old one is in use
             self.evaluator = Evaluator(self, old.console)
             self.outcome = {"state": "background"}
         self.evaluator.start()
@@ -9916,12 +10217,17 @@ class Session:
         return self._look(complete_word, text) or []
 
     def run_awaitable(self, function, *args):
-        """Return the result of a coroutine function, called and awaited where such things run."""
-        if self.server.run_coroutine is not None:
-            return run_by(self.server.run_coroutine, function, *args)
-        if self.server.loop is None and self._own_loop is None:
-            self._own_loop = OwnLoop()
-        return run_on_loop(self.server.loop or self._own_loop.loop, function, *args)
+        """Return the result of a function, called, or awaited, where such things run."""
+        try:
+            if self.server.run_coroutine is not None:
+                return run_by(self.server.run_coroutine, self.context, function, *args)
+            if self.server.loop is None and self._own_loop is None:
+                self._own_loop = OwnLoop()
+            return run_on_loop(self.server.loop or self._own_loop.loop, self.context, function,
+                               *args)
+        except (KeyboardInterrupt, SystemExit):
+            self.context = self.context.copy()    # what goes on there keeps the other
+            raise
 
     def loops(self):
         """Return the asyncio loops that the session knows."""
@@ -9944,7 +10250,8 @@ class Session:
     def release(self):
         """At the session's end: let go of what it held besides its connection."""
         self.follow(False)
-        self.value = self.error = None
+        self.keep_value(None)
+        self.error = None
         if self._own_loop is not None:
             self._own_loop.close()
 
@@ -9971,11 +10278,10 @@ class Session:
 
         The session's own secret may still be on its way here.
         """
-        import hmac
         if secret is not None:
             self._secret_came.wait(PAIRING_TIMEOUT_S)
             return (bool(self._inputs.secret)
-                    and hmac.compare_digest(secret.encode("utf-8", "replace"), self._inputs.secret))
+                    and compare_digest(secret.encode("utf-8", "replace"), self._inputs.secret))
         is_same_user = peer.uid is not None and peer.uid == self.peer.uid
         return not self._inputs.secret and is_same_user
 
@@ -10044,6 +10350,7 @@ class Session:
             return data
         self._inputs = InputDecoder()     # not even the half of a line runs
         self.connection.shut()
+        ROUTER.unbind()           # what is said of it is not said here
         self.server.door.refuse(self.peer, foreign, session=self.number)
         return b""
 
@@ -10052,7 +10359,7 @@ class Session:
         pair = []
         try:
             shield(self._make_waker, pair)
-            with selectors.DefaultSelector() as selector:
+            with _Selector() as selector:
                 selector.register(pair[0], selectors.EVENT_READ)
                 selector.register(self.connection.sock, selectors.EVENT_READ)
                 return bool(selector.select(self.server.idle_timeout_s))
@@ -10064,7 +10371,7 @@ class Session:
     def _end_idle(self):
         self.connection.send_note("\nhotrepl: no input for %g s, this session ends\n"
                                   % self.server.idle_timeout_s)
-        self.server.door.audit("idle", session=self.number, peer=self.peer)
+        self._aside(self.server.door.audit, "idle", session=self.number, peer=self.peer)
         self.close()
 
     def _make_waker(self, pair):
@@ -10093,6 +10400,67 @@ class Session:
             self.connection.flush()
 
 
+LIBRARY = [name for name, is_needed in (
+    ("ctypes", not IS_PYPY), ("_contextvars", sys.version_info >= (3, 7)), ("code", True),
+    ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True), ("copy", True),
+    ("getpass", True), ("json", True)) if is_needed]
+
+
+class Loading:
+    """A lock around imports that no fork may interrupt: a child could never import that module."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+
+    def load(self, name):
+        """Import the module `name`."""
+        with self._lock:
+            __import__(name)
+
+    def pause(self):
+        """Wait for an import, but not for ever: it may wait for the caller."""
+        self._lock.acquire(True, STOP_TIMEOUT_S)
+
+    def go_on(self):
+        """Undo `pause`, in a forked child too."""
+        with suppress(RuntimeError):
+            self._lock.release()
+
+
+LOADING = Loading()
+
+
+def load_library():
+    """Import what every session needs, while that can be found: after os.chroot, say, nothing can.
+
+    ImportError names the files of the program that hide such a module.
+    """
+    hiding = [path for path in map(_hiding_file, LIBRARY) if path]
+    if hiding:
+        raise ImportError("%s: rename what hides a module of the standard library"
+                          % ", ".join(hiding))
+    for name in LIBRARY:
+        LOADING.load(name)
+    _async_raiser()
+
+
+def _hiding_file(name):
+    """Return the path of the file that hides the standard library's module `name`, or None."""
+    if name in sys.modules:
+        path = getattr(sys.modules[name], "__file__", None)
+    else:                         # import it, and it runs: it may be the program's own script
+        spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
+        path = spec and spec.origin
+    own = os.path.join(os.path.dirname(os.__file__), name)
+    own = own + ".py" if os.path.isfile(own + ".py") else os.path.join(own, "__init__.py")
+    is_known = path is not None and os.path.isfile(path) and os.path.isfile(own)
+    return path if is_known and not os.path.samefile(path, own) else None
+
+
+# One without a descriptor, which the program could close.
+_Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
+
+
 class Detached(BaseException):
     """This thread's session goes on in another; what it evaluated has become a job."""
 
@@ -10112,6 +10480,8 @@ class Evaluator(Job):
         self.console = console    # to go on with a copy of; None: make one, in the thread itself
         self.is_detached = False  # it is a job now, and the session has another Evaluator
         self.asks_secret = False  # what it reads next is not to be shown
+        self._is_routed = False   # it counts for ROUTER
+        self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
         stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
         stderr = SessionStream("stderr", session.connection, self.interrupts,
@@ -10121,17 +10491,26 @@ class Evaluator(Job):
 
     def run(self):
         self.interrupts.adopt()
+        self.trace = sys.gettrace()
+        sys.settrace(None)
         _here.evaluator = self
-        ROUTER.acquire()
-        DEBUGGERS.acquire()
         try:
+            if self.console is None:
+                self.session.greet()
+                load_library()
+                self.session.context = new_context()
+            ROUTER.acquire()
+            DEBUGGERS.acquire()
+            self._is_routed = True
             ROUTER.bind(self.streams)
             self._prepare_console()
             self._converse()
         except Detached:
             pass
-        except BaseException:     # the outermost frame of the thread
+        except BaseException as exc:      # the outermost frame of the thread
             log.exception("session %d ended by an error of hotrepl", self.session.number)
+            self.session.connection.send(b"hotrepl: the session can't go on: %s\n"
+                                         % _message(exc).encode("utf-8", "backslashreplace"))
         finally:
             self._end()
 
@@ -10148,10 +10527,10 @@ class Evaluator(Job):
         if self.console is None:
             self.console = make_console(self.session.server.namespace, self,
                                         self.session.server.console_class)
-            self.session.greet(self.session.server.banner)
         else:                     # after Ctrl+Z: what was defined in the old one, macros too
             import copy
             job = self.console.evaluator
+            self.trace = job.trace
             self.console = copy.copy(self.console)
             self.console.evaluator = self
             self.console.compile = copy.copy(self.console.compile)
@@ -10173,17 +10552,43 @@ class Evaluator(Job):
             ROUTER.bind(self.streams)
         DEBUGGERS.look()
         self._recall_error()
-        lent = self._lend(namespace)
+        lent, prompts = self._lend(namespace), _prompts()
+        run, context = self.interrupts.run, self.session.context
         try:
             if _is_for_loop(code_object, self.session.server):
-                self.interrupts.run(use, self.interrupts.run(
-                    self.session.run_awaitable, _evaluate_awaiting, code_object, namespace))
+                is_awaited = code_object.co_flags & CO_COROUTINE
+                value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
+                            else _evaluate_there, code_object, namespace)
+                run(context.run, use, value)
             elif runcode is not None:
-                self.interrupts.run(runcode, code_object)
+                run(context.run, runcode, code_object)
             else:
-                self.interrupts.run(_evaluate, code_object, namespace, use)
+                run(context.run, _evaluate, code_object, namespace, self, use)
         finally:
+            self._stop_tracing()
             self._take_back(namespace, lent)
+            if prompts != _prompts() and not re.search(r"\bps[12]\b", self.console.source):
+                _restore_prompts(prompts)
+
+    def _stop_tracing(self):
+        """Trace nothing of ours; what the user, or coverage, set is set again for the next one."""
+        trace = sys.gettrace()
+        if trace is not None:     # an exception has come by
+            sys.settrace(None)
+            self.trace = trace
+        if self.trace is not None and _is_bdb(self.trace):
+            self.trace = None
+
+    def push_out(self):
+        """Send all that was printed, as far as the client takes it at once."""
+        self.session.connection.push(self.flush)
+
+    def hint_at_children(self):
+        """Say, once in a session, where child processes print."""
+        if not self.session.knows_children:
+            self.session.knows_children = True
+            print("hotrepl: os.system and child processes print to the program's stdout; "
+                  "subprocess.getoutput() shows it here", file=sys.stderr)
 
     def run_code(self, code_object, namespace, runcode=None):
         """Run `code_object`, or have `runcode` do it; display the value of an expression."""
@@ -10203,7 +10608,10 @@ class Evaluator(Job):
         self.value = value
         if self.is_detached:
             return
-        text = repr(value)
+        try:
+            text = repr(value)
+        except BaseException as exc:
+            self.console.raise_in_input(exc)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
         if self.session.is_terminal and len(text) > VALUE_LIMIT:
@@ -10211,7 +10619,7 @@ class Evaluator(Job):
             text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
                 text[:cut], len(text) - 2 * cut, text[-cut:])
         self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
-        self.session.value = value
+        self.session.keep_value(value)
 
     @contextmanager
     def showing_last_value(self, is_wanted):
@@ -10238,6 +10646,7 @@ class Evaluator(Job):
         self.session.error = kind, value, frames
         try:
             _forget_long_name(value)
+            restore_sources()
             text = "".join(_without_ours(traceback.TracebackException(
                 kind, value, frames, limit=_traceback_limit(frames))).format())
         except BaseException as exc:      # one that can't even be formatted; interrupts are off
@@ -10249,7 +10658,7 @@ class Evaluator(Job):
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
         stderr = self.streams["stderr"]
-        if show is None and sys.excepthook is not sys.__excepthook__:
+        if show is None and _is_of_program(sys.excepthook, sys.__excepthook__):
             show = functools.partial(sys.excepthook, kind, value, frames)
         if show is not None and self._has_shown(show):
             return
@@ -10287,6 +10696,8 @@ class Evaluator(Job):
                 outcome["state"] = "done"
 
     def _take_line(self, text):
+        if not self.console.buffer:
+            text = text.lstrip("\ufeff")  # of a file that went through nc
         self.session.audit_input(text)
         wants_more = self.console.run_line(text)
         if wants_more and len(self.console.source) > INPUT_LIMIT_BYTES:
@@ -10294,6 +10705,7 @@ class Evaluator(Job):
             self._take_invalid("a statement of over %d bytes was dropped" % INPUT_LIMIT_BYTES)
 
     def _take_block(self, text):
+        text = text.lstrip("\ufeff")
         self.session.audit_input(text)
         source = "\n".join(self.console.buffer + [text])
         self.console.resetbuffer()
@@ -10390,13 +10802,14 @@ class Evaluator(Job):
     def _lend(self, namespace):
         """Put the session's last value under `_` for one evaluation, where that name is free."""
         if "_" in namespace or hasattr(builtins, "_") or self.session.value is None:
-            return None
+            return []
         namespace["_"] = self.session.value
-        return self.session.value
+        return [self.session.value]
 
     def _take_back(self, namespace, lent):
-        if lent is not None and namespace.get("_") is lent:
+        if lent and namespace.get("_") is lent[0]:
             del namespace["_"]
+        _drop(lent)
 
     def _end(self):
         try:
@@ -10406,8 +10819,10 @@ class Evaluator(Job):
         finally:
             self.ended = time.monotonic()
             self.state = "done" if self.exception is None else "failed"
-            DEBUGGERS.release()
-            ROUTER.release()
+            ROUTER.unbind()
+            if self._is_routed:
+                DEBUGGERS.release()
+                ROUTER.release()
             _here.evaluator = None
             if not self.is_detached:      # last: from here on stop() does not wait for us
                 self.session.server.session_ended(self.session)
@@ -10603,11 +11018,21 @@ def _message(value):
         return ""
 
 
-def _evaluate(code_object, namespace, use):
-    # One line on purpose: a debugger started in the session and still stepping when the
-    # evaluation returns would otherwise stop at our next line.
-    value = (eval(code_object, namespace), sys.settrace(None))[0]  # type: ignore
-    use(value)
+def _evaluate(code, names, own, use):
+    settrace, gettrace, keep = sys.settrace, sys.gettrace, setattr
+    # One line on purpose, and C functions: a debugger started in the session and still stepping
+    # when the evaluation returns would otherwise stop at our next line.
+    value = settrace(own.trace), eval(code, names), keep(own, "trace", gettrace()), settrace(None)
+    use(value[1])
+
+
+def _drop(values):
+    """Let go of the user's values; a warning of what is never awaited does not name this file."""
+    if values and type(values[0]) not in (int, float, str, type(None)):
+        eval(_CLEAR, {"values": values})
+
+
+_CLEAR = compile("values.clear()", "<hotrepl>", "eval")
 
 
 def _display(value):
@@ -10615,9 +11040,30 @@ def _display(value):
         sys.displayhook(value)
 
 
+def _evaluate_there(code_object, namespace):
+    return eval(code_object, namespace)
+
+
+def _prompts():
+    return vars(sys).get("ps1", _MISSING), vars(sys).get("ps2", _MISSING)
+
+
+def _restore_prompts(prompts):
+    """Take back what a library left: code.interact(), IPython.embed()."""
+    for name, value in zip(("ps1", "ps2"), prompts):
+        if value is not _MISSING:
+            setattr(sys, name, value)
+        elif hasattr(sys, name):
+            delattr(sys, name)
+
+
 async def _evaluate_awaiting(code_object, namespace):
-    value = eval(code_object, namespace)
-    return await value if code_object.co_flags & CO_COROUTINE else value
+    return await eval(code_object, namespace)
+
+
+def _is_bdb(trace):
+    debugger = getattr(trace, "__self__", None)
+    return "bdb" in sys.modules and isinstance(debugger, sys.modules["bdb"].Bdb)
 
 
 def _is_for_loop(code_object, server):
@@ -10628,7 +11074,6 @@ def _is_for_loop(code_object, server):
         and not LOOP_NAMES.isdisjoint(code_object.co_names)))
 
 
-CO_COROUTINE = 0x80               # as in inspect
 LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
 
 _PLUMBING = {method.__code__ for method in (
@@ -10841,6 +11286,7 @@ class Server:
         self.on_stop = None       # called at the end of stop()
         self.error = None         # of what the program died, as sys.last_*; written by keep_error
         self._is_halting = False  # stop when the last session is gone
+        self._is_loaded = False   # what sessions import, as far as it can be
         self._is_short = False    # of descriptors; written by the server's thread
         self._listeners = {}      # listening socket -> "repl" or "control"
         self._waker = self._woken = None  # a byte sent into the first wakes the server's thread
@@ -10884,8 +11330,9 @@ class Server:
             if self.door.token is not None:
                 undo.enter_context(_token_file(self.address, self.door.token))
             undo.callback(_remove_note, _write_note(self))
-            self._waker, self._woken = map(undo.enter_context, socket.socketpair())
-            self._selector = undo.enter_context(selectors.DefaultSelector())
+            self._waker, self._woken = [
+                undo.enter_context(OwnSocket.adopt(each)) for each in socket.socketpair()]
+            self._selector = undo.enter_context(_Selector())
             for each in (self._woken, *self._listeners):
                 self._selector.register(each, selectors.EVENT_READ)
             self._thread = threading.Thread(target=self._accept, name="hotrepl server", daemon=True)
@@ -10986,11 +11433,14 @@ class Server:
                 each.close()      # and no more: the files of unix sockets are the parent's
         for each in [*self.controls, *self._admissions, *self._sessions.values()]:
             each.forget()
-        GUESTS.leave(self.namespace)
+        GUESTS.leave(self.namespace, is_copy=True)
 
     def _accept(self):
         while not self._is_stopped:
-            for key, _ in self._selector.select():
+            for key, _ in self._select():
+                if not key.fileobj.is_own():
+                    return log.warning("the program has closed the sockets of the server at %s",
+                                       _join_address(self.address))
                 if key.fileobj is not self._woken:
                     try:
                         self._accept_one(key.fileobj)
@@ -10999,10 +11449,19 @@ class Server:
                             import traceback
                             traceback.print_exc()
 
+    def _select(self):
+        """Wait for connections; the first time that none comes, get ready for a session."""
+        found = self._selector.select(None if self._is_loaded else LOADING_DELAY_S)
+        if not (found or self._is_loaded):
+            self._is_loaded = True
+            with suppress(Exception):     # a session tells its client
+                load_library()
+        return found
+
     def _accept_one(self, listener):
         channel = self._listeners[listener]
         try:
-            sock, _ = listener.accept()
+            sock = OwnSocket.adopt(listener.accept()[0])
         except OSError as exc:
             return self._pause(exc)
         try:
@@ -11084,7 +11543,8 @@ class Server:
 
     def _wake(self):
         self._is_stopped = True
-        self._waker.send(b"!")
+        if self._waker.is_own():
+            self._waker.send(b"!")
 
     def _join(self, thread, timeout_s=STOP_TIMEOUT_S):
         if thread is not None and thread is not threading.current_thread():
@@ -11117,7 +11577,7 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     is ended; both are told why. Where the environment has HOTREPL_DISABLE=1 nothing is opened, and
     the Server is one that is stopped.
     """
-    namespace = {"__name__": "__console__", "__doc__": None} if locals is None else locals
+    namespace = {"__doc__": None} if locals is None else locals
     if not isinstance(namespace, dict):
         raise TypeError("locals is %s, expected a dict such as globals()" % shorten(locals))
     if loop is None and "asyncio" in sys.modules:
@@ -11221,7 +11681,7 @@ class Admission(threading.Thread):
         _hold_sigpipe(False)     # the session's thread inherits it, and its children
         if self.server.door.ssl_context is None:
             return self.server.take(self.channel, self.sock, self.peer, received)
-        inner, outer = socket.socketpair()
+        inner, outer = map(OwnSocket.adopt, socket.socketpair())
         try:
             self.server.take(self.channel, outer, self.peer, received)
         except BaseException:
@@ -11252,6 +11712,9 @@ def stop():
         server.stop()
 
 
+LOADING_DELAY_S = 0.05            # start() has returned by then
+
+
 class Registry:
     """The servers of this process, and what they need of it: atexit and fork."""
 
@@ -11268,7 +11731,7 @@ class Registry:
                 atexit.register(stop)
             if not self._is_hooked:
                 self._is_hooked = True
-                _at_fork(self._forget)
+                at_fork(self._forget, LOADING.pause, LOADING.go_on)
 
     def remove(self, server):
         """Take out a server that stops."""
@@ -11287,6 +11750,7 @@ class Registry:
         servers, self._servers = self._servers, []
         for server in servers:
             server.forget()
+        LOADING.go_on()
         MAIN.forget()
         FOLLOWERS.forget()
         ROUTER.forget()
@@ -11294,14 +11758,16 @@ class Registry:
         FLUSHER.forget()
 
 
-def _at_fork(function):
+def at_fork(in_child, before=int, in_parent=int):
+    """Have these called at each fork from now on."""
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=function)  # novm
+        os.register_at_fork(before=before, after_in_parent=in_parent,  # novm
+                            after_in_child=in_child)
     elif hasattr(os, "fork"):     # 3.6: no such hook, so os.fork itself gets one
         def fork(original=os.fork):
+            before()
             pid = original()
-            if pid == 0:
-                function()
+            (in_parent if pid else in_child)()
             return pid
         os.fork = fork
 
@@ -11335,12 +11801,12 @@ def _listen(bind, port, parameter):
             _plain_host(bind), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as exc:
         raise OSError(exc.errno, "%r is no address to bind: %s" % (bind, exc.strerror)) from exc
-    sock = socket.socket(family, kind, proto)
+    sock = OwnSocket(family, kind, proto)
     try:
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen(128)
+        sock.listen(BACKLOG)
         sock.setblocking(False)
         return sock
     except OSError as exc:
@@ -11416,8 +11882,9 @@ def _join_address(address):
 
 
 def _default_banner():
-    return ("Python %s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, exit() leaves.\n"
-            % (sys.version.split()[0], __version__))
+    pypy = " (PyPy %d.%d.%d)" % sys.pypy_version_info[:3] if IS_PYPY else ""
+    return ("Python %s%s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, exit() leaves.\n"
+            % (sys.version.split()[0], pypy, __version__))
 
 
 def _with_newline(text):
@@ -11513,14 +11980,18 @@ class Link:
 
     def _receive_hello(self):
         """Take the first lines; return where the control channel is. What follows is an event."""
-        text, address = b"", None
+        text, address, later = b"", None, []
         while address is None:
             if not select.select([self.sock], [], [], self.limit_s)[0]:
                 raise socket.timeout("timed out")
             self._receive()
             for kind, data in take_all(self.events):
-                text += data if kind == "data" else b""
-                address = data if kind == "control" else address
+                if kind == "control":
+                    address = data
+                elif kind == "data" and address is None:
+                    text += data
+                else:
+                    later.append((kind, data))
             line, newline, rest = text.partition(b"\n")
             match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\Z", line)
             if not match and (newline or address is not None or len(line) > RECEIVE_BYTES):
@@ -11528,7 +11999,7 @@ class Link:
             if self.is_closed:
                 _gone("it closed the connection at once")
         self._number, self._line = int(match.group(1)), line + newline
-        self.events.append(("data", rest))
+        self.events.extend([("data", rest)] + later)
         return address
 
     def close(self):
@@ -11773,9 +12244,10 @@ class Conversation:
             except KeyboardInterrupt:
                 return b""
         if kind in AT_PROMPT:
+            text = text if text.strip() else ""   # an empty line has no indentation
             self._block += text.split("\n")
-            self.terminal.remember("\n".join(self._block), is_longer=kind == "continuation")
-            text = text if text.strip() else ""
+            if text:
+                self.terminal.remember("\n".join(self._block), kind == "continuation")
         else:
             text, *more = text.rstrip("\n").split("\n")
             self._ahead.extend(more)
@@ -11863,18 +12335,24 @@ class Conversation:
 def _indentation(block):
     """Return what the next line of a statement begins with, after the lines `block`."""
     import tokenize
-    last = block[-1] if block else ""
+    row, is_new = len(block), True    # where the last logical line begins
+    lines = iter([line + "\n" for line in block] + [""])
     try:
-        list(tokenize.generate_tokens(iter([line + "\n" for line in block] + [""]).__next__))
+        for kind, _, (start, _), _, _ in tokenize.generate_tokens(lines.__next__):
+            if kind == tokenize.NEWLINE:
+                is_new = True
+            elif is_new and kind in (tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER):
+                row, is_new = start, False
     except (tokenize.TokenError, SyntaxError, StopIteration) as exc:
         if "string" in str(exc):  # its lines are the user's
             return ""
-    indent = last[:len(last) - len(last.lstrip())]
-    code = last.partition("#")[0].rstrip()
-    if code.endswith((":", "(", "[", "{")):
+        row = len(block)          # in brackets
+    first, last = (block[at - 1] for at in (row, len(block)))
+    indent, last = first[:len(first) - len(first.lstrip())], last.partition("#")[0].rstrip()
+    if last.endswith((":", "(", "[", "{")):
         return indent + "    "
-    is_last = re.match(r"\s*(return|raise|pass|break|continue)\b", code)
-    return indent[:-4] if is_last else indent
+    is_end = re.match(r"\s*(return|raise|pass|break|continue)\b", first)
+    return indent[:-4] if is_end else indent
 
 
 class Terminal:
@@ -13170,6 +13648,7 @@ def _start_server(options, main_module, done):
         _say("HOTREPL_DISABLE is set: no server is started")
         done.set()
         return server
+    server.door.tell = _say
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
@@ -13187,8 +13666,23 @@ def _stay(server, done, status=0):
 
 
 def _end_on_signals(done):
-    signal.signal(signal.SIGTERM, lambda *_: done.set())
-    signal.signal(signal.SIGINT, lambda *_: done.set())
+    """Set `done` when this process, not a child that it forks, gets SIGTERM or Ctrl+C."""
+    before = {number: signal.signal(number, lambda *_: done.set())
+              for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+        for number, handler in before.items():
+            try:
+                signal.signal(number, handler)
+            except ValueError:    # PyPy: the thread that forked is not the main one
+                import ctypes
+                ctypes.CDLL(None).signal(int(number), 0)
+        release()
+
+    if hasattr(os, "fork"):       # a signal for the child may come before it has these back
+        hold, release = [functools.partial(signal.pthread_sigmask, how, before)
+                         for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)]
+        at_fork(restore, hold, release)
 
 
 def _prepare_script(words, main_module):
@@ -13376,7 +13870,7 @@ def _exec(options):
         return _misuse("--stream goes with --json and -, without --all and --match")
     if options.stream:
         return _exec_stream(options, _find_server(options, words[0] if words else None))
-    source = _read_source(path) if options.code is None else options.code.encode()
+    source = _read_source(path) if options.code is None else _encode_argument(options.code)
     source, place = _placed(options, path, source)
     if is_for_all:
         return _exec_in_all(options, source, place)
@@ -13402,19 +13896,16 @@ def _definition_at(source, line):
     """Return (source, first line, class around it) of the function or class at a line of a file."""
     import ast
     import inspect
-    text = source.decode()
-    scope, names, found = ast.parse(text), [], None
-    while scope is not None:
-        nodes, scope = scope.body, None
-        for node in nodes:
-            first = min(each.lineno for each in [node] + getattr(node, "decorator_list", []))
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                block = inspect.getblock(text.splitlines(True)[first - 1:])
-                if first <= line < first + len(block):
-                    found = "".join(block).encode(), first, ".".join(names)
-                    if isinstance(node, ast.ClassDef):
-                        scope = node
-                        names.append(node.name)
+    text, names, found = source.decode(), [], None
+    nodes = ast.parse(text).body
+    for node in nodes:            # what stands in the class at that line is added meanwhile
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            first = min(each.lineno for each in [node] + node.decorator_list)
+            block = inspect.getblock(text.splitlines(True)[first - 1:])
+            if first <= line < first + len(block):
+                found = "".join(block).encode(), first, ".".join(names)
+                names.append(node.name)
+                nodes += node.body if isinstance(node, ast.ClassDef) else []
     if found is None:
         raise ValueError("no function or class stands at line %d" % line)
     return found
@@ -13437,6 +13928,14 @@ def _exec_stream(options, server):
                 output.finish({"exception": describe_exception(exc)},
                               1 if isinstance(exc, OSError) else 2)
     return 0
+
+
+def _encode_argument(text):
+    """Return a word of the command line as it was typed, in UTF-8, whatever the locale is."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:    # in an ASCII locale
+        return os.fsencode(text)
 
 
 def _exec_at(options, source, output, server, place=None, label=""):

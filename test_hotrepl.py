@@ -62,8 +62,8 @@ import warnings
 import weakref
 
 import hotrepl
-from hotrepl import (Completions, ReloadError, complete, complete_word, note_sources, patch, reload,
-                     unpatch)
+from hotrepl import (Completions, ReloadError, changes, complete, complete_word, note_sources, patch, reload,
+                     unpatch, undo)
 
 # The servers of the tests are not to be listed among those of whoever runs the tests.
 os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="hotrepl test run ")
@@ -2705,12 +2705,12 @@ class NamesOfTheProgram(Case):
     """No name of the program is overwritten by ours. (`__builtins__` is exec's own addition.)"""
 
     def names(self, namespace):
-        return {name: value for name, value in namespace.items() if name != "__builtins__"}
+        return {name: value for name, value in namespace.items() if name not in ("__builtins__", "__name__")}
 
     def test_our_names_are_there_and_go_again(self):
         namespace = {"mine": 1}
         with Served(namespace):
-            self.assertEqual(set(namespace), {"mine"} | set(hotrepl.TOOLS))
+            self.assertEqual(set(namespace), {"mine", "__name__"} | set(hotrepl.TOOLS))
         self.assertEqual(namespace, {"mine": 1})
 
     def test_a_name_of_the_program_stays(self):
@@ -2871,13 +2871,26 @@ class Sessions(Case):
             eventually(lambda: not served.server.find_session(wire.number), line)
         self.assertEqual(served.wire().ask("6*7"), "42\n")
 
-    def test_a_vanished_client_does_not_disturb_the_evaluation(self):
+    def test_a_vanished_client_does_not_disturb_a_silent_evaluation(self):
         served = self.serve({"go": threading.Event(), "done": threading.Event()})
         wire = served.wire()
-        wire.send("go.wait(); [print('x' * 100000) for _ in range(100)]; done.set()")
+        wire.send("_ = go.wait(), done.set()")
         wire.vanish()
         served.namespace["go"].set()
         self.assertTrue(served.namespace["done"].wait(DEADLINE_S))
+
+    def test_what_prints_for_a_vanished_client_gets_a_broken_pipe(self):
+        for printing in ("print('x')", "print('x' * 100000)", "print('x'); time.sleep(0.01)",
+                         "print('x', file=sys.stderr)"):
+            served = self.serve({"ended": []})
+            wire = served.wire()
+            wire.ask("import sys, time")
+            wire.send("try:\n  while True: %s\nexcept OSError as exc: ended.append(repr(exc))\n\n" % printing)
+            wire.until("x\n")
+            wire.vanish()
+            eventually(lambda: served.namespace["ended"], printing)
+            self.assertRegex(served.namespace["ended"][0], "BrokenPipeError.*client is gone")
+            eventually(lambda: not served.server.sessions())
 
     def test_piped_input_gets_every_answer(self):
         wire = self.serve().wire()
@@ -3176,6 +3189,291 @@ class Shown(Case):
             "Return the number of items", "Return the length"))
 
 
+class OddSurroundings(Case):
+    """A session where the program, or the system, is not as usual."""
+
+    def test_tracing_goes_on_from_one_input_to_the_next(self):
+        served = self.serve({"seen": []})
+        client = served.paired()
+        client.block("import sys\ndef trace(frame, event, arg):\n"
+                     "    seen.append((frame.f_code.co_filename, frame.f_code.co_name))\ndef f(): pass\n")
+        client.ask("sys.settrace(trace)")
+        for _ in range(2):
+            client.ask("f()")
+        self.assertEqual([path for path, _ in served.namespace["seen"] if path == SOURCE_PATH], [])
+        for line in ("(f(), no_such_name)", "f()", "sys.settrace(None)", "f()"):
+            client.ask(line)
+        self.assertEqual([name for _, name in served.namespace["seen"]].count("f"), 4)
+
+    def test_a_trace_function_for_all_threads_is_a_sessions_too(self):
+        served = self.serve({"seen": []})
+        threading.settrace(lambda frame, event, arg: served.namespace["seen"].append(frame.f_code.co_name))
+        try:
+            client = served.paired()
+        finally:
+            threading.settrace(None)
+        client.block("def f(): pass\n")
+        for _ in range(2):
+            client.ask("f()")
+        self.assertEqual(served.namespace["seen"].count("f"), 2)
+
+    def test_context_variables_last_and_tokens_can_be_reset(self):
+        if sys.version_info < (3, 8):
+            lack("contextvars, or await at the prompt")
+        client = self.serve().paired()
+        client.block("import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
+                     "async def put(x):\n    await asyncio.sleep(0)\n    return v.set(x)\n")
+        client.ask("t = await put(1)")
+        self.assertEqual(client.ask("v.get()"), "1\n")
+        client.ask("u = v.set(2)")
+        self.assertEqual(client.ask("await asyncio.sleep(0, v.get())"), "2\n")
+        self.assertEqual(client.ask("v.reset(u); v.reset(t); v.get()"), "0\n")
+        client.ask("t = v.set(3)")
+        client.block("async def back(): v.reset(t)\nawait back()\n")
+        self.assertEqual(client.ask("v.get()"), "0\n")
+
+    def test_context_variables_outlive_an_interrupted_await(self):
+        if sys.version_info < (3, 8):
+            lack("contextvars, or await at the prompt")
+        served = self.serve({"begun": threading.Event()})
+        client = served.paired()
+        client.block("import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
+                     "async def hang():\n    v.set(1)\n    begun.set()\n    await asyncio.sleep(60)\n")
+        client.send("await hang()")
+        self.assertTrue(served.namespace["begun"].wait(DEADLINE_S))
+        client.interrupt()
+        self.assertIn("KeyboardInterrupt", client.turn())
+        self.assertEqual(client.ask("v.get()"), "1\n")
+
+    def test_a_context_is_one_sessions_own(self):
+        if sys.version_info < (3, 7):
+            lack("contextvars")
+        served = self.serve()
+        one, two = served.paired(), served.paired()
+        one.ask("import contextvars; v = contextvars.ContextVar('v', default=0); t = v.set(1)")
+        self.assertEqual((one.ask("v.get()"), two.ask("v.get()")), ("1\n", "0\n"))
+
+    def test_what_was_printed_before_the_process_ends_arrives(self):
+        for end in ("hotrepl.stop()", "os._exit(3)", "os._exit(3)" if IS_PYPY else "os.abort()",
+                    "os.execv(sys.executable, [sys.executable, '-c', ''])",
+                    "os.execlp(sys.executable, sys.executable, '-c', '')"):
+            with self.subTest(end):
+                program = self.folder().run(SERVE + "input()\n")
+                wire = self.wire(addresses(program)[0])
+                wire.send("import os, sys; print('last', 'words'); %s" % end)
+                self.assertEqual(wire.until_end(), "last words\n")
+
+    def test_session_streams_have_names_and_say_why_they_have_no_descriptor(self):
+        client = self.serve().paired()
+        client.ask("import sys, subprocess, faulthandler")
+        self.assertEqual(client.ask("sys.stdin.name, sys.stdout.name, sys.stderr.name"),
+                         "('<stdin>', '<stdout>', '<stderr>')\n")
+        for use in ("subprocess.run(['true'], stdout=sys.stdout)", "subprocess.run(['true'], stdin=sys.stdin)",
+                    "faulthandler.dump_traceback()"):
+            self.assertRegex(client.ask(use), r"UnsupportedOperation: a session's std\w+ has no descriptor .*stacks\(\)")
+
+    def test_it_is_said_once_where_a_child_process_prints(self):
+        client = self.serve().paired()
+        client.ask("import os")
+        hint = "hotrepl: os.system and child processes print to the program's stdout"
+        self.assertIn(hint, client.ask("os.system('true')"))
+        self.assertEqual(client.ask("os.system('true')"), "0\n")
+
+    def test_the_audit_is_not_echoed_into_a_session(self):
+        program = self.folder().run(SERVE + "input()\n")
+        address = addresses(program)[0]
+        one, two = self.wire(address), self.wire(address)
+        one.ask("import logging; logging.basicConfig(level=logging.DEBUG)")
+        self.assertEqual(one.ask("6*7") + two.ask("6*7"), "42\n42\n")
+        one.finish()
+        self.assertEqual(two.ask("logging.warning('mine')"), "WARNING:root:mine\n")
+        self.assertIn("source='6*7'", program.err.until("end session=1"))
+
+    def test_a_byte_order_mark_is_no_part_of_the_input(self):
+        wire = self.serve().wire()
+        wire.send(b"\xef\xbb\xbf6*7\n")
+        self.assertEqual(wire.until(">>> "), "42\n>>> ")
+        wire.send(b"\xff\xfab\xef\xbb\xbf6*7\xff\xf0")
+        self.assertEqual(wire.until(">>> "), "42\n>>> ")
+
+    def test_prompts_that_a_library_leaves_are_taken_back(self):
+        client = self.serve().paired()
+        client.block("import sys\ndef embed():\n    sys.ps1 = 'In : '\n    1 / 0\n")
+        client.ask("embed()")
+        self.assertEqual((client.prompt, hasattr(sys, "ps1")), (">>> ", False))
+        client.send("import code; code.interact('')")
+        client.until(">>> ")
+        client.send(b"\xff\xec")
+        client.turn()
+        self.assertFalse(client.turn() and hasattr(sys, "ps1"))
+        client.ask("sys.ps1 = '$ '")
+        self.assertEqual((client.prompt, client.ask("6*7")), ("$ ", "42\n"))
+        client.ask("del sys.ps1")
+
+    def test_stacks_and_tasks_show_none_of_our_own(self):
+        served = self.serve({"__name__": "served"})
+        client, other = served.paired(), served.paired()
+        other.send("input('waits: ')")
+        other.turn()
+        text = client.ask("stacks()")
+        self.assertEqual(re.findall(r"thread hotrepl (\S+ \d+)", text),
+                         ["session %d" % other.number, "session %d" % client.number])
+        self.assertIn("input('waits: ')", text)
+        if sys.version_info >= (3, 8):
+            client.ask("import asyncio; await asyncio.sleep(0)")
+            self.assertEqual(client.ask("asyncio.all_tasks()"), "set()\n")
+            self.assertNotRegex(client.ask("stacks()"), "(?m)^task ")
+            self.assertEqual(client.ask("asyncio.get_running_loop().is_running()"), "True\n")
+
+    def test_a_job_that_only_waits_is_in_stacks(self):
+        served = self.serve({"__name__": "served", "event": threading.Event()})
+        client = served.paired()
+        client.ask("job = bg(event.wait)")
+        self.assertIn("thread hotrepl job wait", client.ask("stacks()"))
+        client.ask("event.set(); job.join(); fg(job)")
+
+    def test_what_is_made_in_a_namespace_without_a_name_has_a_module(self):
+        for namespace in ({}, None):
+            served = self.serve(namespace)
+            other = self.serve({})
+            client = served.paired()
+            client.block("import pickle, typing, sys\nclass Point:\n    x: 'Point'\n")
+            self.assertRegex(client.ask("Point.__module__"), "^'__console")
+            self.assertEqual(client.ask("type(pickle.loads(pickle.dumps(Point()))) is Point"), "True\n")
+            self.assertEqual(client.ask("typing.get_type_hints(Point)['x'] is Point"), "True\n")
+            if sys.version_info >= (3, 7):
+                client.block("import dataclasses, typing as t\n@dataclasses.dataclass\n"
+                             "class D:\n    a: int\n    b: 't.ClassVar[int]' = 5\n")
+                self.assertEqual(client.ask("D(1)"), "D(a=1)\n")
+            names = {each.server.namespace["__name__"] for each in (served, other)}
+            self.assertEqual(len(names), 2)
+            served.close()
+            other.close()
+            self.assertEqual(names & set(sys.modules), set())
+            self.assertNotIn("__name__", other.namespace)
+
+    def test_the_source_of_a_class_from_the_prompt_is_not_that_of_the_program(self):
+        program = self.folder().run("class Other:\n    pass\n" + SERVE + "input()\n")
+        client = self.keep(Paired(*addresses(program)))
+        client.block("class Typed: mark = 'at the prompt'")
+        self.assertIn("class Typed: mark = 'at the prompt'", client.ask("Typed??"))
+
+    def test_the_banner_names_pypy(self):
+        with Served(banner=None) as served:
+            self.assertEqual("(PyPy " in served.wire().banner, IS_PYPY)
+            self.assertIn("doc() lists tools", served.wire().banner)
+
+    def test_children_of_serve_end_by_signals_as_ever(self):
+        if not hasattr(os, "fork"):
+            lack("os.fork")
+        program = self.folder().start("hotrepl.py", "serve", "--port", "0", "--control-port", "0")
+        port = int(re.search(r":(\d+) \(REPL\)", program.err.until("\n")).group(1))
+        wire = self.wire(("127.0.0.1", port))
+        wire.send("import multiprocessing, time, warnings; warnings.simplefilter('ignore')\n"
+                  "context = multiprocessing.get_context('fork')\n"
+                  "child = context.Process(target=time.sleep, args=(60,))\n"
+                  "child.start(); child.terminate(); child.join(10); print('ended by', child.exitcode)\n")
+        wire.until("ended by -15\n")
+        program.kill()
+        self.assertEqual(program.end()[0], 0)
+
+    def test_a_refused_peer_is_told_by_serve(self):
+        served = self.folder().start("hotrepl.py", "serve", "--port", "0", "--control-port", "0")
+        port = int(re.search(r":(\d+) \(REPL\)", served.err.until("\n")).group(1))
+        wire = Wire(("127.0.0.1", port))
+        self.keep(wire).send(b"POST / HTTP/1.1\r\nHost: x\r\n\r\n")
+        wire.until_end()
+        self.assertIn(" session=1", served.err.until("hotrepl: refused ") + served.err.until("\n"))
+
+    def test_code_for_exec_is_utf_8_in_an_ascii_locale(self):
+        served = self.serve()
+        program = self.keep(Program(python_command(
+            SOURCE_PATH, "exec", "--port", str(served.server.address[1]), "--control-port",
+            str(served.server.control_address[1]), "-c", "len('äö€')"), LC_ALL="C", PYTHONCOERCECLOCALE="0"))
+        self.assertEqual(program.end(), [0, "3\n", ""])
+
+    def test_a_namesake_of_a_module_of_the_library_is_named(self):
+        for name in ("code", "codeop", "linecache", "traceback", "ast"):
+            folder = self.folder()
+            path = os.path.join(folder.path, name + ".py")
+            program = folder.run(SERVE + "import importlib, sys\nopen(%r, 'w').close()\nsys.modules.pop(%r, None)\n"
+                                 "importlib.invalidate_caches()\nprint(flush=True)\ninput()\n" % (path, name))
+            place = addresses(program)[0]
+            program.until("\n")
+            text = self.keep(Wire(place)).until_end()
+            self.assertIn("REPL session 1 connected.\n", text)
+            self.assertIn("hotrepl: the session can't go on: %s: rename what hides" % path, text)
+
+    def test_where_nothing_can_be_imported_the_client_is_told(self):
+        program = self.folder().run(SERVE + "import sys; sys.path[:] = []; sys.path_importer_cache.clear()\ninput()\n")
+        wire = self.keep(Wire(addresses(program)[0]))
+        self.assertRegex(wire.until_end(), r"hotrepl: the session can't go on: No module named '\w+'\n\Z")
+        self.assertRegex(self.keep(Wire(wire.sock.getpeername())).until_end(), r"can't go on: No module named")
+
+    def test_sessions_need_nothing_that_was_there_when_the_server_started(self):
+        program = self.folder().run(SERVE + textwrap.dedent("""
+            import sys, time
+            while not set(hotrepl.LIBRARY) <= set(sys.modules):
+                time.sleep(0.01)
+            hotrepl.LOADING.pause()
+            hotrepl.LOADING.go_on()
+            sys.path[:] = []
+            sys.path_importer_cache.clear()
+            print("gone", flush=True)
+            input()
+            """))
+        places = addresses(program)
+        program.until("gone\n")
+        client = self.keep(Paired(*places))
+        self.assertEqual(client.ask("6*7") + client.block("x = 1\nx + 1\n"), "42\n2\n")
+        client.send_block("while True: pass")
+        client.interrupt()
+        self.assertIn("KeyboardInterrupt", client.turn())
+
+    def test_in_a_sub_interpreter_main_thread_says_why_it_cannot(self):
+        program = self.folder().run(r"""
+            import sys
+            code = (
+                "import sys; sys.path.insert(0, %r)\n"
+                "import hotrepl\n"
+                "with hotrepl.start({}, port=0, control_port=0):\n"
+                "    print(hotrepl.MAIN._missing, flush=True)\n" % sys.path[0])
+            try:
+                import _testcapi
+            except Exception:
+                print("no sub-interpreters")
+            else:
+                print("ran", _testcapi.run_in_subinterp(code))
+            """)
+        code, out, err = program.end()
+        if "no sub-interpreters" in out:
+            lack("_testcapi")
+        if sys.version_info >= (3, 8):
+            self.assertIn("start() was called in a sub-interpreter", out + err)
+
+    def test_descriptors_that_are_not_ours_any_more_stay_open(self):
+        if os.name != "posix":
+            lack("descriptors of sockets")
+        program = self.folder().run(SERVE + textwrap.dedent("""
+            import os, socket, threading
+            input()
+            os.closerange(3, 200)
+            mine = [os.open(os.devnull, os.O_RDONLY) for _ in range(40)]
+            ends = [each for _ in range(10) for each in socket.socketpair()]
+            server.stop()
+            for each in mine:
+                os.fstat(each)
+            for one, other in zip(ends[::2], ends[1::2]):
+                one.sendall(b"x"); assert other.recv(9) == b"x"
+            print("all there", flush=True)
+            """))
+        place = addresses(program)[0]
+        for _ in range(2):
+            self.wire(place).ask("6*7")
+        program.send("\n")
+        self.assertEqual(program.until("\n"), "all there\n")
+
+
 class Exceptions(Case):
     """Every exception shows its traceback, and then there is the next prompt."""
 
@@ -3253,14 +3551,31 @@ class Exceptions(Case):
             self.assertEqual(two.ask("6*7"), "42\n")
         self.assertEqual(err.getvalue(), "")
 
-    def test_an_excepthook_of_the_program_is_left_alone(self):
-        seen, before = [], sys.excepthook
-        sys.excepthook = lambda *args: seen.append(args)
-        try:
-            with Served() as served:
-                self.assertIn("ZeroDivisionError", served.paired().ask("1 / 0"))
-        finally:
-            sys.excepthook = before
+    def test_a_failing_repr_shows_the_input_and_its_own_frame(self):
+        client = self.serve().paired()
+        client.block("class R:\n    def __repr__(self):\n        return 1 / 0\nclass S:\n    __repr__ = lambda self: 5\n")
+        text = client.ask("[R()]")
+        self.assertRegex(text, r'(?s)File "<hotrepl .*line 1, in <module>\n    \[R\(\)\]\n.*, in __repr__\n')
+        self.assertNotIn("hotrepl.py", text)
+        self.assertIn(", in <module>\n    S()\n", client.ask("S()"))
+
+    def test_what_was_typed_outlives_an_emptied_linecache(self):
+        client = self.serve().paired()
+        client.block("def f():\n    return 1 / 0\n")
+        client.ask("import linecache, inspect; linecache.clearcache()")
+        self.assertIn("    return 1 / 0\n", client.ask("f()"))
+        self.assertIn("    return 1 / 0\n", client.ask("linecache.clearcache(); f()"))
+        client.ask("linecache.clearcache()")
+        self.assertIn("return 1 / 0", client.ask("inspect.getsource(f)"))
+
+    def test_what_is_never_awaited_is_not_reported_as_ours(self):
+        client = self.serve().paired()
+        client.block("import warnings, gc; warnings.simplefilter('always')\nasync def forgotten(): pass\n")
+        client.ask("forgotten()")
+        text = client.ask("1") + client.ask("gc.collect() * 0")
+        if not IS_PYPY:
+            self.assertRegex(text, "<(hotrepl|string)>:1: RuntimeWarning: coroutine 'forgotten' was never awaited")
+        self.assertNotIn("hotrepl.py", text)
 
     def test_running_out_of_threads_is_no_end(self):
         client = self.serve().paired()
@@ -4469,6 +4784,128 @@ class CtrlC(Case):
         self.terminal.press("^C")
         self.terminal.until("KeyboardInterrupt\n")
         self.assert_nothing_is_left()
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
+class LooksLikeAPrompt(Case):
+    """The client knows what it is asked for, whatever the prompt looks like."""
+
+    def setUp(self):
+        super().setUp()
+        self.path = os.path.join(self.folder().path, "history")
+        self.terminal = self.serve().terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
+        for name in ("ps1", "ps2"):
+            self.addCleanup(vars(sys).pop, name, None)
+
+    def paste(self, text):
+        if HAS_READLINE:
+            self.terminal.type("\x1b[200~" + text + "\x1b[201~")
+            self.terminal.until(text.rpartition("\n")[2])
+            self.terminal.type("\n")
+        else:
+            self.terminal.type(text + "\n")
+
+    def assert_in_step(self):
+        for at in range(3):
+            self.terminal.ask("print('value', %d*2)" % at, "\nvalue %d" % (at * 2))
+
+    def test_a_paste_into_code_interact(self):
+        self.terminal.ask("import code; code.interact('be' + 'gin')", "\nbegin")
+        self.paste("a = 6\na * 7")
+        self.terminal.until("\n42\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+        self.terminal.press("^D")
+        self.terminal.until("now exiting")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+
+    def test_a_paste_into_interact_of_pdb(self):
+        self.terminal.ask("import pdb; pdb.run('n = 6', globals())", "", "(Pdb) ")
+        self.terminal.ask("interact", "", ">>> ")
+        self.paste("a = 6\na * 7")
+        self.terminal.until("\n42\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+        self.terminal.press("^D")
+        self.terminal.until("(Pdb) ")
+        self.terminal.type("c\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+
+    def test_a_paste_into_input(self):
+        self.terminal.type("x = input('>>> '); y = input('>>> ')\n")
+        self.terminal.until("\n>>> ")
+        self.paste("one\ntwo")
+        self.terminal.until("two\n")
+        self.terminal.until(">>> ")
+        self.assert_in_step()
+        self.terminal.ask("x + y", "\n'onetwo'")
+
+    @unittest.skipUnless(HAS_READLINE, "GNU readline")
+    def test_answers_are_no_history(self):
+        self.terminal.type("input('>>> ')\n")
+        self.terminal.until("\n>>> ")
+        self.terminal.ask("an answer", "'an answer'")
+        with open(self.path) as file:
+            self.assertEqual([json.loads(line) for line in file], ["input('>>> ')"])
+
+
+@unittest.skipUnless(HAS_PTY and HAS_READLINE, "needs a pty and GNU readline")
+class Statements(Case):
+    """A statement of several lines as it is typed and comes back."""
+
+    def setUp(self):
+        super().setUp()
+        self.served = self.serve()
+        self.path = os.path.join(self.folder().path, "history")
+        self.terminal = self.served.terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
+
+    def type_lines(self, *lines):
+        for line in lines:
+            self.terminal.type(line + "\n")
+            self.terminal.until(line + "\n")
+            self.terminal.until("... ")
+        self.terminal.type("\n")
+        self.terminal.until(">>> ")
+
+    def test_the_next_line_is_indented(self):
+        self.type_lines("def f(n):", "if n > 1:", "return f(n - 1) * n", "return 1")
+        self.terminal.ask("f(5)", "\n120")
+        self.type_lines("for n in range(3):", "x = '''", "a", "b'''", "y = n", "pass")
+        self.terminal.ask("x, y", "\n('\\na\\nb', 2)")
+
+    def test_an_empty_line_is_not_indented(self):
+        self.terminal.type("x = '''\n")
+        self.terminal.until("... ")
+        self.terminal.type("    a\n")
+        self.terminal.until("... ")
+        self.terminal.type("'''\n")
+        self.terminal.until(">>> ")
+        self.terminal.ask("x", "\n'\\n    a\\n'")
+
+    def test_it_comes_back_as_one(self):
+        self.type_lines("for n in range(2):", "print('value', n)")
+        self.terminal.press("Up")
+        self.terminal.until("print('value', n)")
+        self.terminal.type("\n")
+        self.terminal.until("\nvalue 0\nvalue 1\n")
+        self.terminal.until(">>> ")
+        self.terminal.press("^D")
+        self.terminal.end()
+        terminal = self.served.terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
+        terminal.press("Up")
+        terminal.until("print('value', n)")
+        terminal.type("\n")
+        terminal.until("\nvalue 0\nvalue 1\n")
+        with open(self.path) as file:
+            self.assertEqual(json.loads(file.read().splitlines()[-1]), "for n in range(2):\n    print('value', n)")
+
+    def test_ctrl_d_behind_the_indentation_leaves(self):
+        self.terminal.type("if True:\n")
+        self.terminal.until("...     ")
+        self.terminal.press("^D")
+        self.assertEqual(self.terminal.end()[0], 0)
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
@@ -6675,6 +7112,33 @@ class Watching(Case):
         self.assertEqual([(call.args, call.result) for call in calls],
                          [((1,), 1), ((2,), 2), ((3,), 6), ((4,), 24)])
 
+    def test_watch_keeps_what_the_program_puts_on_the_function_meanwhile(self):
+        self.pay.count = 1
+        calls = self.quiet(self.pay)
+        self.pay.count += 1
+        self.pay.other = 5
+        calls.stop()
+        self.assertEqual(vars(self.pay), {"count": 2, "other": 5})
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_watch_leaves_a_forked_child_after_its_time(self):
+        program = self.folder().run("""
+            import os, time, warnings
+            import hotrepl
+            warnings.simplefilter("ignore")   # 3.12 warns of any fork beside threads
+            def pay(name): return name
+            code = pay.__code__
+            calls = hotrepl.watch(pay, quiet=True, seconds=0.5)
+            child = os.fork()
+            if child == 0:
+                end = time.monotonic() + 10
+                while pay.__code__ is not code and time.monotonic() < end:
+                    pay("a")
+                os._exit(pay.__code__ is not code or "__wrapped__" in vars(pay))
+            print(os.waitpid(child, 0)[1], flush=True)
+            """)
+        self.assertEqual(program.end()[:2], [0, "0\n"])
+
     def test_watch_keeps_what_a_cache_holds(self):
         calls = []
 
@@ -6760,6 +7224,32 @@ class Watching(Case):
         undo()
         self.assertEqual(self.pay("a"), ["a"])
         self.over()
+        self.assertEqual([each for each in hotrepl.changes() if "pay" in repr(each)], [])
+
+    def test_watch_and_a_reload_meanwhile_leave_the_new_code(self):
+        folder = self.folder()
+        source = "def work(a, b=1):\n    return a + b\n\ndef other():\n    return work(1)\n"
+        folder.write("watched_module.py", source)
+        sys.path.insert(0, folder.path)
+        self.addCleanup(sys.path.remove, folder.path)
+        module = importlib.import_module("watched_module")
+        self.addCleanup(sys.modules.pop, "watched_module")
+        note_sources()
+        for old, new, expected in (("a + b", "a * 10 + b", 11), ("b=1", "b=2", 12), ("10 + b", "(10) + b", 12)):
+            with self.subTest(new):
+                held, before = module.work, set(vars(module.work))
+                calls = self.quiet(module.work)
+                module.other()
+                eventually(lambda: len(calls) == 1)
+                source = source.replace(old, new)
+                folder.write("watched_module.py", source)
+                reload(module)
+                self.assertIs(module.work, held)
+                self.assertEqual(module.other(), expected)
+                calls.stop()
+                self.assertEqual(module.other(), expected)
+                self.assertEqual(held.__code__.co_name, "work")
+                self.assertEqual(set(vars(held)), before)
 
     def test_watch_catches_the_slow_request_of_a_thousand(self):
         program = self.folder().run(SERVE + """if True:
@@ -7861,13 +8351,12 @@ class Tokens(AccessCase):
         self.assertIn("x = '[token]'", " ".join(self.records))
 
     def test_those_that_are_made_have_256_bits_that_all_differ(self):
-        import base64
         tokens = [hotrepl.make_token() for _ in range(100)]
         for token in tokens:
-            self.assertRegex(token, rb"^[A-Za-z0-9_-]{43}\Z")
-            self.assertEqual(len(base64.urlsafe_b64decode(token + b"=")), 32)
-        for at, values in enumerate(zip(*tokens)):        # the last of 43 carries four bits
-            self.assertGreater(len(set(values)), 20 if at < 42 else 8)
+            self.assertRegex(token, rb"^[0-9a-f]{64}\Z")
+            self.assertEqual(len(bytes.fromhex(token.decode())), 32)
+        for values in zip(*tokens):
+            self.assertGreater(len(set(values)), 12)
 
     def test_it_is_compared_in_constant_time(self):
         import hmac
@@ -7936,7 +8425,7 @@ class Tokens(AccessCase):
     def test_one_is_made_where_peers_are_never_known(self):
         served = self.serve()
         with open(hotrepl.token_path(served.server.address)) as file:
-            self.assertEqual(len(file.read()), 43)
+            self.assertEqual(len(file.read()), 64)
 
     def test_a_server_that_stops_ends_those_who_have_not_shown_it(self):
         wire = self.stranger()
@@ -9965,7 +10454,7 @@ class ExecStream(Case):
     def test_a_failure_ends_no_stream(self):
         program = self.begin()
         for request, kind, code in (({"code": "1/0"}, "ZeroDivisionError", 1), ({"code": "1 +"}, "SyntaxError", 1),
-                                    ("no json", "JSONDecodeError", 2), ("[1]", "AttributeError", 2),
+                                    ("no json", "JSONDecodeError", 2), ("[1]", "TypeError", 2),
                                     ({"timeout": 5}, "KeyError", 2), ({"code": 5}, "AttributeError", 2),
                                     ({"code": "1", "line": 0, "file": "x"}, "ProtocolError", 2)):
             with self.subTest(request=request):
@@ -13739,6 +14228,189 @@ class Patch(Workspace):
         self.assertEqual((held(), m.f()), (3, 3))
 
 
+class History(Workspace):
+
+    def test_undo_takes_back_a_reload_and_a_later_one_applies_the_file_again(self):
+        m = self.load("A = 1\nB = A + 1\ndef f(x=1): return x\nclass C:\n    y = 1\n    def m(self): return 1\nGONE = 1\n")
+        before, held, c = dict(vars(m)), m.f, m.C()
+        new = "A = 5\nB = A + 1\ndef f(x=2): return x\nclass C:\n    y = 2\n    def m(self): return 2\nN = 1\n"
+        self.again(new)
+        self.assertEqual((m.A, m.B, held(), c.y, c.m(), m.N), (5, 6, 2, 2, 2, 1))
+        self.assertEqual(undo().kind, "reload")
+        self.assertEqual(dict(vars(m)), before)
+        self.assertEqual((held(), c.y, c.m()), (1, 1, 1))
+        reload(m)
+        self.assertEqual((m.A, m.B, held(), c.y, c.m(), hasattr(m, "GONE")), (5, 6, 2, 2, 2, False))
+
+    def test_undo_leaves_what_the_program_has_done_since(self):
+        text = "HOOKS = {}\ndef hook(f):\n    HOOKS[f.__name__] = f\n    return f\n@hook\ndef f(): pass\nX = 1\n"
+        m = self.load(text)
+        self.again(text.replace("X = 1", "X = 2") + "@hook\ndef g(): pass\n")
+        self.assertEqual(sorted(m.HOOKS), ["f", "g"])
+        m.HOOKS["mine"], m.X = 1, 7
+        undo()
+        self.assertEqual((sorted(m.HOOKS), m.X), (["f", "mine"], 7))
+
+    def test_changes_are_listed_with_number_time_thread_and_names(self):
+        m = self.load("def f(): return 1\ndef g(): return 1\n")
+        self.again("def f(): return 2\ndef g(): return 1\n")
+        patch(m.g, lambda: 3)
+        first, second = changes()[-2:]
+        self.assertEqual((second.number - first.number, first.names, second.names), (1, ["f"], ["g"]))
+        self.assertRegex(repr(changes()).split("\n")[-1], r"^ *\d+  \d\d:\d\d:\d\d  MainThread  patch g$")
+        undo(first.number)              # which the newer one does not cover
+        self.assertEqual((m.f(), m.g(), changes()[-1]), (1, 3, second))
+        undo()
+        self.assertEqual(m.g(), 1)
+        with self.assertRaisesRegex(ReloadError, "no change %d to take back" % first.number):
+            undo(first.number)
+
+    def test_undo_of_a_covered_change_names_the_newer_one_and_changes_nothing(self):
+        m = self.load("def f(): return 1\n")
+        self.again("def f(): return 2\n")
+        number = changes()[-1].number
+        patch(m.f, lambda: 3)
+        with self.assertRaisesRegex(ReloadError, "take that back first: .* patch f"):
+            undo(number)
+        self.assertEqual(m.f(), 3)
+
+    def test_failed_reload_leaves_no_change_on_record(self):
+        self.load("A = 1\n")
+        before = list(changes())
+        with self.assertRaises(ReloadError):
+            self.again("A = 2\n1 / 0\n")
+        self.assertEqual(list(changes()), before)
+
+    def test_function_typed_over_a_files_is_named_and_unpatch_brings_the_files_back(self):
+        m = self.load("def f(): return 1\nX = 1\n")
+        held = m.f
+        exec(compile("def f(): return 5", "<hotrepl 1>", "exec"), vars(m))
+        self.assertEqual((m.f(), held(), reload(m).unsaved, reload(m, dry_run=True).unsaved), (5, 1, ["f"], ["f"]))
+        unpatch(m.f)
+        self.assertIs(m.f, held)
+        exec(compile("def f(): return 5", "<hotrepl 1>", "exec"), vars(m))
+        del held
+        gc.collect()
+        unpatch(m.f)
+        self.assertEqual((m.f(), reload(m).unsaved), (1, []))
+        with self.assertRaisesRegex(ValueError, "is not patched"):
+            unpatch(m.f)
+
+    def test_hook_of_a_class_is_called_for_each_live_instance_of_it_and_below(self):
+        text = ("class C:\n    x = %d\n    def __reload__(self): self.seen = self.x\nclass D(C): pass\n"
+                "class Other:\n    def __reload__(self): self.seen = 1\n")
+        m = self.load(text % 1)
+        c, d, other = m.C(), m.D(), m.Other()
+        self.again(text % 2)
+        self.assertEqual((c.seen, d.seen, hasattr(other, "seen")), (2, 2, False))
+
+    def test_hook_of_a_class_is_called_when_only_a_body_changed(self):
+        text = "class C:\n    def m(self): return %d\n    def __reload__(self): self.seen = self.m()\n"
+        m = self.load(text % 1)
+        c = m.C()
+        self.again(text % 2)
+        self.assertEqual(c.seen, 2)
+
+    def test_hook_of_a_module_gets_the_previous_values(self):
+        text = "A = %d\ndef __reload__(old):\n    global SUM\n    SUM = old.A + A\n"
+        m = self.load(text % 1)
+        self.again(text % 5)
+        self.assertEqual(m.SUM, 6)
+
+    def test_on_reload_is_for_classes_of_others(self):
+        m = self.load("class C:\n    x = 1\n")
+        c, seen = m.C(), []
+        hotrepl.on_reload(m.C, seen.append)
+        self.again("class C:\n    x = 2\n")
+        self.assertEqual(seen, [c])
+        with self.assertRaisesRegex(TypeError, "expected a class and a function"):
+            hotrepl.on_reload(c, seen.append)
+
+    def test_hook_that_fails_undoes_all(self):
+        text = "X = %d\nclass C:\n    x = %d\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n"
+        m = self.load(text % (1, 1))
+        c = m.C()
+        with self.assertRaisesRegex(ReloadError, "ZeroDivisionError"):
+            self.again(text % (2, 2))
+        self.assertEqual((m.X, m.C.x, vars(c)), (1, 1, {}))
+
+
+class Diff(unittest.TestCase):
+    """The pairs of two texts, without a program."""
+
+    TABLE = (       # (old text, new text, changes in the order of the new text, gone ones last)
+        ("A = 1\nB = 2\n", "A = 1\nB = 2\n", "same same"),
+        ("A = 1\nB = 2\n", "\nA = 1\nB = 3\n", "moved value"),
+        ("A = 1\nB = 2\n", "B = 2\nA = 1\n", "moved moved"),
+        ("A = [  # one\n 1]\n", "A = [\n 1]\n", "moved"),
+        ("A = 1\n", "A = 1.0\n", "value"),
+        ("A = 1\n", "A = True\n", "value"),
+        ("A = 1\nB = 1\n", "B = 1\n", "moved gone"),
+        ("A = 1\n", "A = 1\nB = 1\n", "same new"),
+        ("def f(): return 1\n", "def f(): return 2\n", "body"),
+        ("@d(1)\ndef f(a=1): return 1\n", "@d(1)\ndef f(a=1): return 2\n", "body"),
+        ("@d(1)\ndef f(): return 1\n", "@d(2)\ndef f(): return 1\n", "def"),
+        ("def f(a): return 1\n", "def f(a=1): return 1\n", "def"),
+        ("def f(a: int): return 1\n", "def f(a: str): return 1\n", "def"),
+        ("def f(): return 1\n", "async def f(): return 1\n", "def"),
+        ("def f(): return 1\n", "class f: pass\n", "value"),
+        ("f = lambda: 1\n", "f = lambda: 2\n", "body"),
+        ("f = lambda x: 1\n", "f = lambda y: 1\n", "value"),
+        ("T = [lambda: 1, 2]\n", "T = [lambda: 5, 2]\n", "body"),
+        ("T = [lambda: 1, 2]\n", "T = [lambda: 1, 3]\n", "value"),
+        ("class C:\n    def m(self): return 1\n", "class C:\n    def m(self): return 2\n", "body"),
+        ("class C:\n    class D:\n        def m(self): return 1\n",
+         "class C:\n    class D:\n        def m(self): return 2\n", "body"),
+        ("class C:\n    x = 1\n", "class C:\n    x = 2\n", "class"),
+        ("class C(A): pass\n", "class C(B): pass\n", "class"),
+        ("@d\nclass C: pass\n", "class C: pass\n", "class"),
+        ("if X:\n    def f(): return 1\n", "if X:\n    def f(): return 2\n", "body"),
+        ("if X:\n    a = 1\n", "if X:\n    a = 2\n", "value"),
+        ("try:\n    def f(): return 1\nexcept E: pass\n", "try:\n    def f(): return 2\nexcept E: pass\n", "body"),
+        ("import a\n", "import a, b\n", "new gone"),
+        ("from a import b\n", "from a import b, c\n", "value"),
+        ("from a import b\n", "from c import b\n", "new gone"),
+        ("H.append(1)\n", "H.append(2)\n", "value"),
+        ("H.append(1)\nA = 1\n", "A = 1\nH.append(1)\n", "moved moved"),
+        ("A = 1\nA += 1\n", "A = 1\n", "again gone"),
+        ("A = 1\nA += 1\n", "A = 1\nA += 2\n", "again value"),
+        ("A = 1\nA += 1\n", "A = 2\nA += 1\n", "value again"),
+        ("def f(): return 1\nf = w(f)\n", "def f(): return 2\nf = w(f)\n", "body same"),
+        ("def f(): return 1\nf = w(f)\n", "def f(): return 1\nf = v(f)\n", "again value"),
+        ("@overload\ndef f(a: int): ...\n@overload\ndef f(a: str): ...\ndef f(a): return 1\n",
+         "@overload\ndef f(a: int): ...\n@overload\ndef f(a: bytes): ...\n@overload\ndef f(a: str): ...\n"
+         "def f(a): return 2\n", "same new moved body"),
+        ("@property\ndef p(s): return 1\n@p.setter\ndef p(s, v): s.v = 1\n",
+         "@property\ndef p(s): return 2\n@p.setter\ndef p(s, v): s.v = 2\n", "body body"),
+        ("@property\ndef p(s): return 1\n",
+         "@property\ndef p(s): return 1\n@p.setter\ndef p(s, v): s.v = 2\n", "same new"),
+        ("@r(int)\ndef _(x): return 1\n@r(str)\ndef _(x): return 2\n",
+         "@r(int)\ndef _(x): return 1\n@r(bytes)\ndef _(x): return 3\n@r(str)\ndef _(x): return 4\n", "same new body"),
+        ("'doc'\nA = 1\n", "'other'\nA = 1\n", "value same"),
+        ("a = []; b = 1; c = 2\n", "a = []; b = 3; c = 2\n", "same value same"),
+        ("", "A = 1\n", "new"),
+        ("A = 1\n", "", "gone"),
+    )
+
+    def changes(self, old, new):
+        new = hotrepl._Source(new.encode(), "m.py")
+        old = hotrepl._Source(old.encode(), "m.py", new)
+        pairs = hotrepl._pair(old.statements, new.statements)
+        return " ".join(pair.change for pair in pairs)
+
+    def test_table(self):
+        for old, new, expected in self.TABLE:
+            with self.subTest(old=old, new=new):
+                self.assertEqual(self.changes(old, new), expected)
+
+    def test_old_text_that_shares_statements_is_paired_as_one_that_shares_none(self):
+        for old, new, _ in self.TABLE:
+            with self.subTest(old=old, new=new):
+                sources = [hotrepl._Source(text.encode(), "m.py") for text in (old, new)]
+                pairs = hotrepl._pair(*[each.statements for each in sources])
+                self.assertEqual(" ".join(pair.change for pair in pairs), self.changes(old, new))
+
+
 class AsAUserWould(Workspace):
 
     SIMULATION = """
@@ -14117,22 +14789,6 @@ class Threads(Workspace):
         m = self.load("def f(a=1, b=1): return 1, a, b\n")
         news = [lambda a=2: (2, a), lambda *, a=3, b=3, c=3: (3, a, b, c)]
         self.assertEqual(self.hammer(m.f, lambda i: patch(m.f, news[i % 2])(), 300), [])
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 class RealPrograms(Workspace):
