@@ -3990,7 +3990,7 @@ def _doc_key(node):
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return ()
     value = getattr(node.body[0], "value", None)
-    text = getattr(value, "value", getattr(value, "s", None))     # 3.6, 3.7: a Str
+    text = type(value).__name__ in ("Constant", "Str") and getattr(value, value._fields[0])
     return (text,) if type(text) is str else ()
 
 
