@@ -8048,7 +8048,8 @@ def _forget_new_modules(before):
 # === 9. Session tools ========================================================
 # The names a user finds at the prompt. They are put into the program's namespace only where
 # the name is free, and taken out again where they are still ours. Each is a plain function
-# that finds its session by the thread it runs in.
+# that finds its session by the thread it runs in. Below them, each with its own head: what
+# runs and its variables, the calls that watch() notes, and the code that an editor sends.
 
 def doc(obj=_MISSING):
     """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
@@ -8164,8 +8165,8 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     if quiet:
         calls.start(lambda: calls.extend(calls.wanted()))
         return calls
-    calls.start()
     try:
+        calls.start()
         return calls.show()
     finally:
         calls.stop()
@@ -8587,22 +8588,19 @@ class Calls(list):
         self._has_begun = threading.Event()
         self._is_over = threading.Event()
         self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
-        self._noting = self._original = self._code = None     # see _noting(); what forwards to it
+        self._noting, self._original = _noting(self.function, self)
+        self._code = _forwarder(self.function, self._noting)[0]   # what the function gets
 
     def start(self, *others):
         """Begin to watch, and let `others` run in threads meanwhile."""
-        try:
-            for work in (self._keep,) + others:
-                self._threads.append(Job(work))
-                self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
-                self._threads[-1].start()
-                while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
-                    pass
-            if self._is_over.is_set():
-                self.stop()       # raises why it can't be patched
-        except BaseException:
-            self._is_over.set()
-            raise
+        for work in (self._keep,) + others:
+            self._threads.append(Job(work))
+            self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
+            self._threads[-1].start()
+        while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
+            pass
+        if self._is_over.is_set():
+            self.stop()           # raises why it can't be watched
 
     def stop(self):
         """Watch no more; return once the function is as it was."""
@@ -8642,37 +8640,31 @@ class Calls(list):
                 yield call
 
     def _keep(self):
-        """Patch the function, wait until it is over, and take the patch back."""
+        """Give the function the code that notes, wait until it is over, and take it off."""
+        if _watched.setdefault(self.function, self) is not self:
+            self._is_over.set()
+            self._has_begun.set()
+            raise RuntimeError("%s is watched already" % self.function.__qualname__)
         try:
-            if _watched.setdefault(self.function, self) is not self:
-                raise RuntimeError("%s is watched already" % self.function.__qualname__)
-            try:
-                self._put_on()
-                self._has_begun.set()
-                while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
-                           or self._session is not None and self._session.is_left()
-                           or self._threads[-1].ended):
-                    pass
-            finally:
-                self._is_over.set()
-                with _hot.lock:
-                    self._take_off()
-                del _watched[self.function]
+            with _hot.lock:
+                vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
+                _assign_code(self.function, self._code)
+            self._has_begun.set()
+            while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
+                       or self._session is not None and self._session.is_left()
+                       or self._threads[-1].ended):
+                pass
         finally:
             self._is_over.set()
             self._has_begun.set()
+            with _hot.lock:
+                self._take_off()
+            del _watched[self.function]
             self._queue.clear()
             for thread in self._threads[1:]:
                 thread.join(2 * WATCH_LOOK_S)
                 with suppress(ValueError):    # it has ended
                     async_raise(thread, SystemExit)
-
-    def _put_on(self):
-        self._noting, self._original = _noting(self.function, self)
-        self._code = _forwarder(self.function, self._noting)[0]
-        with _hot.lock:
-            vars(self.function)["__wrapped__"] = self._noting     # inspect.signature() looks there
-            _assign_code(self.function, self._code)
 
     def _take_off(self):
         """Give the function what the copy has, which a reload may have changed meanwhile.
@@ -13547,7 +13539,8 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter, description=_EXEC_HELP)
     execute.add_argument("words", nargs="*", metavar="HOST, FILE", help=_HOST_HELP + "; without "
                          "-c the last word is the FILE with the code, - for what comes in on stdin")
-    execute.add_argument("-c", dest="code", metavar="CODE", help="the code itself")
+    execute.add_argument("-c", dest="codes", action="append", metavar="CODE",
+                         help="the code itself")
     execute.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     execute.add_argument("--timeout", type=_seconds, metavar="SECONDS",
                          help="interrupt the code after this time, and exit with 124")
@@ -13579,6 +13572,7 @@ def _parser():
         description="Show the running servers "
         "of this user on this machine, a line each. 'connect PID' and 'exec PID' take one of them, "
         "'exec --all' takes all.")
+    servers.add_argument("--json", action="store_true", help="a JSON object for each, one a line")
     servers.set_defaults(run=_list)
     for command, purpose, control in (
             (serve, "listen on; 0: a free one (default: %d, or a free one)", None),
@@ -13851,18 +13845,30 @@ def _tls_context(options):
     if not (options.tls or options.cafile or options.cert):
         return None
     import ssl
-    context = ssl.create_default_context(cafile=options.cafile)
-    if options.cert:
-        context.load_cert_chain(options.cert)
+    for path in filter(None, (options.cafile, options.cert)):
+        _read_file(path)          # ssl does not say which it can't read
+    try:
+        context = ssl.create_default_context(cafile=options.cafile)
+    except ssl.SSLError as exc:
+        raise ValueError("--cafile: expected certificates in PEM, found none in %r"
+                         % options.cafile) from exc
+    try:
+        if options.cert:
+            context.load_cert_chain(options.cert)
+    except ssl.SSLError as exc:
+        raise ValueError("--cert: expected a certificate and its key in PEM, found none that fit "
+                         "in %r" % options.cert) from exc
     return context
 
 
 def _exec(options):
-    words = list(options.words)
-    path = words.pop() if words and options.code is None else None
+    words, codes = list(options.words), options.codes or []
+    path = words.pop() if words and not codes else None
     is_for_all = options.all or options.match is not None
-    if options.code is None and path is None:
+    if not codes and path is None:
         return _misuse("exec needs -c CODE, a FILE or -")
+    if len(codes) > 1:
+        return _misuse("-c is there twice, expected one CODE, of any number of lines")
     if len(words) > (0 if is_for_all else 1):
         return _misuse("exec takes one FILE or -c CODE, and one HOST without --all and --match; "
                        "found also %r" % words[-1])
@@ -13870,7 +13876,7 @@ def _exec(options):
         return _misuse("--stream goes with --json and -, without --all and --match")
     if options.stream:
         return _exec_stream(options, _find_server(options, words[0] if words else None))
-    source = _read_source(path) if options.code is None else _encode_argument(options.code)
+    source = _encode_argument(codes[0]) if codes else _read_source(path)
     source, place = _placed(options, path, source)
     if is_for_all:
         return _exec_in_all(options, source, place)
@@ -13883,8 +13889,8 @@ def _placed(options, path, source):
     """Return (source, fields of the Place request) of code that stands in a module's file."""
     place = {name: getattr(options, name) for name in ("module", "file", "line")
              if getattr(options, name) is not None}
-    if not place:
-        return source, place
+    if not place:                 # its name is for tracebacks
+        return source, {"name": os.path.basename(path)} if path not in (None, "-") else {}
     if options.file or path not in (None, "-"):
         place["file"] = os.path.abspath(options.file or path)
     if path is not None and options.line is not None:
@@ -13969,8 +13975,14 @@ def _exec_in_all(options, source, place):
 
 
 def _list(options):
+    import json
     notes = noted_servers()
-    if notes:
+    if options.json:
+        for note in notes:
+            fields = {name: note[name] for name in ("pid", "started", "argv", "address",
+                                                    "control_address")}
+            print(json.dumps(fields))
+    elif notes:
         sys.stdout.buffer.write(_table(notes))
     else:
         _say("no server of yours is running here")
@@ -14004,13 +14016,28 @@ def _find_server(options, word):
     elif word is None and options.port is None:
         found = noted_servers()
     if len(found) > 1:
-        _say("which one? name it by its PID, or as HOST:PORT")
-        sys.stderr.write(_table(found).decode())
-        raise SystemExit(2)
+        found = [_choose(found)]
     if found:
         return _place_of_note(found[0])
     host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
     return host, port, options.control_port
+
+
+def _choose(notes):
+    """Return the one of `notes` that the user names; SystemExit where nobody can be asked."""
+    is_asked = all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr))
+    if not is_asked:
+        _say("which one? name it by its PID, or as HOST:PORT")
+    sys.stderr.write(_table(notes).decode())
+    while is_asked:
+        sys.stderr.write("which one? PID: ")
+        sys.stderr.flush()
+        answer = sys.stdin.readline()
+        for note in notes:
+            if str(note["pid"]) == answer.strip():
+                return note
+        is_asked = bool(answer.strip())
+    raise SystemExit(2)
 
 
 def _place_of_note(note):
@@ -14027,7 +14054,7 @@ def _read_source(path):
     if path == "-":
         data = sys.stdin.buffer.read() if sys.stdin is not None else b""
     else:
-        data = _read_file(path)
+        data = _read_file(path, "; exec [HOST] takes -c CODE, a FILE or -")
     try:
         return importlib.util.decode_source(data).encode("utf-8")
     except (SyntaxError, UnicodeError) as exc:
@@ -14036,10 +14063,11 @@ def _read_source(path):
 
 
 def _seconds(text):
-    seconds = float(text)
-    if not 0 < seconds <= threading.TIMEOUT_MAX:
-        raise ValueError("not a time to wait")
-    return seconds
+    with suppress(ValueError):
+        if 0 < float(text) <= threading.TIMEOUT_MAX:
+            return float(text)
+    import argparse
+    raise argparse.ArgumentTypeError("expected a number of seconds, found %r" % text)
 
 
 def _split_address(text, default_port):
@@ -14052,12 +14080,12 @@ def _split_address(text, default_port):
     return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
 
 
-def _read_file(path):
+def _read_file(path, hint=""):
     try:
         with open(path, "rb") as file:
             return file.read()
     except OSError as exc:
-        _say("can't read %r: %s" % (path, exc.strerror))
+        _say("can't read %r: %s%s" % (path, exc.strerror, hint))
         raise SystemExit(2) from exc
 
 

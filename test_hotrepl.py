@@ -465,10 +465,16 @@ def connect_command(server, *words):
 
 # === Kit: processes and terminals ============================================
 
+# What `python hotrepl.py` does, but with what was compiled of the file before: it is long, and many tests start it.
+RUN_COMPILED = ("import sys; sys.path[0], sys.argv[0] = %r, %r; import hotrepl; sys.exit(hotrepl.main())")
+
+
 def python_command(*words, python=None):
     """Return the command `python WORDS...` with the flags that this process runs with."""
     if python is not None:
         return [python] + list(words)
+    if words[0] == SOURCE_PATH:
+        words = ("-c", RUN_COMPILED % os.path.split(SOURCE_PATH)) + words[1:]
     flags = ["-W" + each for each in sys.warnoptions]
     flags += ["-X", "dev"] if getattr(sys.flags, "dev_mode", False) else []
     return [sys.executable] + flags + list(words)
@@ -2923,6 +2929,7 @@ class Sessions(Case):
         self.assertIn("dropped", wire.until(">>> "))
         self.assertEqual(wire.ask("6*7"), "42\n")
 
+    @once("slow")
     def test_a_statement_over_the_limit_is_dropped_and_the_session_goes_on(self):
         wire = self.serve().wire()
         line = "x" * (hotrepl.INPUT_LIMIT_BYTES // 4)
@@ -3716,6 +3723,7 @@ class Commands(Case):
             self.assertEqual(self.control.request("Complete", line="odd.")["matches"], [])
             self.assertIsNone(self.control.request("TabComplete", text="odd.", state=0)["result"])
 
+    @once("slow")
     def test_a_dir_that_hangs_is_given_up(self):
         go = threading.Event()
         self.addCleanup(go.set)
@@ -4139,6 +4147,7 @@ class AtExit(Case):
         for client in clients or ():
             client.until_end()
 
+    @once("slow")
     def test_an_interrupt_of_an_exec_is_not_what_the_program_ends_of(self):
         program = self.folder().run(SERVE + "input()\n")
         client = self.keep(Paired(*addresses(program)))
@@ -4417,6 +4426,7 @@ class Client(Case):
         terminal.until("\u20ac\U0001F40D\U0001F40D ")
         terminal.ask("x", "'x'")
 
+    @once("slow")
     def test_a_locale_without_them_does_no_harm(self):
         for options in ({}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
             terminal = self.served.terminal(LC_ALL="C", **options)
@@ -4433,6 +4443,7 @@ class Client(Case):
         terminal.until(">>> ")
         self.assert_alive(terminal)
 
+    @once("slow")
     def test_100_megabytes_stream(self):
         terminal = self.served.terminal()
         terminal.type("for i in range(1000): print('0123456789' * 10000)\n\n")
@@ -4441,6 +4452,7 @@ class Client(Case):
         terminal.until(">>> ")
         self.assert_alive(terminal)
 
+    @once("slow")
     def test_100_megabytes_stream_into_a_pipe(self):
         program = self.served.keep(Program(connect_command(self.served.server)))
         program.send("for i in range(1000): print('0123456789' * 10000)\nprint('the ' + 'end')\n")
@@ -4475,6 +4487,7 @@ class Client(Case):
             self.assert_alive(served.terminal())
 
     @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    @once("slow")
     def test_a_stopped_client_holds_up_its_own_session_only(self):
         stopped, other = self.served.terminal(), self.served.terminal()
         stopped.type("for i in range(300): print('x' * 100000)\n\n")
@@ -4716,6 +4729,7 @@ class CtrlC(Case):
         self.terminal.until(">>> ")
         self.terminal.ask("6*7", "\n42")
 
+    @once("slow")
     def test_pressed_before_the_first_prompt_it_hurts_nothing(self):
         for presses in (1, 2, 50):
             self.terminal = self.served.keep(Terminal(connect_command(self.served.server), TERM=self.TERM))
@@ -4731,6 +4745,7 @@ class CtrlC(Case):
         self.terminal.until(">>> ")
         self.assert_nothing_is_left()
 
+    @once("slow")
     def test_pressed_before_it_is_connected_it_ends_the_client_quietly(self):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -4767,6 +4782,7 @@ class CtrlC(Case):
         self.terminal.ask_when_quiet()
         self.assertIsNone(self.terminal.process.poll())
 
+    @once("slow")
     def test_none_is_left_behind_for_the_next_input(self):
         rng = self.random()
         for at in range(25):
@@ -4962,6 +4978,7 @@ class LongLines(Case):
         function(*args)
         return time.monotonic() - begun
 
+    @once("slow")
     def test_the_terminal_shows_one_in_linear_time(self):
         terminal = self.serve().terminal()
         times = []
@@ -4974,6 +4991,7 @@ class LongLines(Case):
         terminal.until("xx\n>>> ")
         terminal.ask("6*7", "\n42")
 
+    @once("slow")
     def test_exec_passes_one_on_in_linear_time(self):
         served = self.serve()
         times = [self.seconds(subprocess.check_output, python_command(
@@ -5032,12 +5050,14 @@ class NoAnswer(Case):
         self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
         self.assert_told_and_left(terminal)
 
+    @once("slow")
     def test_stopped_at_the_prompt(self):
         terminal = self.connect()
         self.program.process.send_signal(signal.SIGSTOP)
         self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
         self.assert_told_and_left(terminal)
 
+    @once("slow")
     def test_one_that_goes_on_is_as_before(self):
         terminal = self.connect()
         self.program.process.send_signal(signal.SIGSTOP)
@@ -5047,6 +5067,7 @@ class NoAnswer(Case):
         terminal.until("KeyboardInterrupt\n>>> ")
         terminal.ask("6*7", "\n42")
 
+    @once("slow")
     def test_tab_gives_up(self):
         terminal = self.connect()
         terminal.type("some_lo")
@@ -5057,6 +5078,7 @@ class NoAnswer(Case):
         terminal.until("hotrepl: no completions: no answer on the control connection\n", 6)
         terminal.until("some_lo")
 
+    @once("slow")
     def test_a_mute_control_port_is_told_in_ten_seconds(self):
         mute = self.keep(socket.socket())
         mute.bind(("127.0.0.1", 0))
@@ -5116,6 +5138,7 @@ class WithoutControl(Case):
         self.terminal.until("6*7 if beg")
         self.terminal.ask("un else 0", "\n42")
 
+    @once("slow")
     def test_ctrl_c_at_work_says_how_to_leave(self):
         self.terminal.type("begun.set(); n = go.wait(); 6*7\n")
         self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
@@ -5259,6 +5282,7 @@ class Answering(Case):
             terminal.until("KeyboardInterrupt\n")
             terminal.until(">>> ")
 
+    @once("slow")
     def test_ctrl_d_leaves_no_empty_lines_behind(self):
         terminal = self.serve().terminal(TERM="xterm")
         terminal.type("input('your' + ' name? ')\n")
@@ -5285,6 +5309,7 @@ class Answering(Case):
         terminal.until("secret? ")
         terminal.ask("sesame", "\n'sesame'")
 
+    @once("slow")
     def test_ctrl_z_leaves_no_part_of_a_secret_to_the_shell(self):
         shell = self.keep(Terminal([tool("sh"), "-i"], PS1="[sh] ", ENV="", TERM="xterm"))
         shell.until("[sh] ")
@@ -5510,6 +5535,7 @@ class AtWork(Case):
         terminal.until(">>> ")
         return terminal
 
+    @once("slow")
     def test_a_script_that_died_is_looked_at_where_it_failed(self):
         folder = self.folder()
         folder.write("job.py", """
@@ -5680,6 +5706,7 @@ class Histories(Case):
         terminal.until("40 + 2")
         terminal.ask("", "\n42")
 
+    @once("slow")
     def test_it_is_there_when_the_terminal_is_closed(self):
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)     # nohup has it ignored
         self.addCleanup(signal.signal, signal.SIGHUP, before)
@@ -5691,6 +5718,7 @@ class Histories(Case):
         with open(self.path) as file:
             self.assertEqual([json.loads(line) for line in file], ["40 + 1", "40 + 15", "40 + 9"])
 
+    @once("slow")
     def test_of_several_clients_at_once_every_line_is_kept(self):
         terminals = [self.served.terminal(HOTREPL_HISTORY=self.path) for _ in range(3)]
         for number in range(3):
@@ -5970,6 +5998,7 @@ class CommandLine(Case):
         self.assertEqual(wire.ask("import pickle; pickle.loads(pickle.dumps(f)) is f"), "True\n")
         self.assertIn("NameError", wire.ask("MarkDecoder"))
 
+    @once("slow")
     def test_wrong_usage_is_2(self):
         for words in ((), ("frobnicate",), ("serve", "--port", "x"),
                       ("connect", "a", "b"), ("--frobnicate",)):
@@ -5978,6 +6007,7 @@ class CommandLine(Case):
             self.assertEqual(code, 2, words)
             self.assertIn("usage:", err)
 
+    @once("slow")
     def test_help_and_version(self):
         for words, expected in ((("--help",), "serve"), (("serve", "--help"), "--bind"),
                                 (("connect", "--help"), "--control-port"),
@@ -5987,6 +6017,7 @@ class CommandLine(Case):
             self.assertEqual((code, err), (0, ""))
             self.assertIn(expected, out)
 
+    @once("slow")
     def test_connect_takes_host_and_port_in_every_form(self):
         served = Served()
         with served:
@@ -6146,6 +6177,7 @@ class ForeignClients(Case):
                 terminal.until("some_name")
                 terminal.ask(" + 41", "\n42")
 
+    @once("slow")
     def test_unpythonic_interrupts(self):
         for name in self.UNPYTHONIC:
             with self.subTest(name):
@@ -6161,6 +6193,7 @@ class ForeignClients(Case):
                 terminal.ask("6*7", "\n42")
                 terminal.ask("6*8", "\n48")
 
+    @once("slow")
     def test_unpythonic_interrupts_at_the_prompt(self):
         for name in self.UNPYTHONIC:
             with self.subTest(name):
@@ -6174,6 +6207,7 @@ class ForeignClients(Case):
                         pass
                     terminal.ask("6*7", "\n42")
 
+    @once("slow")
     def test_unpythonic_leaves(self):
         for name in self.UNPYTHONIC:
             with self.subTest(name):
@@ -7905,6 +7939,7 @@ class FalseServers(AccessCase):
         false_server.kill(signal.SIGTERM)
         self.assertNotIn("GOT", false_server.end()[1])
 
+    @once("slow")
     def test_another_user_at_localhosts_other_address_gets_nothing(self):
         for true_host, false_host in (("127.0.0.1", "::1"), ("::1", "127.0.0.1")):
             with self.subTest(true_host):
@@ -7922,6 +7957,7 @@ class FalseServers(AccessCase):
                 self.assertEqual(self.ran(str(server.process.pid))[:2], [0, "42\n"])
                 self.assert_heard_nothing(false_server)
 
+    @once("slow")
     def test_another_user_where_no_server_of_ours_runs_gets_nothing(self):
         for said in ("token: ", "REPL session 1 connected.\n>>> ", ""):
             false_server = self.false_server(["127.0.0.1", free_port()], said)
@@ -7931,6 +7967,7 @@ class FalseServers(AccessCase):
             self.assert_refused(terminal.finish("6*7\n"))
             self.assert_heard_nothing(false_server)
 
+    @once("slow")
     def test_the_word_of_our_user_is_enough_but_gives_no_file_away(self):
         server = self.server(uid=ATTACKER, options="control_port=0, allow_uids=[%d]" % OWNER)
         place = "127.0.0.1:%d" % server.ports[0]
@@ -8463,6 +8500,7 @@ class Limits(AccessCase):
         eventually(lambda: not served.server.sessions())
         self.assertEqual([each.split()[0] for each in self.records].count("idle"), 3)
 
+    @once("slow")
     def test_an_evaluation_is_not_idle_nor_is_who_types(self):
         wire = self.serve(idle_timeout_s=0.5).wire()
         for _ in range(4):
@@ -8537,6 +8575,7 @@ class Encryption(AccessCase):
         terminal.press("^C")
         terminal.until("KeyboardInterrupt")
 
+    @once("slow")
     def test_much_output_arrives_whole(self):
         terminal = self.serve(ssl_context=self.context).terminal("--cafile", self.server_files)
         terminal.type("print('x' * 3000000 + 'end')\n")
@@ -8586,6 +8625,7 @@ class Encryption(AccessCase):
             self.assertEqual(self.with_certificate(path)[:2], [1, ""])
             self.expect_warning("refused", "TLS handshake failed" if purpose else "is not for clients")
 
+    @once("slow")
     def test_names_in_certificates_can_be_limited(self):
         for names in (["alice"], ["bob", "alice@example.org"]):
             self.assertEqual(self.with_certificate(self.client_files, allow_names=names)[:2], [0, "42\n"])
@@ -9148,6 +9188,7 @@ class OtherNetworkNamespace(AccessParts):
         self.assertEqual(source, served.getpeername()[1])
         self.assertIsNone(hotrepl.identify(served).uid)
 
+    @once("slow")
     def test_a_peer_whose_cable_is_cut_ends_its_session_and_no_other(self):
         with hotrepl.start({}, bind="198.51.100.1", port=0, control_port=0, insecure=True) as server:
             self.assertIn("runs code in this process", self.reports.pop())
@@ -9168,6 +9209,7 @@ class OtherNetworkNamespace(AccessParts):
         served = self.connect(self.listener)[1]
         self.assertEqual(os.geteuid(), hotrepl.identify(served).uid)
 
+    @once("slow")
     def test_local_peer_on_a_link_local_address_is_known(self):
         self.assertEqual(0, ip("addr", "add", "fe80::7/64", "dev", self.link, "nodad").returncode)
         address = ("fe80::7", 0, 0, socket.if_nametoindex(self.link))
@@ -9475,6 +9517,7 @@ class FirstLine(AccessParts):
                 for pieces in ([data], [data[:at[0]], data[at[0]:at[1]], data[at[1]:]]):
                     self.assertEqual("an HTTP request", self.feed(*pieces), before)
 
+    @once("slow")
     def test_first_lines_of_the_standard_library_pass(self):
         folder, known = os.path.dirname(os.__file__), []
         names = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
@@ -9700,6 +9743,7 @@ class Audit(AccessCase):
             eventually(lambda: "ZeroDivisionError: no space left" in err.getvalue())
         self.assertEqual(served.wire().ask("6*7"), "42\n")
 
+    @once("slow")
     def test_a_refused_pairing_is_on_record_with_who(self):
         served = self.serve()
         served.control().request("PairWithSession", id=served.wire().number, secret="guessed")
@@ -9794,6 +9838,7 @@ class Programs(Case):
         path = os.path.join(folder.path, "sub/script.py")
         self.assertEqual((code, out), (0, "sub/script.py %s %s\n" % (sub, path)))
 
+    @once("slow")
     def test_the_exit_status_is_that_of_the_script(self):
         folder = self.folder()
         for source, expected in (("", 0), ("raise SystemExit", 0), ("import sys; sys.exit(7)", 7),
@@ -10025,6 +10070,29 @@ class Exec(Case):
         source = "import sys; print('out'); print('err', file=sys.stderr)"
         self.assertEqual(self.end("-c", source), [0, "out\n", "err\n"])
 
+    def test_a_file_has_its_name_in_tracebacks(self):
+        path = self.folder().write("fix it.py", "x = 1\n1 / 0  # here\n")
+        code, _, err = self.end(path)
+        self.assertEqual(code, 1)
+        self.assertIn('File "fix it.py", line 2, in <module>\n    1 / 0  # here\n', err)
+
+    def test_a_question_is_answered(self):
+        self.assertIn("Return the number of items", self.end("-c", "len?")[1])
+
+    def test_misuse_is_one_line_that_says_what_was_expected(self):
+        path = self.folder().write("garbage.pem", "garbage\n")
+        for words, message in (
+                (["-c", "1", "-c", "2"], "hotrepl: -c is there twice, expected one CODE, of any number of lines; see --help"),
+                (["localhost"], "hotrepl: can't read 'localhost': No such file or directory; "
+                                "exec [HOST] takes -c CODE, a FILE or -"),
+                (["--cert", path, "-c", "1"], "hotrepl: --cert: expected a certificate and its key in PEM, "
+                                              "found none that fit in %r" % path),
+                (["--cafile", path, "-c", "1"], "hotrepl: --cafile: expected certificates in PEM, found none in %r" % path)):
+            self.assertEqual(self.end(*words), [2, "", message + "\n"])
+        code, _, err = self.end("--timeout", "abc", "-c", "1")
+        self.assertEqual((code, err.splitlines()[-1].partition("error: ")[2]),
+                         (2, "argument --timeout: expected a number of seconds, found 'abc'"))
+
     def test_the_last_value_is_shown_as_at_the_prompt(self):
         served = self.serve()
         self.assertEqual(self.end("-c", "x = 6\nx * 7", served=served), [0, "42\n", ""])
@@ -10077,7 +10145,8 @@ class Exec(Case):
 
     def test_a_file_that_cannot_be_read_is_one_line(self):
         self.assertEqual(self.end("nowhere.py"), [
-            2, "", "hotrepl: can't read 'nowhere.py': No such file or directory\n"])
+            2, "", "hotrepl: can't read 'nowhere.py': No such file or directory; "
+                   "exec [HOST] takes -c CODE, a FILE or -\n"])
 
     def test_code_can_come_in_on_stdin(self):
         source = "def f():\n    return 5\n\n    # a comment\nprint(f())\nf() + 1"
@@ -10093,6 +10162,7 @@ class Exec(Case):
         found = self.end("localhost", "--timeout", "60", "-", stdin="1 + 1")
         self.assertEqual(found, [0, "2\n", ""])
 
+    @once("slow")
     def test_misuse_is_exit_2(self):
         served = self.serve()
         for words in ([], ["-c"], ["-c", "1", "host", "more"], ["a", "b", "c"],
@@ -10116,6 +10186,7 @@ class Exec(Case):
             self.assertEqual(subprocess.call("%s %s" % (command, words), shell=True), code, words)
         self.assertEqual(served.namespace["seen"], [1, 2])
 
+    @once("slow")
     def test_what_does_not_answer_is_told(self):
         listener = self.keep(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -10126,12 +10197,14 @@ class Exec(Case):
         program.err.until("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
                           "Ctrl+C gives up\n")
 
+    @once("slow")
     def test_code_that_ignores_its_time_limit_is_left(self):
         served = self.serve({"go_on": threading.Event()})
         code, _, err = self.end("--timeout", "0.1", "-c", "go_on.wait(60)", served=served)
         served.namespace["go_on"].set()
         self.assertEqual((code, err), (124, "hotrepl: it has not ended; left it running there\n"))
 
+    @once("slow")
     def test_a_process_that_is_stopped_is_left_at_the_time_limit(self):
         program = self.folder().run(SERVE + "import threading; threading.Event().wait()")
         (_, port), (_, control_port) = addresses(program)
@@ -10658,6 +10731,38 @@ class Finding(NotesCase):
             self.assertEqual([line.split()[0] for line in table],
                              ["PID"] + [str(each.process.pid) for each in programs])
 
+    def test_on_a_terminal_the_number_is_asked_for(self):
+        programs = self.programs("a", "b")
+        for word, program in zip("ab", programs):
+            terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY=""))
+            terminal.until("%d  " % programs[1].process.pid)
+            terminal.until("\nwhich one? PID: ")
+            terminal.type("5\n")
+            terminal.until("\nwhich one? PID: ")
+            terminal.type("%d\n" % program.process.pid)
+            terminal.until(">>> ")
+            terminal.ask("import sys; sys.argv[1]", "\n%r" % word)
+        terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect")))
+        terminal.until("\nwhich one? PID: ")
+        terminal.type("\n")
+        self.assertEqual(terminal.end()[0], 2)
+
+    def test_list_can_be_read_by_a_program(self):
+        self.assertEqual(self.hotrepl("list", "--json"), [0, "", ""])
+        programs = self.programs("a", "b")
+        found = [json.loads(line) for line in self.hotrepl("list", "--json")[1].splitlines()]
+        self.assertEqual([(each["pid"], tuple(each["address"]), each["argv"][-1]) for each in found],
+                         [(each.process.pid, each.address, word) for each, word in zip(programs, "ab")])
+
+    @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    def test_exec_in_all_names_one_that_is_stopped_and_goes_on(self):
+        programs = self.programs("a", "b")
+        programs[0].process.send_signal(signal.SIGSTOP)
+        self.addCleanup(programs[0].process.send_signal, signal.SIGCONT)
+        code, out, err = self.hotrepl("exec", "--all", "-c", "6*7")
+        self.assertEqual((code, out), (1, "%d: 42\n" % programs[1].process.pid))
+        self.assertRegex(err, r"(?m)^hotrepl: %d: no answer in 10 seconds: " % programs[0].process.pid)
+
     def test_a_server_is_named_by_its_pid(self):
         for word, program in zip("ab", self.programs("a", "b")):
             found = self.hotrepl("exec", str(program.process.pid), "-c", "import sys; sys.argv[1]")
@@ -10802,6 +10907,7 @@ class Help(Case):
         for word in ("serve", "connect", "exec", "list", "hotrepl.start(globals())"):
             self.assertIn(word, text)
 
+    @once("slow")
     def test_every_option_is_explained(self):
         for command in ("serve", "connect", "exec", "list"):
             options = re.findall(r"^  (-.*)\n((?:  .*)?)", self.help(command), re.M)
@@ -10936,6 +11042,7 @@ class Workers(NotesCase):
         lines = [line for line in out.splitlines() if "b'" in line]
         self.assertEqual(lines, ["%d: b'%d new'" % (pid, pid) for pid in pids])
 
+    @once("slow")
     def test_processes_of_multiprocessing_are_found_each(self):
         for method in ("fork", "spawn"):
             with self.subTest(method):
@@ -11652,6 +11759,7 @@ class TestCompletingAnything(CompletionCase):
                 self.matches(line)
         self.assertEqual(warned, [])
 
+    @once("slow")
     def test_a_very_long_and_a_very_deep_line_raise_nothing(self):
         for line in ("a." * 50000, "(" * 50000 + "samp", "'" + "x" * 10 ** 6, "a[0]" * 20000 + "."):
             self.assertIsInstance(self.matches(line), list)
@@ -12430,6 +12538,7 @@ class NothingOrAll(Workspace):
             """)
         self.assertEqual(output, "ZeroDivisionError 1 1 1\n")
 
+    @once("slow")
     def test_other_threads_never_miss_a_name(self):
         text = "".join("def f%d(): return %%d\n" % i for i in range(30)) + "class C:\n    x = %d\n"
         m = self.load(text % ((0,) * 31))
@@ -13943,6 +14052,7 @@ class Modules(Workspace):
         reload(m, everything=True)
         self.assertEqual((m._servers, m.f()), (["running"], 2))
 
+    @once("slow")
     def test_reload_of_the_library_itself(self):
         with open(hotrepl.__file__) as file:
             text = file.read()
@@ -14445,6 +14555,7 @@ class AsAUserWould(Workspace):
         self.addCleanup(stop.set)
         return body
 
+    @once("slow")
     def test_running_simulation_is_edited_ten_times_without_missing_a_step(self):
         m = self.load(self.SIMULATION.format(1))
         body = self.start(m)
@@ -14554,6 +14665,7 @@ world.run()
         terminal.ask("set(range(1, 12)) <= {v for _, v, _, _ in world.STEPS}", "\nTrue")
         terminal.ask("world.BODY.x > 300 and type(world.BODY) is world.Body", "\nTrue")
 
+    @once("slow")
     def test_sessions_survive_a_reload_of_hotrepl(self):
         folder, program, terminal = self.run_program(
             SERVE + "import threading\nthreading.Event().wait()\n")
@@ -14701,6 +14813,7 @@ class Threads(Workspace):
                 return trace
         return trace, seen
 
+    @once("slow")
     def test_signature_and_defaults_change_as_one_under_eight_threads(self):
         texts = ["def f(a=1, b=1): return 1, a, b\n",
                  "def f(a=2, b=2, c=2, *, d=2): return 2, a, b, c, d\n",
@@ -14729,6 +14842,7 @@ class Threads(Workspace):
         self.assertEqual({result[0] for result in seen}, {1, 2, 3, 4, 5})
         self.assertEqual([result for result in seen if len(set(result)) != 1], [])
 
+    @once("slow")
     def test_nobody_sees_a_class_before_it_is_the_old_one(self):
         if IS_PYPY and "HOTREPL_TEST_ALONE" not in os.environ:
             # 7.3.11 dies of a look at the frames of a thread that runs compiled code. Without that,
@@ -17274,9 +17388,11 @@ class BadInput(Case):
         after = target.settled(before)
         self.assertLess(after.peak_mib - before.memory_mib, MEMORY_LIMIT_MIB)
 
+    @once("slow")
     def test_junk_on_the_repl_channel_hurts_nothing(self):
         self.fuzz("repl_")
 
+    @once("slow")
     def test_junk_on_the_control_channel_hurts_nothing(self):
         self.fuzz("control_")
 
@@ -17377,6 +17493,7 @@ class Faults(Case):
     """Clients that die, connections that rot, a process that has run out of something."""
 
     @unittest.skipUnless(hasattr(signal, "SIGKILL"), "needs SIGKILL")
+    @once("slow")
     def test_a_client_that_is_killed_takes_nothing_along(self):
         slow = type("Slow", (), {"__dir__": lambda self: time.sleep(1) or []})()
         served = self.serve({"slow": slow})
@@ -17610,6 +17727,7 @@ class Ending:
 class Endings(Case):
     """A short run of `test_hotrepl.py exits`."""
 
+    @once("slow")
     def test_a_program_with_busy_clients_ends_at_any_moment_without_a_word(self):
         ending, chance = self.keep(Ending()), self.random()
         for _ in range(20):
@@ -17770,6 +17888,7 @@ class Soak:
 class MixedLoad(Case):
     """A short run of `test_hotrepl.py soak`."""
 
+    @once("slow")
     def test_all_at_once_goes_well_and_leaves_nothing(self):
         soak = Soak(self.keep(Target()), SEED)
         soak.run(3)
@@ -18587,6 +18706,7 @@ class Readme(unittest.TestCase):
                 if match:
                     yield line, shlex.split(match.group(1))
 
+    @once("slow")
     def test_code_and_sessions_run_as_they_are_shown(self):
         sections = collections.OrderedDict()
         for block in self.blocks:
@@ -18618,6 +18738,7 @@ class Readme(unittest.TestCase):
                 block.line, lines))
             self.assertEqual(prompt, ">>> ", lines)
 
+    @once("slow")
     def test_the_picture_is_what_the_program_does(self):
         program, session, printed = [block for block in self.blocks if block.section == PICTURE]
         typed = [line[4:] for line in session.source.split("\n") if line[:3] in (">>>", "...")]
@@ -18696,6 +18817,7 @@ class Readme(unittest.TestCase):
         self.assertEqual({name: eval(value) for name, value in named.items()},
                          {each.name: each.default for each in parameters})
 
+    @once("slow")
     def test_every_subcommand_and_option_occurs(self):
         known = self.help_words("--help")
         commands = re.findall(r"(?m)^    (\w+) ", self.help_text("--help").split("COMMAND\n")[-1])
@@ -18715,6 +18837,7 @@ class Readme(unittest.TestCase):
         return {option for line in lines for option in re.findall(r"(?<![\w-])--?\w[\w-]*",
                                                                   line.split("  ")[0])}
 
+    @once("slow")
     def test_every_option_that_the_tables_name_exists(self):
         known = set().union(*(self.help_words(command, "--help") for command in re.findall(
             r"(?m)^    (\w+) ", self.help_text("--help").split("COMMAND\n")[-1])))
@@ -18776,12 +18899,14 @@ class Surroundings(Case):
                   "Limits", "Troubleshooting", "The protocol", "Vendoring", "Developing", "Changes", "Credits"]
         self.assertEqual([title for title in titles if title in wanted], wanted)
 
+    @once("slow")
     def test_the_last_line_of_the_tests_counts_them(self):
         for name, code, line in (("Surroundings.test_the_readme_has_its_sections", 0, "1 passed, 0 failed, 0 skipped"),
                                  ("NoSuchTest", 1, "0 passed, 1 failed, 0 skipped")):
             self.assertEqual(self.run_here(sys.executable, SOURCE_PATH.replace("hotrepl.py", "test_hotrepl.py"), name),
                              (code, line))
 
+    @once("slow")
     def test_the_last_line_of_ci_sums_its_rows_up(self):
         self.assertEqual(self.run_here(tool("bash"), os.path.join(".ci", "run"), "no-such-row"),
                          (1, "0 passed, 1 failed, 0 skipped"))
@@ -19888,7 +20013,76 @@ def bench_reload(subject):
     if not hasattr(hotrepl, "reload"):
         raise Unsupported("hotrepl.reload is not there yet")
     host = subject.serving(RELOAD % (subject.size(1000000, 100000), subject.size(1000, 200)))
-    return [[host.value("one_round(%d)" % (1001 + number)) for number in range(subject.rounds)]]
+    found = [[host.value("one_round(%d)" % (1001 + number)) for number in range(subject.rounds)]]
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = subject.size(300, 60), subject.size(1500, 300)
+        for size in sizes:
+            write_modules(folder, size, 1)
+        host = subject.serving(MANY_MODULES % (folder, os.path.dirname(SOURCE_PATH)))
+        host.value("noting(%d)" % sizes[1])
+        for size in sizes:      # both are loaded, and only one package of them is edited
+            host.value("all_changed(%d, 2)" % size)
+        rounds = [host.value("many_round(%r, %d)" % (sizes, 3 + number)) for number in range(subject.rounds)]
+        fresh = subject.serving(MANY_MODULES % (folder, os.path.dirname(SOURCE_PATH)))
+        noted = fresh.value("noting(%d)" % sizes[0])
+    return found + [[(each[k], 0) for each in rounds] for k in (0, 1)] + [
+        [each[2] for each in rounds], [(noted, 0)]]
+
+
+def write_modules(folder, size, version):
+    """Write a package of modules, each of which imports the one before it."""
+    package = os.path.join(folder, "many%d" % size)
+    os.makedirs(package, exist_ok=True)
+    for number in range(-1, size):
+        with open(os.path.join(package, "m%d.py" % number if number >= 0 else "__init__.py"), "w") as file:
+            file.write("from . import m%d\n" % (number - 1) * (number > 0) + (
+                "LIMIT = {0}\nSTATE = {{}}\nclass C:\n    x = {0}\n    def m(self): return {0}\n"
+                "    def n(self): return 1\n".format(version) + "".join(
+                    "def f%d(a, b=1):\n    return a + b + %d\n" % (k, version) for k in range(8))) * (number >= 0))
+
+
+MANY_MODULES = r"""
+import importlib, os, threading
+folder = %r
+sys.path[:0] = [folder, %r]
+import hotrepl
+from test_hotrepl import write_modules
+
+def noting(size):
+    for number in range(size):
+        importlib.import_module("many%%d.m%%d" %% (size, number))
+    return timed(hotrepl.note_sources) * 1e3
+
+def all_changed(size, version):
+    noting(size)
+    write_modules(folder, size, version)
+    return timed(hotrepl.reload)
+
+def held_up(size, version):
+    path = os.path.join(folder, "many%%d" %% size, "m7.py")
+    with open(path) as file:
+        text = file.read()
+    with open(path, "w") as file:
+        file.write(text + "\n\ndef added(): return %%d\n" %% version)
+    longest, stop = [0], threading.Event()
+    def run():
+        last = time.perf_counter()
+        while not stop.is_set():
+            now = time.perf_counter()
+            longest[0], last = max(longest[0], now - last), now
+    thread = threading.Thread(target=run)
+    thread.start()
+    hotrepl.reload()
+    stop.set()
+    thread.join()
+    return longest[0] * 1e3
+
+def many_round(sizes, version):
+    unchanged = timed(hotrepl.reload) * 1e3
+    held = held_up(sizes[1], version)
+    small, large = (all_changed(size, version) for size in sizes)
+    return unchanged, held, (large, small)
+"""
 
 
 WATCHED = r"""
@@ -19974,7 +20168,11 @@ ROWS = [
     Row(17, bench_paste, [
         Line("paste of 2,000 statements", "lines/s", "compile + exec there", (">=", 0.5, "x"))]),
     Row(18, bench_reload, [
-        Line("reload, 1 of 1,000 functions changed", "ms", "importlib + gc", ("<=", 2, "x"))]),
+        Line("reload, 1 of 1,000 functions changed", "ms", "importlib + gc", ("<=", 0.3, "x")),
+        Line("reload() of 1,800 modules, none changed", "ms", "", ("<=", 25, "ms")),
+        Line("another thread, while one is changed", "ms", "", ("<=", 100, "ms")),
+        Line("1,500 modules all changed", "s", "300 of them", ("<=", 6, "x")),
+        Line("noting 300 modules", "ms", "", ("<=", 60, "ms"))]),
     Row(19, bench_watch, [
         Line("call of a watched function", "ns", "not watched", None),
         Line("of one that was watched before", "ns", "never watched", ("<=", 1.1, "x"))]),
