@@ -3989,7 +3989,7 @@ def _doc_key(node):
     """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return ()
-    value = getattr(node.body[0], "value", None)
+    value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
     text = type(value).__name__ in ("Constant", "Str") and getattr(value, value._fields[0])
     return (text,) if type(text) is str else ()
 
@@ -5028,7 +5028,8 @@ class _Apply:
         node = pair.new.node
         lines = {pair.new.start + 1} | ({pair.old.start + 1} if pair.old else set())
         value = scope.get(node.name)
-        found = [each for each in _functions_in(value) if each.__code__.co_name == node.name
+        is_last = scope.last_binder(node.name) is pair.new      # of several of one name, it has it
+        found = [each for each in _functions_in(value) if is_last and each.__code__.co_name == node.name
                  and each.__globals__ is scope.edit.space and each.__qualname__ == (
                      scope.prefix + node.name)]
         if not found and value is not _MISSING:
@@ -5042,7 +5043,7 @@ class _Apply:
     def _redecorate(self, scope, pair):
         """Call the decorators again, on the old function, whose attributes were theirs."""
         raw, node = self._raw(scope, pair), pair.new.node
-        old = scope.get(node.name)
+        old = scope.get(node.name) if scope.last_binder(node.name) is pair.new else raw
         if raw is None or old is _MISSING:
             self._run(scope, pair)
             return
