@@ -3990,7 +3990,7 @@ def _doc_key(node):
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return ()
     value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
-    text = type(value).__name__ in ("Constant", "Str") and getattr(value, value._fields[0])
+    text = getattr(value, value._fields[0], None) if value is not None else None  # 3.6, 3.7: s
     return (text,) if type(text) is str else ()
 
 
@@ -5025,20 +5025,17 @@ class _Apply:
 
     def _raw(self, scope, pair):
         """Return the live function of a `def`, below whatever its decorators have made of it."""
-        node = pair.new.node
-        lines = {pair.new.start + 1} | ({pair.old.start + 1} if pair.old else set())
-        value = scope.get(node.name)
-        is_last = scope.last_binder(node.name) is pair.new      # of several of one name, it has it
-        found = [each for each in _functions_in(value) if is_last and each.__code__.co_name == node.name
-                 and each.__globals__ is scope.edit.space and each.__qualname__ == (
-                     scope.prefix + node.name)]
-        if not found and value is not _MISSING:
-            for each in _functions_of([scope.edit.space]):
-                if each.__code__.co_name == node.name and each.__code__.co_firstlineno in lines and (
-                        each.__qualname__ == scope.prefix + node.name):
-                    found.append(each)
-        exact = [each for each in found if each.__code__.co_firstlineno in lines]
-        return (exact or found or [None])[0]
+        name, value = pair.new.node.name, scope.get(pair.new.node.name)
+        is_only = scope.count(name) == 1
+        for source in (_functions_in(value), _functions_of([scope.edit.space])):
+            found = [each for each in source if each.__code__.co_name == name
+                     and each.__globals__ is scope.edit.space
+                     and each.__qualname__ == scope.prefix + name] if value is not _MISSING else []
+            line = (pair.old or pair.new).start + 1
+            exact = [each for each in found if each.__code__.co_firstlineno == line]
+            if exact or found and is_only:
+                return (exact or found)[0]
+        return None
 
     def _redecorate(self, scope, pair):
         """Call the decorators again, on the old function, whose attributes were theirs."""
@@ -13511,83 +13508,65 @@ def _parser():
     parser.add_argument("--version", action="version", version="hotrepl " + __version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True      # 3.6 has no such argument
-    serve = commands.add_parser(
-        "serve", help="run a script, a module or nothing with a server in it",
-        usage="%(prog)s [options] [SCRIPT ARG ... | -m MODULE ARG ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=_SERVE_HELP)
+    by_name = {}
+    for name, run, usage, purpose, description in (
+            ("serve", _serve, "[options] [SCRIPT ARG ... | -m MODULE ARG ...]",
+             "run a script, a module or nothing with a server in it", _SERVE_HELP),
+            ("connect", _connect, "[options] [HOST]", "open a session with a running server",
+             _CONNECT_HELP),
+            ("exec", _exec, "[options] [HOST] (-c CODE | FILE | -)", "run code in a running server",
+             _EXEC_HELP),
+            ("list", _list, "[options]", "show the running servers of this user", _LIST_HELP)):
+        by_name[name] = commands.add_parser(
+            name, help=purpose, usage="%(prog)s " + usage, description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter)
+        by_name[name].set_defaults(run=run)
+    serve, client, execute = by_name["serve"], by_name["connect"], by_name["exec"]
     serve.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARG",
                        help="run a module or package, as python -m does")
     serve.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT ARG",
                        help="run a script, as python does; what follows it are its own arguments")
-    serve.add_argument("--keep", action="store_true",
-                       help="stay when the program has ended, for whoever connects")
-    serve.add_argument("--bind", default=DEFAULT_BIND, metavar="ADDRESS",
-                       help="the address to listen on (default: %(default)s)")
-    serve.add_argument("--unix", metavar="PATH",
-                       help="listen on the unix sockets PATH and PATH.control instead")
-    serve.add_argument("--token", action="store_true",
-                       help="let in who has a token that is made now, where uids can't be known")
-    serve.add_argument("--insecure", action="store_true", help="let in everybody")
-    serve.set_defaults(run=_serve)
-    client = commands.add_parser(
-        "connect", help="open a session with a running server",
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=_CONNECT_HELP)
+    serve.set_defaults(bind=DEFAULT_BIND)
     client.add_argument("host", nargs="?", metavar="HOST", help=_HOST_HELP)
-    client.set_defaults(run=_connect)
-    execute = commands.add_parser(
-        "exec", help="run code in a running server",
-        usage="%(prog)s [options] [HOST] (-c CODE | FILE | -)",
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=_EXEC_HELP)
     execute.add_argument("words", nargs="*", metavar="HOST, FILE", help=_HOST_HELP + "; without "
                          "-c the last word is the FILE with the code, - for what comes in on stdin")
     execute.add_argument("-c", dest="codes", action="append", metavar="CODE",
                          help="the code itself")
-    execute.add_argument("--json", action="store_true", help="print JSON objects, one a line")
-    execute.add_argument("--timeout", type=_seconds, metavar="SECONDS",
-                         help="interrupt the code after this time, and exit with 124")
-    execute.add_argument("--module", metavar="MODULE",
-                         help="the code is from this module's file: run it there, patch what it "
-                         "defines (default: the module of --file)")
-    execute.add_argument("--file", metavar="F", help="the file it is from (default: FILE)")
-    execute.add_argument("--line", type=int, metavar="N",
-                         help="the line where CODE begins; without -c: take the definition around "
-                         "line N of FILE")
-    execute.add_argument("--stream", action="store_true",
-                         help="with --json -: run the requests that come on stdin, one a line")
-    execute.add_argument("--max-chars", type=int, metavar="N",
-                         help="with --json: cut texts that are longer")
-    execute.set_defaults(run=_exec)
-    execute.add_argument("--all", action="store_true", help="run it in every server of the list")
-    execute.add_argument("--match", metavar="TEXT",
-                         help="run it in every server whose command in the list contains TEXT")
-    for command in client, execute:
-        command.add_argument("--token-file", metavar="FILE", help="holds the server's token")
-        command.add_argument("--tls", action="store_true", help="encrypt; verify the server's name")
-        command.add_argument("--plain", action="store_true",
-                             help="send all in clear text, to whoever's server it is")
-        command.add_argument("--cafile", metavar="FILE",
-                             help="--tls, and who may sign for the server")
-        command.add_argument("--cert", metavar="FILE", help="--tls, and our certificate and key")
-    servers = commands.add_parser(
-        "list", help="show the running servers of this user",
-        description="Show the running servers "
-        "of this user on this machine, a line each. 'connect PID' and 'exec PID' take one of them, "
-        "'exec --all' takes all.")
-    servers.add_argument("--json", action="store_true", help="a JSON object for each, one a line")
-    servers.set_defaults(run=_list)
-    for command, purpose, control in (
-            (serve, "listen on; 0: a free one (default: %d, or a free one)", None),
-            (client, "connect to (default: what is noted, else %d)", _CONTROL_HELP),
-            (execute, "connect to (default: what is noted, else %d)", _CONTROL_HELP)):
-        command.add_argument("--port", type=int, metavar="N",
-                             help="the REPL port to " + purpose % DEFAULT_PORT)
-        command.add_argument("--control-port", type=int, metavar="N", help=control or (
-                             "the control port to " + purpose % DEFAULT_CONTROL_PORT))
+    for names, option, metavar, text in re.findall(
+            r"(?m)^(\S+) (--[\w-]+) ?(\S*): (.*)$", re.sub(r"\n +", " ", _OPTIONS)):
+        facts = {"metavar": metavar, "type": {"N": int, "SECONDS": _seconds}.get(metavar, str)}
+        for name in names.split(","):
+            by_name[name].add_argument(option, help=text, **facts if metavar else {
+                "action": "store_true"})
     return parser
 
 
-_CONTROL_HELP = ("the control port, where it is not the one that the server names, or for ssh not %d"
-                 % DEFAULT_CONTROL_PORT)
+_OPTIONS = """\
+serve --keep: stay when the program has ended, for whoever connects
+serve --bind ADDRESS: the address to listen on (default: 127.0.0.1)
+serve --unix PATH: listen on the unix sockets PATH and PATH.control instead
+serve --token: let in who has a token that is made now, where uids can't be known
+serve --insecure: let in everybody
+exec,list --json: print JSON objects, one a line
+exec --timeout SECONDS: interrupt the code after this time, and exit with 124
+exec --module MODULE: the code is from this module's file: run it there, patch what it defines
+  (default: the module of --file)
+exec --file F: the file it is from (default: FILE)
+exec --line N: the line where CODE begins; without -c: take the definition around line N of FILE
+exec --stream: with --json -: run the requests that come on stdin, one a line
+exec --max-chars N: with --json: cut texts that are longer
+exec --all: run it in every server of the list
+exec --match TEXT: run it in every server whose command in the list contains TEXT
+connect,exec --token-file FILE: holds the server's token
+connect,exec --tls: encrypt; verify the server's name
+connect,exec --plain: send all in clear text, to whoever's server it is
+connect,exec --cafile FILE: --tls, and who may sign for the server
+connect,exec --cert FILE: --tls, and our certificate and key
+serve --port N: the REPL port to listen on; 0: a free one (default: 1337, or a free one)
+serve --control-port N: the control port to listen on; 0: a free one (default: 8128, or a free one)
+connect,exec --port N: the REPL port to connect to (default: what is noted, else 1337)
+connect,exec --control-port N: the control port, where it is not the one that the server names, or
+  for ssh not 8128"""
 
 _EXAMPLES = """\
   hotrepl.py serve --keep train.py       run a script with a server in it
@@ -13796,6 +13775,10 @@ its text is run as one piece of code, as by exec.
 
 Environment: HOTREPL_TOKEN is the server's token, HOTREPL_HISTORY the file for what was typed
 (empty: none), NO_COLOR asks for no colours."""
+
+_LIST_HELP = """\
+Show the running servers of this user on this machine, a line each. 'connect PID' and 'exec PID'
+take one of them, 'exec --all' takes all."""
 
 _EXEC_HELP = """\
 Run code in the process of a server, in a session of its own, and exit as a script would.
