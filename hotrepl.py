@@ -5040,7 +5040,7 @@ class _Apply:
     def _redecorate(self, scope, pair):
         """Call the decorators again, on the old function, whose attributes were theirs."""
         raw, node = self._raw(scope, pair), pair.new.node
-        old = scope.get(node.name)
+        old = scope.get(node.name) if scope.last_binder(node.name) is pair.new else raw
         if raw is None or old is _MISSING:
             self._run(scope, pair)
             return

@@ -15547,6 +15547,8 @@ class Judge:
             yield "state was %s and is %s" % (kept, is_kept)
         wrong = [name for name, answer in live["answers"].items() if answer != right["answers"][name]
                  and not (name.startswith("live") and re.search("(?m)^stale", live["report"]))]
+        if live["report"].startswith("ReloadError"):
+            yield "refused"
         if wrong and not (edit.named and re.search(edit.named, live["report"])):
             found, wanted = (shorten_answer(each["answers"][wrong[0]]) for each in (live, right))
             yield "%s: %s, not %s" % (", ".join(wrong), found, wanted)
