@@ -3326,15 +3326,15 @@ def _own_modules():
 @functools.lru_cache(maxsize=None)
 def _is_library_folder(folder):
     """Tell whether a folder is the standard library's or that of an installed package."""
-    if not _is_installed(folder):
-        folder = os.path.realpath(folder)   # beside a busy thread each lstat() can take 5 ms
-    return _is_installed(folder)
+    # The other name of a link is looked for only here: beside a busy thread each lstat() takes 5 ms.
+    return folder.startswith("<") or any(
+        not {"site-packages", "dist-packages"}.isdisjoint(each.split(os.sep))
+        or (each + os.sep).startswith(_library_folders())
+        for each in (folder, *([] if _is_below_library(folder) else [os.path.realpath(folder)])))
 
 
-def _is_installed(folder):
-    parts = folder.split(os.sep)
-    return ("site-packages" in parts or "dist-packages" in parts or folder.startswith("<")
-            or (folder + os.sep).startswith(_library_folders()))
+def _is_below_library(folder):
+    return (folder + os.sep).startswith(_library_folders())
 
 
 @functools.lru_cache(maxsize=None)
@@ -3349,14 +3349,13 @@ def _is_library(path):
 
 
 def _is_library_module(name):
-    space = _space_of(sys.modules.get(name)) or {}
-    return _is_library(space.get("__file__") or os.__file__)
+    return _is_library((_space_of(sys.modules.get(name)) or {}).get("__file__"))
 
 
 def _is_standard(name):
     """Tell whether a module is built in or the standard library's own."""
-    path = (_space_of(sys.modules.get(name)) or {}).get("__file__") or os.__file__
-    return type(path) is str and path.startswith(_library_folders()) and "-packages" not in path
+    path = (_space_of(sys.modules.get(name)) or {}).get("__file__")
+    return type(path) is not str or _is_below_library(path) and "-packages" not in path
 
 
 def _as_module(module):
@@ -3508,7 +3507,8 @@ class _Edit:
     def runs(self, statement):
         """Tell whether a statement of the new text, of the module or of a class, is executed."""
         pairs = self.pairs + [pair for some in self.subs.values() for pair in some]
-        return any(pair.new is statement and pair.change not in _LEFT_ALONE for pair in pairs)
+        return any(pair.new is statement and pair.change not in _LEFT_ALONE
+                   for pair in pairs) and not statement.is_main_guard
 
     def is_not_reached(self, statement):
         """Tell whether the top level, which runs just now, has not come to a statement yet."""
@@ -4843,7 +4843,8 @@ class _Apply:
             return []
         absent = _bound_by(edit.new.statements).difference(edit.space)
         later = []
-        for function in self._live_functions(edit):
+        named = edit.successors.named_functions() if len(self.edits) == 1 else None
+        for function in self._live_functions(edit) if named is None else named:
             found = edit.successors.of(function)
             if found is not None and found.code is None:
                 if found.reason:
@@ -4857,10 +4858,6 @@ class _Apply:
 
     def _live_functions(self, edit):
         """Return the functions of a module that were alive when all began; one pass for all edits."""
-        if self.functions is None and self.known is None and len(self.edits) == 1:
-            found = edit.successors.named_functions()
-            if found is not None:
-                return found
         if self.functions is None:
             self.functions = collections.defaultdict(list)
             for each in _functions_of([each.space for each in self.edits]):
@@ -5105,13 +5102,15 @@ class _Apply:
         if not is_head_same or _needs_its_statement(cls, pairs):
             self._run(scope, pair)
             return
-        inner = _Scope(scope.edit, cls, path, pair)
+        inner, before = _Scope(scope.edit, cls, path, pair), dict(vars(cls))
         self._touch_class(cls, pair)
         for each in pairs:
             if each.new is not None:
                 self._apply_pair(inner, each)
         self._retire_gone(inner, pairs)
-        self._follow_in_class(inner, pairs)
+        names = _bound_by(each.new for each in pairs if each.new and each.change in _VALUES)
+        self._follow_pure(scope.edit, inner.statements, cls, dict(scope.edit.space, **before),
+                          dict(scope.edit.space, **vars(cls)), names)
         if any(each.change not in _LEFT_ALONE and "AnnAssign" in (
                 (each.new or each.old).kind, (each.old or each.new).kind) for each in pairs):
             inner.annotate(self)
@@ -5517,7 +5516,9 @@ class _Apply:
         for name in set(values).difference(news, skips):
             if name in gone and not isinstance(values[name], _SLOT_TYPES):
                 self.put(_attribute(old, name), _MISSING)
-            elif found and self._may_be_from_decorators(old, name, values[name], found):
+            elif found and not _has_console_code(values[name]) and not (
+                    _decorators(found[1].old) <= _decorators(found[1].new)) and name not in (
+                    _stored_attributes(found[0].new.code) | _stored_by_methods(old)):
                 self.stuck["%s.%s" % (old.__qualname__, name), (
                     "it stays: whether a decorator that was taken away had put it there, or "
                     "something else, can't be told")] += len(_instances(old))
@@ -5545,44 +5546,11 @@ class _Apply:
             if "__eq__" in names and old.__hash__ is None:
                 names.add("__hash__")  # Python adds it to a class that has __eq__ alone
             is_generated = pair.old.decorator_dump() != pair.new.decorator_dump()
-            names |= self._put_by_decorators(edit, pair.old.node.decorator_list, values)
         for name, value in values.items():
             is_dunder = name.startswith("__") and name.endswith("__")
             if self.is_patch or name in names or name in _ANNOTATIONS or (
                     is_generated and is_dunder and not _has_console_code(value)):
                 yield name
-
-    def _put_by_decorators(self, edit, decorators, values):
-        """Return the names in `values`, a class's, that its old decorators put there.
-
-        They assign an attribute of this name, or what it holds is a function made in them.
-        """
-        codes = [code for node in decorators for value in _read_by(
-            _code_of_expression(getattr(node, "func", node)), edit.before)
-            for code in self._codes_behind(value)]
-        codes = {id(code): code for _, code in _code_paths(codes)}
-        stored = {name for code in codes.values() for name in _stored_attributes(code)}
-        names = {name for name, value in values.items() if name in stored or any(
-            id(function.__code__) in codes for function in _functions_in(value))}
-        return names - _stored_attributes(edit.new.code)  # by a statement `C.name = ...`
-
-    def _codes_behind(self, value):
-        """Yield the code of a decorator, with that which this reload has replaced."""
-        for function in _functions_in(value):
-            yield function.__code__
-            for path, code in self.old_codes.values():
-                if (path, code.co_filename) == (function.__qualname__,
-                                                function.__code__.co_filename):
-                    yield code
-
-    def _may_be_from_decorators(self, cls, name, value, found):
-        """Tell whether an attribute may be due to a decorator that the class has lost."""
-        edit, pair = found
-        olds, news = ({repr(_key(each, False)) for each in side.node.decorator_list}
-                      for side in (pair.old, pair.new))
-        return not olds <= news and not _has_console_code(value) and (
-            name not in _stored_attributes(edit.new.code)
-            and name not in _stored_by_methods(cls))
 
     def fold_enum(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
@@ -5717,7 +5685,12 @@ class _Apply:
             follower, source, before = todo.pop()
             rounds += 1
             values = self._values_of(follower, source, before)
-            self._follow_pure(follower, source, before, values)
+            if values:
+                self._follow_pure(
+                    follower, source.statements, None,
+                    dict(before, **{name: pair[0] for name, pair in values.items()}),
+                    dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
+                    set(values))
             changed = {name for name in set(before) | set(follower.space)
                        if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
                        and name not in _IMPORT_NAMES}
@@ -5738,55 +5711,40 @@ class _Apply:
                     found[name] = _value_of(pair.old, before), _value_of(pair.new, edit.space)
         return found
 
-    def _follow_pure(self, edit, source, before, values):
-        """Give names new values that unchanged expressions make of `values`, in file order."""
-        if not values:
-            return
-        runs = {id(pair.new) for pair in getattr(edit, "pairs", ())
-                if pair.new and pair.change not in _LEFT_ALONE}
-        olds = dict(before, **{name: pair[0] for name, pair in values.items()})
-        news = dict(edit.space, **{name: pair[1] for name, pair in values.items()})
-        lasts = _last_binders(source.statements)
-        for each in source.statements:
-            if id(each) in runs:
-                continue
-            used = each.names.reads & set(values)
-            if used and each.is_pure and all(lasts[name] is each for name in each.binds):
-                was, now = _value_of(each, olds), _value_of(each, news)
-                for name in each.binds if was is not _MISSING and now is not _MISSING else ():
-                    live = edit.space.get(name, _MISSING)
-                    if _is_plain_equal(live, was) and not _is_plain_equal(was, now):
-                        self.put(_entry(edit.space, name), now)
-                        olds[name], news[name] = was, now
-                        values[name] = was, now
-                        self.report.add("followed", edit.name, [name])
-                    elif not _is_plain_equal(live, now):
-                        self._report_not_run(edit, each, used)
-            elif used and each.kind == "ClassDef":
-                self._follow_class(edit, each, olds, news, set(values))
-            if used and each.is_function:
-                self._follow_defaults(edit, edit.space.get(each.node.name), each, olds, news)
+    def _follow_pure(self, edit, statements, cls, olds, news, names):
+        """Give names new values that unchanged expressions make of those in `names`, in file order.
 
-    def _follow_class(self, edit, statement, olds, news, names):
-        """Class attributes, and defaults of methods, that were made of changed values."""
-        cls = edit.space.get(statement.node.name)
-        if not _is(cls, type) or (cls.__module__, cls.__qualname__) != (
-                edit.name, statement.node.name):
-            return
-        for each in statement.body():
-            if each.names.reads & names and not each.binds & names:
-                if each.is_function:
-                    self._follow_defaults(edit, vars(cls).get(each.node.name), each, olds, news)
-                elif each.is_pure and _is_plain_class(cls):
-                    inner = collections.ChainMap(dict(vars(cls)))
-                    was = _value_of(each, dict(olds, **inner))
-                    now = _value_of(each, dict(news, **inner))
-                    for name in each.binds:
-                        live = vars(cls).get(_mangled(name, cls.__name__), _MISSING)
-                        if _MISSING not in (was, now) and _is_plain_equal(live, was):
-                            self.put(_attribute(cls, _mangled(name, cls.__name__)), now)
-                            self.report.add("followed", edit.name, [
-                                "%s.%s" % (statement.node.name, name)])
+        `olds` and `news` are the namespaces before and now. So also for the attributes of classes,
+        and for defaults.
+        """
+        lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
+        for each in statements:
+            used = each.names.reads & names
+            if not used or edit.runs(each):
+                continue
+            live = edit.space if cls is None else vars(cls)
+            value = live.get(getattr(each.node, "name", None))
+            if each.is_function:
+                self._follow_defaults(edit, value, each, olds, news)
+            elif each.kind == "ClassDef" and _is(value, type) and (
+                    value.__module__, value.__qualname__) == (edit.name, path + each.node.name):
+                self._follow_pure(edit, each.body(), value, dict(olds, **vars(value)),
+                                  dict(news, **vars(value)), names - _bound_by(each.body()))
+            elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
+                    cls is None or _is_plain_class(cls)):
+                was, now = _value_of(each, olds), _value_of(each, news)
+                for name in each.binds if _MISSING not in (was, now) else ():
+                    own = _mangled(name, cls and cls.__name__)
+                    if _is_plain_equal(live.get(own, _MISSING), was) and not (
+                            _is_plain_equal(was, now)):
+                        self.put(_attribute(cls, own) if cls else _entry(edit.space, own), now)
+                        olds[name], news[name] = was, now
+                        names.add(name)
+                        self.report.add("followed", edit.name, [path + name])
+                    elif not _is_plain_equal(live.get(own, _MISSING), now):
+                        self._report_not_run(edit, each, used, path)
+            elif cls is not None and each.kind in ("Assign", "AnnAssign"):
+                self._report_not_run(edit, each, used, path)
 
     def _follow_defaults(self, edit, value, statement, olds, news):
         """A default that is a pure expression of a changed value, and still what that made."""
@@ -5802,24 +5760,6 @@ class _Apply:
                     live[parameter] = now
                     self._put_code(function, (function.__code__,) + _as_defaults(
                         function.__code__, live), is_changed=False)
-
-    def _follow_in_class(self, scope, pairs):
-        """Class attributes that unchanged pure statements made of changed ones."""
-        changed = {name for pair in pairs if pair.new is not None and pair.change in _VALUES
-                   for name in pair.new.binds}
-        for pair in pairs if changed else ():
-            each = pair.new
-            if each is None or pair.change not in _LEFT_ALONE or not (
-                    each.kind in ("Assign", "AnnAssign") and each.names.reads & changed):
-                continue
-            if each.is_pure:
-                for name, value in scope.execute([each.node], self).items():
-                    if name not in _ANNOTATIONS:
-                        self.put(_attribute(scope.cls, name), value)
-                changed |= each.binds
-            else:
-                self.report.add("not_run_again", scope.edit.name, [
-                    scope.prefix + name for name in each.binds])
 
     def _follow_imports(self, edit, before, changed):
         """Bind in modules that imported a name what it is now; return them, to go on there."""
@@ -5864,10 +5804,10 @@ class _Apply:
                     pair.new.names.reads & names) and not pair.new.is_main_guard:
                 self._report_not_run(edit, pair.new, pair.new.names.reads & names)
 
-    def _report_not_run(self, edit, statement, names):
+    def _report_not_run(self, edit, statement, names, path=""):
         title = statement.node.name if statement.is_definition else statement.title
         self.report.add("not_run_again", edit.name, [
-            "%s (%s changed)" % (title, ", ".join(sorted(names)))])
+            "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
 
     def _report_not_run_again(self, edit):
         """Name unchanged statements that called, or were made by, code that is another now."""
@@ -6241,8 +6181,9 @@ class _Scope:
         return sum(name in each.binds for each in self.statements)
 
     def last_binder(self, name):
-        if self._lasts is None:
-            self._lasts = _last_binders(self.statements)
+        if self._lasts is None:     # of a main guard only the script itself has come to the inside
+            self._lasts = _last_binders(each for each in self.statements if not (
+                each.is_main_guard and self.edit.name != "__main__"))
         return self._lasts.get(name)
 
     def runs(self, statement):
@@ -7011,6 +6952,10 @@ _CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERA
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
+def _decorators(statement):
+    return {_key(each, False) for each in statement.node.decorator_list}
+
+
 def _kept_class_names(found, new):
     """Return the names whose statements in a class body are unchanged, as is their input."""
     edit, pair = found
@@ -7107,7 +7052,11 @@ def _fresh_literal(node):
 
 # --- Who imports whom ---
 
-_Follower = collections.namedtuple("_Follower", "name space")   # an unchanged module, as an edit
+class _Follower(collections.namedtuple("_Follower", "name space")):
+    """A module that is not edited, where an edit is expected."""
+
+    def runs(self, statement):
+        return False
 
 
 def _with_parents(name):
