@@ -12717,6 +12717,7 @@ class Terminal:
                     yield
             finally:
                 self._mark_pastes(False)
+                readline.set_pre_input_hook(None)
                 readline.set_completer(completer)
                 readline.set_completer_delims(delimiters)
 
@@ -12729,8 +12730,13 @@ class Terminal:
             readline.parse_and_bind(setting)
         self._takes_pastes = version >= 0x0700
         self._marks_pastes = self._takes_pastes and not is_dumb and sys.stdout.isatty()
+        if is_pyrepl and not is_dumb and sys.stdout.isatty():
+            # PyPy 8's has pastes marked, and drops all but their first line.
+            readline.set_pre_input_hook(lambda: self.write(b"\033[?2004l"))
         self._ends_line_at_eof = not is_dumb and is_pyrepl
-        self._ends_line_at_interrupt = not is_dumb and is_pyrepl
+        # PyPy 8's leaves Ctrl+C to the signal.
+        self._ends_line_at_interrupt = (
+            not is_dumb and is_pyrepl and sys.pypy_version_info < (8,))
 
     @contextmanager
     def _own_keys(self, readline):
@@ -13438,7 +13444,7 @@ def _rest_of_paste():
         return "", ""
     import termios
     before = termios.tcgetattr(0)
-    pieces = []
+    pieces = [_read_ahead()]
     try:
         quiet = termios.tcgetattr(0)
         quiet[3] &= ~(termios.ICANON | termios.ECHO)
@@ -13454,6 +13460,17 @@ def _rest_of_paste():
     lines, newline, begun = text.rpartition("\n")
     sys.stdout.write(lines + newline)
     return newline + lines, begun
+
+
+def _read_ahead():
+    """PyPy 8: take what its line editor has read behind the line that it returned."""
+    try:
+        console = sys.modules["pyrepl.readline"]._get_reader().console
+        rest = console.input_buffer[console.input_buffer_pos:]
+        console.input_buffer, console.input_buffer_pos = b"", 0
+    except Exception:             # another line editor; or this one has no terminal
+        return b""
+    return rest
 
 
 def _input(prompt, begun):

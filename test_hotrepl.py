@@ -5801,7 +5801,9 @@ class Leaving(Case):
             terminal = self.keep(folder.terminal("program.py", *connect_command(self.serve().server), TERM="xterm"))
             terminal.until(">>> ")
             terminal.type(keys)
-            self.assertRegex(terminal.until("after it"), r"\A(exit\(\))?\nafter it\Z")
+            # PyPy 8 writes the prompt and the line again for each key.
+        shown = terminal.until("after it").rpartition(">>> ")[2]
+        self.assertRegex(shown, r"\A(exit\(\))?\nafter it\Z")
 
     def test_ctrl_d_in_a_block_leaves_too(self):
         terminal = self.serve().terminal()
