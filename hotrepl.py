@@ -670,11 +670,11 @@ class ThreadHook(StandIn):
 
     def __init__(self, default):
         self.default = default
-        self._is_for_all = _is_of_program(default, sys.__displayhook__)
+        self.is_for_all = _is_of_program(default, sys.__displayhook__)
 
     def __call__(self, value):
         evaluator = current_evaluator()
-        if evaluator is None or self._is_for_all:
+        if evaluator is None or self.is_for_all:
             return self.default(value)
         return evaluator.display(value)
 
@@ -916,6 +916,7 @@ class SessionStream(io.BufferedIOBase):
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write, as stderr does
         self.count = 0            # bytes so far
+        self._is_begun = False    # something was printed, and the Flusher visits us
         self._earlier = None      # a stream whose text goes out before ours
         self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
         self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
@@ -926,6 +927,7 @@ class SessionStream(io.BufferedIOBase):
         """Take over `slots`, the calling thread's part of a stand-in."""
         self._slots = slots
         slots["close"] = _no_close
+        self._is_begun = True
         self.rearm()
 
     def precede_by(self, stream):
@@ -934,12 +936,14 @@ class SessionStream(io.BufferedIOBase):
 
     def rearm(self):
         """Stop the Flusher's visits until the next text is printed."""
-        if self._flusher is not None:
+        if self._flusher is not None and self._is_begun:
+            self._is_begun = False
             self._flusher.unwatch(self)
             self._slots["write"] = self._write_first
 
     def _write_first(self, text):
         self._check_peer()
+        self._is_begun = True
         self._guard.shield(self._flusher.watch, self)
         self._slots["write"] = self.text.write    # from here on print() runs in C
         return self.text.write(text)
@@ -1749,16 +1753,17 @@ class ConsoleMixin:
         """Run `line`, or keep it until more come; return whether the console wants more."""
         if not self.buffer:
             self._begin_input()
-        self.source = "\n".join(self.buffer + [line])
+        self.source = "\n".join(self.buffer + [line]) if self.buffer else line
         return self._with_known_source(self._run_line, line)
 
     def _run_line(self, line):
-        if not self.buffer and line.rstrip().endswith("?") and self._answer(line):
+        if not self.buffer and "?" in line and line.rstrip().endswith("?") and self._answer(line):
             return False
         code_objects = self._compile_quickly(self.source)
         if not code_objects:
             return self.push(line)
-        self.resetbuffer()
+        if self.buffer:
+            self.resetbuffer()
         self._run_all(code_objects)
         return False
 
@@ -1854,7 +1859,8 @@ class ConsoleMixin:
     def _with_known_source(self, function, argument):
         """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
         import linecache
-        restore_sources()
+        if _remembered and next(reversed(_remembered)) not in linecache.cache:
+            restore_sources()
         filename = self.filename
         linecache.cache[filename] = _lines_entry(filename, self.source)
         try:
@@ -1882,8 +1888,9 @@ class ConsoleMixin:
     def _run_all(self, code_objects, runcode=None):
         try:
             for each in code_objects:
-                self._remember_source(each)
-                self.evaluator.run_code(each, self.locals, runcode)
+                if len(each.co_consts) > 1:
+                    self._remember_source(each)
+                self.evaluator.run_code(each, self.locals, runcode, each is code_objects[-1])
             return True
         except SystemExit:
             raise
@@ -1956,6 +1963,10 @@ class ConsoleMixin:
         return True
 
 
+def _is_own_file(path):
+    return path == _THIS_FILE or IS_PYPY and path.endswith("_contextvars.py")
+
+
 class _Raising(dict):
     """A namespace in which each name raises an exception."""
 
@@ -1983,7 +1994,7 @@ class _BlockCompiler:
 def _is_plumbing(code_object):
     """Return whether it is what runs an input, not the input: our code, or code.runcode()."""
     from code import InteractiveConsole
-    return (code_object.co_filename == _THIS_FILE
+    return (_is_own_file(code_object.co_filename)
             or code_object is InteractiveConsole.runcode.__code__)
 
 
@@ -9143,15 +9154,6 @@ class Door:
                 text = text.replace(self.token.decode(), "[token]")
             audit_log.log(level, "%s %s", event, text)
 
-    def audit_input(self, number, peer, source, event="input"):
-        """Log what is about to run, and raise the interpreter's own audit event (3.8, PEP 578).
-
-        An audit hook forbids by raising; then `source` must not run.
-        """
-        self.audit(event, session=number, peer=peer, source=source)
-        if hasattr(sys, "audit"):
-            sys.audit("hotrepl.exec", source, number)  # novm
-
 
 def _remember(table, key, value):
     table[key] = value
@@ -10075,7 +10077,6 @@ class Session:
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
         self.proof = make_token()                 # told here, it passes for the token there
-        self.context = None       # contextvars': evaluations run in it; set by the first evaluator
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -10086,8 +10087,11 @@ class Session:
 
     def keep_value(self, value):
         """Let `_` be `value`."""
-        last, self.value = [self.value], value
-        _drop(last)
+        if type(self.value) in _PLAIN:
+            self.value = value
+        else:
+            last, self.value = [self.value], value
+            _drop(last)
 
     def greet(self):
         """Send the first lines; they go out with the first prompt."""
@@ -10109,7 +10113,10 @@ class Session:
         except ImportError as exc:    # nothing can be imported any more
             log.debug("no sources noted: %s", exc)
         try:
-            evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
+            if kind in AT_PROMPT:
+                self._announce(evaluator, kind, prompt)
+            else:
+                evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
             while not self._inputs.ready:
                 self._receive(kind)
             return ("eof", "") if self.connection.is_shut else self._inputs.ready.popleft()
@@ -10118,8 +10125,16 @@ class Session:
                 self._waiting = None
 
     def audit_input(self, text, event="input"):
-        """Have it on record what is about to run, or to be read; an audit hook may forbid it."""
-        self._aside(self.server.door.audit_input, self.number, self.peer, text, event)
+        """Have it on record what is about to run, or to be read.
+
+        It raises the interpreter's own audit event too (3.8, PEP 578): an audit hook forbids by
+        raising; then `text` must not run.
+        """
+        if "logging" in sys.modules:      # else nobody listens
+            self._aside(self.server.door.audit, event, session=self.number, peer=self.peer,
+                        source=text)
+        if _audit is not None:
+            _audit("hotrepl.exec", text, self.number)
 
     def audit_interrupt(self, peer):
         """Have it on record that `peer` interrupts, on either channel."""
@@ -10185,7 +10200,6 @@ class Session:
                 raise ProtocolError("nothing is being evaluated")
             old.flush()
             old.detach()
-            self.context = self.context.copy()    # the old one is in use
             self.evaluator = Evaluator(self, old.console)
             self.outcome = {"state": "background"}
         self.evaluator.start()
@@ -10208,15 +10222,16 @@ class Session:
 
     def run_awaitable(self, function, *args):
         """Return the result of a function, called, or awaited, where such things run."""
+        own = current_evaluator()
         try:
             if self.server.run_coroutine is not None:
-                return run_by(self.server.run_coroutine, self.context, function, *args)
+                return run_by(self.server.run_coroutine, own.context, function, *args)
             if self.server.loop is None and self._own_loop is None:
                 self._own_loop = OwnLoop()
-            return run_on_loop(self.server.loop or self._own_loop.loop, self.context, function,
-                               *args)
+            loop = self.server.loop or self._own_loop.loop
+            return run_on_loop(loop, own.context, function, *args)
         except (KeyboardInterrupt, SystemExit):
-            self.context = self.context.copy()    # what goes on there keeps the other
+            own.context = own.context.copy()      # what goes on there keeps the other
             raise
 
     def loops(self):
@@ -10302,7 +10317,7 @@ class Session:
 
     def _announce(self, evaluator, kind, prompt):
         with self.connection.lock:
-            self.connection.collect(evaluator.flush)
+            self.connection.collect(evaluator.streams["stdout"].text.flush)
             with self._lock:
                 if self.evaluator is not evaluator:
                     raise Detached
@@ -10451,6 +10466,9 @@ def _hiding_file(name):
 _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 
 
+_audit = getattr(sys, "audit", None)
+
+
 class Detached(BaseException):
     """This thread's session goes on in another; what it evaluated has become a job."""
 
@@ -10471,6 +10489,7 @@ class Evaluator(Job):
         self.is_detached = False  # it is a job now, and the session has another Evaluator
         self.asks_secret = False  # what it reads next is not to be shown
         self._is_routed = False   # it counts for ROUTER
+        self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
         stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
@@ -10488,7 +10507,7 @@ class Evaluator(Job):
             if self.console is None:
                 self.session.greet()
                 load_library()
-                self.session.context = new_context()
+                self.context = new_context()
             ROUTER.acquire()
             DEBUGGERS.acquire()
             self._is_routed = True
@@ -10520,7 +10539,7 @@ class Evaluator(Job):
         else:                     # after Ctrl+Z: what was defined in the old one, macros too
             import copy
             job = self.console.evaluator
-            self.trace = job.trace
+            self.trace, self.context = job.trace, job.context.copy()      # the old one is in use
             self.console = copy.copy(self.console)
             self.console.evaluator = self
             self.console.compile = copy.copy(self.console.compile)
@@ -10534,31 +10553,34 @@ class Evaluator(Job):
         return "primary", prompt_text("ps1", ">>> ")
 
     def evaluate(self, code_object, namespace, use, runcode=None):
-        """Run `code_object` and call `use` with its value; interrupts are on, and only here.
+        """Run `code_object`; return `use` of its value. Interrupts are on, and only here.
 
         `runcode` does it instead, unless it awaits.
         """
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
         DEBUGGERS.look()
-        self._recall_error()
-        lent, prompts = self._lend(namespace), _prompts()
-        run, context = self.interrupts.run, self.session.context
+        if self.session.error is not None:
+            self._recall_error()
+        lent = None if self.session.value is None else self._lend(namespace)
+        prompts = _of_sys("ps1"), _of_sys("ps2")
+        run, context = self.interrupts.run, self.context
         try:
             if _is_for_loop(code_object, self.session.server):
                 is_awaited = code_object.co_flags & CO_COROUTINE
                 value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
                             else _evaluate_there, code_object, namespace)
-                run(context.run, use, value)
-            elif runcode is not None:
-                run(context.run, runcode, code_object)
-            else:
-                run(context.run, _evaluate, code_object, namespace, self, use)
+                return run(context.run, use, value)
+            if runcode is not None:
+                return run(context.run, runcode, code_object)
+            return run(context.run, _evaluate, code_object, namespace, self, use)
         finally:
-            self._stop_tracing()
-            self._take_back(namespace, lent)
-            if prompts != _prompts() and not re.search(r"\bps[12]\b", self.console.source):
-                _restore_prompts(prompts)
+            if self.trace is not None or sys.gettrace() is not None:
+                self._stop_tracing()
+            if lent:
+                self._take_back(namespace, lent)
+            if prompts != (_of_sys("ps1"), _of_sys("ps2")):
+                _restore_prompts(prompts, self.console.source)
 
     def _stop_tracing(self):
         """Trace nothing of ours; what the user, or coverage, set is set again for the next one."""
@@ -10580,9 +10602,33 @@ class Evaluator(Job):
             print("hotrepl: os.system and child processes print to the program's stdout; "
                   "subprocess.getoutput() shows it here", file=sys.stderr)
 
-    def run_code(self, code_object, namespace, runcode=None):
-        """Run `code_object`, or have `runcode` do it; display the value of an expression."""
-        self.evaluate(code_object, namespace, _display, runcode)
+    def run_code(self, code_object, namespace, runcode=None, is_last=False):
+        """Run `code_object`, or have `runcode` do it; display the value of an expression.
+
+        The value of the last one of an input goes out with the prompt, where that is soon.
+        """
+        if runcode is not None or not is_last:
+            self.evaluate(code_object, namespace, _display, runcode)
+            return
+        text = self.evaluate(code_object, namespace, self._show)
+        if text is None:
+            return
+        connection = self.session.connection
+        with connection.lock:
+            if not self.is_detached:
+                connection.collect(self.streams["stdout"].text.flush)
+                connection.put(text.encode("utf-8"), "value")
+
+    def _show(self, value):
+        """Return `value` as it is to be shown, or have it shown by what does that here."""
+        hook = sys.displayhook
+        if (type(hook) is not ThreadHook or hook.is_for_all or self._last_only is not None
+                or not ROUTER.is_bound()):
+            return _display(value)
+        text = self.text_of(value)
+        if text is not None and len(text) > CHUNK_BYTES:
+            text = self._write_value(text)
+        return text
 
     def answer(self, code_object, namespace, wants_source):
         """Show the docstring or the source of what `code_object` evaluates to."""
@@ -10590,26 +10636,36 @@ class Evaluator(Job):
 
     def display(self, value):
         """Show `value` as an interactive Python does, and keep it for `_`."""
-        if value is None:
-            return
-        if self._last_only is not None:
+        if self._last_only is not None and value is not None:
             self._last_only[:] = [value]
             return
+        text = self.text_of(value)
+        if text is not None:
+            self._write_value(text)
+
+    def _write_value(self, text):
+        self.streams["stdout"].write_as("value", sys.stdout.write, text)
+
+    def text_of(self, value):
+        """Return the line that shows `value`, which is kept for `_`; None for none."""
+        if value is None:
+            return None
         self.value = value
         if self.is_detached:
-            return
+            return None
         try:
             text = repr(value)
         except BaseException as exc:
             self.console.raise_in_input(exc)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        self.session.outcome["value"] = (
+            text if len(text) <= OUTCOME_LIMIT else shorten(text, OUTCOME_LIMIT))
         if self.session.is_terminal and len(text) > VALUE_LIMIT:
             cut = VALUE_LIMIT // 2
             text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
                 text[:cut], len(text) - 2 * cut, text[-cut:])
-        self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
         self.session.keep_value(value)
+        return text + "\n"
 
     @contextmanager
     def showing_last_value(self, is_wanted):
@@ -10791,15 +10847,16 @@ class Evaluator(Job):
 
     def _lend(self, namespace):
         """Put the session's last value under `_` for one evaluation, where that name is free."""
-        if "_" in namespace or hasattr(builtins, "_") or self.session.value is None:
+        if "_" in namespace or hasattr(builtins, "_"):
             return []
         namespace["_"] = self.session.value
         return [self.session.value]
 
     def _take_back(self, namespace, lent):
-        if lent and namespace.get("_") is lent[0]:
+        if namespace.get("_") is lent[0]:
             del namespace["_"]
-        _drop(lent)
+        if type(lent[0]) not in _PLAIN:
+            _drop(lent)
 
     def _end(self):
         try:
@@ -11013,15 +11070,15 @@ def _evaluate(code, names, own, use):
     # One line on purpose, and C functions: a debugger started in the session and still stepping
     # when the evaluation returns would otherwise stop at our next line.
     value = settrace(own.trace), eval(code, names), keep(own, "trace", gettrace()), settrace(None)
-    use(value[1])
+    return use(value[1])
 
 
 def _drop(values):
     """Let go of the user's values; a warning of what is never awaited does not name this file."""
-    if values and type(values[0]) not in (int, float, str, type(None)):
-        eval(_CLEAR, {"values": values})
+    eval(_CLEAR, {"values": values})
 
 
+_PLAIN = {int, float, str, bool, bytes, type(None)}
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
 
 
@@ -11034,14 +11091,15 @@ def _evaluate_there(code_object, namespace):
     return eval(code_object, namespace)
 
 
-def _prompts():
-    return vars(sys).get("ps1", _MISSING), vars(sys).get("ps2", _MISSING)
+_of_sys = vars(sys).get
 
 
-def _restore_prompts(prompts):
-    """Take back what a library left: code.interact(), IPython.embed()."""
+def _restore_prompts(prompts, source):
+    """Take back what a library left, and no user: code.interact(), IPython.embed()."""
     for name, value in zip(("ps1", "ps2"), prompts):
-        if value is not _MISSING:
+        if name in source:
+            continue
+        if value is not None:
             setattr(sys, name, value)
         elif hasattr(sys, name):
             delattr(sys, name)
@@ -11092,7 +11150,7 @@ def _exit_copy(status, text):
 def _without_ours(shown):
     """Return the TracebackException `shown` without frames of this file, in what caused it too."""
     if shown.stack is not None:
-        shown.stack[:] = [each for each in shown.stack if each.filename != _THIS_FILE]
+        shown.stack[:] = [each for each in shown.stack if not _is_own_file(each.filename)]
     for each in (shown.__cause__, shown.__context__):
         if each is not None:
             _without_ours(each)

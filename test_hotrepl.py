@@ -3403,8 +3403,8 @@ class OddSurroundings(Case):
         for name in ("code", "codeop", "linecache", "traceback", "ast"):
             folder = self.folder()
             path = os.path.join(folder.path, name + ".py")
-            program = folder.run(SERVE + "import importlib, sys\nopen(%r, 'w').close()\nsys.modules.pop(%r, None)\n"
-                                 "importlib.invalidate_caches()\nprint(flush=True)\ninput()\n" % (path, name))
+            program = folder.run(SERVE + "import sys\nopen(%r, 'w').close()\nsys.modules.pop(%r, None)\n"
+                                 "sys.path_importer_cache.clear()\nprint(flush=True)\ninput()\n" % (path, name))
             place = addresses(program)[0]
             program.until("\n")
             text = self.keep(Wire(place)).until_end()
