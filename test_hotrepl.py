@@ -10988,7 +10988,7 @@ class RemoteExec(Case):
     def start(self, *flags, **env):
         """Start a program; return it, and what `remote_exec` is told, out of the README."""
         text = readme_text()
-        section = text[text.index("### A process that did not start a server"):]
+        section = text[text.index("## A process that did not opt in"):]
         folder = self.folder()
         self.path = os.path.join(folder.path, "visit")
         script = re.search("(?s)```python\n(# visit.py\n.*?)```", section).group(1)
@@ -14700,29 +14700,19 @@ class TablesOfTheReadme(Case):
     ROWS = (                      # (how the line begins, the test that shows it)
         ("a function's body",
          "IdentityIsKept.test_callback_partial_and_bound_method_see_new_code"),
-        ("a function that is called in a running loop",
-         "IdentityIsKept.test_running_loop_calls_new_code"),
         ("signature, defaults",
          "Threads.test_signature_and_defaults_change_as_one_under_eight_threads"),
-        ("`def` into `async def`", "IdentityIsKept.test_function_that_becomes_async"),
-        ("a lambda", "IdentityIsKept.test_held_lambda_sees_new_code"),
         ("a decorated function", "IdentityIsKept.test_decorated_with_wraps_sees_new_code"),
         ("the decorator only", "IdentityIsKept.test_only_the_decorator_changed"),
-        ("a decorator added",
-         "IdentityIsKept.test_decorator_added_and_taken_away_reaches_holders"),
         ("a function that makes closures",
          "IdentityIsKept.test_closures_made_earlier_get_new_code_and_keep_cells"),
         ("a class", "IdentityIsKept.test_existing_instances_and_bound_methods_see_new_class"),
-        ("the base classes", "IdentityIsKept.test_changed_base_class_reaches_instances"),
         ("a new dataclass field",
          "IdentityIsKept.test_new_dataclass_field_with_a_factory_is_visible_in_old_instances"),
         ("an enum", "IdentityIsKept.test_enum_members_keep_identity_and_may_be_added"),
-        ("an ABC", "IdentityIsKept.test_abstract_class_keeps_registered_classes"),
         ("a class attribute",
          "IdentityIsKept.test_class_attribute_of_an_unchanged_line_keeps_its_value"),
         ("a constant", "OnlyWhatChangedRuns.test_constant_imported_elsewhere_follows"),
-        ("a method that is abstract",
-         "IdentityIsKept.test_method_that_is_no_longer_abstract_frees_the_subclasses"),
         ("what a decorator or",
          "IdentityIsKept.test_registries_of_names_instances_and_in_other_modules_are_not_doubled"),
         ("`from __future__`",
@@ -14736,21 +14726,12 @@ class TablesOfTheReadme(Case):
         ("the frame of a running loop", "Stale.test_running_frame_is_reported"),
         ("a live closure whose",
          "Stale.test_changed_free_variables_of_live_closures_are_reported"),
-        ("a live closure that gets",
-         "Stale.test_new_default_of_a_live_closure_that_is_no_literal_is_reported"),
         ("`__slots__`", "Stale.test_changed_slots_are_reported_with_live_instances"),
         ("another metaclass", "Stale.test_changed_metaclass_is_reported_and_instances_move"),
         ("a function that becomes a class",
          "Stale.test_class_that_becomes_a_function_is_reported_and_references_move"),
         ("new fields of a named tuple",
          "IdentityIsKept.test_new_named_tuple_field_is_reported_for_old_tuples"),
-        ("a new dataclass field without",
-         "Stale.test_new_dataclass_field_without_a_default_is_reported"),
-        ("a dataclass in another file",
-         "Stale.test_dataclass_elsewhere_whose_base_has_a_new_field_is_reported"),
-        ("another value for a member",
-         "Stale.test_int_enum_member_with_another_value_is_reported"),
-        ("closures of an inner function", "Stale.test_removed_inner_function_is_reported"),
         ("lambdas of one statement",
          "Stale.test_lambda_that_may_be_either_of_two_new_ones_is_reported"),
         ("a statement without a name", "DryRun.test_statement_without_a_name_that_was_taken_away_"
@@ -18862,7 +18843,7 @@ class Readme(unittest.TestCase):
                 self.assertTrue(os.path.exists(os.path.join(os.path.dirname(README_PATH), path)), path)
 
     def test_every_section_is_in_the_list_of_contents(self):
-        listed = re.findall(r"\]\(#([\w-]+)\)[ ·]*$", self.text.split("\n## ")[0], re.M)
+        listed = re.findall(r"\]\(#([\w-]+)\)", self.text.split("\n## ")[0])
         titles = re.findall(r"(?m)^## (.*)$", readme_prose(self.text))
         self.assertEqual(listed, [title.lower().replace(" ", "-") for title in titles])
 
@@ -18899,8 +18880,8 @@ class Surroundings(Case):
 
     def test_the_readme_has_its_sections(self):
         titles = re.findall(r"(?m)^## (.*)$", readme_prose(self.read("README.md")))
-        wanted = ["Security", "Try it", "Embed", "At the prompt", "The client", "Designing for hot-patching",
-                  "Limits", "Troubleshooting", "The protocol", "Vendoring", "Developing", "Changes", "Credits"]
+        wanted = ["Try it", "Security", "Embed", "At the prompt", "The client", "Reload", "Undo", "gunicorn",
+                  "Remote", "Editors", "Limits", "Troubleshooting", "The protocol", "Developing", "Changes", "Credits"]
         self.assertEqual([title for title in titles if title in wanted], wanted)
 
     @once("slow")
