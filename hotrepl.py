@@ -10265,7 +10265,7 @@ class Session:
         import linecache
         frame = sys._current_frames().get(self.evaluator.ident)
         while frame is not None and frame.f_code.co_filename == _THIS_FILE:
-            frame = frame.f_back
+            frame = None if frame.f_code is Evaluator.run.__code__ else frame.f_back
         if self._waiting or frame is None:
             return None
         text = "%s, line %d, in %s" % (frame.f_code.co_filename, frame.f_lineno,
@@ -12210,7 +12210,7 @@ class Conversation:
                     self.terminal.show(data)
                 elif kind == "kind":
                     word, self._state = data.decode("ascii"), "at work"
-                    self.terminal.begin_prompt(is_whole=word in AT_PROMPT)
+                    self.terminal.begin_prompt()
                 elif kind == "turn":
                     return word
                 else:
@@ -12425,6 +12425,7 @@ class Terminal:
         self._prompt = ""         # of the line that is read
         self._is_secret = False   # which is not to be shown
         self._begun = ""          # the beginning of the next line, where it came with a paste
+        self._typed = b""         # what was read and belongs to the next line
         self._line = b""          # what came since the last newline, ...
         self._shown = 0           # ... how much of it is on the screen, ...
         self._is_long = False     # ... and whether there was more of it, which is
@@ -12502,15 +12503,14 @@ class Terminal:
             self.write(b"\n")
         self._line, self._shown, self._is_long, self._is_line_open = b"", 0, False, False
 
-    def begin_prompt(self, is_whole):
-        """Get ready for a turn; `is_whole`: its prompt is only what comes from here on."""
+    def begin_prompt(self):
+        """Get ready for a prompt: where the line is long it begins a new one."""
         if self._is_long or self._is_line_open:
             self.end_line()
 
     def take_prompt(self):
         """Return what came since the last newline, for `read` to write."""
-        if self._is_long or self._is_line_open:
-            self.end_line()
+        self.begin_prompt()
         if self._shown:
             self.write(b"\r")
         line, self._line, self._shown = self._line, b"", 0
@@ -12533,9 +12533,9 @@ class Terminal:
         sys.stdout.flush()
         if not self._is_secret and self._call("rl_on_new_line", "rl_redisplay"):
             return
-        line = ""                 # of a secret that getpass reads
-        if not self._is_secret and "readline" in sys.modules:
-            line = sys.modules["readline"].get_line_buffer()
+        line = ""                 # of a secret
+        with suppress(Exception):     # there is no readline; PyPy's on a terminal it can't use
+            line = "" if self._is_secret else sys.modules["readline"].get_line_buffer()
         line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
         sys.stdout.write(self._prompt + line)
         sys.stdout.flush()
@@ -12549,6 +12549,10 @@ class Terminal:
         """
         self._prompt, self._is_secret = prompt, is_secret
         begun, self._begun = self._begun or begun, ""
+        if b"\n" in self._typed:
+            line, _, self._typed = self._typed.partition(b"\n")
+            self.write(prompt.encode("utf-8", "surrogateescape") + line * (not is_secret) + b"\n")
+            return line.decode("utf-8", "surrogateescape")
         try:
             with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
                 if is_secret:     # `_kept_modes` shows again what is typed
@@ -12632,6 +12636,9 @@ class Terminal:
 
     def _next_bytes(self, count):
         """Return what is typed; b"": it is at its end, or `_ending` says what ended it."""
+        data, self._typed = self._typed[:count], self._typed[count:]
+        if data:
+            return data
         try:
             misses = 0
             while self._ending is None and misses < (1 if self._is_secret else 5):
@@ -12640,7 +12647,9 @@ class Terminal:
                     self._look()
                 # Ctrl+C drops what was typed, also between these two lines.
                 data = os.read(0, count) if 0 in ready and self._ending is None else b""
-                if data:
+                if data and self._ending is not None:     # it was typed behind Ctrl+C
+                    self._typed += data
+                elif data:
                     return data
                 misses = misses + 1 if ready == [0] else 0
         except BaseException as exc:      # our caller can be readline, which is C

@@ -3062,7 +3062,7 @@ class MuchOutput(Case):
     def setUp(self):
         super().setUp()
         self.client = self.serve().paired(kinds=True)
-        self.client.send("import time; print('x' * 60000000, end=''); time.sleep(60)")
+        self.client.send("import time; print('x' * 60000000, end=''); [time.sleep(0.01) for _ in range(9999)]")
         self.client.until("x" * 1000)
         eventually(lambda: "sending" in self.client.control.request("Where"))
 
@@ -3084,6 +3084,7 @@ class MuchOutput(Case):
         self.assertEqual(self.client.control.reply()["status"], "ok")
         job = hotrepl.jobs()[-1]
         hotrepl.async_raise(job)
+        job.join(DEADLINE_S)
         hotrepl.JOBS.drop(job)
 
 
@@ -3181,7 +3182,8 @@ class Shown(Case):
         for source in ("return 5", "if True:\n    break"):
             text = self.client.block(source)
             self.assertIn("\n    %s\n" % source.split("\n")[-1].strip(), text)
-            self.assertRegex(text, r"\n +\^+\n")
+            if not IS_PYPY:       # it does not say where in the line
+                self.assertRegex(text, r"\n +\^+\n")
         self.assertIn("\n    return 5\n", self.client.ask("return 5"))
 
     def test_a_block_can_have_a_name(self):
@@ -5030,9 +5032,14 @@ class NoAnswer(Case):
     def connect(self):
         self.program = self.folder().run(SERVE + "import time; time.sleep(1000)")
         server = argparse.Namespace(**dict(zip(("address", "control_address"), addresses(self.program))))
-        terminal = self.keep(Terminal(connect_command(server)))
+        terminal = self.keep(Terminal(connect_command(server), TERM="dumb" if HAS_READLINE else "xterm"))
         terminal.until(">>> ")
         return terminal
+
+    def stop(self):
+        self.program.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        eventually(lambda: os.waitpid(self.program.process.pid, os.WUNTRACED)[1])
 
     def assert_told_and_left(self, terminal):
         begun = time.monotonic()
@@ -5046,25 +5053,24 @@ class NoAnswer(Case):
         terminal = self.connect()
         terminal.type("print('be' + 'gun'); time.sleep(1000)\n")
         terminal.until("begun\n")
-        self.program.process.send_signal(signal.SIGSTOP)
-        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.stop()
         self.assert_told_and_left(terminal)
 
     @once("slow")
     def test_stopped_at_the_prompt(self):
         terminal = self.connect()
-        self.program.process.send_signal(signal.SIGSTOP)
-        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.stop()
         self.assert_told_and_left(terminal)
 
     @once("slow")
     def test_one_that_goes_on_is_as_before(self):
         terminal = self.connect()
-        self.program.process.send_signal(signal.SIGSTOP)
+        self.stop()
         terminal.press("^C")
         terminal.until(self.SILENT)
         self.program.process.send_signal(signal.SIGCONT)
-        terminal.until("KeyboardInterrupt\n>>> ")
+        terminal.until("KeyboardInterrupt\n")
+        terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
     @once("slow")
@@ -5072,21 +5078,26 @@ class NoAnswer(Case):
         terminal = self.connect()
         terminal.type("some_lo")
         terminal.until("some_lo")
-        self.program.process.send_signal(signal.SIGSTOP)
-        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.stop()
         terminal.press("Tab")
         terminal.until("hotrepl: no completions: no answer on the control connection\n", 6)
         terminal.until("some_lo")
 
     @once("slow")
     def test_a_mute_control_port_is_told_in_ten_seconds(self):
-        mute = self.keep(socket.socket())
-        mute.bind(("127.0.0.1", 0))
-        mute.listen(5)
-        served = self.serve()
-        server = argparse.Namespace(address=served.server.address, control_address=mute.getsockname())
-        terminal = self.keep(Terminal(connect_command(server)))
-        code, text = terminal.end(13)
+        repl, mute = self.keep(socket.socket()), self.keep(socket.socket())
+        for each in (repl, mute):
+            each.bind(("127.0.0.1", 0))
+            each.listen(5)
+
+        def greet():
+            with repl.accept()[0] as sock:
+                sock.sendall(b"REPL session 1 connected.\n>>> \xff\xfac%d 0123456789abcdef\xff\xf0" % mute.getsockname()[1])
+                while sock.recv(1000):
+                    pass
+        self.spawn(greet)
+        server = argparse.Namespace(address=repl.getsockname(), control_address=mute.getsockname())
+        code, text = self.keep(Terminal(connect_command(server))).end(13)
         self.assertEqual(code, 1)
         self.assertIn("hotrepl: the server is gone: no answer on the control connection\n", text)
 
