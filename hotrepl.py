@@ -205,6 +205,12 @@ def is_own(sock):
     return not isinstance(sock, OwnSocket) or sock.is_own()
 
 
+def printable(text):
+    """Return `text` with what is not printed as itself escaped: controls, marks of direction."""
+    return "".join(each if each.isprintable() or each == "\n" else
+                   each.encode("unicode_escape").decode("ascii") for each in text)
+
+
 def take_all(items):
     """Take items out of a deque from its left until it is empty; others may do so too."""
     while True:
@@ -11982,6 +11988,8 @@ class Link:
     """
 
     BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
+    REPLIES = {"Complete": {"start": int, "matches": list, "hint": (str, type(None))},
+               "Outcome": {"outcome": dict}}
 
     def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
         self.sock = sock          # the REPL channel
@@ -12079,7 +12087,11 @@ class Link:
         if not (replies and replies[0]):
             raise ServerGone(self.loss or "no answer on the control connection")
         if replies[0].get("status") != "ok":
-            raise ProtocolError(str(replies[0].get("reason", "refused without a reason")))
+            raise ProtocolError(shorten(printable(str(
+                replies[0].get("reason", "refused without a reason")).replace("\n", " ")), 300))
+        if not all(isinstance(replies[0].get(name), kinds)
+                   for name, kinds in self.REPLIES.get(command, {}).items()):
+            raise ServerGone("its reply to %s makes no sense" % command)
         return replies[0]
 
     def wait(self, timeout_s=None, *others):
@@ -12209,7 +12221,7 @@ class Conversation:
                 if kind == "data" and self._state != "dropping":
                     self.terminal.show(data)
                 elif kind == "kind":
-                    word, self._state = data.decode("ascii"), "at work"
+                    word, self._state = data.decode("ascii", "replace"), "at work"
                     self.terminal.begin_prompt()
                 elif kind == "turn":
                     return word
@@ -12255,12 +12267,14 @@ class Conversation:
         if not reply or not self._answers or self._state == "at work":
             return self._on_heard(reply)
         self._is_heard, self._explain_at = True, None
-        if reply.get("where") and not reply.get("sending"):
+        sending = reply.get("sending")
+        if reply.get("where") and not sending:
             return self._say("no reaction yet: %s; a call in C has to return first. "
-                             "Ctrl+Z puts it into the background." % reply["where"])
+                             "Ctrl+Z puts it into the background."
+                             % printable(shorten(reply["where"], 200)))
         self._state = "flooded"
-        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in reply["sending"]) \
-            if reply.get("sending") else ""
+        is_pair = isinstance(sending, list) and list(map(type, sending)) == [int, int]
+        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in sending) if is_pair else ""
         self._say("still sending its output%s; Ctrl+C again drops the rest" % how_much)
 
     def _answer(self, kind):
@@ -12928,7 +12942,7 @@ class Execution:
         self._link.send(BEGIN + BLOCK_KIND + source + END)
         while self._pass_on_until_turn() in IN_EVALUATION:
             self._link.send(END_OF_FILE)      # there is nobody who could answer
-        outcome = self._link.ask("Outcome")["outcome"]
+        outcome = _checked_outcome(self._link.ask("Outcome")["outcome"])
         self.is_over = self._link.is_closed
         if self.is_over and "exit" not in outcome:
             raise ServerGone("it closed the connection")
@@ -12944,7 +12958,7 @@ class Execution:
                 elif kind == "stream":
                     self._stream = _STREAM_NAMES.get(data, "stdout")
                 elif kind == "kind":
-                    word = data.decode("ascii")
+                    word = data.decode("ascii", "replace")
                 elif kind in ("turn", "closed"):
                     self._turn += 1
                     return word if kind == "turn" else ""
@@ -12992,6 +13006,16 @@ _STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
 def describe_exception(exc):
     """Return an exception of our own as Outcome describes one."""
     return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
+
+
+def _checked_outcome(outcome):
+    exception = outcome.get("exception", {"type": "", "message": "", "traceback": ""})
+    if not (type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
+            and isinstance(exception, dict)
+            and all(isinstance(exception.get(name), str)
+                    for name in ("type", "message", "traceback"))):
+        raise ServerGone("its reply to Outcome makes no sense")
+    return outcome
 
 
 def _exit_code(outcome):
@@ -13413,10 +13437,11 @@ class _RemoteCompleter:
         if not line.strip():
             return [line + "    "]
         reply = self._terminal.owner.complete(line)
-        self._start = reply.get("start", 0)
+        self._start = min(max(reply.get("start", 0), 0), len(line))
         if reply.get("hint"):
-            self._terminal.show_above(reply["hint"] + "\n")
-        return [line[:self._start] + match for match in reply.get("matches", ())]
+            self._terminal.show_above(printable(reply["hint"]) + "\n")
+        return [line[:self._start] + match for match in reply.get("matches", ())
+                if isinstance(match, str) and match.isprintable()]
 
     def _display(self, substitution, matches, longest):
         """List what could stand at the cursor: the words, not the whole lines."""
@@ -13448,6 +13473,9 @@ class _History:
     def __enter__(self):
         if hasattr(self._readline, "set_auto_history"):
             self._readline.set_auto_history(False)
+        with suppress(OSError):
+            if os.path.isfile(self._path):        # an older one, or a copy
+                os.chmod(self._path, 0o600)
         for entry in self._read():
             self._offer(entry)
         return self
@@ -13494,7 +13522,7 @@ class _History:
         import json
         try:
             with open(self._path, encoding="utf-8") as file:
-                entries = [json.loads(line) for line in collections.deque(file, self.LIMIT)]
+                entries = [str(json.loads(line)) for line in collections.deque(file, self.LIMIT)]
         except (OSError, ValueError):
             return []
         # A statement was saved line by line, each time longer.
@@ -14070,7 +14098,7 @@ def _table(notes):
 
 
 def _command(note):
-    return " ".join(" ".join(note["argv"]).split())
+    return printable(" ".join(" ".join(note["argv"]).split()))
 
 
 def _find_server(options, word):

@@ -5694,6 +5694,26 @@ class Screens(Case):
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
 class Histories(Case):
+    def test_the_file_is_for_us_alone_even_if_it_was_not(self):
+        path = self.folder().write("history", '"1 + 1"\n5\n')
+        os.chmod(path, 0o644)
+        terminal = self.serve().terminal(HOTREPL_HISTORY=path)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        terminal.ask("6*7", "\n42")
+
+    def test_no_answer_to_the_program_is_kept_whatever_it_looks_like(self):
+        path = os.path.join(self.folder().path, "history")
+        terminal = self.serve().terminal(HOTREPL_HISTORY=path)
+        for line in ("x = input('>>> ')", "import getpass; x = getpass.getpass('>>> ')",
+                     "import sys; sys.stdout.buffer.write(bytes([255, 250, 107]) + b'primary' + bytes([255, 240])), input()"):
+            terminal.type(line + "\n")
+            while terminal.pump(0.3):
+                pass
+            terminal.type("hunter2\n")
+            terminal.until(">>> ")
+        with open(path) as file:
+            self.assertNotIn("hunter2", file.read())
+
     """The lines that the client keeps from one session to the next."""
 
     def setUp(self):
@@ -8078,6 +8098,91 @@ class FalseServers(AccessCase):
         self.assert_refused(ended, "can't tell whose server", "--plain", "nothing was sent")
         self.assertEqual(self.as_user(OWNER, "exec", "--plain", *words[1:], code=hidden, stdin=subprocess.DEVNULL).end(),
                          [0, "42\n", ""])
+
+
+class OddReplies(AccessCase):
+    """A server of our own user that says what none of ours says."""
+
+    OK = {"status": "ok", "start": 0, "matches": [], "hint": None, "outcome": {"state": "done"}}
+    EVIL = "\x1b]0;x\x07\x1b[2J\u202egnp"
+    REPLIES = ([], 1, None, "x", {}, {"status": 5}, {"status": "failed"}, {"status": "failed", "reason": 7},
+               {"status": "failed", "reason": EVIL + "\nTraceback"}, b"\xffv01l99999999;x", b"\xffv01l2;{]",
+               b"no message at all", {"status": "failed", "reason": "x" * 100000})
+
+    def odd(self, command, reply, hello=b"REPL session 1 connected.\n>>> "):
+        """Return the address of a server that answers to `command` with `reply`."""
+        repl, control = socket.socket(), socket.socket()
+        for each in (repl, control):
+            self.keep(each).bind(("127.0.0.1", 0))
+            each.listen(5)
+
+        def answer():
+            sock, _ = repl.accept()
+            sock.sendall(hello + b"\xff\xfac%d a-proof-of-nothing\xff\xf0" % control.getsockname()[1])
+            requests, _ = control.accept()
+            requests.settimeout(DEADLINE_S)
+            with sock, requests, contextlib.suppress(OSError):
+                for data in iter(lambda: requests.recv(9999), b""):
+                    for name in re.findall(rb'"command": "(\w+)"', data):
+                        said = reply if name.decode() == command else self.OK
+                        requests.sendall(said if isinstance(said, bytes) else message(json.dumps(said).encode()))
+                        if name == b"TurnMarks":
+                            sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
+                        if name == b"Outcome":
+                            return
+                        if name == b"TurnMarks" and command == "Outcome":
+                            sock.recv(9999)
+                            sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
+        self.spawn(answer)
+        return "127.0.0.1:%d" % repl.getsockname()[1]
+
+    def assert_one_line(self, place):
+        ended = self.keep(Program(python_command(SOURCE_PATH, "exec", place, "-c", "6*7"), stdin=subprocess.DEVNULL)).end()
+        self.assertIn(ended[:2], ([1, ""], [2, ""]), ended)
+        self.assertRegex(ended[2], r"\Ahotrepl: [^\n]*\n\Z")
+        self.assertTrue(ended[2][:-1].isprintable(), ended)
+
+    def test_a_refused_pairing_and_replies_of_no_sense_are_one_line(self):
+        for command in ("PairWithSession", "TurnMarks"):
+            for reply in self.REPLIES:
+                with self.subTest("%s %.60r" % (command, reply)):
+                    self.assert_one_line(self.odd(command, reply))
+
+    def test_outcomes_of_no_sense_are_one_line(self):
+        for outcome in ([], 5, {"exit": "x"}, {"exit": [1]}, {"value": 1}, {"exception": 1}, {"exception": {}},
+                        {"exception": {"type": [], "message": "", "traceback": ""}}):
+            with self.subTest(repr(outcome)):
+                self.assert_one_line(self.odd("Outcome", dict(self.OK, outcome=outcome)))
+
+    def test_first_lines_of_no_sense_are_one_line(self):
+        for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
+            with self.subTest(repr(hello[:50])):
+                self.assert_one_line(self.odd("", {}, hello))
+
+    def test_completions_bring_nothing_but_text_to_the_terminal(self):
+        for reply in (dict(self.OK, matches=["ab" + self.EVIL, "abc", 5], hint=self.EVIL + "\nsecond"),
+                      dict(self.OK, matches=["abc"], start=-5), dict(self.OK, matches=["abc"], start=10 ** 9),
+                      dict(self.OK, matches="abc", start="x"), dict(self.OK, hint=[1]), [], b"junk"):
+            with self.subTest("%.80r" % (reply,)):
+                terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", self.odd("Complete", reply)),
+                                              HOTREPL_HISTORY="", TERM="xterm"))
+                terminal.until(">>> ")
+                terminal.type("ab\t")
+                while terminal.pump(0.5):
+                    pass
+                self.assertNotIn("\u202e", terminal.received.decode("utf-8", "replace"))
+                self.assertNotIn(b"gnp\x07", terminal.received)
+                self.assertNotIn(b"Traceback", terminal.received)
+                terminal.close()
+
+    def test_the_list_shows_nothing_but_text(self):
+        folder = self.private_folder()
+        program = self.folder().run(SERVE + "input()", self.EVIL, XDG_RUNTIME_DIR=folder)
+        addresses(program)
+        code, out, _ = self.keep(Program(python_command(SOURCE_PATH, "list"), XDG_RUNTIME_DIR=folder)).end()
+        self.assertEqual(code, 0)
+        self.assertTrue(all(line.isprintable() for line in out.splitlines()), out)
+        self.assertIn(r"\x1b]0;x\x07", out)
 
 
 class OtherProtocols(AccessCase):
