@@ -205,6 +205,12 @@ def is_own(sock):
     return not isinstance(sock, OwnSocket) or sock.is_own()
 
 
+def printable(text):
+    """Return `text` with what is not printed as itself escaped: controls, marks of direction."""
+    return "".join(each if each.isprintable() or each == "\n" else
+                   each.encode("unicode_escape").decode("ascii") for each in text)
+
+
 def take_all(items):
     """Take items out of a deque from its left until it is empty; others may do so too."""
     while True:
@@ -670,11 +676,11 @@ class ThreadHook(StandIn):
 
     def __init__(self, default):
         self.default = default
-        self._is_for_all = _is_of_program(default, sys.__displayhook__)
+        self.is_for_all = _is_of_program(default, sys.__displayhook__)
 
     def __call__(self, value):
         evaluator = current_evaluator()
-        if evaluator is None or self._is_for_all:
+        if evaluator is None or self.is_for_all:
             return self.default(value)
         return evaluator.display(value)
 
@@ -916,6 +922,7 @@ class SessionStream(io.BufferedIOBase):
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write, as stderr does
         self.count = 0            # bytes so far
+        self._is_begun = False    # something was printed, and the Flusher visits us
         self._earlier = None      # a stream whose text goes out before ours
         self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
         self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
@@ -926,6 +933,7 @@ class SessionStream(io.BufferedIOBase):
         """Take over `slots`, the calling thread's part of a stand-in."""
         self._slots = slots
         slots["close"] = _no_close
+        self._is_begun = True
         self.rearm()
 
     def precede_by(self, stream):
@@ -934,12 +942,14 @@ class SessionStream(io.BufferedIOBase):
 
     def rearm(self):
         """Stop the Flusher's visits until the next text is printed."""
-        if self._flusher is not None:
+        if self._flusher is not None and self._is_begun:
+            self._is_begun = False
             self._flusher.unwatch(self)
             self._slots["write"] = self._write_first
 
     def _write_first(self, text):
         self._check_peer()
+        self._is_begun = True
         self._guard.shield(self._flusher.watch, self)
         self._slots["write"] = self.text.write    # from here on print() runs in C
         return self.text.write(text)
@@ -1749,16 +1759,17 @@ class ConsoleMixin:
         """Run `line`, or keep it until more come; return whether the console wants more."""
         if not self.buffer:
             self._begin_input()
-        self.source = "\n".join(self.buffer + [line])
+        self.source = "\n".join(self.buffer + [line]) if self.buffer else line
         return self._with_known_source(self._run_line, line)
 
     def _run_line(self, line):
-        if not self.buffer and line.rstrip().endswith("?") and self._answer(line):
+        if not self.buffer and "?" in line and line.rstrip().endswith("?") and self._answer(line):
             return False
         code_objects = self._compile_quickly(self.source)
         if not code_objects:
             return self.push(line)
-        self.resetbuffer()
+        if self.buffer:
+            self.resetbuffer()
         self._run_all(code_objects)
         return False
 
@@ -1854,7 +1865,8 @@ class ConsoleMixin:
     def _with_known_source(self, function, argument):
         """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
         import linecache
-        restore_sources()
+        if _remembered and next(reversed(_remembered)) not in linecache.cache:
+            restore_sources()
         filename = self.filename
         linecache.cache[filename] = _lines_entry(filename, self.source)
         try:
@@ -1882,8 +1894,9 @@ class ConsoleMixin:
     def _run_all(self, code_objects, runcode=None):
         try:
             for each in code_objects:
-                self._remember_source(each)
-                self.evaluator.run_code(each, self.locals, runcode)
+                if len(each.co_consts) > 1:
+                    self._remember_source(each)
+                self.evaluator.run_code(each, self.locals, runcode, each is code_objects[-1])
             return True
         except SystemExit:
             raise
@@ -1956,6 +1969,10 @@ class ConsoleMixin:
         return True
 
 
+def _is_own_file(path):
+    return path == _THIS_FILE or IS_PYPY and path.endswith("_contextvars.py")
+
+
 class _Raising(dict):
     """A namespace in which each name raises an exception."""
 
@@ -1983,7 +2000,7 @@ class _BlockCompiler:
 def _is_plumbing(code_object):
     """Return whether it is what runs an input, not the input: our code, or code.runcode()."""
     from code import InteractiveConsole
-    return (code_object.co_filename == _THIS_FILE
+    return (_is_own_file(code_object.co_filename)
             or code_object is InteractiveConsole.runcode.__code__)
 
 
@@ -9092,15 +9109,6 @@ class Door:
                 text = text.replace(self.token.decode(), "[token]")
             audit_log.log(level, "%s %s", event, text)
 
-    def audit_input(self, number, peer, source, event="input"):
-        """Log what is about to run, and raise the interpreter's own audit event (3.8, PEP 578).
-
-        An audit hook forbids by raising; then `source` must not run.
-        """
-        self.audit(event, session=number, peer=peer, source=source)
-        if hasattr(sys, "audit"):
-            sys.audit("hotrepl.exec", source, number)  # novm
-
 
 def _remember(table, key, value):
     table[key] = value
@@ -10024,7 +10032,6 @@ class Session:
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
         self.proof = make_token()                 # told here, it passes for the token there
-        self.context = None       # contextvars': evaluations run in it; set by the first evaluator
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -10035,8 +10042,11 @@ class Session:
 
     def keep_value(self, value):
         """Let `_` be `value`."""
-        last, self.value = [self.value], value
-        _drop(last)
+        if type(self.value) in _PLAIN:
+            self.value = value
+        else:
+            last, self.value = [self.value], value
+            _drop(last)
 
     def greet(self):
         """Send the first lines; they go out with the first prompt."""
@@ -10058,7 +10068,10 @@ class Session:
         except ImportError as exc:    # nothing can be imported any more
             log.debug("no sources noted: %s", exc)
         try:
-            evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
+            if kind in AT_PROMPT:
+                self._announce(evaluator, kind, prompt)
+            else:
+                evaluator.interrupts.shield(self._announce, evaluator, kind, prompt)
             while not self._inputs.ready:
                 self._receive(kind)
             return ("eof", "") if self.connection.is_shut else self._inputs.ready.popleft()
@@ -10067,8 +10080,16 @@ class Session:
                 self._waiting = None
 
     def audit_input(self, text, event="input"):
-        """Have it on record what is about to run, or to be read; an audit hook may forbid it."""
-        self._aside(self.server.door.audit_input, self.number, self.peer, text, event)
+        """Have it on record what is about to run, or to be read.
+
+        It raises the interpreter's own audit event too (3.8, PEP 578): an audit hook forbids by
+        raising; then `text` must not run.
+        """
+        if "logging" in sys.modules:      # else nobody listens
+            self._aside(self.server.door.audit, event, session=self.number, peer=self.peer,
+                        source=text)
+        if _audit is not None:
+            _audit("hotrepl.exec", text, self.number)
 
     def audit_interrupt(self, peer):
         """Have it on record that `peer` interrupts, on either channel."""
@@ -10134,7 +10155,6 @@ class Session:
                 raise ProtocolError("nothing is being evaluated")
             old.flush()
             old.detach()
-            self.context = self.context.copy()    # the old one is in use
             self.evaluator = Evaluator(self, old.console)
             self.outcome = {"state": "background"}
         self.evaluator.start()
@@ -10157,15 +10177,16 @@ class Session:
 
     def run_awaitable(self, function, *args):
         """Return the result of a function, called, or awaited, where such things run."""
+        own = current_evaluator()
         try:
             if self.server.run_coroutine is not None:
-                return run_by(self.server.run_coroutine, self.context, function, *args)
+                return run_by(self.server.run_coroutine, own.context, function, *args)
             if self.server.loop is None and self._own_loop is None:
                 self._own_loop = OwnLoop()
-            return run_on_loop(self.server.loop or self._own_loop.loop, self.context, function,
-                               *args)
+            loop = self.server.loop or self._own_loop.loop
+            return run_on_loop(loop, own.context, function, *args)
         except (KeyboardInterrupt, SystemExit):
-            self.context = self.context.copy()    # what goes on there keeps the other
+            own.context = own.context.copy()      # what goes on there keeps the other
             raise
 
     def loops(self):
@@ -10199,7 +10220,7 @@ class Session:
         import linecache
         frame = sys._current_frames().get(self.evaluator.ident)
         while frame is not None and frame.f_code.co_filename == _THIS_FILE:
-            frame = frame.f_back
+            frame = None if frame.f_code is Evaluator.run.__code__ else frame.f_back
         if self._waiting or frame is None:
             return None
         text = "%s, line %d, in %s" % (frame.f_code.co_filename, frame.f_lineno,
@@ -10251,7 +10272,7 @@ class Session:
 
     def _announce(self, evaluator, kind, prompt):
         with self.connection.lock:
-            self.connection.collect(evaluator.flush)
+            self.connection.collect(evaluator.streams["stdout"].text.flush)
             with self._lock:
                 if self.evaluator is not evaluator:
                     raise Detached
@@ -10400,6 +10421,9 @@ def _hiding_file(name):
 _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 
 
+_audit = getattr(sys, "audit", None)
+
+
 class Detached(BaseException):
     """This thread's session goes on in another; what it evaluated has become a job."""
 
@@ -10420,6 +10444,7 @@ class Evaluator(Job):
         self.is_detached = False  # it is a job now, and the session has another Evaluator
         self.asks_secret = False  # what it reads next is not to be shown
         self._is_routed = False   # it counts for ROUTER
+        self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
         stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
@@ -10437,7 +10462,7 @@ class Evaluator(Job):
             if self.console is None:
                 self.session.greet()
                 load_library()
-                self.session.context = new_context()
+                self.context = new_context()
             ROUTER.acquire()
             DEBUGGERS.acquire()
             self._is_routed = True
@@ -10469,7 +10494,7 @@ class Evaluator(Job):
         else:                     # after Ctrl+Z: what was defined in the old one, macros too
             import copy
             job = self.console.evaluator
-            self.trace = job.trace
+            self.trace, self.context = job.trace, job.context.copy()      # the old one is in use
             self.console = copy.copy(self.console)
             self.console.evaluator = self
             self.console.compile = copy.copy(self.console.compile)
@@ -10483,31 +10508,34 @@ class Evaluator(Job):
         return "primary", prompt_text("ps1", ">>> ")
 
     def evaluate(self, code_object, namespace, use, runcode=None):
-        """Run `code_object` and call `use` with its value; interrupts are on, and only here.
+        """Run `code_object`; return `use` of its value. Interrupts are on, and only here.
 
         `runcode` does it instead, unless it awaits.
         """
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
         DEBUGGERS.look()
-        self._recall_error()
-        lent, prompts = self._lend(namespace), _prompts()
-        run, context = self.interrupts.run, self.session.context
+        if self.session.error is not None:
+            self._recall_error()
+        lent = None if self.session.value is None else self._lend(namespace)
+        prompts = _of_sys("ps1"), _of_sys("ps2")
+        run, context = self.interrupts.run, self.context
         try:
             if _is_for_loop(code_object, self.session.server):
                 is_awaited = code_object.co_flags & CO_COROUTINE
                 value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
                             else _evaluate_there, code_object, namespace)
-                run(context.run, use, value)
-            elif runcode is not None:
-                run(context.run, runcode, code_object)
-            else:
-                run(context.run, _evaluate, code_object, namespace, self, use)
+                return run(context.run, use, value)
+            if runcode is not None:
+                return run(context.run, runcode, code_object)
+            return run(context.run, _evaluate, code_object, namespace, self, use)
         finally:
-            self._stop_tracing()
-            self._take_back(namespace, lent)
-            if prompts != _prompts() and not re.search(r"\bps[12]\b", self.console.source):
-                _restore_prompts(prompts)
+            if self.trace is not None or sys.gettrace() is not None:
+                self._stop_tracing()
+            if lent:
+                self._take_back(namespace, lent)
+            if prompts != (_of_sys("ps1"), _of_sys("ps2")):
+                _restore_prompts(prompts, self.console.source)
 
     def _stop_tracing(self):
         """Trace nothing of ours; what the user, or coverage, set is set again for the next one."""
@@ -10529,9 +10557,33 @@ class Evaluator(Job):
             print("hotrepl: os.system and child processes print to the program's stdout; "
                   "subprocess.getoutput() shows it here", file=sys.stderr)
 
-    def run_code(self, code_object, namespace, runcode=None):
-        """Run `code_object`, or have `runcode` do it; display the value of an expression."""
-        self.evaluate(code_object, namespace, _display, runcode)
+    def run_code(self, code_object, namespace, runcode=None, is_last=False):
+        """Run `code_object`, or have `runcode` do it; display the value of an expression.
+
+        The value of the last one of an input goes out with the prompt, where that is soon.
+        """
+        if runcode is not None or not is_last:
+            self.evaluate(code_object, namespace, _display, runcode)
+            return
+        text = self.evaluate(code_object, namespace, self._show)
+        if text is None:
+            return
+        connection = self.session.connection
+        with connection.lock:
+            if not self.is_detached:
+                connection.collect(self.streams["stdout"].text.flush)
+                connection.put(text.encode("utf-8"), "value")
+
+    def _show(self, value):
+        """Return `value` as it is to be shown, or have it shown by what does that here."""
+        hook = sys.displayhook
+        if (type(hook) is not ThreadHook or hook.is_for_all or self._last_only is not None
+                or not ROUTER.is_bound()):
+            return _display(value)
+        text = self.text_of(value)
+        if text is not None and len(text) > CHUNK_BYTES:
+            text = self._write_value(text)
+        return text
 
     def answer(self, code_object, namespace, wants_source):
         """Show the docstring or the source of what `code_object` evaluates to."""
@@ -10539,26 +10591,36 @@ class Evaluator(Job):
 
     def display(self, value):
         """Show `value` as an interactive Python does, and keep it for `_`."""
-        if value is None:
-            return
-        if self._last_only is not None:
+        if self._last_only is not None and value is not None:
             self._last_only[:] = [value]
             return
+        text = self.text_of(value)
+        if text is not None:
+            self._write_value(text)
+
+    def _write_value(self, text):
+        self.streams["stdout"].write_as("value", sys.stdout.write, text)
+
+    def text_of(self, value):
+        """Return the line that shows `value`, which is kept for `_`; None for none."""
+        if value is None:
+            return None
         self.value = value
         if self.is_detached:
-            return
+            return None
         try:
             text = repr(value)
         except BaseException as exc:
             self.console.raise_in_input(exc)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        self.session.outcome["value"] = (
+            text if len(text) <= OUTCOME_LIMIT else shorten(text, OUTCOME_LIMIT))
         if self.session.is_terminal and len(text) > VALUE_LIMIT:
             cut = VALUE_LIMIT // 2
             text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
                 text[:cut], len(text) - 2 * cut, text[-cut:])
-        self.streams["stdout"].write_as("value", sys.stdout.write, text + "\n")
         self.session.keep_value(value)
+        return text + "\n"
 
     @contextmanager
     def showing_last_value(self, is_wanted):
@@ -10740,15 +10802,16 @@ class Evaluator(Job):
 
     def _lend(self, namespace):
         """Put the session's last value under `_` for one evaluation, where that name is free."""
-        if "_" in namespace or hasattr(builtins, "_") or self.session.value is None:
+        if "_" in namespace or hasattr(builtins, "_"):
             return []
         namespace["_"] = self.session.value
         return [self.session.value]
 
     def _take_back(self, namespace, lent):
-        if lent and namespace.get("_") is lent[0]:
+        if namespace.get("_") is lent[0]:
             del namespace["_"]
-        _drop(lent)
+        if type(lent[0]) not in _PLAIN:
+            _drop(lent)
 
     def _end(self):
         try:
@@ -10962,15 +11025,15 @@ def _evaluate(code, names, own, use):
     # One line on purpose, and C functions: a debugger started in the session and still stepping
     # when the evaluation returns would otherwise stop at our next line.
     value = settrace(own.trace), eval(code, names), keep(own, "trace", gettrace()), settrace(None)
-    use(value[1])
+    return use(value[1])
 
 
 def _drop(values):
     """Let go of the user's values; a warning of what is never awaited does not name this file."""
-    if values and type(values[0]) not in (int, float, str, type(None)):
-        eval(_CLEAR, {"values": values})
+    eval(_CLEAR, {"values": values})
 
 
+_PLAIN = {int, float, str, bool, bytes, type(None)}
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
 
 
@@ -10983,14 +11046,15 @@ def _evaluate_there(code_object, namespace):
     return eval(code_object, namespace)
 
 
-def _prompts():
-    return vars(sys).get("ps1", _MISSING), vars(sys).get("ps2", _MISSING)
+_of_sys = vars(sys).get
 
 
-def _restore_prompts(prompts):
-    """Take back what a library left: code.interact(), IPython.embed()."""
+def _restore_prompts(prompts, source):
+    """Take back what a library left, and no user: code.interact(), IPython.embed()."""
     for name, value in zip(("ps1", "ps2"), prompts):
-        if value is not _MISSING:
+        if name in source:
+            continue
+        if value is not None:
             setattr(sys, name, value)
         elif hasattr(sys, name):
             delattr(sys, name)
@@ -11041,7 +11105,7 @@ def _exit_copy(status, text):
 def _without_ours(shown):
     """Return the TracebackException `shown` without frames of this file, in what caused it too."""
     if shown.stack is not None:
-        shown.stack[:] = [each for each in shown.stack if each.filename != _THIS_FILE]
+        shown.stack[:] = [each for each in shown.stack if not _is_own_file(each.filename)]
     for each in (shown.__cause__, shown.__context__):
         if each is not None:
             _without_ours(each)
@@ -11873,6 +11937,8 @@ class Link:
     """
 
     BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
+    REPLIES = {"Complete": {"start": int, "matches": list, "hint": (str, type(None))},
+               "Outcome": {"outcome": dict}}
 
     def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
         self.sock = sock          # the REPL channel
@@ -11970,7 +12036,11 @@ class Link:
         if not (replies and replies[0]):
             raise ServerGone(self.loss or "no answer on the control connection")
         if replies[0].get("status") != "ok":
-            raise ProtocolError(str(replies[0].get("reason", "refused without a reason")))
+            raise ProtocolError(shorten(printable(str(
+                replies[0].get("reason", "refused without a reason")).replace("\n", " ")), 300))
+        if not all(isinstance(replies[0].get(name), kinds)
+                   for name, kinds in self.REPLIES.get(command, {}).items()):
+            raise ServerGone("its reply to %s makes no sense" % command)
         return replies[0]
 
     def wait(self, timeout_s=None, *others):
@@ -12100,8 +12170,8 @@ class Conversation:
                 if kind == "data" and self._state != "dropping":
                     self.terminal.show(data)
                 elif kind == "kind":
-                    word, self._state = data.decode("ascii"), "at work"
-                    self.terminal.begin_prompt(is_whole=word in AT_PROMPT)
+                    word, self._state = data.decode("ascii", "replace"), "at work"
+                    self.terminal.begin_prompt()
                 elif kind == "turn":
                     return word
                 else:
@@ -12146,12 +12216,14 @@ class Conversation:
         if not reply or not self._answers or self._state == "at work":
             return self._on_heard(reply)
         self._is_heard, self._explain_at = True, None
-        if reply.get("where") and not reply.get("sending"):
+        sending = reply.get("sending")
+        if reply.get("where") and not sending:
             return self._say("no reaction yet: %s; a call in C has to return first. "
-                             "Ctrl+Z puts it into the background." % reply["where"])
+                             "Ctrl+Z puts it into the background."
+                             % printable(shorten(reply["where"], 200)))
         self._state = "flooded"
-        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in reply["sending"]) \
-            if reply.get("sending") else ""
+        is_pair = isinstance(sending, list) and list(map(type, sending)) == [int, int]
+        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in sending) if is_pair else ""
         self._say("still sending its output%s; Ctrl+C again drops the rest" % how_much)
 
     def _answer(self, kind):
@@ -12316,6 +12388,7 @@ class Terminal:
         self._prompt = ""         # of the line that is read
         self._is_secret = False   # which is not to be shown
         self._begun = ""          # the beginning of the next line, where it came with a paste
+        self._typed = b""         # what was read and belongs to the next line
         self._line = b""          # what came since the last newline, ...
         self._shown = 0           # ... how much of it is on the screen, ...
         self._is_long = False     # ... and whether there was more of it, which is
@@ -12393,15 +12466,14 @@ class Terminal:
             self.write(b"\n")
         self._line, self._shown, self._is_long, self._is_line_open = b"", 0, False, False
 
-    def begin_prompt(self, is_whole):
-        """Get ready for a turn; `is_whole`: its prompt is only what comes from here on."""
+    def begin_prompt(self):
+        """Get ready for a prompt: where the line is long it begins a new one."""
         if self._is_long or self._is_line_open:
             self.end_line()
 
     def take_prompt(self):
         """Return what came since the last newline, for `read` to write."""
-        if self._is_long or self._is_line_open:
-            self.end_line()
+        self.begin_prompt()
         if self._shown:
             self.write(b"\r")
         line, self._line, self._shown = self._line, b"", 0
@@ -12424,9 +12496,9 @@ class Terminal:
         sys.stdout.flush()
         if not self._is_secret and self._call("rl_on_new_line", "rl_redisplay"):
             return
-        line = ""                 # of a secret that getpass reads
-        if not self._is_secret and "readline" in sys.modules:
-            line = sys.modules["readline"].get_line_buffer()
+        line = ""                 # of a secret
+        with suppress(Exception):     # there is no readline; PyPy's on a terminal it can't use
+            line = "" if self._is_secret else sys.modules["readline"].get_line_buffer()
         line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
         sys.stdout.write(self._prompt + line)
         sys.stdout.flush()
@@ -12440,6 +12512,10 @@ class Terminal:
         """
         self._prompt, self._is_secret = prompt, is_secret
         begun, self._begun = self._begun or begun, ""
+        if b"\n" in self._typed:
+            line, _, self._typed = self._typed.partition(b"\n")
+            self.write(prompt.encode("utf-8", "surrogateescape") + line * (not is_secret) + b"\n")
+            return line.decode("utf-8", "surrogateescape")
         try:
             with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
                 if is_secret:     # `_kept_modes` shows again what is typed
@@ -12523,6 +12599,9 @@ class Terminal:
 
     def _next_bytes(self, count):
         """Return what is typed; b"": it is at its end, or `_ending` says what ended it."""
+        data, self._typed = self._typed[:count], self._typed[count:]
+        if data:
+            return data
         try:
             misses = 0
             while self._ending is None and misses < (1 if self._is_secret else 5):
@@ -12531,7 +12610,9 @@ class Terminal:
                     self._look()
                 # Ctrl+C drops what was typed, also between these two lines.
                 data = os.read(0, count) if 0 in ready and self._ending is None else b""
-                if data:
+                if data and self._ending is not None:     # it was typed behind Ctrl+C
+                    self._typed += data
+                elif data:
                     return data
                 misses = misses + 1 if ready == [0] else 0
         except BaseException as exc:      # our caller can be readline, which is C
@@ -12666,6 +12747,7 @@ class Terminal:
                     yield
             finally:
                 self._mark_pastes(False)
+                readline.set_pre_input_hook(None)
                 readline.set_completer(completer)
                 readline.set_completer_delims(delimiters)
 
@@ -12678,8 +12760,13 @@ class Terminal:
             readline.parse_and_bind(setting)
         self._takes_pastes = version >= 0x0700
         self._marks_pastes = self._takes_pastes and not is_dumb and sys.stdout.isatty()
+        if is_pyrepl and not is_dumb and sys.stdout.isatty():
+            # PyPy 8's has pastes marked, and drops all but their first line.
+            readline.set_pre_input_hook(lambda: self.write(b"\033[?2004l"))
         self._ends_line_at_eof = not is_dumb and is_pyrepl
-        self._ends_line_at_interrupt = not is_dumb and is_pyrepl
+        # PyPy 8's leaves Ctrl+C to the signal.
+        self._ends_line_at_interrupt = (
+            not is_dumb and is_pyrepl and sys.pypy_version_info < (8,))
 
     @contextmanager
     def _own_keys(self, readline):
@@ -12804,7 +12891,7 @@ class Execution:
         self._link.send(BEGIN + BLOCK_KIND + source + END)
         while self._pass_on_until_turn() in IN_EVALUATION:
             self._link.send(END_OF_FILE)      # there is nobody who could answer
-        outcome = self._link.ask("Outcome")["outcome"]
+        outcome = _checked_outcome(self._link.ask("Outcome")["outcome"])
         self.is_over = self._link.is_closed
         if self.is_over and "exit" not in outcome:
             raise ServerGone("it closed the connection")
@@ -12820,7 +12907,7 @@ class Execution:
                 elif kind == "stream":
                     self._stream = _STREAM_NAMES.get(data, "stdout")
                 elif kind == "kind":
-                    word = data.decode("ascii")
+                    word = data.decode("ascii", "replace")
                 elif kind in ("turn", "closed"):
                     self._turn += 1
                     return word if kind == "turn" else ""
@@ -12868,6 +12955,16 @@ _STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
 def describe_exception(exc):
     """Return an exception of our own as Outcome describes one."""
     return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
+
+
+def _checked_outcome(outcome):
+    exception = outcome.get("exception", {"type": "", "message": "", "traceback": ""})
+    if not (type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
+            and isinstance(exception, dict)
+            and all(isinstance(exception.get(name), str)
+                    for name in ("type", "message", "traceback"))):
+        raise ServerGone("its reply to Outcome makes no sense")
+    return outcome
 
 
 def _exit_code(outcome):
@@ -13289,10 +13386,11 @@ class _RemoteCompleter:
         if not line.strip():
             return [line + "    "]
         reply = self._terminal.owner.complete(line)
-        self._start = reply.get("start", 0)
+        self._start = min(max(reply.get("start", 0), 0), len(line))
         if reply.get("hint"):
-            self._terminal.show_above(reply["hint"] + "\n")
-        return [line[:self._start] + match for match in reply.get("matches", ())]
+            self._terminal.show_above(printable(reply["hint"]) + "\n")
+        return [line[:self._start] + match for match in reply.get("matches", ())
+                if isinstance(match, str) and match.isprintable()]
 
     def _display(self, substitution, matches, longest):
         """List what could stand at the cursor: the words, not the whole lines."""
@@ -13324,6 +13422,9 @@ class _History:
     def __enter__(self):
         if hasattr(self._readline, "set_auto_history"):
             self._readline.set_auto_history(False)
+        with suppress(OSError):
+            if os.path.isfile(self._path):        # an older one, or a copy
+                os.chmod(self._path, 0o600)
         for entry in self._read():
             self._offer(entry)
         return self
@@ -13370,7 +13471,7 @@ class _History:
         import json
         try:
             with open(self._path, encoding="utf-8") as file:
-                entries = [json.loads(line) for line in collections.deque(file, self.LIMIT)]
+                entries = [str(json.loads(line)) for line in collections.deque(file, self.LIMIT)]
         except (OSError, ValueError):
             return []
         # A statement was saved line by line, each time longer.
@@ -13387,7 +13488,7 @@ def _rest_of_paste():
         return "", ""
     import termios
     before = termios.tcgetattr(0)
-    pieces = []
+    pieces = [_read_ahead()]
     try:
         quiet = termios.tcgetattr(0)
         quiet[3] &= ~(termios.ICANON | termios.ECHO)
@@ -13403,6 +13504,17 @@ def _rest_of_paste():
     lines, newline, begun = text.rpartition("\n")
     sys.stdout.write(lines + newline)
     return newline + lines, begun
+
+
+def _read_ahead():
+    """PyPy 8: take what its line editor has read behind the line that it returned."""
+    try:
+        console = sys.modules["pyrepl.readline"]._get_reader().console
+        rest = console.input_buffer[console.input_buffer_pos:]
+        console.input_buffer, console.input_buffer_pos = b"", 0
+    except Exception:             # another line editor; or this one has no terminal
+        return b""
+    return rest
 
 
 def _input(prompt, begun):
@@ -13935,7 +14047,7 @@ def _table(notes):
 
 
 def _command(note):
-    return " ".join(" ".join(note["argv"]).split())
+    return printable(" ".join(" ".join(note["argv"]).split()))
 
 
 def _find_server(options, word):

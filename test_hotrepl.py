@@ -3062,7 +3062,7 @@ class MuchOutput(Case):
     def setUp(self):
         super().setUp()
         self.client = self.serve().paired(kinds=True)
-        self.client.send("import time; print('x' * 60000000, end=''); time.sleep(60)")
+        self.client.send("import time; print('x' * 60000000, end=''); [time.sleep(0.01) for _ in range(9999)]")
         self.client.until("x" * 1000)
         eventually(lambda: "sending" in self.client.control.request("Where"))
 
@@ -3084,6 +3084,7 @@ class MuchOutput(Case):
         self.assertEqual(self.client.control.reply()["status"], "ok")
         job = hotrepl.jobs()[-1]
         hotrepl.async_raise(job)
+        job.join(DEADLINE_S)
         hotrepl.JOBS.drop(job)
 
 
@@ -3181,7 +3182,8 @@ class Shown(Case):
         for source in ("return 5", "if True:\n    break"):
             text = self.client.block(source)
             self.assertIn("\n    %s\n" % source.split("\n")[-1].strip(), text)
-            self.assertRegex(text, r"\n +\^+\n")
+            if not IS_PYPY:       # it does not say where in the line
+                self.assertRegex(text, r"\n +\^+\n")
         self.assertIn("\n    return 5\n", self.client.ask("return 5"))
 
     def test_a_block_can_have_a_name(self):
@@ -3403,8 +3405,8 @@ class OddSurroundings(Case):
         for name in ("code", "codeop", "linecache", "traceback", "ast"):
             folder = self.folder()
             path = os.path.join(folder.path, name + ".py")
-            program = folder.run(SERVE + "import importlib, sys\nopen(%r, 'w').close()\nsys.modules.pop(%r, None)\n"
-                                 "importlib.invalidate_caches()\nprint(flush=True)\ninput()\n" % (path, name))
+            program = folder.run(SERVE + "import sys\nopen(%r, 'w').close()\nsys.modules.pop(%r, None)\n"
+                                 "sys.path_importer_cache.clear()\nprint(flush=True)\ninput()\n" % (path, name))
             place = addresses(program)[0]
             program.until("\n")
             text = self.keep(Wire(place)).until_end()
@@ -5030,9 +5032,14 @@ class NoAnswer(Case):
     def connect(self):
         self.program = self.folder().run(SERVE + "import time; time.sleep(1000)")
         server = argparse.Namespace(**dict(zip(("address", "control_address"), addresses(self.program))))
-        terminal = self.keep(Terminal(connect_command(server)))
+        terminal = self.keep(Terminal(connect_command(server), TERM="dumb" if HAS_READLINE else "xterm"))
         terminal.until(">>> ")
         return terminal
+
+    def stop(self):
+        self.program.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        eventually(lambda: os.waitpid(self.program.process.pid, os.WUNTRACED)[1])
 
     def assert_told_and_left(self, terminal):
         begun = time.monotonic()
@@ -5046,25 +5053,24 @@ class NoAnswer(Case):
         terminal = self.connect()
         terminal.type("print('be' + 'gun'); time.sleep(1000)\n")
         terminal.until("begun\n")
-        self.program.process.send_signal(signal.SIGSTOP)
-        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.stop()
         self.assert_told_and_left(terminal)
 
     @once("slow")
     def test_stopped_at_the_prompt(self):
         terminal = self.connect()
-        self.program.process.send_signal(signal.SIGSTOP)
-        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.stop()
         self.assert_told_and_left(terminal)
 
     @once("slow")
     def test_one_that_goes_on_is_as_before(self):
         terminal = self.connect()
-        self.program.process.send_signal(signal.SIGSTOP)
+        self.stop()
         terminal.press("^C")
         terminal.until(self.SILENT)
         self.program.process.send_signal(signal.SIGCONT)
-        terminal.until("KeyboardInterrupt\n>>> ")
+        terminal.until("KeyboardInterrupt\n")
+        terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
     @once("slow")
@@ -5072,21 +5078,26 @@ class NoAnswer(Case):
         terminal = self.connect()
         terminal.type("some_lo")
         terminal.until("some_lo")
-        self.program.process.send_signal(signal.SIGSTOP)
-        self.addCleanup(self.program.process.send_signal, signal.SIGCONT)
+        self.stop()
         terminal.press("Tab")
         terminal.until("hotrepl: no completions: no answer on the control connection\n", 6)
         terminal.until("some_lo")
 
     @once("slow")
     def test_a_mute_control_port_is_told_in_ten_seconds(self):
-        mute = self.keep(socket.socket())
-        mute.bind(("127.0.0.1", 0))
-        mute.listen(5)
-        served = self.serve()
-        server = argparse.Namespace(address=served.server.address, control_address=mute.getsockname())
-        terminal = self.keep(Terminal(connect_command(server)))
-        code, text = terminal.end(13)
+        repl, mute = self.keep(socket.socket()), self.keep(socket.socket())
+        for each in (repl, mute):
+            each.bind(("127.0.0.1", 0))
+            each.listen(5)
+
+        def greet():
+            with repl.accept()[0] as sock:
+                sock.sendall(b"REPL session 1 connected.\n>>> \xff\xfac%d 0123456789abcdef\xff\xf0" % mute.getsockname()[1])
+                while sock.recv(1000):
+                    pass
+        self.spawn(greet)
+        server = argparse.Namespace(address=repl.getsockname(), control_address=mute.getsockname())
+        code, text = self.keep(Terminal(connect_command(server))).end(13)
         self.assertEqual(code, 1)
         self.assertIn("hotrepl: the server is gone: no answer on the control connection\n", text)
 
@@ -5683,6 +5694,26 @@ class Screens(Case):
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
 class Histories(Case):
+    def test_the_file_is_for_us_alone_even_if_it_was_not(self):
+        path = self.folder().write("history", '"1 + 1"\n5\n')
+        os.chmod(path, 0o644)
+        terminal = self.serve().terminal(HOTREPL_HISTORY=path)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        terminal.ask("6*7", "\n42")
+
+    def test_no_answer_to_the_program_is_kept_whatever_it_looks_like(self):
+        path = os.path.join(self.folder().path, "history")
+        terminal = self.serve().terminal(HOTREPL_HISTORY=path)
+        for line in ("x = input('>>> ')", "import getpass; x = getpass.getpass('>>> ')",
+                     "import sys; sys.stdout.buffer.write(bytes([255, 250, 107]) + b'primary' + bytes([255, 240])), input()"):
+            terminal.type(line + "\n")
+            while terminal.pump(0.3):
+                pass
+            terminal.type("hunter2\n")
+            terminal.until(">>> ")
+        with open(path) as file:
+            self.assertNotIn("hunter2", file.read())
+
     """The lines that the client keeps from one session to the next."""
 
     def setUp(self):
@@ -5801,7 +5832,9 @@ class Leaving(Case):
             terminal = self.keep(folder.terminal("program.py", *connect_command(self.serve().server), TERM="xterm"))
             terminal.until(">>> ")
             terminal.type(keys)
-            self.assertRegex(terminal.until("after it"), r"\A(exit\(\))?\nafter it\Z")
+            # PyPy 8 writes the prompt and the line again for each key.
+        shown = terminal.until("after it").rpartition(">>> ")[2]
+        self.assertRegex(shown, r"\A(exit\(\))?\nafter it\Z")
 
     def test_ctrl_d_in_a_block_leaves_too(self):
         terminal = self.serve().terminal()
@@ -7100,7 +7133,10 @@ class Watching(Case):
         self.client.control.request("Background", turn=self.client.turns)
         self.client.turn()
         self.pay("a")
-        eventually(lambda: "('a')" in self.client.ask("jobs()[0].output and print(jobs()[0].output)"))
+        job = hotrepl.jobs()[-1]
+        eventually(lambda: job.state == "done")
+        self.assertIn("('a')", str(job.output))
+        self.client.ask("fg(%d)" % job.number)
         self.over()
 
     def test_watch_keeps_calls_quietly(self):
@@ -8062,6 +8098,91 @@ class FalseServers(AccessCase):
         self.assert_refused(ended, "can't tell whose server", "--plain", "nothing was sent")
         self.assertEqual(self.as_user(OWNER, "exec", "--plain", *words[1:], code=hidden, stdin=subprocess.DEVNULL).end(),
                          [0, "42\n", ""])
+
+
+class OddReplies(AccessCase):
+    """A server of our own user that says what none of ours says."""
+
+    OK = {"status": "ok", "start": 0, "matches": [], "hint": None, "outcome": {"state": "done"}}
+    EVIL = "\x1b]0;x\x07\x1b[2J\u202egnp"
+    REPLIES = ([], 1, None, "x", {}, {"status": 5}, {"status": "failed"}, {"status": "failed", "reason": 7},
+               {"status": "failed", "reason": EVIL + "\nTraceback"}, b"\xffv01l99999999;x", b"\xffv01l2;{]",
+               b"no message at all", {"status": "failed", "reason": "x" * 100000})
+
+    def odd(self, command, reply, hello=b"REPL session 1 connected.\n>>> "):
+        """Return the address of a server that answers to `command` with `reply`."""
+        repl, control = socket.socket(), socket.socket()
+        for each in (repl, control):
+            self.keep(each).bind(("127.0.0.1", 0))
+            each.listen(5)
+
+        def answer():
+            sock, _ = repl.accept()
+            sock.sendall(hello + b"\xff\xfac%d a-proof-of-nothing\xff\xf0" % control.getsockname()[1])
+            requests, _ = control.accept()
+            requests.settimeout(DEADLINE_S)
+            with sock, requests, contextlib.suppress(OSError):
+                for data in iter(lambda: requests.recv(9999), b""):
+                    for name in re.findall(rb'"command": "(\w+)"', data):
+                        said = reply if name.decode() == command else self.OK
+                        requests.sendall(said if isinstance(said, bytes) else message(json.dumps(said).encode()))
+                        if name == b"TurnMarks":
+                            sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
+                        if name == b"Outcome":
+                            return
+                        if name == b"TurnMarks" and command == "Outcome":
+                            sock.recv(9999)
+                            sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
+        self.spawn(answer)
+        return "127.0.0.1:%d" % repl.getsockname()[1]
+
+    def assert_one_line(self, place):
+        ended = self.keep(Program(python_command(SOURCE_PATH, "exec", place, "-c", "6*7"), stdin=subprocess.DEVNULL)).end()
+        self.assertIn(ended[:2], ([1, ""], [2, ""]), ended)
+        self.assertRegex(ended[2], r"\Ahotrepl: [^\n]*\n\Z")
+        self.assertTrue(ended[2][:-1].isprintable(), ended)
+
+    def test_a_refused_pairing_and_replies_of_no_sense_are_one_line(self):
+        for command in ("PairWithSession", "TurnMarks"):
+            for reply in self.REPLIES:
+                with self.subTest("%s %.60r" % (command, reply)):
+                    self.assert_one_line(self.odd(command, reply))
+
+    def test_outcomes_of_no_sense_are_one_line(self):
+        for outcome in ([], 5, {"exit": "x"}, {"exit": [1]}, {"value": 1}, {"exception": 1}, {"exception": {}},
+                        {"exception": {"type": [], "message": "", "traceback": ""}}):
+            with self.subTest(repr(outcome)):
+                self.assert_one_line(self.odd("Outcome", dict(self.OK, outcome=outcome)))
+
+    def test_first_lines_of_no_sense_are_one_line(self):
+        for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
+            with self.subTest(repr(hello[:50])):
+                self.assert_one_line(self.odd("", {}, hello))
+
+    def test_completions_bring_nothing_but_text_to_the_terminal(self):
+        for reply in (dict(self.OK, matches=["ab" + self.EVIL, "abc", 5], hint=self.EVIL + "\nsecond"),
+                      dict(self.OK, matches=["abc"], start=-5), dict(self.OK, matches=["abc"], start=10 ** 9),
+                      dict(self.OK, matches="abc", start="x"), dict(self.OK, hint=[1]), [], b"junk"):
+            with self.subTest("%.80r" % (reply,)):
+                terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", self.odd("Complete", reply)),
+                                              HOTREPL_HISTORY="", TERM="xterm"))
+                terminal.until(">>> ")
+                terminal.type("ab\t")
+                while terminal.pump(0.5):
+                    pass
+                self.assertNotIn("\u202e", terminal.received.decode("utf-8", "replace"))
+                self.assertNotIn(b"gnp\x07", terminal.received)
+                self.assertNotIn(b"Traceback", terminal.received)
+                terminal.close()
+
+    def test_the_list_shows_nothing_but_text(self):
+        folder = self.private_folder()
+        program = self.folder().run(SERVE + "input()", self.EVIL, XDG_RUNTIME_DIR=folder)
+        addresses(program)
+        code, out, _ = self.keep(Program(python_command(SOURCE_PATH, "list"), XDG_RUNTIME_DIR=folder)).end()
+        self.assertEqual(code, 0)
+        self.assertTrue(all(line.isprintable() for line in out.splitlines()), out)
+        self.assertIn(r"\x1b]0;x\x07", out)
 
 
 class OtherProtocols(AccessCase):
@@ -10983,7 +11104,7 @@ class RemoteExec(Case):
     def start(self, *flags, **env):
         """Start a program; return it, and what `remote_exec` is told, out of the README."""
         text = readme_text()
-        section = text[text.index("### A process that did not start a server"):]
+        section = text[text.index("## A process that did not opt in"):]
         folder = self.folder()
         self.path = os.path.join(folder.path, "visit")
         script = re.search("(?s)```python\n(# visit.py\n.*?)```", section).group(1)
@@ -14690,29 +14811,19 @@ class TablesOfTheReadme(Case):
     ROWS = (                      # (how the line begins, the test that shows it)
         ("a function's body",
          "IdentityIsKept.test_callback_partial_and_bound_method_see_new_code"),
-        ("a function that is called in a running loop",
-         "IdentityIsKept.test_running_loop_calls_new_code"),
         ("signature, defaults",
          "Threads.test_signature_and_defaults_change_as_one_under_eight_threads"),
-        ("`def` into `async def`", "IdentityIsKept.test_function_that_becomes_async"),
-        ("a lambda", "IdentityIsKept.test_held_lambda_sees_new_code"),
         ("a decorated function", "IdentityIsKept.test_decorated_with_wraps_sees_new_code"),
         ("the decorator only", "IdentityIsKept.test_only_the_decorator_changed"),
-        ("a decorator added",
-         "IdentityIsKept.test_decorator_added_and_taken_away_reaches_holders"),
         ("a function that makes closures",
          "IdentityIsKept.test_closures_made_earlier_get_new_code_and_keep_cells"),
         ("a class", "IdentityIsKept.test_existing_instances_and_bound_methods_see_new_class"),
-        ("the base classes", "IdentityIsKept.test_changed_base_class_reaches_instances"),
         ("a new dataclass field",
          "IdentityIsKept.test_new_dataclass_field_with_a_factory_is_visible_in_old_instances"),
         ("an enum", "IdentityIsKept.test_enum_members_keep_identity_and_may_be_added"),
-        ("an ABC", "IdentityIsKept.test_abstract_class_keeps_registered_classes"),
         ("a class attribute",
          "IdentityIsKept.test_class_attribute_of_an_unchanged_line_keeps_its_value"),
         ("a constant", "OnlyWhatChangedRuns.test_constant_imported_elsewhere_follows"),
-        ("a method that is abstract",
-         "IdentityIsKept.test_method_that_is_no_longer_abstract_frees_the_subclasses"),
         ("what a decorator or",
          "IdentityIsKept.test_registries_of_names_instances_and_in_other_modules_are_not_doubled"),
         ("`from __future__`",
@@ -14726,21 +14837,12 @@ class TablesOfTheReadme(Case):
         ("the frame of a running loop", "Stale.test_running_frame_is_reported"),
         ("a live closure whose",
          "Stale.test_changed_free_variables_of_live_closures_are_reported"),
-        ("a live closure that gets",
-         "Stale.test_new_default_of_a_live_closure_that_is_no_literal_is_reported"),
         ("`__slots__`", "Stale.test_changed_slots_are_reported_with_live_instances"),
         ("another metaclass", "Stale.test_changed_metaclass_is_reported_and_instances_move"),
         ("a function that becomes a class",
          "Stale.test_class_that_becomes_a_function_is_reported_and_references_move"),
         ("new fields of a named tuple",
          "IdentityIsKept.test_new_named_tuple_field_is_reported_for_old_tuples"),
-        ("a new dataclass field without",
-         "Stale.test_new_dataclass_field_without_a_default_is_reported"),
-        ("a dataclass in another file",
-         "Stale.test_dataclass_elsewhere_whose_base_has_a_new_field_is_reported"),
-        ("another value for a member",
-         "Stale.test_int_enum_member_with_another_value_is_reported"),
-        ("closures of an inner function", "Stale.test_removed_inner_function_is_reported"),
         ("lambdas of one statement",
          "Stale.test_lambda_that_may_be_either_of_two_new_ones_is_reported"),
         ("a statement without a name", "DryRun.test_statement_without_a_name_that_was_taken_away_"
@@ -18145,7 +18247,8 @@ class Promises(Case):
                 name.split(".")[0] for name in os.listdir(os.path.dirname(os.__file__))}
             names |= {name.split(".")[0] for folder in sys.path if "lib-dynload" in folder
                       for name in os.listdir(folder)}
-        names |= {"__pypy__", "msvcrt", "winreg", "_winapi", "readline", "annotationlib"}
+        names |= {"__pypy__", "msvcrt", "winreg", "_winapi", "readline", "annotationlib",
+                  "_contextvars"}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom):
                 self.assertEqual(node.level, 0)
@@ -18853,7 +18956,7 @@ class Readme(unittest.TestCase):
                 self.assertTrue(os.path.exists(os.path.join(os.path.dirname(README_PATH), path)), path)
 
     def test_every_section_is_in_the_list_of_contents(self):
-        listed = re.findall(r"\]\(#([\w-]+)\)[ ·]*$", self.text.split("\n## ")[0], re.M)
+        listed = re.findall(r"\]\(#([\w-]+)\)", self.text.split("\n## ")[0])
         titles = re.findall(r"(?m)^## (.*)$", readme_prose(self.text))
         self.assertEqual(listed, [title.lower().replace(" ", "-") for title in titles])
 
@@ -18890,8 +18993,8 @@ class Surroundings(Case):
 
     def test_the_readme_has_its_sections(self):
         titles = re.findall(r"(?m)^## (.*)$", readme_prose(self.read("README.md")))
-        wanted = ["Security", "Try it", "Embed", "At the prompt", "The client", "Designing for hot-patching",
-                  "Limits", "Troubleshooting", "The protocol", "Vendoring", "Developing", "Changes", "Credits"]
+        wanted = ["Try it", "Security", "Embed", "At the prompt", "The client", "Reload", "Undo", "gunicorn",
+                  "Remote", "Editors", "Limits", "Troubleshooting", "The protocol", "Developing", "Changes", "Credits"]
         self.assertEqual([title for title in titles if title in wanted], wanted)
 
     @once("slow")
