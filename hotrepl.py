@@ -3454,11 +3454,13 @@ def _statement_of(module, name):
 class _Edit:
     """One module of a reload: the text that ran, the text on disk, what differs."""
 
-    def __init__(self, name, module, path, stamp):
+    def __init__(self, name, module, path, stamp, text=None):
         self.name, self.module, self.path, self.stamp = name, module, path, stamp
         self.space = _space_of(module)
-        with open(path, "rb") as file:
-            self.text = file.read()
+        self.text = text
+        if text is None:
+            with open(path, "rb") as file:
+                self.text = file.read()
         known = _hot.known.get(name)
         if known is None or known.module() is not module:
             known = _note(module)
@@ -3987,12 +3989,16 @@ _PURE = {"Constant", "Num", "Str", "Bytes", "NameConstant", "Name", "BinOp", "Un
          "Or", "Eq", "NotEq", "Lt", "LtE", "Gt", "GtE", "Is", "IsNot", "In", "NotIn"}
 
 
+_LEAVES = "only functions that nest no others are emptied"
+
+
 def _key(node, is_shell):
     """Return a tree as tuples, to be compared; as a shell without the bodies of functions."""
     fields = getattr(node, "_fields", None)
     if fields is not None:
         kind = type(node).__name__
-        is_body = is_shell and kind in _FUNCTIONS + ("Lambda",)
+        is_body = is_shell and kind in _FUNCTIONS + ("Lambda",) and not (
+            is_shell is _LEAVES and len(list(_functions_below(node))) > 1)
         return (kind,) + tuple([
             _key(getattr(node, name, None), is_shell) for name in fields
             if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")]) + (
@@ -4033,6 +4039,10 @@ class _Names:
             self._add_scope(_executed_children(node))
         elif kind == "AnnAssign" and node.value is None:
             self._add(node.annotation)
+        elif kind == "If" and "TYPE_CHECKING" in str(_key(node.test, False)):
+            self.reads |= _Names([node.test]).reads
+            for each in node.orelse:
+                self._add(each)
         elif kind == "FunctionDef" and _is_bare(node):
             self.binds.add(node.name)
         else:
@@ -4664,6 +4674,7 @@ class _Apply:
         self.started = set()            # names of the modules whose turn has come
         self.ordered = []               # the edits in the order in which they were applied
         self.namespaces = None          # ids of those of all modules: no registries
+        self.own_code = None            # ids of what has other code of its own; see the report
         self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
@@ -4820,16 +4831,14 @@ class _Apply:
         """Do with one statement what its change asks for."""
         change = pair.change
         if change in _LEFT_ALONE:
-            if self.everything and scope.cls is None and not pair.new.is_definition:
-                self._run(scope, pair)
-            elif self.everything and scope.cls is None:
+            if self.everything and scope.cls is None:
                 self._run(scope, pair)
             elif self._is_deleted(scope, pair):
                 self._bring_back(scope, pair)
-            elif self.refielded and pair.new.is_definition:
-                self._follow_fields(scope, pair)
             else:
                 self._note_body(scope, pair)
+                if self.refielded and pair.new.is_definition:
+                    self._follow_fields(scope, pair)
         elif scope.cls is None and self._is_kept_out(scope.edit, pair.new):
             return
         elif change == "live":
@@ -5120,7 +5129,7 @@ class _Apply:
             self._run(scope, pair)
             return
         inner, before = _Scope(scope.edit, cls, path, pair), dict(vars(cls))
-        self._touch_class(cls, pair)
+        self._touch_class(scope.edit, cls, pair)
         for each in pairs:
             if each.new is not None:
                 self._apply_pair(inner, each)
@@ -5134,22 +5143,27 @@ class _Apply:
         if hasattr(cls, "__abstractmethods__"):
             self.afterwards.append(functools.partial(self._update_abstract, cls))
 
-    def _touch_class(self, cls, pair):
+    def _touch_class(self, edit, cls, pair):
         self.classes[id(cls)] = cls
         self.olds.add(id(cls))
         if _forget_subclasses not in self.afterwards:
             self.afterwards.append(_forget_subclasses)
             self.journal.on_undo(_forget_subclasses)
-        if "__firstlineno__" in vars(cls):
-            self.put(_attribute(cls, "__firstlineno__"), pair.new.start + 1)
+        self._put_place(edit, cls, pair)
+
+    def _put_place(self, edit, cls, pair):
+        """3.13: a class knows its line, and the attributes that its methods set on self."""
+        code = edit.new.code_of(pair.new.node) if "__firstlineno__" in vars(cls) else None
+        if code is not None:
+            self.put(_attribute(cls, "__firstlineno__"), code.co_firstlineno)
+            self.put(_attribute(cls, "__static_attributes__"), _static_attributes(code))
 
     def _note_body(self, scope, pair):
         """Only bodies changed, or lines moved: nothing runs, but who has hooks must know."""
         if pair.new.kind == "ClassDef" and pair.old is not None and pair.change != "same":
             cls = scope.get(pair.new.node.name)
             if _is(cls, type) and cls.__qualname__ == scope.prefix + pair.new.node.name:
-                if "__firstlineno__" in vars(cls):
-                    self.put(_attribute(cls, "__firstlineno__"), pair.new.start + 1)
+                self._put_place(scope.edit, cls, pair)
                 if pair.change == "body":
                     self.classes[id(cls)] = cls
                 inner = _Scope(scope.edit, cls, cls.__qualname__, pair)
@@ -5181,8 +5195,8 @@ class _Apply:
             for name, known in found:
                 done.add(name)
                 source = self._parsed(name, known)
-                edit = source and _Edit(name, known.module(), known.path, known.stamp)
-                if edit and edit.text == known.text:
+                edit = source and _Edit(name, known.module(), known.path, known.stamp, known.text)
+                if edit:
                     edit.compile()
                     edit.compare()
                     scope = _Scope(edit)
@@ -5374,7 +5388,8 @@ class _Apply:
         """Return what shall stand where `new` stands now: `old`, changed in place, if possible."""
         if id(new) in self.folded:
             return self.folded[id(new)][1]
-        if new is old or old is _MISSING or not self._is_fresh(new, statement) or _holds(new, old):
+        if new is old or old is _MISSING or not self._is_fresh(new, statement) or (
+                _holds(new, old) or _are_namesakes_apart(old, new)):
             return new
         return self._fold_by_rule(old, new)
 
@@ -5411,6 +5426,9 @@ class _Apply:
 
     def fold_function(self, old, new, kept=None):
         """Give a function the behaviour of another one made from the same definition."""
+        if not self.is_patch and old.__globals__ is new.__globals__ and (
+                old.__code__.co_freevars != new.__code__.co_freevars):
+            return self.forward(old, new)
         self.stands_for(old, new)
         if "registry" in vars(old) and "registry" in vars(new):
             self._keep_registered(new, dict(old.registry))
@@ -5520,7 +5538,8 @@ class _Apply:
 
     def _fold_attributes(self, old, new):
         values, news = dict(vars(old)), dict(vars(new))
-        skips = _CLASS_SKIPS | ({"__module__", "__qualname__"} if self.is_patch else set())
+        skips = _CLASS_SKIPS - {"__slots__"} | (
+            {"__module__", "__qualname__"} if self.is_patch else set())
         found = None if self.is_patch else self._pair_of(new)
         kept = _kept_class_names(found, new) if found and not self.everything and (
             found[1].change != "again") else set()
@@ -5828,8 +5847,11 @@ class _Apply:
 
     def _report_not_run_again(self, edit):
         """Name unchanged statements that called, or were made by, code that is another now."""
-        changed = _own_code_changed(edit) | {
-            name for pair in edit.pairs if pair.change in ("def",) for name in pair.new.binds}
+        if self.own_code is None:       # of functions, and classes with methods that run at once
+            self.own_code = {id(each.space.get(name)) for each in self.edits
+                             for name in _own_code_changed(each)} - {id(_MISSING), id(None)}
+        changed = {name for name, value in edit.space.items() if id(value) in self.own_code}
+        changed |= {name for pair in edit.pairs if pair.change == "def" for name in pair.new.binds}
         values = {name for name, (was, now) in self._values_of(
             edit, edit.new, edit.before).items() if was is not _MISSING}
         for pair in edit.pairs:
@@ -6917,6 +6939,13 @@ def _is(value, kinds):
     return issubclass(type(value), kinds)
 
 
+def _are_namesakes_apart(old, new):
+    """Tell whether a name that was another function's, as `b = a` makes one, has got its own."""
+    codes = [each.__code__ for each in (old, new) if type(each) is types.FunctionType]
+    return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
+        "<" in _path_of(each) for each in (old, new))
+
+
 def _is_definition(value):
     return _is(value, (type, types.FunctionType))
 
@@ -7142,15 +7171,16 @@ def _imports_of_unchanged(name):
 
 def _text_of_new(name):
     """Return (text, package) of a module that is not imported yet, if its package is the program's."""
-    parent, _, leaf = name.rpartition(".")
-    space = _space_of(sys.modules.get(parent)) or {}
-    folders = space.get("__path__", ()) if parent in _hot.known else ()
-    for folder in folders if _is(folders, (list, tuple)) else ():
-        for path, package in ((os.path.join(folder, leaf + ".py"), parent),
-                              (os.path.join(folder, leaf, "__init__.py"), name)):
-            if os.path.isfile(path):
-                with open(path, "rb") as file:
-                    return file.read(), package
+    parts = name.split(".")
+    for k in range(len(parts) - 1, 0, -1):
+        known = _hot.known.get(".".join(parts[:k]))
+        if known is not None:
+            base = os.path.join(os.path.dirname(known.path), *parts[k:])
+            for path, package in ((base + ".py", ".".join(parts[:-1])),
+                                  (os.path.join(base, "__init__.py"), name)):
+                if os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        return file.read(), package
     return b"", ""
 
 
@@ -7249,7 +7279,8 @@ def _is_plain_equal(a, b):
 def _own_code_changed(edit):
     """Return the names of functions whose own code changed, and of classes with such methods.
 
-    Not of those where only a nested function changed; of a class, what runs when it is used.
+    Not of those where only a function that is nested and nests none changed, as the wrapper that a
+    decorator returns; of a class, what runs when it is used.
     """
     names = set()
 
@@ -7258,7 +7289,7 @@ def _own_code_changed(edit):
             if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
                 look(edit.sub_pairs(pair), top or pair.new.node.name)
             elif pair.change == "body" and pair.new.is_function and _key(
-                    pair.old.node.body, True) != _key(pair.new.node.body, True):
+                    pair.old.node.body, _LEAVES) != _key(pair.new.node.body, _LEAVES):
                 if top is None or pair.new.node.name in _RUN_AT_ONCE:
                     names.add(top or pair.new.node.name)
     look(edit.pairs, None)
@@ -7990,6 +8021,14 @@ def _without_line(code):
              if step.opname != "EXTENDED_ARG"]
     at = steps.index(("STORE_NAME", _typed("__firstlineno__")))
     return tuple(steps[:at - 1] + steps[at:])
+
+
+def _static_attributes(code):
+    """Return the names that the code of a class body says its methods set on self."""
+    import dis
+    steps = list(dis.get_instructions(code))
+    return next((steps[k - 1].argval for k, step in enumerate(steps)
+                 if step.argval == "__static_attributes__" and k), ())
 
 
 def _typed(const):
