@@ -12181,7 +12181,9 @@ class Conversation:
             if self.terminal.woken in ready:
                 self.terminal.woken.recv(RECEIVE_BYTES)
             if not ready:
-                self._on_quiet()
+                self.terminal.show_half()
+            if self._explain_at is not None and time.monotonic() >= self._explain_at:
+                self._ask_why()
 
     def _take_other(self, kind, data):
         if kind == "note":
@@ -12198,32 +12200,29 @@ class Conversation:
             waits.append(max(0.0, self._explain_at - time.monotonic()))
         return min(waits, default=None)
 
-    def _on_quiet(self):
-        self.terminal.show_half()
-        if self._explain_at is not None and time.monotonic() >= self._explain_at:
-            self._explain_at = None
-            if self._is_heard:
-                self._request("Where", self._explain)
-                self._explain_at = time.monotonic() + STUCK_AFTER_S
-            else:
-                self._state = "in vain"
-                self._say("%s; Ctrl+C again leaves, and it goes on" % (
-                    "this can't be interrupted any more" if self.link.loss else
-                    "no answer from the server: the process is stopped or very busy"))
+    def _ask_why(self):
+        """Find out why Ctrl+C had no effect yet."""
+        if self._is_heard:
+            self._request("Where", self._explain)
+            self._explain_at = time.monotonic() + STUCK_AFTER_S
+        else:
+            self._state, self._explain_at = "in vain", None
+            self._say("%s; Ctrl+C again leaves, and it goes on" % (
+                "this can't be interrupted any more" if self.link.loss else
+                "no answer from the server: the process is stopped or very busy"))
 
     def _explain(self, reply):
-        """Say why Ctrl+C had no effect yet."""
-        if not reply or not self._answers or self._state == "at work":
-            return self._on_heard(reply)
-        self._is_heard, self._explain_at = True, None
-        sending = reply.get("sending")
-        if reply.get("where") and not sending:
+        """Say what the server does, and what Ctrl+C or Ctrl+Z would do now."""
+        self._on_heard(reply)
+        if not reply or not self._answers or self._state != "urged":
+            return
+        self._explain_at = None
+        if reply.get("where") and not reply.get("sending"):
             return self._say("no reaction yet: %s; a call in C has to return first. "
-                             "Ctrl+Z puts it into the background."
-                             % printable(shorten(reply["where"], 200)))
-        self._state = "flooded"
-        is_pair = isinstance(sending, list) and list(map(type, sending)) == [int, int]
-        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in sending) if is_pair else ""
+                             "Ctrl+Z puts it into the background." % reply["where"])
+        self._state, how_much = "flooded", ""
+        if reply.get("sending"):
+            how_much = ", %d of %d MB" % tuple(each // 1000000 for each in reply["sending"])
         self._say("still sending its output%s; Ctrl+C again drops the rest" % how_much)
 
     def _answer(self, kind):

@@ -5012,6 +5012,23 @@ class LongLines(Case):
         self.assertLess(time.monotonic() - begun, 5)
         terminal.ask("6*7", "\n42")
 
+    def test_on_a_slow_terminal_ctrl_c_again_drops_what_has_come(self):
+        terminal = self.serve().terminal()
+        terminal.type("print('x' * 200000000)\n")
+        terminal.until("x" * 1000)
+        terminal.press("^C")
+        message = b"hotrepl: still sending its output; Ctrl+C again drops the rest\n"
+        end = time.monotonic() + DEADLINE_S
+        while message not in terminal.received[-100000:] and time.monotonic() < end:
+            terminal.pump(0.1)
+            terminal.received = terminal.received[-200000:]
+            threading.Event().wait(0.003)     # so slow is the terminal
+        terminal._position = 0
+        terminal.until(message)
+        terminal.press("^C")
+        self.assertLess(terminal.skim(b">>> "), 1000000)
+        terminal.ask("6*7", "\n42")
+
     def test_ctrl_z_drops_it_too(self):
         terminal = self.serve().terminal()
         self.addCleanup(lambda: [hotrepl.JOBS.drop(each) for each in hotrepl.JOBS.all() if not each.join()])
