@@ -24,12 +24,13 @@ input, so the client never guesses. Nothing runs and nothing is changed for a pr
 output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
-displayhook and unraisablehook, os.get_terminal_size and getpass.getpass are stand-ins;
-sys.last_type, last_value, last_traceback (and last_exc) are set by an exception in a session;
-logging's record factory is ours while somebody follows. From start to stop: names in the
-namespace, where they are free; one atexit callback; SIGURG's handler, where it was free and
-start ran in the main thread. For the rest of the process: one fork handler (3.6: os.fork
-itself). linecache keeps the last 1,000 inputs that define something.
+displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
+getpass.getpass are stand-ins; pdb is adapted; sys.last_type, last_value, last_traceback (and
+last_exc) are set by an exception in a session; logging's record factory is ours while somebody
+follows. From start to stop: names in the namespace, where they are free, and a module of that name
+where it had no __name__; one atexit callback; SIGURG's handler, where it was free and start ran in
+the main thread. For the rest of the process: one fork handler (3.6: os.fork itself). linecache
+keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -956,9 +957,17 @@ class SessionStream(io.BufferedIOBase):
 
     def tick(self):
         """Send what was printed so far, as far as that does not block; called by the Flusher."""
-        self.sink.tick(self.text.flush)
+        text = self.text
+        if text is not None:
+            self.sink.tick(text.flush)
         if self.sink.is_broken:
             self._slots["write"] = self._write_first
+
+    def release(self):
+        """At the session's end: hold nothing that holds us, so that all goes at once."""
+        if self._flusher is not None:
+            self._flusher.unwatch(self)
+        self.text = self._earlier = None
 
     def write(self, data):
         if self._earlier is not None:
@@ -1034,13 +1043,21 @@ class SessionInput(io.TextIOBase):
 
     def __init__(self, ask):
         super().__init__()
-        self.text = self
         self._ask = ask
         self._rest = ""           # of a line that was read in parts
+
+    @property
+    def text(self):
+        """The stream over it, as a SessionStream has one."""
+        return self
 
     def bind(self, slots):
         """Take over `slots`, the calling thread's part of a stand-in."""
         slots["close"] = _no_close
+
+    def release(self):
+        """At the session's end: hold nothing that holds us; nothing more is asked."""
+        self._ask = str
 
     def readable(self):
         return True
@@ -9812,7 +9829,8 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 # A Session is one client's conversation: connection, number, turns, last value, last exception.
 # An Evaluator is the thread that holds it: console, streams, interrupts. Reading blocks in
 # recv; nothing is polled. A failed send only sets a flag, which the next read turns into
-# end-of-file: a dead peer is its own session's business, and print() never raises for it.
+# end-of-file: a dead peer is its own session's business. There, and only there, print() raises
+# BrokenPipeError for it, as into a pipe, so that no loop goes on for nobody.
 
 VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
@@ -10826,8 +10844,11 @@ class Evaluator(Job):
                 DEBUGGERS.release()
                 ROUTER.release()
             _here.evaluator = None
+            for each in self.streams.values():
+                each.release()
+            session, self.session, self.console = self.session, None, None
             if not self.is_detached:      # last: from here on stop() does not wait for us
-                self.session.server.session_ended(self.session)
+                session.server.session_ended(session)
 
     def _end_session(self):
         try:

@@ -3460,6 +3460,33 @@ class OddSurroundings(Case):
         if sys.version_info >= (3, 8):
             self.assertIn("start() was called in a sub-interpreter", out + err)
 
+    def test_a_closed_session_leaves_nothing_to_the_collector(self):
+        if IS_PYPY:
+            lack("reference counts")
+        program = self.folder().run(SERVE + textwrap.dedent("""
+            import gc, socket, threading
+            def visit():
+                with socket.create_connection(server.address) as client:
+                    for request in b"", b"print(1); [6 * 7]\\n":
+                        client.sendall(request)
+                        received = b""
+                        while not received.endswith(b">>> "):
+                            received += client.recv(999)
+                for thread in threading.enumerate():
+                    if thread.name.startswith("hotrepl session"):
+                        thread.join()
+            for _ in range(3):
+                visit()
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            visit()
+            gc.collect()
+            print([each for each in gc.garbage if type(each).__module__ == "hotrepl"], flush=True)
+            """))
+        addresses(program)
+        self.assertEqual(program.until("\n"), "[]\n")
+
     def test_descriptors_that_are_not_ours_any_more_stay_open(self):
         if os.name != "posix":
             lack("descriptors of sockets")
