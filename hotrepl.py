@@ -10417,8 +10417,12 @@ def load_library():
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
                           % ", ".join(hiding))
-    for name in LIBRARY:
-        LOADING.load(name)
+    try:
+        for name in LIBRARY:
+            LOADING.load(name)
+    except ImportError as exc:
+        raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
+                          "to call hotrepl.load_library() in between" % exc) from exc
     _async_raiser()
 
 
@@ -10596,7 +10600,7 @@ class Evaluator(Job):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
         hook = sys.displayhook
         if (type(hook) is not ThreadHook or hook.is_for_all or self._last_only is not None
-                or not ROUTER.is_bound()):
+                or not isinstance(sys.stdout, ThreadStream)):
             return _display(value)
         text = self.text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:

@@ -3416,7 +3416,7 @@ class OddSurroundings(Case):
     def test_where_nothing_can_be_imported_the_client_is_told(self):
         program = self.folder().run(SERVE + "import sys; sys.path[:] = []; sys.path_importer_cache.clear()\ninput()\n")
         wire = self.keep(Wire(addresses(program)[0]))
-        self.assertRegex(wire.until_end(), r"hotrepl: the session can't go on: No module named '\w+'\n\Z")
+        self.assertRegex(wire.until_end(), r"hotrepl: the session can't go on: No module named '\w+'; .*load_library\(\) in between\n\Z")
         self.assertRegex(self.keep(Wire(wire.sock.getpeername())).until_end(), r"can't go on: No module named")
 
     def test_sessions_need_nothing_that_was_there_when_the_server_started(self):
