@@ -11263,10 +11263,8 @@ class ControlConnection(threading.Thread):
         place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
         session = self._paired()
-        if list(place) == ["name"]:
-            session.place = place
-            return
-        if "name" in place or not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+        is_right = (place.get("module") or place.get("file")) and place.get("line", 1) > 0
+        if "name" in place if is_right else list(place) != ["name"]:
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
         session.place = place

@@ -7338,7 +7338,7 @@ class Watching(Case):
         undo()
         self.assertEqual(self.pay("a"), ["a"])
         self.over()
-        self.assertEqual([each for each in hotrepl.changes() if "pay" in repr(each)], [])
+        self.assertEqual([each for each in hotrepl.changes() if self.pay.__qualname__ in repr(each)], [])
 
     def test_watch_and_a_reload_meanwhile_leave_the_new_code(self):
         folder = self.folder()
