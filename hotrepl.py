@@ -24,12 +24,13 @@ input, so the client never guesses. Nothing runs and nothing is changed for a pr
 output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
-displayhook and unraisablehook, os.get_terminal_size and getpass.getpass are stand-ins;
-sys.last_type, last_value, last_traceback (and last_exc) are set by an exception in a session;
-logging's record factory is ours while somebody follows. From start to stop: names in the
-namespace, where they are free; one atexit callback; SIGURG's handler, where it was free and
-start ran in the main thread. For the rest of the process: one fork handler (3.6: os.fork
-itself). linecache keeps the last 1,000 inputs that define something.
+displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
+getpass.getpass are stand-ins; pdb is adapted; sys.last_type, last_value, last_traceback (and
+last_exc) are set by an exception in a session; logging's record factory is ours while somebody
+follows. From start to stop: names in the namespace, where they are free, and a module of that name
+where it had no __name__; one atexit callback; SIGURG's handler, where it was free and start ran in
+the main thread. For the rest of the process: one fork handler (3.6: os.fork itself). linecache
+keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -956,9 +957,17 @@ class SessionStream(io.BufferedIOBase):
 
     def tick(self):
         """Send what was printed so far, as far as that does not block; called by the Flusher."""
-        self.sink.tick(self.text.flush)
+        text = self.text
+        if text is not None:
+            self.sink.tick(text.flush)
         if self.sink.is_broken:
             self._slots["write"] = self._write_first
+
+    def release(self):
+        """At the session's end: hold nothing that holds us, so that all goes at once."""
+        if self._flusher is not None:
+            self._flusher.unwatch(self)
+        self.text = self._earlier = None
 
     def write(self, data):
         if self._earlier is not None:
@@ -1034,13 +1043,21 @@ class SessionInput(io.TextIOBase):
 
     def __init__(self, ask):
         super().__init__()
-        self.text = self
         self._ask = ask
         self._rest = ""           # of a line that was read in parts
+
+    @property
+    def text(self):
+        """The stream over it, as a SessionStream has one."""
+        return self
 
     def bind(self, slots):
         """Take over `slots`, the calling thread's part of a stand-in."""
         slots["close"] = _no_close
+
+    def release(self):
+        """At the session's end: hold nothing that holds us; nothing more is asked."""
+        self._ask = str
 
     def readable(self):
         return True
@@ -9851,7 +9868,8 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 # A Session is one client's conversation: connection, number, turns, last value, last exception.
 # An Evaluator is the thread that holds it: console, streams, interrupts. Reading blocks in
 # recv; nothing is polled. A failed send only sets a flag, which the next read turns into
-# end-of-file: a dead peer is its own session's business, and print() never raises for it.
+# end-of-file: a dead peer is its own session's business. There, and only there, print() raises
+# BrokenPipeError for it, as into a pipe, so that no loop goes on for nobody.
 
 VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
@@ -10438,8 +10456,12 @@ def load_library():
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
                           % ", ".join(hiding))
-    for name in LIBRARY:
-        LOADING.load(name)
+    try:
+        for name in LIBRARY:
+            LOADING.load(name)
+    except ImportError as exc:
+        raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
+                          "to call hotrepl.load_library() in between" % exc) from exc
     _async_raiser()
 
 
@@ -10617,7 +10639,7 @@ class Evaluator(Job):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
         hook = sys.displayhook
         if (type(hook) is not ThreadHook or hook.is_for_all or self._last_only is not None
-                or not ROUTER.is_bound()):
+                or not isinstance(sys.stdout, ThreadStream)):
             return _display(value)
         text = self.text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:
@@ -10865,8 +10887,11 @@ class Evaluator(Job):
                 DEBUGGERS.release()
                 ROUTER.release()
             _here.evaluator = None
+            for each in self.streams.values():
+                each.release()
+            session, self.session, self.console = self.session, None, None
             if not self.is_detached:      # last: from here on stop() does not wait for us
-                self.session.server.session_ended(self.session)
+                session.server.session_ended(session)
 
     def _end_session(self):
         try:
@@ -11277,10 +11302,8 @@ class ControlConnection(threading.Thread):
         place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
         session = self._paired()
-        if list(place) == ["name"]:
-            session.place = place
-            return
-        if "name" in place or not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+        is_right = (place.get("module") or place.get("file")) and place.get("line", 1) > 0
+        if "name" in place if is_right else list(place) != ["name"]:
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
         session.place = place
@@ -12220,7 +12243,9 @@ class Conversation:
             if self.terminal.woken in ready:
                 self.terminal.woken.recv(RECEIVE_BYTES)
             if not ready:
-                self._on_quiet()
+                self.terminal.show_half()
+            if self._explain_at is not None and time.monotonic() >= self._explain_at:
+                self._ask_why()
 
     def _take_other(self, kind, data):
         if kind == "note":
@@ -12237,32 +12262,29 @@ class Conversation:
             waits.append(max(0.0, self._explain_at - time.monotonic()))
         return min(waits, default=None)
 
-    def _on_quiet(self):
-        self.terminal.show_half()
-        if self._explain_at is not None and time.monotonic() >= self._explain_at:
-            self._explain_at = None
-            if self._is_heard:
-                self._request("Where", self._explain)
-                self._explain_at = time.monotonic() + STUCK_AFTER_S
-            else:
-                self._state = "in vain"
-                self._say("%s; Ctrl+C again leaves, and it goes on" % (
-                    "this can't be interrupted any more" if self.link.loss else
-                    "no answer from the server: the process is stopped or very busy"))
+    def _ask_why(self):
+        """Find out why Ctrl+C had no effect yet."""
+        if self._is_heard:
+            self._request("Where", self._explain)
+            self._explain_at = time.monotonic() + STUCK_AFTER_S
+        else:
+            self._state, self._explain_at = "in vain", None
+            self._say("%s; Ctrl+C again leaves, and it goes on" % (
+                "this can't be interrupted any more" if self.link.loss else
+                "no answer from the server: the process is stopped or very busy"))
 
     def _explain(self, reply):
-        """Say why Ctrl+C had no effect yet."""
-        if not reply or not self._answers or self._state == "at work":
-            return self._on_heard(reply)
-        self._is_heard, self._explain_at = True, None
-        sending = reply.get("sending")
-        if reply.get("where") and not sending:
+        """Say what the server does, and what Ctrl+C or Ctrl+Z would do now."""
+        self._on_heard(reply)
+        if not reply or not self._answers or self._state != "urged":
+            return
+        self._explain_at = None
+        if reply.get("where") and not reply.get("sending"):
             return self._say("no reaction yet: %s; a call in C has to return first. "
-                             "Ctrl+Z puts it into the background."
-                             % printable(shorten(reply["where"], 200)))
-        self._state = "flooded"
-        is_pair = isinstance(sending, list) and list(map(type, sending)) == [int, int]
-        how_much = ", %d of %d MB" % tuple(each // 1000000 for each in sending) if is_pair else ""
+                             "Ctrl+Z puts it into the background." % reply["where"])
+        self._state, how_much = "flooded", ""
+        if reply.get("sending"):
+            how_much = ", %d of %d MB" % tuple(each // 1000000 for each in reply["sending"])
         self._say("still sending its output%s; Ctrl+C again drops the rest" % how_much)
 
     def _answer(self, kind):

@@ -3416,7 +3416,7 @@ class OddSurroundings(Case):
     def test_where_nothing_can_be_imported_the_client_is_told(self):
         program = self.folder().run(SERVE + "import sys; sys.path[:] = []; sys.path_importer_cache.clear()\ninput()\n")
         wire = self.keep(Wire(addresses(program)[0]))
-        self.assertRegex(wire.until_end(), r"hotrepl: the session can't go on: No module named '\w+'\n\Z")
+        self.assertRegex(wire.until_end(), r"hotrepl: the session can't go on: No module named '\w+'; .*load_library\(\) in between\n\Z")
         self.assertRegex(self.keep(Wire(wire.sock.getpeername())).until_end(), r"can't go on: No module named")
 
     def test_sessions_need_nothing_that_was_there_when_the_server_started(self):
@@ -3459,6 +3459,33 @@ class OddSurroundings(Case):
             lack("_testcapi")
         if sys.version_info >= (3, 8):
             self.assertIn("start() was called in a sub-interpreter", out + err)
+
+    def test_a_closed_session_leaves_nothing_to_the_collector(self):
+        if IS_PYPY:
+            lack("reference counts")
+        program = self.folder().run(SERVE + textwrap.dedent("""
+            import gc, socket, threading
+            def visit():
+                with socket.create_connection(server.address) as client:
+                    for request in b"", b"print(1); [6 * 7]\\n":
+                        client.sendall(request)
+                        received = b""
+                        while not received.endswith(b">>> "):
+                            received += client.recv(999)
+                for thread in threading.enumerate():
+                    if thread.name.startswith("hotrepl session"):
+                        thread.join()
+            for _ in range(3):
+                visit()
+            gc.collect()
+            gc.disable()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            visit()
+            gc.collect()
+            print([each for each in gc.garbage if type(each).__module__ == "hotrepl"], flush=True)
+            """))
+        addresses(program)
+        self.assertEqual(program.until("\n"), "[]\n")
 
     def test_descriptors_that_are_not_ours_any_more_stay_open(self):
         if os.name != "posix":
@@ -5010,6 +5037,23 @@ class LongLines(Case):
         begun = time.monotonic()
         self.assertLess(terminal.skim(b">>> "), 100000000)
         self.assertLess(time.monotonic() - begun, 5)
+        terminal.ask("6*7", "\n42")
+
+    def test_on_a_slow_terminal_ctrl_c_again_drops_what_has_come(self):
+        terminal = self.serve().terminal()
+        terminal.type("print('x' * 200000000)\n")
+        terminal.until("x" * 1000)
+        terminal.press("^C")
+        message = b"hotrepl: still sending its output; Ctrl+C again drops the rest\n"
+        end = time.monotonic() + DEADLINE_S
+        while message not in terminal.received[-100000:] and time.monotonic() < end:
+            terminal.pump(0.1)
+            terminal.received = terminal.received[-200000:]
+            threading.Event().wait(0.003)     # so slow is the terminal
+        terminal._position = 0
+        terminal.until(message)
+        terminal.press("^C")
+        self.assertLess(terminal.skim(b">>> "), 1000000)
         terminal.ask("6*7", "\n42")
 
     def test_ctrl_z_drops_it_too(self):
@@ -7294,7 +7338,7 @@ class Watching(Case):
         undo()
         self.assertEqual(self.pay("a"), ["a"])
         self.over()
-        self.assertEqual([each for each in hotrepl.changes() if "pay" in repr(each)], [])
+        self.assertEqual([each for each in hotrepl.changes() if self.pay.__qualname__ in repr(each)], [])
 
     def test_watch_and_a_reload_meanwhile_leave_the_new_code(self):
         folder = self.folder()
@@ -18962,6 +19006,60 @@ class Readme(unittest.TestCase):
 
     def test_it_names_no_place_of_one_machine(self):
         self.assertNotRegex(self.text, r"/(root|tmp|work|home)/|pypi\.org|registry")
+
+
+class SecurityTable(unittest.TestCase):
+    """Each cell of the README's table of set-ups has its tests."""
+
+    CELLS = {
+        "Linux, 127.0.0.1": (
+            "DoorPolicy.test_own_connection_comes_in_without_a_token DoorPolicy.test_root_comes_in_to_the_server_of_another_user",
+            "OtherUsers.test_another_user_runs_nothing_and_hears_nothing OtherUsers.test_allow_uids_lets_another_user_in",
+            "Exposure.test_an_address_that_others_reach_is_refused_and_nothing_listens",
+            "OtherProtocols.test_a_web_request_runs_no_line"),
+        "Linux, another `bind`": (
+            "Exposure.test_with_a_token_it_may_be_bound",
+            "OwnersOfSockets.test_another_uid_is_refused_though_a_token_would_do_for_strangers",
+            "OtherNetworkNamespace.test_its_peer_needs_the_token OtherNetworkNamespace.test_its_peer_is_unknown_and_refused_without_a_token",
+            "Tokens.test_a_web_request_ends_the_connection_at_once"),
+        "another `bind`, TLS": (
+            "Encryption.test_names_in_certificates_can_be_limited",
+            "OwnersOfSockets.test_another_uid_is_refused_where_the_listener_takes_both_families",
+            "Encryption.test_a_client_certificate_is_as_good_as_a_token Encryption.test_a_token_is_asked_for_within",
+            "Encryption.test_a_plain_client_runs_nothing"),
+        "macOS": (
+            "FalseServers.test_where_the_system_can_not_tell_the_user_has_to_say_so Tokens.test_one_is_made_where_peers_are_never_known",
+            "DoorPolicy.test_where_peers_cannot_be_known_a_local_one_needs_the_token",
+            "Exposure.test_an_address_that_others_reach_is_refused_and_nothing_listens",
+            "Tokens.test_a_web_request_ends_the_connection_at_once"),
+        "a unix socket": (
+            "UnixSockets.test_our_client_comes_in",
+            "UnixSockets.test_another_user_is_refused_even_where_the_mode_lets_in",
+            "DoorPolicy.test_where_a_unix_sockets_peer_cannot_be_known_it_is_refused",
+            "UnixSockets.test_both_are_ours_alone_and_gone_at_the_end"),
+        "`connect user@host`": (
+            "Ssh.test_user_and_host_are_enough", "", "Ssh.test_a_wrong_key_is_refused_in_the_words_of_ssh",
+            "Ssh.test_our_client_comes_through_and_ctrl_c_is_for_the_server_not_for_ssh"),
+        "`insecure=True`": (
+            "Exposure.test_insecure_lets_in_everybody_and_warns",
+            "Exposure.test_insecure_lets_in_everybody_and_warns",
+            "DoorPolicy.test_insecure_warns_and_lets_everybody_in",
+            "OtherProtocols.test_a_web_request_runs_no_line"),
+    }
+
+    def test_each_cell_names_tests_that_exist(self):
+        with open(os.path.join(os.path.dirname(SOURCE_PATH), "README.md"), encoding="utf-8") as file:
+            section = file.read().split("## Security\n")[1].split("\n## ")[0]
+        rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+        self.assertEqual(len(rows), len(self.CELLS))
+        for row, (start, cells) in zip(rows, self.CELLS.items()):
+            self.assertTrue(row[0].startswith(start), row)
+            self.assertEqual(len(row) - 1, len(cells))
+            for said, tests in zip(row[1:], cells):
+                self.assertEqual(said == "-", not tests, row)
+                for each in tests.split():
+                    class_name, name = each.split(".")
+                    self.assertTrue(hasattr(globals()[class_name], name), each)
 
 
 class Surroundings(Case):
