@@ -4701,6 +4701,7 @@ class _Apply:
         self.afterwards = []            # callables for the end of a success
         self.old_codes = {}             # id of a code that was replaced -> (path, code)
         self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
+        self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
         self.inits = []                 # (class, old node, new node) of changed __init__
         self.classes = {}               # id -> class that changed, for the hooks
@@ -4754,10 +4755,10 @@ class _Apply:
             linecache.cache.update((path, entry) for path, entry in lines.items() if entry)
             if not isinstance(exc, (Exception, SystemExit)):
                 raise
-            seen = self._calls_without_a_trace()
             raise ReloadError("%s: %s; everything was put back%s%s" % (
                 type(exc).__name__, exc, " except for %r" % (errors,) if errors else "",
-                "; what these did can't be seen: " + ", ".join(seen) if seen else "")) from exc
+                ", but what these did elsewhere can't be seen: " + ", ".join(self.called)
+                if self.called else "")) from exc
         for edit in self.edits:
             linecache.cache.pop(edit.path, None)
             _hot.known[edit.name] = _Known(
@@ -5205,8 +5206,9 @@ class _Apply:
         while True:
             found = [(name, known) for name, known in list(_hot.known.items())
                      if name not in done and known.text is not None and any(
-                         id(value) in self.refielded for value in (
-                             _space_of(known.module()) or {}).values())]
+                         id(each) in self.refielded
+                         for value in list((_space_of(known.module()) or {}).values())
+                         for each in (value.__mro__ if _is(value, type) else (value,)))]
             if not found:
                 break
             for name, known in found:
@@ -5259,6 +5261,9 @@ class _Apply:
         before = {name: scope.get(name) for name in statement.binds}
         places = _Registrations(self, reached, targets)
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
+               for name in statement.names.calls | statement.names.heads):
+            self.called.append(statement.title)
         if not statement.is_harmless and not _INDIRECT.isdisjoint(statement.code.co_names):
             names = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
             if pair.old is not None and scope.cls is None and names:
@@ -5915,7 +5920,6 @@ class _Apply:
             self._report_names(edit)
             self._report_not_run_again(edit)
             self._report_removed(edit)
-        self._report_dataclasses()
         self._report_sleepers()
         self._report_stuck()
 
@@ -6093,10 +6097,6 @@ class _Apply:
             for name in stored:
                 self.journal.keep(_entry(vars(module), name))
 
-    def _calls_without_a_trace(self):
-        """Return the titles of statements that had run and called what no journal sees."""
-        return []
-
     # --- Tell ---
 
     def _report_names(self, edit):
@@ -6144,17 +6144,6 @@ class _Apply:
     def _report_stuck(self):
         self.report.stale += [Stale(name, reason, count)
                               for (name, reason), count in sorted(self.stuck.items())]
-
-    def _report_dataclasses(self):
-        """Name dataclasses that did not run again although a base class has more fields now."""
-        for cls in _all_classes() if self.refielded else ():
-            fields = vars(cls).get("__dataclass_fields__")
-            if fields is not None and id(cls) not in self.refielded and id(
-                    self.current(cls)) not in self.olds and any(
-                    id(base) in self.refielded and set(_dataclass_fields(base)).difference(fields)
-                    for base in cls.__mro__):
-                self.stuck[cls.__qualname__, "a base class has new fields, and its own methods "
-                           "were made without them"] += len(_instances(cls))
 
     def _report_sleepers(self):
         """Count the running frames and suspended generators that finish on old code."""
@@ -6509,6 +6498,14 @@ def _path_of(function):
     return getattr(function.__code__, "co_qualname", None) or (
         function.__qualname__ if function.__qualname__.endswith(function.__code__.co_name)
         else function.__code__.co_name)
+
+
+def _is_foreign(value):
+    """Tell whether what a statement calls is no code of the program: nobody sees what it does."""
+    name = getattr(value, "__name__", "") if _is(value, types.ModuleType) else (
+        getattr(value, "__module__", None) if _is(value, (
+            type, types.FunctionType, types.BuiltinFunctionType)) else "")
+    return value is open or name and name != "builtins" and _is_library_module(name)
 
 
 def _at_path(space, parts):
