@@ -5150,6 +5150,11 @@ class _Apply:
             inner.annotate(self)
         if hasattr(cls, "__abstractmethods__"):
             self.afterwards.append(functools.partial(self._update_abstract, cls))
+        base = next((base for base in cls.__mro__[1:-1] if "__init_subclass__" in vars(base)), None)
+        if base is not None and type(cls).__setattr__ is type.__setattr__ and (
+                base.__module__ != "typing" and any(each.change in ("new", "gone") for each in pairs)):
+            self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
+                scope.title(pair.new.node.name), base.__qualname__))
 
     def _touch_class(self, cls, pair):
         self.classes[id(cls)] = cls
@@ -5239,12 +5244,18 @@ class _Apply:
             return
         if scope.cls is None and self.everything and self._is_kept_out(edit, statement):
             return
+        if any(_is_mapped(scope.cls, name) for name in statement.binds):
+            self._note_mapped(scope, statement.binds)
+            return
         self._learn()
         reached = self.snapshot(edit, statement, pair.old)
         targets = self._targets(scope, pair)
         before = {name: scope.get(name) for name in statement.binds}
         places = _Registrations(self, reached, targets)
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if scope.cls is not None and statement.kind == "AnnAssign":
+            for value in bound.values():
+                _give_column_its_type(scope, statement.node, value)
         if not statement.is_harmless and not _INDIRECT.isdisjoint(statement.code.co_names):
             names = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
             if pair.old is not None and scope.cls is None and names:
@@ -5258,6 +5269,11 @@ class _Apply:
                          bound.pop(name, bound.pop(scope.name_of(name), _MISSING)))
         for name, value in bound.items() if scope.cls is not None else ():
             self._bind(scope, name, value, statement)
+
+    def _note_mapped(self, scope, names):
+        for name in sorted(names):
+            self.report.notes.append("%s: SQLAlchemy has mapped it to its table; it stays as it is"
+                                     % scope.title(name))
 
     def _targets(self, scope, pair):
         """Return the ids of what a definition that runs again had registered."""
@@ -5376,7 +5392,9 @@ class _Apply:
         kept = {_mangled(name, cls.__name__) for name in names}
         gone = [name for path, name in scope.edit.gone if path == scope.path]
         for name in sorted(own - kept) + gone:
-            if name in vars(cls) and not isinstance(vars(cls)[name], _SLOT_TYPES):
+            if _is_mapped(cls, name):
+                self._note_mapped(scope, [name])
+            elif name in vars(cls) and not isinstance(vars(cls)[name], _SLOT_TYPES):
                 self.put(_attribute(cls, name), _MISSING)
         if "__eq__" in own - kept and vars(cls).get("__hash__", 0) is None and (
                 "__hash__" not in kept):
@@ -5858,10 +5876,27 @@ class _Apply:
             reads = each.names.reads & values - each.binds if not each.is_definition else set()
             if used & changed or reads and not (each.is_pure or each.is_definition):
                 self._report_not_run(edit, each, used & changed | reads)
+        self._report_copied(edit)
         for pair in edit.pairs:
             if pair.new is not None and pair.change not in _LEFT_ALONE and self._is_kept_out(
                     edit, pair.new) and (edit.name == "__main__" or not pair.new.is_main_guard):
                 self.report.add("not_run_again", edit.name, [pair.new.title])
+
+    def _report_copied(self, edit):
+        """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
+        heads = {name for pair in edit.pairs for each in [pair.new or pair.old]
+                 if pair.change not in _LEFT_ALONE and each.is_definition for name in each.names.heads
+                 if hasattr(type(edit.space.get(name)), "__iter__")}
+        sources = [(edit, edit.new)] + [
+            (_Follower(name, {}), self._parsed(name, _hot.known[name]))
+            for name in sorted(self._importers_of(edit.name) if heads else ())
+            if name in _hot.known and _hot.known[name].text is not None]
+        for follower, source in sources if heads else ():
+            for each in source.statements if source else ():
+                if not each.is_definition and each.names.calls and each.kind != "For" and any(
+                        name in each.names.reads - each.names.calls or "." + name in each.title
+                        for name in heads):
+                    self._report_not_run(follower, each, heads)
 
     # --- Live objects: what no name leads to ---
 
@@ -6357,6 +6392,31 @@ def _put_on_class(apply, cls, name, value):
     read, write, key = _attribute(cls, name)
     apply.journal.on_undo(lambda: write(before), key)
     setattr(cls, name, value)
+
+
+def _is_mapped(cls, name):
+    """Tell whether SQLAlchemy has made a column or a relation of an attribute: it can't be another."""
+    mapper = vars(cls).get("__mapper__") if cls is not None else None
+    return mapper is not None and mapper.has_property(name)
+
+
+def _give_column_its_type(scope, node, value):
+    """SQLAlchemy reads the annotation of a column where it scans a class: let it scan another one."""
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None or type(value) is not orm.MappedColumn or "__mapper__" not in vars(scope.cls):
+        return
+    import ast
+    space, cls = scope.edit.space, scope.cls
+    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval", scope.edit.new.flags, True)
+    base = type("Base", (orm.DeclarativeBase,), {
+        "type_annotation_map": cls.registry.type_annotation_map, "__module__": scope.edit.name})
+    annotation = compile(ast.Expression(body=node.annotation), scope.edit.path, "eval", 0, True)
+    made = type(base)("Scan", (base,), {
+        "__module__": scope.edit.name, "__tablename__": "scan", node.target.id: eval(code, space),
+        "__annotations__": {node.target.id: eval(annotation, space)},
+        "hotrepl_key": orm.mapped_column(sys.modules["sqlalchemy"].Integer, primary_key=True)})
+    column = made.__table__.c[node.target.id]
+    value.column.type, value.column.nullable = column.type, column.nullable
 
 
 _Next = collections.namedtuple("_Next", "code path reason is_changed is_inner old new")

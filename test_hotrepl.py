@@ -15845,7 +15845,8 @@ def second():
         Edit("command renamed", '"init")', '"setup")'),
         Edit("default of a command's option", "default=1", "default=2"),
         Edit("method of a view class", '        return "get %s" % self.things',
-             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"'),
+             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"',
+             named="__init_subclass__"),
         ),
 
     Judged("fastapi", """
@@ -16315,13 +16316,13 @@ def before(sender, instance, **options):
         Edit("method added", "    def greet(self)", "    def new(self):\n        return 'new'\n\n    def greet(self)"),
         Edit("method of the base added", "    def describe", "    def new(self):\n        return 'new'\n\n    def describe"),
         Edit("column added", '    kind = ', '    age: Mapped[int | None] = mapped_column(default=7)\n    kind = ',
-             named=r"\bage\b"),
+             named=r"\bage\b", alone=True),
         Edit("length of a column", "String(30)", "String(40)", named=r"\bname\b"),
         Edit("class added", "@event", """class Tag(Base):
     __tablename__ = "tag"
     id: Mapped[int] = mapped_column(primary_key=True)
 
-@event""", named=r"\bTag\b|\btag\b"),
+@event""", named=r"\bTag\b|\btag\b", alone=True),
         Edit("hybrid added", "    @validates", "    @hybrid_property\n    def new(self):\n        return lambda: 5\n\n    @validates"),
         ),
 
