@@ -1,6 +1,6 @@
 """hotrepl: talk to a running Python process, look around in it, and change it while it runs.
 
-One file, standard library only, CPython 3.6 and newer and PyPy3. Copy it beside your program.
+One file, standard library only, CPython 3.6 to 3.15 and PyPy3. Copy it beside your program.
 
     import hotrepl                                  # in the program
     hotrepl.start(locals=globals())
@@ -25,12 +25,12 @@ output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
 displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
-getpass.getpass are stand-ins; pdb is adapted; sys.last_type, last_value, last_traceback (and
-last_exc) are set by an exception in a session; logging's record factory is ours while somebody
-follows. From start to stop: names in the namespace, where they are free, and a module of that name
-where it had no __name__; one atexit callback; SIGURG's handler, where it was free and start ran in
-the main thread. For the rest of the process: one fork handler (3.6: os.fork itself). linecache
-keeps the last 1,000 inputs that define something.
+getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; sys.last_type,
+last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
+factory is ours while somebody follows. From start to stop: names in the namespace, where they are
+free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
+where it was free and start ran in the main thread. For the rest of the process: one fork handler
+(3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -2095,6 +2095,7 @@ _BINDABLE = (types.FunctionType, staticmethod, type(str.join), type(object.__ini
              type(dict.__dict__["fromkeys"]))
 _class_mro = type.__dict__["__mro__"].__get__  # unlike `cls.__mro__` and vars(cls), these two
 _class_dict = type.__dict__["__dict__"].__get__  # run nothing of a metaclass
+_class_name = type.__dict__["__name__"].__get__
 
 
 def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None):
@@ -2177,8 +2178,10 @@ class _Place:
         last, end = self.tokens[-1], len(self.tokens) - 1
         if self.quote:
             return self._in_string(), None
-        if self.tokens[self.first:self.first + 1] in (["import"], ["from"]):
-            return self._importable(self.tokens[self.first], self.tokens[self.first + 1:]), None
+        words = self.tokens[self.first:]
+        words = words[words[:1] == ["lazy"]:]     # 3.15
+        if words[:1] in (["import"], ["from"]):
+            return self._importable(words[0], words[1:]), None
         if last == ".":
             return _select(_attribute_names(self._value(end)), self.word), None
         if not self.word and _ends_operand(last):
@@ -2207,6 +2210,12 @@ class _Place:
 
     def _value(self, end):
         """The object named by the tokens before `end`: a dotted name, with constant subscripts."""
+        value = self._any_value(end)
+        if _class_name(type(value)) in ("_LazyModule", "lazy_import"):
+            raise LookupError("to look into it would load it")
+        return value
+
+    def _any_value(self, end):
         token = self.tokens[end - 1]
         if token == "]":
             is_negative = self.tokens[end - 3] == "-"
@@ -4062,7 +4071,7 @@ class _Names:
                 self._add(each)
         elif kind == "FunctionDef" and _is_bare(node):
             self.binds.add(node.name)
-        else:
+        elif kind not in ("TypeVar", "ParamSpec", "TypeVarTuple"):    # 3.12: of no use outside
             self._add_other(node, kind)
 
     def _add_other(self, node, kind):
