@@ -2827,7 +2827,7 @@ class NewPythons(Case):
                 client = Paired(*addresses(program))
                 self.addCleanup(client.close)
                 self.spawn(program.err.until_end)     # importtime=2 writes much
-                self.addCleanup(program.close)
+                self.addCleanup(program.process.kill)
                 self.assertEqual(client.ask("x * 7"), "42\n")
                 self.assertIn("bit_length", client.control.request(
                     "Complete", line="x.bit_l", cursor=7)["matches"])
