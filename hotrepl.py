@@ -1,6 +1,6 @@
 """hotrepl: talk to a running Python process, look around in it, and change it while it runs.
 
-One file, standard library only, CPython 3.6 and newer and PyPy3. Copy it beside your program.
+One file, standard library only, CPython 3.6 to 3.15 and PyPy3. Copy it beside your program.
 
     import hotrepl                                  # in the program
     hotrepl.start(locals=globals())
@@ -25,12 +25,12 @@ output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
 displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
-getpass.getpass are stand-ins; pdb is adapted; sys.last_type, last_value, last_traceback (and
-last_exc) are set by an exception in a session; logging's record factory is ours while somebody
-follows. From start to stop: names in the namespace, where they are free, and a module of that name
-where it had no __name__; one atexit callback; SIGURG's handler, where it was free and start ran in
-the main thread. For the rest of the process: one fork handler (3.6: os.fork itself). linecache
-keeps the last 1,000 inputs that define something.
+getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; sys.last_type,
+last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
+factory is ours while somebody follows. From start to stop: names in the namespace, where they are
+free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
+where it was free and start ran in the main thread. For the rest of the process: one fork handler
+(3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -2095,6 +2095,7 @@ _BINDABLE = (types.FunctionType, staticmethod, type(str.join), type(object.__ini
              type(dict.__dict__["fromkeys"]))
 _class_mro = type.__dict__["__mro__"].__get__  # unlike `cls.__mro__` and vars(cls), these two
 _class_dict = type.__dict__["__dict__"].__get__  # run nothing of a metaclass
+_class_name = type.__dict__["__name__"].__get__
 
 
 def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None):
@@ -2177,8 +2178,10 @@ class _Place:
         last, end = self.tokens[-1], len(self.tokens) - 1
         if self.quote:
             return self._in_string(), None
-        if self.tokens[self.first:self.first + 1] in (["import"], ["from"]):
-            return self._importable(self.tokens[self.first], self.tokens[self.first + 1:]), None
+        words = self.tokens[self.first:]
+        words = words[words[:1] == ["lazy"]:]     # 3.15
+        if words[:1] in (["import"], ["from"]):
+            return self._importable(words[0], words[1:]), None
         if last == ".":
             return _select(_attribute_names(self._value(end)), self.word), None
         if not self.word and _ends_operand(last):
@@ -2207,6 +2210,12 @@ class _Place:
 
     def _value(self, end):
         """The object named by the tokens before `end`: a dotted name, with constant subscripts."""
+        value = self._any_value(end)
+        if _class_name(type(value)) in ("_LazyModule", "lazy_import"):
+            raise LookupError("to look into it would load it")
+        return value
+
+    def _any_value(self, end):
         token = self.tokens[end - 1]
         if token == "]":
             is_negative = self.tokens[end - 3] == "-"
@@ -3471,11 +3480,13 @@ def _statement_of(module, name):
 class _Edit:
     """One module of a reload: the text that ran, the text on disk, what differs."""
 
-    def __init__(self, name, module, path, stamp):
+    def __init__(self, name, module, path, stamp, text=None):
         self.name, self.module, self.path, self.stamp = name, module, path, stamp
         self.space = _space_of(module)
-        with open(path, "rb") as file:
-            self.text = file.read()
+        self.text = text
+        if text is None:
+            with open(path, "rb") as file:
+                self.text = file.read()
         known = _hot.known.get(name)
         if known is None or known.module() is not module:
             known = _note(module)
@@ -4004,12 +4015,16 @@ _PURE = {"Constant", "Num", "Str", "Bytes", "NameConstant", "Name", "BinOp", "Un
          "Or", "Eq", "NotEq", "Lt", "LtE", "Gt", "GtE", "Is", "IsNot", "In", "NotIn"}
 
 
+_LEAVES = "only functions that nest no others are emptied"
+
+
 def _key(node, is_shell):
     """Return a tree as tuples, to be compared; as a shell without the bodies of functions."""
     fields = getattr(node, "_fields", None)
     if fields is not None:
         kind = type(node).__name__
-        is_body = is_shell and kind in _FUNCTIONS + ("Lambda",)
+        is_body = is_shell and kind in _FUNCTIONS + ("Lambda",) and not (
+            is_shell is _LEAVES and len(list(_functions_below(node))) > 1)
         return (kind,) + tuple([
             _key(getattr(node, name, None), is_shell) for name in fields
             if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")]) + (
@@ -4050,9 +4065,13 @@ class _Names:
             self._add_scope(_executed_children(node))
         elif kind == "AnnAssign" and node.value is None:
             self._add(node.annotation)
+        elif kind == "If" and "TYPE_CHECKING" in str(_key(node.test, False)):
+            self.reads |= _Names([node.test]).reads
+            for each in node.orelse:
+                self._add(each)
         elif kind == "FunctionDef" and _is_bare(node):
             self.binds.add(node.name)
-        else:
+        elif kind not in ("TypeVar", "ParamSpec", "TypeVarTuple"):    # 3.12: of no use outside
             self._add_other(node, kind)
 
     def _add_other(self, node, kind):
@@ -4681,6 +4700,7 @@ class _Apply:
         self.started = set()            # names of the modules whose turn has come
         self.ordered = []               # the edits in the order in which they were applied
         self.namespaces = None          # ids of those of all modules: no registries
+        self.own_code = None            # ids of what has other code of its own; see the report
         self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
@@ -4837,16 +4857,14 @@ class _Apply:
         """Do with one statement what its change asks for."""
         change = pair.change
         if change in _LEFT_ALONE:
-            if self.everything and scope.cls is None and not pair.new.is_definition:
-                self._run(scope, pair)
-            elif self.everything and scope.cls is None:
+            if self.everything and scope.cls is None:
                 self._run(scope, pair)
             elif self._is_deleted(scope, pair):
                 self._bring_back(scope, pair)
-            elif self.refielded and pair.new.is_definition:
-                self._follow_fields(scope, pair)
             else:
                 self._note_body(scope, pair)
+                if self.refielded and pair.new.is_definition:
+                    self._follow_fields(scope, pair)
         elif scope.cls is None and self._is_kept_out(scope.edit, pair.new):
             return
         elif change == "live":
@@ -5137,7 +5155,7 @@ class _Apply:
             self._run(scope, pair)
             return
         inner, before = _Scope(scope.edit, cls, path, pair), dict(vars(cls))
-        self._touch_class(cls, pair)
+        self._touch_class(scope.edit, cls, pair)
         for each in pairs:
             if each.new is not None:
                 self._apply_pair(inner, each)
@@ -5156,22 +5174,27 @@ class _Apply:
             self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
                 scope.title(pair.new.node.name), base.__qualname__))
 
-    def _touch_class(self, cls, pair):
+    def _touch_class(self, edit, cls, pair):
         self.classes[id(cls)] = cls
         self.olds.add(id(cls))
         if _forget_subclasses not in self.afterwards:
             self.afterwards.append(_forget_subclasses)
             self.journal.on_undo(_forget_subclasses)
-        if "__firstlineno__" in vars(cls):
-            self.put(_attribute(cls, "__firstlineno__"), pair.new.start + 1)
+        self._put_place(edit, cls, pair)
+
+    def _put_place(self, edit, cls, pair):
+        """3.13: a class knows its line, and the attributes that its methods set on self."""
+        code = edit.new.code_of(pair.new.node) if "__firstlineno__" in vars(cls) else None
+        if code is not None:
+            self.put(_attribute(cls, "__firstlineno__"), code.co_firstlineno)
+            self.put(_attribute(cls, "__static_attributes__"), _static_attributes(code))
 
     def _note_body(self, scope, pair):
         """Only bodies changed, or lines moved: nothing runs, but who has hooks must know."""
         if pair.new.kind == "ClassDef" and pair.old is not None and pair.change != "same":
             cls = scope.get(pair.new.node.name)
             if _is(cls, type) and cls.__qualname__ == scope.prefix + pair.new.node.name:
-                if "__firstlineno__" in vars(cls):
-                    self.put(_attribute(cls, "__firstlineno__"), pair.new.start + 1)
+                self._put_place(scope.edit, cls, pair)
                 if pair.change == "body":
                     self.classes[id(cls)] = cls
                 inner = _Scope(scope.edit, cls, cls.__qualname__, pair)
@@ -5203,8 +5226,8 @@ class _Apply:
             for name, known in found:
                 done.add(name)
                 source = self._parsed(name, known)
-                edit = source and _Edit(name, known.module(), known.path, known.stamp)
-                if edit and edit.text == known.text:
+                edit = source and _Edit(name, known.module(), known.path, known.stamp, known.text)
+                if edit:
                     edit.compile()
                     edit.compare()
                     scope = _Scope(edit)
@@ -5409,7 +5432,8 @@ class _Apply:
         """Return what shall stand where `new` stands now: `old`, changed in place, if possible."""
         if id(new) in self.folded:
             return self.folded[id(new)][1]
-        if new is old or old is _MISSING or not self._is_fresh(new, statement) or _holds(new, old):
+        if new is old or old is _MISSING or not self._is_fresh(new, statement) or (
+                _holds(new, old) or _are_namesakes_apart(old, new)):
             return new
         return self._fold_by_rule(old, new)
 
@@ -5446,6 +5470,9 @@ class _Apply:
 
     def fold_function(self, old, new, kept=None):
         """Give a function the behaviour of another one made from the same definition."""
+        if not self.is_patch and old.__globals__ is new.__globals__ and (
+                old.__code__.co_freevars != new.__code__.co_freevars):
+            return self.forward(old, new)
         self.stands_for(old, new)
         if "registry" in vars(old) and "registry" in vars(new):
             self._keep_registered(new, dict(old.registry))
@@ -5555,7 +5582,8 @@ class _Apply:
 
     def _fold_attributes(self, old, new):
         values, news = dict(vars(old)), dict(vars(new))
-        skips = _CLASS_SKIPS | ({"__module__", "__qualname__"} if self.is_patch else set())
+        skips = _CLASS_SKIPS - {"__slots__"} | (
+            {"__module__", "__qualname__"} if self.is_patch else set())
         found = None if self.is_patch else self._pair_of(new)
         kept = _kept_class_names(found, new) if found and not self.everything and (
             found[1].change != "again") else set()
@@ -5863,8 +5891,11 @@ class _Apply:
 
     def _report_not_run_again(self, edit):
         """Name unchanged statements that called, or were made by, code that is another now."""
-        changed = _own_code_changed(edit) | {
-            name for pair in edit.pairs if pair.change in ("def",) for name in pair.new.binds}
+        if self.own_code is None:       # of functions, and classes with methods that run at once
+            self.own_code = {id(each.space.get(name)) for each in self.edits
+                             for name in _own_code_changed(each)} - {id(_MISSING), id(None)}
+        changed = {name for name, value in edit.space.items() if id(value) in self.own_code}
+        changed |= {name for pair in edit.pairs if pair.change == "def" for name in pair.new.binds}
         values = {name for name, (was, now) in self._values_of(
             edit, edit.new, edit.before).items() if was is not _MISSING}
         for pair in edit.pairs:
@@ -6994,6 +7025,13 @@ def _is(value, kinds):
     return issubclass(type(value), kinds)
 
 
+def _are_namesakes_apart(old, new):
+    """Tell whether a name that was another function's, as `b = a` makes one, has got its own."""
+    codes = [each.__code__ for each in (old, new) if type(each) is types.FunctionType]
+    return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
+        "<" in _path_of(each) for each in (old, new))
+
+
 def _is_definition(value):
     return _is(value, (type, types.FunctionType))
 
@@ -7219,15 +7257,16 @@ def _imports_of_unchanged(name):
 
 def _text_of_new(name):
     """Return (text, package) of a module that is not imported yet, if its package is the program's."""
-    parent, _, leaf = name.rpartition(".")
-    space = _space_of(sys.modules.get(parent)) or {}
-    folders = space.get("__path__", ()) if parent in _hot.known else ()
-    for folder in folders if _is(folders, (list, tuple)) else ():
-        for path, package in ((os.path.join(folder, leaf + ".py"), parent),
-                              (os.path.join(folder, leaf, "__init__.py"), name)):
-            if os.path.isfile(path):
-                with open(path, "rb") as file:
-                    return file.read(), package
+    parts = name.split(".")
+    for k in range(len(parts) - 1, 0, -1):
+        known = _hot.known.get(".".join(parts[:k]))
+        if known is not None:
+            base = os.path.join(os.path.dirname(known.path), *parts[k:])
+            for path, package in ((base + ".py", ".".join(parts[:-1])),
+                                  (os.path.join(base, "__init__.py"), name)):
+                if os.path.isfile(path):
+                    with open(path, "rb") as file:
+                        return file.read(), package
     return b"", ""
 
 
@@ -7326,7 +7365,8 @@ def _is_plain_equal(a, b):
 def _own_code_changed(edit):
     """Return the names of functions whose own code changed, and of classes with such methods.
 
-    Not of those where only a nested function changed; of a class, what runs when it is used.
+    Not of those where only a function that is nested and nests none changed, as the wrapper that a
+    decorator returns; of a class, what runs when it is used.
     """
     names = set()
 
@@ -7335,7 +7375,7 @@ def _own_code_changed(edit):
             if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
                 look(edit.sub_pairs(pair), top or pair.new.node.name)
             elif pair.change == "body" and pair.new.is_function and _key(
-                    pair.old.node.body, True) != _key(pair.new.node.body, True):
+                    pair.old.node.body, _LEAVES) != _key(pair.new.node.body, _LEAVES):
                 if top is None or pair.new.node.name in _RUN_AT_ONCE:
                     names.add(top or pair.new.node.name)
     look(edit.pairs, None)
@@ -8067,6 +8107,14 @@ def _without_line(code):
              if step.opname != "EXTENDED_ARG"]
     at = steps.index(("STORE_NAME", _typed("__firstlineno__")))
     return tuple(steps[:at - 1] + steps[at:])
+
+
+def _static_attributes(code):
+    """Return the names that the code of a class body says its methods set on self."""
+    import dis
+    steps = list(dis.get_instructions(code))
+    return next((steps[k - 1].argval for k, step in enumerate(steps)
+                 if step.argval == "__static_attributes__" and k), ())
 
 
 def _typed(const):
@@ -10477,8 +10525,12 @@ def load_library():
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
                           % ", ".join(hiding))
-    for name in LIBRARY:
-        LOADING.load(name)
+    try:
+        for name in LIBRARY:
+            LOADING.load(name)
+    except ImportError as exc:
+        raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
+                          "to call hotrepl.load_library() in between" % exc) from exc
     _async_raiser()
 
 
@@ -10656,7 +10708,7 @@ class Evaluator(Job):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
         hook = sys.displayhook
         if (type(hook) is not ThreadHook or hook.is_for_all or self._last_only is not None
-                or not ROUTER.is_bound()):
+                or not isinstance(sys.stdout, ThreadStream)):
             return _display(value)
         text = self.text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:
@@ -11319,10 +11371,8 @@ class ControlConnection(threading.Thread):
         place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
         session = self._paired()
-        if list(place) == ["name"]:
-            session.place = place
-            return
-        if "name" in place or not (place.get("module") or place.get("file")) or place.get("line", 1) < 1:
+        is_right = (place.get("module") or place.get("file")) and place.get("line", 1) > 0
+        if "name" in place if is_right else list(place) != ["name"]:
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
         session.place = place
