@@ -13280,11 +13280,12 @@ def _reach(host, port, control_port):
 
 
 @contextmanager
-def _tunnel(target, port, control_port):
+def _tunnel(target, port, control_port, has_shell=True):
     """Have the system's ssh forward both channels to private unix sockets; yield their paths.
 
     Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal.
     """
+    import shlex
     import subprocess
     import tempfile
     match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
@@ -13295,29 +13296,76 @@ def _tunnel(target, port, control_port):
               ["127.0.0.1:%d" % each for each in (port, control_port)])
     with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
         paths = os.path.join(folder, "repl"), os.path.join(folder, "repl" + CONTROL_SUFFIX)
-        words = ["ssh", "-N", "-T", "-o", "ExitOnForwardFailure=yes"]
+        words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"]
         words += ["-p", ssh_port] if ssh_port else []
         for ends in zip(paths, remote):
             words += ["-L", "%s:%s" % ends]
-        ssh = subprocess.Popen(["sh", "-c", _SSH, "sh"] + words + ["--", user + (literal or name)],
-                               stdin=subprocess.PIPE)
+        look = "stat -c%u " + " ".join(map(shlex.quote, remote)) if path else \
+            "cat /proc/net/tcp /proc/net/tcp6"
+        words += [] if has_shell else ["-N"]
+        words += ["--", user + (literal or name)] + [_FAR_SIDE % look] * has_shell
+        ssh = subprocess.Popen(["sh", "-c", _SSH, "sh"] + words, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
         try:
             while not os.path.exists(paths[-1]):      # ssh makes the sockets in this order
                 if ssh.poll() is not None:
                     raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
                                           "with exit code %d" % (target, ssh.returncode))
                 time.sleep(0.02)
+            far_side = _read_far_side(ssh.stdout) if has_shell else [[b""]]
+            if not far_side:      # an account that may forward only: then there is no check
+                with _tunnel(target, port, control_port, has_shell=False) as addresses:
+                    yield addresses
+                return
+            _check_far_side(far_side, target, path or (port, control_port))
             yield paths
         finally:
             ssh.stdin.close()
             ssh.wait()
+            ssh.stdout.close()
+
+
+# What ssh runs over there: it says whose the servers are, and stays until the client goes.
+_FAR_SIDE = "echo; echo hotrepl `id -u`; %s 2>/dev/null; echo hotrepl end; cat >/dev/null"
+
+
+def _read_far_side(stream):
+    """Return the lines that _FAR_SIDE prints, as lists of words; [] where nothing runs for us."""
+    said = b""
+    while not said.endswith(b"hotrepl end\n"):
+        if not select.select([stream], [], [], ANSWER_LIMIT_S)[0]:
+            return [[b""]]
+        piece = os.read(stream.fileno(), RECEIVE_BYTES)
+        if not piece:
+            return []
+        said += piece
+    return [line.split() for line in said[said.index(b"hotrepl "):].splitlines()]
+
+
+def _check_far_side(lines, target, place):
+    """Raise PermissionError where the other machine says that the server there is another's.
+
+    Where it can't say, as one without /proc, there is no check.
+    """
+    user = lines[0][-1:]
+    if isinstance(place, str):
+        owners = {words[0] for words in lines if len(words) == 1}
+    else:
+        ends = [b":%04X" % port for port in place]
+        # Listeners, and connections that somebody has accepted.
+        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
+                  and (words[3] == b"0A" or words[9] != b"0")}
+    others = b", ".join(sorted(owners.difference(user))).decode("ascii", "replace")
+    if others and user != [b"0"]:
+        raise PermissionError(errno.EACCES, "the server at %s is uid %s's over there, not that of "
+                              "whom ssh lets in, so nothing was sent" % (target, printable(others)))
 
 
 # Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
 # is for the server, reaches all programs here: ssh is to ignore it. It can miss the first signal.
 _SSH = """trap "" INT
 exec 3<&0 </dev/null
-"$@" 3<&- & ssh=$!
+"$@" <&3 3<&- & ssh=$!
 { read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!
 wait $ssh 2>/dev/null; code=$?
 kill $watch 2>/dev/null

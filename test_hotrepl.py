@@ -8044,6 +8044,7 @@ import json, logging, os, pdb, pty, queue, readline, secrets, selectors, shutil,
 import subprocess, sys, tempfile, termios, textwrap, time, traceback, tty
 sys.path.insert(0, %r)
 import hotrepl
+hotrepl.load_library()
 uid, code_to_run = int(sys.argv[1]), sys.argv[2]
 os.setgroups([]); os.setgid(uid); os.setuid(uid)
 sys.argv[:] = ["hotrepl.py"] + sys.argv[3:]
@@ -8997,13 +8998,57 @@ class Ssh(AccessCase):
             sock.bind(("127.0.0.1", 0))
             self.port = sock.getsockname()[1]
         os.makedirs("/run/sshd", exist_ok=True)
-        self.write("config", "HostKey %s\nAuthorizedKeysFile %s\nListenAddress 127.0.0.1:%d\n"
-                   "PidFile none\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n"
-                   % (self.file("host"), self.file("user.pub"), self.port))
-        program = self.keep(Program([self.sshd, "-D", "-e", "-f", self.file("config")]))
-        program.err.until("listening on 127.0.0.1")
+        self.start_sshd()
         self.served = self.serve()
         self.target = "ssh://root@127.0.0.1:%d" % self.port
+
+    def start_sshd(self, command=None):
+        """Start sshd, which runs `command` in place of what it is asked to run; end an earlier one."""
+        self.write("config", "HostKey %s\nAuthorizedKeysFile %s\nListenAddress 127.0.0.1:%d\n"
+                   "PidFile none\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n%s"
+                   % (self.file("host"), self.file("user.pub"), self.port,
+                      "ForceCommand %s\n" % command if command else ""))
+        if hasattr(self, "running"):
+            self.running.close()
+        self.running = self.keep(Program([self.sshd, "-D", "-e", "-f", self.file("config")]))
+        self.running.err.until("listening on 127.0.0.1")
+
+    def restart(self, command, **options):
+        self.served.close()
+        self.start_sshd(command)
+        self.served = self.serve(**options)
+
+    AS_OWNER = 'setpriv --clear-groups --regid 1500 --reuid 1500 sh -c "$SSH_ORIGINAL_COMMAND"'
+
+    def test_another_users_server_over_there_gets_nothing(self):
+        tool("setpriv")
+        self.restart(self.AS_OWNER)
+        said = self.refused()
+        self.assertRegex(said, r"(?m)^hotrepl: the server at \S+ is uid 0's over there, .*nothing was sent$")
+        self.assertEqual(self.served.server.sessions(), [])
+
+    def test_another_users_unix_socket_over_there_gets_nothing(self):
+        tool("setpriv")
+        os.chmod(self.path, 0o755)
+        self.restart(self.AS_OWNER, unix=self.file("socket"))
+        self.assertIn("is uid 0's over there", self.refused(target=self.target + self.file("socket")))
+
+    def test_the_users_own_server_over_there_is_visited_without_a_question(self):
+        tool("setpriv")
+        self.restart(self.AS_OWNER)
+        program = self.keep(Program([sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), "1500",
+                                     SERVE + "input()"], cwd="/"))
+        (_, port), (_, control_port) = addresses(program)
+        words, env = self.command()
+        words = words[:words.index("connect")] + ["exec", self.target, "--port", str(port), "--control-port",
+                                                  str(control_port), "-c", "import os; os.getuid()"]
+        self.assertEqual(self.keep(Program(words, stdin=subprocess.DEVNULL, **env)).end(), [0, "1500\n", ""])
+
+    def test_an_account_that_may_only_forward_is_enough(self):
+        self.restart("/bin/false")
+        words, env = self.command()
+        words[words.index("connect")] = "exec"
+        self.assertEqual(self.keep(Program(words + ["-c", "6*7"], stdin=subprocess.DEVNULL, **env)).end()[:2], [0, "42\n"])
 
     def file(self, name):
         return os.path.join(self.path, name)
