@@ -1,6 +1,6 @@
 """hotrepl: talk to a running Python process, look around in it, and change it while it runs.
 
-One file, standard library only, CPython 3.6 and newer and PyPy3. Copy it beside your program.
+One file, standard library only, CPython 3.6 to 3.15 and PyPy3. Copy it beside your program.
 
     import hotrepl                                  # in the program
     hotrepl.start(locals=globals())
@@ -25,12 +25,12 @@ output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
 displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
-getpass.getpass are stand-ins; pdb is adapted; sys.last_type, last_value, last_traceback (and
-last_exc) are set by an exception in a session; logging's record factory is ours while somebody
-follows. From start to stop: names in the namespace, where they are free, and a module of that name
-where it had no __name__; one atexit callback; SIGURG's handler, where it was free and start ran in
-the main thread. For the rest of the process: one fork handler (3.6: os.fork itself). linecache
-keeps the last 1,000 inputs that define something.
+getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; sys.last_type,
+last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
+factory is ours while somebody follows. From start to stop: names in the namespace, where they are
+free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
+where it was free and start ran in the main thread. For the rest of the process: one fork handler
+(3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -2095,6 +2095,7 @@ _BINDABLE = (types.FunctionType, staticmethod, type(str.join), type(object.__ini
              type(dict.__dict__["fromkeys"]))
 _class_mro = type.__dict__["__mro__"].__get__  # unlike `cls.__mro__` and vars(cls), these two
 _class_dict = type.__dict__["__dict__"].__get__  # run nothing of a metaclass
+_class_name = type.__dict__["__name__"].__get__
 
 
 def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None):
@@ -2177,8 +2178,10 @@ class _Place:
         last, end = self.tokens[-1], len(self.tokens) - 1
         if self.quote:
             return self._in_string(), None
-        if self.tokens[self.first:self.first + 1] in (["import"], ["from"]):
-            return self._importable(self.tokens[self.first], self.tokens[self.first + 1:]), None
+        words = self.tokens[self.first:]
+        words = words[words[:1] == ["lazy"]:]     # 3.15
+        if words[:1] in (["import"], ["from"]):
+            return self._importable(words[0], words[1:]), None
         if last == ".":
             return _select(_attribute_names(self._value(end)), self.word), None
         if not self.word and _ends_operand(last):
@@ -2207,6 +2210,12 @@ class _Place:
 
     def _value(self, end):
         """The object named by the tokens before `end`: a dotted name, with constant subscripts."""
+        value = self._any_value(end)
+        if _class_name(type(value)) in ("_LazyModule", "lazy_import"):
+            raise LookupError("to look into it would load it")
+        return value
+
+    def _any_value(self, end):
         token = self.tokens[end - 1]
         if token == "]":
             is_negative = self.tokens[end - 3] == "-"
@@ -4062,7 +4071,7 @@ class _Names:
                 self._add(each)
         elif kind == "FunctionDef" and _is_bare(node):
             self.binds.add(node.name)
-        else:
+        elif kind not in ("TypeVar", "ParamSpec", "TypeVarTuple"):    # 3.12: of no use outside
             self._add_other(node, kind)
 
     def _add_other(self, node, kind):
@@ -5160,6 +5169,11 @@ class _Apply:
             inner.annotate(self)
         if hasattr(cls, "__abstractmethods__"):
             self.afterwards.append(functools.partial(self._update_abstract, cls))
+        base = next((base for base in cls.__mro__[1:-1] if "__init_subclass__" in vars(base)), None)
+        if base is not None and type(cls).__setattr__ is type.__setattr__ and (
+                base.__module__ != "typing" and any(each.change in ("new", "gone") for each in pairs)):
+            self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
+                scope.title(pair.new.node.name), base.__qualname__))
 
     def _touch_class(self, edit, cls, pair):
         self.classes[id(cls)] = cls
@@ -5255,6 +5269,9 @@ class _Apply:
             return
         if scope.cls is None and self.everything and self._is_kept_out(edit, statement):
             return
+        if any(_is_mapped(scope.cls, name) for name in statement.binds):
+            self._note_mapped(scope, statement.binds)
+            return
         self._learn()
         reached = self.snapshot(edit, statement, pair.old)
         targets = self._targets(scope, pair)
@@ -5264,6 +5281,9 @@ class _Apply:
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
             self.called.append(statement.title)
+        if scope.cls is not None and statement.kind == "AnnAssign":
+            for value in bound.values():
+                _give_column_its_type(scope, statement.node, value)
         if not statement.is_harmless and not _INDIRECT.isdisjoint(statement.code.co_names):
             names = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
             if pair.old is not None and scope.cls is None and names:
@@ -5277,6 +5297,11 @@ class _Apply:
                          bound.pop(name, bound.pop(scope.name_of(name), _MISSING)))
         for name, value in bound.items() if scope.cls is not None else ():
             self._bind(scope, name, value, statement)
+
+    def _note_mapped(self, scope, names):
+        for name in sorted(names):
+            self.report.notes.append("%s: SQLAlchemy has mapped it to its table; it stays as it is"
+                                     % scope.title(name))
 
     def _targets(self, scope, pair):
         """Return the ids of what a definition that runs again had registered."""
@@ -5395,7 +5420,9 @@ class _Apply:
         kept = {_mangled(name, cls.__name__) for name in names}
         gone = [name for path, name in scope.edit.gone if path == scope.path]
         for name in sorted(own - kept) + gone:
-            if name in vars(cls) and not isinstance(vars(cls)[name], _SLOT_TYPES):
+            if _is_mapped(cls, name):
+                self._note_mapped(scope, [name])
+            elif name in vars(cls) and not isinstance(vars(cls)[name], _SLOT_TYPES):
                 self.put(_attribute(cls, name), _MISSING)
         if "__eq__" in own - kept and vars(cls).get("__hash__", 0) is None and (
                 "__hash__" not in kept):
@@ -5885,10 +5912,27 @@ class _Apply:
             reads = each.names.reads & values - each.binds if not each.is_definition else set()
             if used & changed or reads and not (each.is_pure or each.is_definition):
                 self._report_not_run(edit, each, used & changed | reads)
+        self._report_copied(edit)
         for pair in edit.pairs:
             if pair.new is not None and pair.change not in _LEFT_ALONE and self._is_kept_out(
                     edit, pair.new) and (edit.name == "__main__" or not pair.new.is_main_guard):
                 self.report.add("not_run_again", edit.name, [pair.new.title])
+
+    def _report_copied(self, edit):
+        """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
+        heads = {name for pair in edit.pairs for each in [pair.new or pair.old]
+                 if pair.change not in _LEFT_ALONE and each.is_definition for name in each.names.heads
+                 if hasattr(type(edit.space.get(name)), "__iter__")}
+        sources = [(edit, edit.new)] + [
+            (_Follower(name, {}), self._parsed(name, _hot.known[name]))
+            for name in sorted(self._importers_of(edit.name) if heads else ())
+            if name in _hot.known and _hot.known[name].text is not None]
+        for follower, source in sources if heads else ():
+            for each in source.statements if source else ():
+                if not each.is_definition and each.names.calls and each.kind != "For" and any(
+                        name in each.names.reads - each.names.calls or "." + name in each.title
+                        for name in heads):
+                    self._report_not_run(follower, each, heads)
 
     # --- Live objects: what no name leads to ---
 
@@ -6368,6 +6412,31 @@ def _put_on_class(apply, cls, name, value):
     read, write, key = _attribute(cls, name)
     apply.journal.on_undo(lambda: write(before), key)
     setattr(cls, name, value)
+
+
+def _is_mapped(cls, name):
+    """Tell whether SQLAlchemy has made a column or a relation of an attribute: it can't be another."""
+    mapper = vars(cls).get("__mapper__") if cls is not None else None
+    return mapper is not None and mapper.has_property(name)
+
+
+def _give_column_its_type(scope, node, value):
+    """SQLAlchemy reads the annotation of a column where it scans a class: let it scan another one."""
+    orm = sys.modules.get("sqlalchemy.orm")
+    if orm is None or type(value) is not orm.MappedColumn or "__mapper__" not in vars(scope.cls):
+        return
+    import ast
+    space, cls = scope.edit.space, scope.cls
+    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval", scope.edit.new.flags, True)
+    base = type("Base", (orm.DeclarativeBase,), {
+        "type_annotation_map": cls.registry.type_annotation_map, "__module__": scope.edit.name})
+    annotation = compile(ast.Expression(body=node.annotation), scope.edit.path, "eval", 0, True)
+    made = type(base)("Scan", (base,), {
+        "__module__": scope.edit.name, "__tablename__": "scan", node.target.id: eval(code, space),
+        "__annotations__": {node.target.id: eval(annotation, space)},
+        "hotrepl_key": orm.mapped_column(sys.modules["sqlalchemy"].Integer, primary_key=True)})
+    column = made.__table__.c[node.target.id]
+    value.column.type, value.column.nullable = column.type, column.nullable
 
 
 _Next = collections.namedtuple("_Next", "code path reason is_changed is_inner old new")
@@ -13208,11 +13277,12 @@ def _reach(host, port, control_port):
 
 
 @contextmanager
-def _tunnel(target, port, control_port):
+def _tunnel(target, port, control_port, has_shell=True):
     """Have the system's ssh forward both channels to private unix sockets; yield their paths.
 
     Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal.
     """
+    import shlex
     import subprocess
     import tempfile
     match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
@@ -13223,29 +13293,76 @@ def _tunnel(target, port, control_port):
               ["127.0.0.1:%d" % each for each in (port, control_port)])
     with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
         paths = os.path.join(folder, "repl"), os.path.join(folder, "repl" + CONTROL_SUFFIX)
-        words = ["ssh", "-N", "-T", "-o", "ExitOnForwardFailure=yes"]
+        words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"]
         words += ["-p", ssh_port] if ssh_port else []
         for ends in zip(paths, remote):
             words += ["-L", "%s:%s" % ends]
-        ssh = subprocess.Popen(["sh", "-c", _SSH, "sh"] + words + ["--", user + (literal or name)],
-                               stdin=subprocess.PIPE)
+        look = "stat -c%u " + " ".join(map(shlex.quote, remote)) if path else \
+            "cat /proc/net/tcp /proc/net/tcp6"
+        words += [] if has_shell else ["-N"]
+        words += ["--", user + (literal or name)] + [_FAR_SIDE % look] * has_shell
+        ssh = subprocess.Popen(["sh", "-c", _SSH, "sh"] + words, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
         try:
             while not os.path.exists(paths[-1]):      # ssh makes the sockets in this order
                 if ssh.poll() is not None:
                     raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
                                           "with exit code %d" % (target, ssh.returncode))
                 time.sleep(0.02)
+            far_side = _read_far_side(ssh.stdout) if has_shell else [[b""]]
+            if not far_side:      # an account that may forward only: then there is no check
+                with _tunnel(target, port, control_port, has_shell=False) as addresses:
+                    yield addresses
+                return
+            _check_far_side(far_side, target, path or (port, control_port))
             yield paths
         finally:
             ssh.stdin.close()
             ssh.wait()
+            ssh.stdout.close()
+
+
+# What ssh runs over there: it says whose the servers are, and stays until the client goes.
+_FAR_SIDE = "echo; echo hotrepl `id -u`; %s 2>/dev/null; echo hotrepl end; cat >/dev/null"
+
+
+def _read_far_side(stream):
+    """Return the lines that _FAR_SIDE prints, as lists of words; [] where nothing runs for us."""
+    said = b""
+    while not said.endswith(b"hotrepl end\n"):
+        if not select.select([stream], [], [], ANSWER_LIMIT_S)[0]:
+            return [[b""]]
+        piece = os.read(stream.fileno(), RECEIVE_BYTES)
+        if not piece:
+            return []
+        said += piece
+    return [line.split() for line in said[said.index(b"hotrepl "):].splitlines()]
+
+
+def _check_far_side(lines, target, place):
+    """Raise PermissionError where the other machine says that the server there is another's.
+
+    Where it can't say, as one without /proc, there is no check.
+    """
+    user = lines[0][-1:]
+    if isinstance(place, str):
+        owners = {words[0] for words in lines if len(words) == 1}
+    else:
+        ends = [b":%04X" % port for port in place]
+        # Listeners, and connections that somebody has accepted.
+        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
+                  and (words[3] == b"0A" or words[9] != b"0")}
+    others = b", ".join(sorted(owners.difference(user))).decode("ascii", "replace")
+    if others and user != [b"0"]:
+        raise PermissionError(errno.EACCES, "the server at %s is uid %s's over there, not that of "
+                              "whom ssh lets in, so nothing was sent" % (target, printable(others)))
 
 
 # Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
 # is for the server, reaches all programs here: ssh is to ignore it. It can miss the first signal.
 _SSH = """trap "" INT
 exec 3<&0 </dev/null
-"$@" 3<&- & ssh=$!
+"$@" <&3 3<&- & ssh=$!
 { read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!
 wait $ssh 2>/dev/null; code=$?
 kill $watch 2>/dev/null

@@ -2707,6 +2707,137 @@ class Debuggers(Case):
             self.session_is_whole()
 
 
+class NewPythons(Case):
+    """What is new in 3.14 and 3.15, and lazy modules of any Python."""
+
+    def lazy_program(self, lazily):
+        """Start a program that imports `late` so that only its use loads it; return its client."""
+        folder = self.served_folder = self.keep_folder()
+        folder.write("late.py", "print('late was loaded', flush=True)\nVALUE = 1\n")
+        program = folder.run(SERVE + lazily + "input()\nprint(late.VALUE, flush=True)\ninput()\n")
+        client = Paired(*addresses(program))
+        self.addCleanup(client.close)
+        return program, client
+
+    def keep_folder(self):
+        folder = Folder()
+        self.addCleanup(folder.close)
+        return folder
+
+    def look_around(self, lazily):
+        """Connect, complete, reload and list the stacks; the lazy module is not loaded by that."""
+        program, client = self.lazy_program(lazily)
+        names = client.control.request("Complete", line="la", cursor=2)["matches"]
+        self.assertIn("late", names)
+        for line in ("late.", "late.V", "print(late.", "late(", "l", "import la", "late.VALUE.x", "late['"):
+            client.control.request("Complete", line=line, cursor=len(line))
+        client.control.request("TabComplete", text="late.V", state=0)
+        self.assertRegex(client.ask("reload()"), r"\Anothing changed.*\n\Z")
+        client.ask("reload(dry_run=True)")
+        self.assertIn("MainThread", client.ask("stacks()"))
+        client.ask("jobs()")
+        self.assertEqual(program.rest_now(), "")
+        program.send("\n")
+        self.assertEqual(program.until("1\n"), "late was loaded\n1\n")
+        self.assertEqual(client.ask("late.VALUE"), "1\n")
+
+    @unittest.skipIf(sys.version_info < (3, 15), "`lazy import` came with 3.15")
+    def test_nothing_that_only_looks_loads_a_lazy_import(self):
+        self.look_around("lazy import late\nlazy from late import VALUE\n")
+
+    def test_nothing_that_only_looks_loads_a_module_of_the_lazy_loader(self):
+        self.look_around("import importlib.util, sys\nspec = importlib.util.find_spec('late')\n"
+                         "spec.loader = importlib.util.LazyLoader(spec.loader)\n"
+                         "late = sys.modules['late'] = importlib.util.module_from_spec(spec)\n"
+                         "spec.loader.exec_module(late)\n")
+
+    SYNTAX = (                # (first version, input, what it shows)
+        ((3, 12), "def f[T](x: T) -> T: return x\n\nf(6*7)", "42\n"),
+        ((3, 12), "type Pair[A, B] = tuple[A, B]\nPair.__name__", "'Pair'\n"),
+        ((3, 13), "class C[T = int]: pass\n\nC.__type_params__[0].__default__", "<class 'int'>\n"),
+        ((3, 14), "t'a {6*7} b'.values", "(42,)\n"),
+        ((3, 14), "rt'''a\n{6*7}'''.strings", "('a\\n', '')\n"),
+        ((3, 14), "try: 1/0\nexcept ValueError, ZeroDivisionError: x = 6*7\n\nx", "42\n"),
+        ((3, 14), "def f(x: Missing): return 6*7\n\nf(1)", "42\n"),
+        ((3, 15), "lazy import colorsys\nimport sys; 'colorsys' in sys.modules", "False\n"),
+        ((3, 15), "lazy from colorsys import rgb_to_hsv as h\nh.__name__", "'rgb_to_hsv'\n"),
+        ((3, 15), "[*x for x in ([6], [7])]", "[6, 7]\n"),
+        ((3, 15), "{**x for x in ({6: 7},)}", "{6: 7}\n"),
+        ((3, 15), "frozendict(a=1)['a']", "1\n"))
+
+    def test_new_syntax_runs_typed_and_as_one_unit(self):
+        served = self.serve()
+        for version, source, shown in self.SYNTAX:
+            if sys.version_info >= version:
+                with self.subTest(source=source):
+                    client = served.paired()
+                    text = [client.ask(line) for line in source.split("\n")][-1]
+                    self.assertEqual((text, client.prompt), (shown, ">>> "))
+                    sys.modules.pop("colorsys", None)
+                    self.assertEqual(served.paired().block(source), shown)
+
+    def test_completion_knows_new_syntax(self):
+        client = self.serve({"apple": "x"}).paired()
+
+        def complete(line):
+            return client.control.request("Complete", line=line, cursor=len(line))["matches"]
+        for version, line, match in (
+                ((3, 12), "type X = app", "apple"), ((3, 13), "def f[T = app", "apple"),
+                ((3, 14), "try: 1\nexcept Ze", "ZeroDivisionError"),
+                ((3, 14), "try: 1\nexcept KeyError, Ze", "ZeroDivisionError"),
+                ((3, 15), "lazy import colors", "colorsys"), ((3, 15), "lazy from colors", "colorsys"),
+                ((3, 15), "lazy from colorsys import rgb_to_h", "rgb_to_hls"),
+                ((3, 15), "[*app", "apple"), ((3, 15), "frozend", "frozendict")):
+            if sys.version_info >= version:
+                with self.subTest(line=line):
+                    self.assertIn(match, complete(line))
+
+    @unittest.skipIf(sys.version_info < (3, 12) or IS_PYPY, "sys.monitoring came with 3.12")
+    def test_those_who_monitor_go_on_and_debuggers_beside_them(self):
+        program = self.keep_folder().run(SERVE + textwrap.dedent("""
+            import sys
+            lines, use = [], sys.monitoring
+            def line(code, number):
+                lines.append(code.co_name)
+            for tool in (use.DEBUGGER_ID, use.COVERAGE_ID):
+                use.use_tool_id(tool, "ours")
+                use.register_callback(tool, use.events.LINE, line)
+                use.set_events(tool, use.events.LINE)
+            input()
+            """))
+        client = Paired(*addresses(program))
+        self.addCleanup(client.close)
+        client.block("def stop(x):\n    import pdb; pdb.set_trace()\n    x += 1\n    return x\n")
+        client.ask("stop(41)")
+        self.assertEqual((client.prompt, client.ask("p x")), ("(Pdb) ", "41\n"))
+        client.ask("next")
+        self.assertEqual((client.prompt, client.ask("continue")), ("(Pdb) ", "42\n"))
+        self.assertEqual(client.ask("lines.count('stop') >= 6, {use.get_tool(each) for each in (0, 1)}"),
+                         "(True, {'ours'})\n")
+        self.assertEqual(client.ask("lines.clear(); reload()")[:15], "nothing changed")
+
+    @unittest.skipIf(sys.version_info < (3, 13) or IS_PYPY, "those flags came with 3.13 and later")
+    def test_a_program_with_new_flags_is_served(self):
+        flags = {(3, 13): ["cpu_count=2"], (3, 14): [
+            "thread_inherit_context=1", "context_aware_warnings=1", "importtime=2",
+            "disable-remote-debug"], (3, 15): ["lazy_imports=all", "pathconfig_warnings=0"]}
+        for flag in [flag for version, new in flags.items() if sys.version_info >= version for flag in new]:
+            with self.subTest(flag=flag):
+                program = self.keep_folder().run(SERVE + "x = 6\ninput()\n", flags=["-X", flag])
+                client = Paired(*addresses(program))
+                self.addCleanup(client.close)
+                self.spawn(program.err.until_end)     # importtime=2 writes much
+                self.addCleanup(program.process.kill)
+                self.assertEqual(client.ask("x * 7"), "42\n")
+                self.assertIn("bit_length", client.control.request(
+                    "Complete", line="x.bit_l", cursor=7)["matches"])
+                client.ask("import pdb; pdb.set_trace()")
+                self.assertEqual((client.prompt, client.ask("p x"), client.ask("continue")),
+                                 ("(Pdb) ", "6\n", ""))
+                self.assertEqual(client.ask("reload()")[:15], "nothing changed")
+                self.assertEqual(client.ask("jobs()"), "no jobs\n")
+
+
 class NamesOfTheProgram(Case):
     """No name of the program is overwritten by ours. (`__builtins__` is exec's own addition.)"""
 
@@ -7913,6 +8044,7 @@ import json, logging, os, pdb, pty, queue, readline, secrets, selectors, shutil,
 import subprocess, sys, tempfile, termios, textwrap, time, traceback, tty
 sys.path.insert(0, %r)
 import hotrepl
+hotrepl.load_library()
 uid, code_to_run = int(sys.argv[1]), sys.argv[2]
 os.setgroups([]); os.setgid(uid); os.setuid(uid)
 sys.argv[:] = ["hotrepl.py"] + sys.argv[3:]
@@ -8866,13 +8998,57 @@ class Ssh(AccessCase):
             sock.bind(("127.0.0.1", 0))
             self.port = sock.getsockname()[1]
         os.makedirs("/run/sshd", exist_ok=True)
-        self.write("config", "HostKey %s\nAuthorizedKeysFile %s\nListenAddress 127.0.0.1:%d\n"
-                   "PidFile none\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n"
-                   % (self.file("host"), self.file("user.pub"), self.port))
-        program = self.keep(Program([self.sshd, "-D", "-e", "-f", self.file("config")]))
-        program.err.until("listening on 127.0.0.1")
+        self.start_sshd()
         self.served = self.serve()
         self.target = "ssh://root@127.0.0.1:%d" % self.port
+
+    def start_sshd(self, command=None):
+        """Start sshd, which runs `command` in place of what it is asked to run; end an earlier one."""
+        self.write("config", "HostKey %s\nAuthorizedKeysFile %s\nListenAddress 127.0.0.1:%d\n"
+                   "PidFile none\nStrictModes no\nPermitRootLogin yes\nPasswordAuthentication no\n%s"
+                   % (self.file("host"), self.file("user.pub"), self.port,
+                      "ForceCommand %s\n" % command if command else ""))
+        if hasattr(self, "running"):
+            self.running.close()
+        self.running = self.keep(Program([self.sshd, "-D", "-e", "-f", self.file("config")]))
+        self.running.err.until("listening on 127.0.0.1")
+
+    def restart(self, command, **options):
+        self.served.close()
+        self.start_sshd(command)
+        self.served = self.serve(**options)
+
+    AS_OWNER = 'setpriv --clear-groups --regid 1500 --reuid 1500 sh -c "$SSH_ORIGINAL_COMMAND"'
+
+    def test_another_users_server_over_there_gets_nothing(self):
+        tool("setpriv")
+        self.restart(self.AS_OWNER)
+        said = self.refused()
+        self.assertRegex(said, r"(?m)^hotrepl: the server at \S+ is uid 0's over there, .*nothing was sent$")
+        self.assertEqual(self.served.server.sessions(), [])
+
+    def test_another_users_unix_socket_over_there_gets_nothing(self):
+        tool("setpriv")
+        os.chmod(self.path, 0o755)
+        self.restart(self.AS_OWNER, unix=self.file("socket"))
+        self.assertIn("is uid 0's over there", self.refused(target=self.target + self.file("socket")))
+
+    def test_the_users_own_server_over_there_is_visited_without_a_question(self):
+        tool("setpriv")
+        self.restart(self.AS_OWNER)
+        program = self.keep(Program([sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), "1500",
+                                     SERVE + "input()"], cwd="/"))
+        (_, port), (_, control_port) = addresses(program)
+        words, env = self.command()
+        words = words[:words.index("connect")] + ["exec", self.target, "--port", str(port), "--control-port",
+                                                  str(control_port), "-c", "import os; os.getuid()"]
+        self.assertEqual(self.keep(Program(words, stdin=subprocess.DEVNULL, **env)).end(), [0, "1500\n", ""])
+
+    def test_an_account_that_may_only_forward_is_enough(self):
+        self.restart("/bin/false")
+        words, env = self.command()
+        words[words.index("connect")] = "exec"
+        self.assertEqual(self.keep(Program(words + ["-c", "6*7"], stdin=subprocess.DEVNULL, **env)).end()[:2], [0, "42\n"])
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -12432,6 +12608,46 @@ def annotations_of(module):
     return found
 
 
+class NewSyntaxReloaded(Workspace):
+
+    def check(self, template, look, old, new, version):
+        """Load, reload with 2 for @@: what was held has changed as in a fresh process."""
+        if sys.version_info < version:
+            self.skipTest("its syntax came with %d.%d" % version)
+        m = self.load(template.replace("@@", "1"))
+        held = dict(vars(m))
+        self.assertEqual(look(m), old)
+        report = self.again(template.replace("@@", "2"))
+        self.assertEqual((look(m), report.stale), (new, []))
+        self.assertTrue(all(vars(m)[name] is value for name, value in held.items()
+                            if isinstance(value, (type, types.FunctionType))))
+
+    def test_type_parameters_and_their_defaults(self):
+        self.check("def f[T = int](x: T) -> T: return @@\nclass C[T = int]:\n    def m(self): return @@\n",
+                   lambda m: (m.f(0), m.C[str]().m()), (1, 1), (2, 2), (3, 13))
+
+    def test_a_type_alias(self):
+        self.check("type A[T] = tuple[T, @@]\ntype B = tuple[int, @@]\n",
+                   lambda m: (m.A.__value__.__args__[1], m.B.__value__.__args__[1]), (1, 1), (2, 2), (3, 12))
+
+    def test_a_changed_default_of_a_type_parameter(self):
+        self.check("def f[T = tuple[int, @@]](x: T): pass\n",
+                   lambda m: m.f.__type_params__[0].__default__.__args__[1], 1, 2, (3, 13))
+
+    def test_templates_and_exceptions_without_parentheses(self):
+        self.check("def f(x): return t'{x} @@'.strings\ndef g():\n    try: 1/0\n"
+                   "    except ValueError, ZeroDivisionError: return @@\n",
+                   lambda m: (m.f(0), m.g()), (("", " 1"), 1), (("", " 2"), 2), (3, 14))
+
+    def test_a_module_with_lazy_imports_loads_none_of_them(self):
+        self.edit("late", "VALUE = 1\n")
+        text = "lazy import late\nlazy from late import VALUE\ndef f(): return @@\ndef g(): return late.VALUE\n"
+        self.check(text, lambda m: (m.f(), "late" in sys.modules), (1, False), (2, False), (3, 15))
+        self.assertEqual(sys.modules["m"].g(), 1)
+        self.again(text.replace("@@", "2").replace("lazy from late import VALUE", "lazy import colorsys"))
+        self.assertEqual((sys.modules["m"].g(), "colorsys" in sys.modules), (1, False))
+
+
 class NothingOrAll(Workspace):
 
     def test_syntax_error_changes_nothing(self):
@@ -15859,7 +16075,8 @@ def second():
         Edit("command renamed", '"init")', '"setup")'),
         Edit("default of a command's option", "default=1", "default=2"),
         Edit("method of a view class", '        return "get %s" % self.things',
-             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"'),
+             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"',
+             named="__init_subclass__"),
         ),
 
     Judged("fastapi", """
@@ -16329,13 +16546,13 @@ def before(sender, instance, **options):
         Edit("method added", "    def greet(self)", "    def new(self):\n        return 'new'\n\n    def greet(self)"),
         Edit("method of the base added", "    def describe", "    def new(self):\n        return 'new'\n\n    def describe"),
         Edit("column added", '    kind = ', '    age: Mapped[int | None] = mapped_column(default=7)\n    kind = ',
-             named=r"\bage\b"),
+             named=r"\bage\b", alone=True),
         Edit("length of a column", "String(30)", "String(40)", named=r"\bname\b"),
         Edit("class added", "@event", """class Tag(Base):
     __tablename__ = "tag"
     id: Mapped[int] = mapped_column(primary_key=True)
 
-@event""", named=r"\bTag\b|\btag\b"),
+@event""", named=r"\bTag\b|\btag\b", alone=True),
         Edit("hybrid added", "    @validates", "    @hybrid_property\n    def new(self):\n        return lambda: 5\n\n    @validates"),
         ),
 
