@@ -9560,7 +9560,9 @@ def server_owner(sock):
 
 def _listening_for(host):
     """Return the (address, peer's address) of listeners that get connections to `host`."""
-    return [(host, "::" if ":" in host else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
+    packed = _packed(host)        # an IPv4 address in IPv6 clothes is one of IPv4
+    own = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    return [(own, "::" if ":" in own else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
 
 
 def knows_local_peers():

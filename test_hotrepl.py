@@ -9330,6 +9330,19 @@ class PeerOverTcp(AccessParts):
         client.close()
         self.assertEqual(0, hotrepl.owner_by_procfs(*ends)[1])
 
+    def test_the_owner_of_a_server_is_known_before_and_after_it_accepts(self):
+        for listening, host in (("127.0.0.1", None), ("::1", None), ("", "127.0.0.1"), ("", "::1"),
+                                ("127.0.0.1", "::ffff:127.0.0.1"), ("", "::ffff:127.0.0.1")):
+            listener = self.listen(listening)
+            client = self.keep(socket.create_connection((host or listening, listener.getsockname()[1])))
+            self.assertEqual(os.geteuid(), hotrepl.server_owner(client), (listening, host))
+            served = self.accept(listener)
+            self.assertEqual(os.geteuid(), hotrepl.server_owner(client), (listening, host))
+            for each in (listener, served):
+                each.close()
+            with self.assertRaises(OSError):
+                hotrepl.server_owner(client)
+
     def test_listener_on_the_peers_port_is_not_the_peer(self):
         listener, other = self.listen().getsockname(), self.listen().getsockname()
         self.assertIsNone(hotrepl.owner_by_netlink(listener, other))
