@@ -6698,7 +6698,6 @@ class _Registrations:
         if self._targets:
             for container, hits in self.taken:
                 self._settle(container, hits)
-            self._drop_doubles()
         return result
 
     def drop(self):
@@ -6782,29 +6781,6 @@ class _Registrations:
                 apply.put(_entry(vars(old), name), value)
         apply.folded[id(new)] = (new, old)
         return old
-
-    def _drop_doubles(self):
-        """Take out of lists what was added although its like, made from the same parts, is there."""
-        taken = {id(each) for each, _ in self.taken}
-        for container in self._places:
-            now, base = _content(container), self._bases[id(container)]
-            if type(now) is dict or id(container) in taken or len(now) <= len(base):
-                continue
-            news, olds = _gained(base, now)
-            doubles = {id(new) for new in news if any(self._is_like(new, old) for old in olds)}
-            if doubles:
-                _replace_items(container, [item for item in now if id(item) not in doubles])
-
-    def _is_like(self, new, old, depth=4):
-        """Tell whether a new value is the old one made again: from the same parts."""
-        new = self._apply.current(new)
-        if new is old or depth == 0 or self._apply.current(type(new)) is not type(old):
-            return new is old
-        if isinstance(new, _PLAIN_TYPES):
-            return new == old
-        new, old = _parts(new), _parts(old)
-        return new is not None and len(new) == len(old) and all(
-            self._is_like(*pair, depth - 1) for pair in zip(new, old))
 
     def put_before(self, later):
         """What a new definition has registered goes in front of what stands below it made."""
@@ -7802,26 +7778,6 @@ def _content(container):
     if _is(container, type):
         return dict(vars(container))
     return _CONTENTS[_container_kind(container)](container)  # type: ignore[operator]
-
-
-def _parts(value):
-    """Return what a value was made from, in a list, or None where that can't be seen."""
-    if type(value) is types.FunctionType:
-        return [value.__code__, value.__defaults__, *map(_cell_value, value.__closure__ or ())]
-    if type(value) is types.MethodType:
-        return [value.__func__, value.__self__]
-    if type(value) is functools.partial:
-        return [value.func, value.args, value.keywords]
-    if type(value) is weakref.ref:
-        return [value()]
-    content = () if _is(value, tuple) else _content(value) if _container_kind(value) else ()
-    parts = list(tuple.__iter__(value)) if _is(value, tuple) else [*content]
-    if type(content) is dict:
-        parts += content.values()
-    fields = _get_dict(value)
-    slots = [_member(value, member)[0]() for member in _members(type(value))]
-    is_known = _is(value, tuple) or _container_kind(value) or slots or _is_plain_instance(value)
-    return parts + slots + [*(fields or ()), *(fields or {}).values()] if is_known else None
 
 
 def _restore_container(container, before):
