@@ -9172,7 +9172,8 @@ class Door:
                         if refusal:
                             raise Refused(refusal, peer)
                     candidate, rest = asker.take(rest)
-                is_right = self.check_guess(peer, "wrong token", check or self.check_token, candidate)
+                is_right = self.check_guess(
+                    peer, "wrong token", check or self.check_token, candidate)
                 sock.sendall(asker.answer(is_right))
                 if is_right:
                     sock.settimeout(None)
@@ -11406,7 +11407,7 @@ class Server:
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
         self.max_sessions = max_sessions
-        self.idle_timeout_s = idle_timeout_s      # how long a session may wait for input; None: ever
+        self.idle_timeout_s = idle_timeout_s      # of a session that waits for input; None: no limit
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -11650,7 +11651,8 @@ class Server:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
             if len(self._sessions) >= self.max_sessions:
-                _say_goodbye(sock, "no more than %d sessions are let in at once" % self.max_sessions)
+                _say_goodbye(sock, "no more than %d sessions are let in at once"
+                             % self.max_sessions)
                 raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = Session(self, self._last_number, Connection(sock, received), peer)
@@ -13398,7 +13400,7 @@ def _dial(address, ssl_context=None, is_plain=False):
 
 
 def _connect_to(host, port):
-    """Return a connected socket; localhost is 127.0.0.1 first, where a server listens by default."""
+    """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if host == "localhost":
         with suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port))
@@ -13417,8 +13419,8 @@ def _check_owner(sock, where, is_vouched):
         owner = None
     if owner is None and not is_vouched:
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
-                              "nothing was sent; come by --tls or ssh, or pass --plain to send all, "
-                              "a token too, in clear text" % where)
+                              "nothing was sent; come by --tls or ssh, or pass --plain to send "
+                              "all, a token too, in clear text" % where)
     is_ours = owner is not None and owner == effective_uid()
     if owner is not None and not is_ours:
         if effective_uid() != 0 and not is_vouched:

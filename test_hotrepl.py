@@ -9958,7 +9958,7 @@ class PrivateFiles(AccessParts):
         path, odd = os.path.join(folder, "token"), os.path.join(folder, "odd")
         hotrepl.write_private(path, b"x" * 1024)
         self.assertEqual(hotrepl.read_private(path), b"x" * 1024)
-        for make, undo in ((lambda: os.symlink(path, odd), os.unlink), (lambda: os.mkfifo(odd, 0o600), os.unlink),
+        for make, remove in ((lambda: os.symlink(path, odd), os.unlink), (lambda: os.mkfifo(odd, 0o600), os.unlink),
                            (lambda: os.link(path, odd), os.unlink), (lambda: os.mkdir(odd, 0o700), os.rmdir),
                            (lambda: hotrepl.write_private(odd, b"x" * 1025), os.unlink),
                            (lambda: open(odd, "w").close() or os.chmod(odd, 0o640), os.unlink),
@@ -9967,7 +9967,7 @@ class PrivateFiles(AccessParts):
             make()
             with self.assertRaises(OSError):
                 hotrepl.read_private(odd)
-            undo(odd)
+            remove(odd)
 
     def test_a_token_of_another_network_is_not_taken_for_one_of_this(self):
         base = self.temporary()
