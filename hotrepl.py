@@ -8887,7 +8887,7 @@ class Placed:
 
     def __prepare__(self, name, bases):
         """Stand as the metaclass of the class statement around what was sent."""
-        return _ClassNames(self._scope)
+        return _ClassSpace(self._scope)
 
     def __call__(self, name, bases, space):
         """Return what that statement binds: the class there is, with what is new."""
@@ -8899,7 +8899,7 @@ class Placed:
             self._patch(old, new)
         before = dict(vars(self._scope))
         for name, value in space.items():
-            if not re.match(_OF_CLASS_STATEMENTS, name) and before.get(name) is not value:
+            if not (name in _MADE_BY_CLASS or name in _ANNOTATIONS or before.get(name) is value):
                 setattr(self._scope, name, value)
                 print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
         return self._scope if len(self._path) == 1 else self
@@ -8907,20 +8907,6 @@ class Placed:
     def _patch(self, old, new):
         patch(old, new)
         print("patched %s.%s" % (self.module.__name__, old.__qualname__))
-
-
-_OF_CLASS_STATEMENTS = r"__(module|qualname|\w*annot\w*|firstlineno|static_attributes)__$"
-
-
-class _ClassNames(dict):
-    """The namespace of a class statement that sees the names of the class there is."""
-
-    def __init__(self, cls):
-        super().__init__()
-        self._cls = cls
-
-    def __missing__(self, name):
-        return vars(self._cls)[name]
 
 
 def _module_of(name, path):

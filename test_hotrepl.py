@@ -7636,6 +7636,8 @@ class FromEditors(Case):
         self.assertEqual(self.send("    @classmethod\n    def new(cls):\n        return cls\n", line=24, within="Till"),
                          "set edited_module.Till.new\n")
         self.assertIs(till.new(), module.Till)
+        self.send("    def annotate(self: int) -> str:\n        return 'noted'\n", line=24, within="Till")
+        self.assertEqual(till.annotate(), "noted")
         self.assertEqual(set(vars(module)), self.names)
 
     def test_a_method_may_begin_to_use_super(self):
