@@ -19711,7 +19711,7 @@ sys.path.insert(0, %r)
 import hotrepl
 
 def start():
-    server = hotrepl.start(space, port=0, control_port=0, banner="")
+    server = hotrepl.start(space, port=0, control_port=0, banner="", max_sessions=5000)
     return list(server.address[:2]) + [server.control_address[1]]
 """ % os.path.dirname(os.path.abspath(hotrepl.__file__))
 
