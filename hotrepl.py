@@ -8843,7 +8843,7 @@ class Placed:
 
     def __prepare__(self, name, bases):
         """Stand as the metaclass of the class statement around what was sent."""
-        return _ClassNames(self._scope)
+        return _ClassSpace(self._scope)
 
     def __call__(self, name, bases, space):
         """Return what that statement binds: the class there is, with what is new."""
@@ -8855,7 +8855,7 @@ class Placed:
             self._patch(old, new)
         before = dict(vars(self._scope))
         for name, value in space.items():
-            if not re.match(_OF_CLASS_STATEMENTS, name) and before.get(name) is not value:
+            if not (name in _MADE_BY_CLASS or name in _ANNOTATIONS or before.get(name) is value):
                 setattr(self._scope, name, value)
                 print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
         return self._scope if len(self._path) == 1 else self
@@ -8863,20 +8863,6 @@ class Placed:
     def _patch(self, old, new):
         patch(old, new)
         print("patched %s.%s" % (self.module.__name__, old.__qualname__))
-
-
-_OF_CLASS_STATEMENTS = r"__(module|qualname|\w*annot\w*|firstlineno|static_attributes)__$"
-
-
-class _ClassNames(dict):
-    """The namespace of a class statement that sees the names of the class there is."""
-
-    def __init__(self, cls):
-        super().__init__()
-        self._cls = cls
-
-    def __missing__(self, name):
-        return vars(self._cls)[name]
 
 
 def _module_of(name, path):
@@ -9128,7 +9114,8 @@ class Door:
                         if refusal:
                             raise Refused(refusal, peer)
                     candidate, rest = asker.take(rest)
-                is_right = self.check_guess(peer, "wrong token", check or self.check_token, candidate)
+                is_right = self.check_guess(
+                    peer, "wrong token", check or self.check_token, candidate)
                 sock.sendall(asker.answer(is_right))
                 if is_right:
                     sock.settimeout(None)
@@ -11362,7 +11349,7 @@ class Server:
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
         self.max_sessions = max_sessions
-        self.idle_timeout_s = idle_timeout_s      # how long a session may wait for input; None: ever
+        self.idle_timeout_s = idle_timeout_s      # of a session that waits for input; None: no limit
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -11606,7 +11593,8 @@ class Server:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
             if len(self._sessions) >= self.max_sessions:
-                _say_goodbye(sock, "no more than %d sessions are let in at once" % self.max_sessions)
+                _say_goodbye(sock, "no more than %d sessions are let in at once"
+                             % self.max_sessions)
                 raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = Session(self, self._last_number, Connection(sock, received), peer)
@@ -13354,7 +13342,7 @@ def _dial(address, ssl_context=None, is_plain=False):
 
 
 def _connect_to(host, port):
-    """Return a connected socket; localhost is 127.0.0.1 first, where a server listens by default."""
+    """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if host == "localhost":
         with suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port))
@@ -13373,8 +13361,8 @@ def _check_owner(sock, where, is_vouched):
         owner = None
     if owner is None and not is_vouched:
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
-                              "nothing was sent; come by --tls or ssh, or pass --plain to send all, "
-                              "a token too, in clear text" % where)
+                              "nothing was sent; come by --tls or ssh, or pass --plain to send "
+                              "all, a token too, in clear text" % where)
     is_ours = owner is not None and owner == effective_uid()
     if owner is not None and not is_ours:
         if effective_uid() != 0 and not is_vouched:

@@ -7636,6 +7636,8 @@ class FromEditors(Case):
         self.assertEqual(self.send("    @classmethod\n    def new(cls):\n        return cls\n", line=24, within="Till"),
                          "set edited_module.Till.new\n")
         self.assertIs(till.new(), module.Till)
+        self.send("    def annotate(self: int) -> str:\n        return 'noted'\n", line=24, within="Till")
+        self.assertEqual(till.annotate(), "noted")
         self.assertEqual(set(vars(module)), self.names)
 
     def test_a_method_may_begin_to_use_super(self):
@@ -9958,7 +9960,7 @@ class PrivateFiles(AccessParts):
         path, odd = os.path.join(folder, "token"), os.path.join(folder, "odd")
         hotrepl.write_private(path, b"x" * 1024)
         self.assertEqual(hotrepl.read_private(path), b"x" * 1024)
-        for make, undo in ((lambda: os.symlink(path, odd), os.unlink), (lambda: os.mkfifo(odd, 0o600), os.unlink),
+        for make, remove in ((lambda: os.symlink(path, odd), os.unlink), (lambda: os.mkfifo(odd, 0o600), os.unlink),
                            (lambda: os.link(path, odd), os.unlink), (lambda: os.mkdir(odd, 0o700), os.rmdir),
                            (lambda: hotrepl.write_private(odd, b"x" * 1025), os.unlink),
                            (lambda: open(odd, "w").close() or os.chmod(odd, 0o640), os.unlink),
@@ -9967,7 +9969,7 @@ class PrivateFiles(AccessParts):
             make()
             with self.assertRaises(OSError):
                 hotrepl.read_private(odd)
-            undo(odd)
+            remove(odd)
 
     def test_a_token_of_another_network_is_not_taken_for_one_of_this(self):
         base = self.temporary()
@@ -19709,7 +19711,7 @@ sys.path.insert(0, %r)
 import hotrepl
 
 def start():
-    server = hotrepl.start(space, port=0, control_port=0, banner="")
+    server = hotrepl.start(space, port=0, control_port=0, banner="", max_sessions=5000)
     return list(server.address[:2]) + [server.control_address[1]]
 """ % os.path.dirname(os.path.abspath(hotrepl.__file__))
 
