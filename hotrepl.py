@@ -3302,7 +3302,7 @@ def _note(module):
 
 
 def _stamp(path):
-    """Return what tells whether a file was written; of a switched link, whether it leads elsewhere."""
+    """Return what tells whether a file was written, or a link leads elsewhere by now."""
     found = os.stat(path)
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns
 
@@ -3831,12 +3831,6 @@ class _Source:
         found = self.index.get((_name_of(node), _first_line(node)), ())
         k = next((k for k, each in enumerate(siblings) if each is node), 0)
         return found[min(k, len(found) - 1)] if found else None
-
-    def at(self, line):
-        """Return the statement at a line, or None."""
-        starts = [each.start for each in self.statements]
-        i = bisect.bisect(starts, line - 1) - 1
-        return self.statements[i] if i >= 0 else None
 
 
 def _common_length(lines, others):
@@ -5728,12 +5722,6 @@ class _Apply:
         self.stands_for(old, new)
         return old
 
-    def fold_partial(self, old, new):
-        self.journal.on_undo(functools.partial(old.__setstate__, old.__reduce__()[2]), (id(old), ""))
-        old.__setstate__((self.fold(old.func, new.func), new.args, new.keywords, vars(new)))
-        self.stands_for(old, new)
-        return old
-
     def fold_lru_cache(self, old, new):
         """The cache object wraps the old function for good; that function gets the new code."""
         self.afterwards.append(old.cache_clear)
@@ -6675,7 +6663,7 @@ class _Registrations:
             apply.namespaces = {id(_space_of(each)) for each in list(sys.modules.values())}
         spaces = apply.namespaces.union(
             id(_get_dict(each)) for each in reached if not _container_kind(each))
-        self._places = [each for each in reached if _is(each, (dict,) + _SEQUENCES)
+        self._places = [each for each in reached if _is(each, (dict, set) + _SEQUENCES)
                         and id(each) not in spaces]
         self._befores = {}      # id -> content before all
         self._bases = {}        # id -> content after the old entries were taken out
@@ -6730,7 +6718,7 @@ class _Registrations:
             return
         if type(now) is dict:
             self._settle_dict(container, hits, news, now)
-        else:
+        elif type(now) is list:
             _, rest = _gained(base, now)
             if rest == now[:len(rest)]:     # appended: else it stands where it was put
                 for (i, old), new in zip(hits, news):
@@ -6796,7 +6784,7 @@ class _Registrations:
                             ordered.update((new, now[new]) for new in news)
                         ordered[key] = now[key]
                     _restore_container(container, ordered)
-            elif len(now) > len(before) and _is_same_content(now[:len(before)], before):
+            elif type(now) is list and len(now) > len(before) and _is_same_content(now[:len(before)], before):
                 at = next((i for i, each in enumerate(before) if _leads_to(each, later)), None)
                 if at is not None:
                     _replace_items(container, before[:at] + now[len(before):] + before[at:])
@@ -6807,6 +6795,8 @@ def _without(container, hits):
     if type(content) is dict:
         for key, _ in hits:
             _container_kind(container).__delitem__(container, key)
+    elif type(content) is set:
+        set.difference_update(container, [entry for _, entry in hits])
     elif hits:
         gone = {i for i, _ in hits}
         _replace_items(container, [each for i, each in enumerate(content) if i not in gone])
@@ -6821,6 +6811,8 @@ def _restore_entries(container, before, hits):
                    if key in content or key in entries}
         ordered.update((key, value) for key, value in content.items() if key not in ordered)
         _restore_container(container, ordered)
+    elif type(content) is set:
+        set.update(container, [entry for _, entry in hits])
     else:
         for i, entry in hits:
             content.insert(min(i, len(content)), entry)
@@ -7015,7 +7007,6 @@ _FOLD_RULES = (     # (fits, what to do), the first that fits
     (_both(types.FunctionType), _Apply.fold_function),
     (_is_class_pair, _Apply.fold_class),
     (_both(staticmethod, classmethod, property), _Apply.fold_wrapper),
-    (_both(functools.partial), _Apply.fold_partial),
     (_both(_LRU_CACHE), _Apply.fold_lru_cache),
     (lambda old, new: type(old) is _LRU_CACHE and type(new) is types.FunctionType, _Apply.unwrap),
     (lambda old, new: type(old) is types.FunctionType and callable(new)

@@ -13317,6 +13317,34 @@ class IdentityIsKept(Workspace):
                    "    def m(self): return super().m() + 1\n    def n(self): return super().m()\n")
         self.assertEqual((b.m(), b.n(), held(b)), (2, 1, 2))
 
+    def test_super_in_changed_classmethods_and_properties_works(self):
+        text = """
+            class A:
+                @classmethod
+                def c(cls): return 1
+                @property
+                def p(self): return 1
+            class B(A):
+                @classmethod
+                def c(cls): return %s
+                @property
+                def p(self): return %s
+            """
+        m = self.load(text % (5, 5))
+        b, held = m.B(), m.B.c
+        self.again(text % ("super().c() + 1", "super().p + 2"))
+        self.assertEqual((b.c(), held(), b.p), (2, 2, 3))
+
+    def test_property_whose_setter_has_another_head_is_made_anew_as_a_whole(self):
+        m, change = self.change("class C:\n    @property\n    def p(self): return self.q\n    @p.setter\n"
+                                "    def p(self, v, n=@@): self.q = v * n\n    @p.deleter\n    def p(self): self.q = 0\n")
+        c, held = m.C(), vars(m.C)["p"]
+        change()
+        c.p = 5
+        self.assertEqual((c.p, vars(m.C)["p"] is held), (10, True))
+        del c.p
+        self.assertEqual(c.p, 0)
+
     def test_changed_exception_class_is_still_caught(self):
         m, change = self.change("class E(Exception):\n    code = @@\ndef f(): raise E()\n")
         error = m.E
@@ -14767,6 +14795,16 @@ class History(Workspace):
         undo()
         self.assertEqual((sorted(m.HOOKS), m.X), (["f", "mine"], 7))
 
+    def test_undo_takes_out_of_a_list_or_set_what_the_reload_put_there_and_no_more(self):
+        text = "L, S = [], set()\ndef hook(f):\n    L.append(f)\n    S.add(f)\n    return f\n@hook\ndef f(): pass\n"
+        m = self.load(text)
+        f = m.f
+        self.again(text.replace("@hook\ndef f(): pass\n", "@hook\ndef g(): pass\n"))
+        self.assertEqual((m.L, m.S), ([m.g], {m.g}))
+        m.L.append(1)
+        undo()
+        self.assertEqual((m.L, m.S, m.f), ([f, 1], {f}, f))
+
     def test_changes_are_listed_with_number_time_thread_and_names(self):
         m = self.load("def f(): return 1\ndef g(): return 1\n")
         self.again("def f(): return 2\ndef g(): return 1\n")
@@ -15230,6 +15268,16 @@ class Threads(Workspace):
         self.assertEqual([result for result in seen if len(set(result)) != 1], [])
 
     @once("slow")
+    def test_new_code_that_names_a_new_global_waits_until_it_is_there(self):
+        m = self.load("def f(): return 1,\n")
+        trace, seen = self.tracer(m.f)
+        self.addCleanup(sys.settrace, sys.gettrace())
+        self.edit("m", "def f(): return NEW,\nNEW = 2\n")
+        sys.settrace(trace)
+        reload(m)
+        sys.settrace(None)
+        self.assertEqual(set(seen), {(1,), (2,)})
+
     def test_nobody_sees_a_class_before_it_is_the_old_one(self):
         if IS_PYPY and "HOTREPL_TEST_ALONE" not in os.environ:
             # 7.3.11 dies of a look at the frames of a thread that runs compiled code. Without that,
