@@ -5043,7 +5043,8 @@ class _Apply:
 
     def _note_signature(self, pair, function):
         """Who looks at parameters when it is defined, such as FastAPI, follows."""
-        if pair.old is not None and _key(pair.old.node.args, False) != _key(pair.new.node.args, False):
+        if pair.old is not None and (
+                _key(pair.old.node.args, False) != _key(pair.new.node.args, False)):
             self.refielded[id(function)] = function
 
     def _fold_definition(self, scope, pair, raw, new):
@@ -5143,7 +5144,7 @@ class _Apply:
         """A class changed: its statements one by one, or all at once where its kind needs that."""
         cls = scope.get(pair.new.node.name)
         path = scope.prefix + pair.new.node.name
-        if not _is(cls, type) or (cls.__module__, cls.__qualname__) != (scope.edit.name, path):
+        if not _is(cls, type) or cls.__qualname__ != path or not _is_of(cls, scope.edit.name):
             self._run(scope, pair)
             return
         pairs = scope.edit.sub_pairs(pair)
@@ -5170,7 +5171,8 @@ class _Apply:
             self.afterwards.append(functools.partial(self._update_abstract, cls))
         base = next((base for base in cls.__mro__[1:-1] if "__init_subclass__" in vars(base)), None)
         if base is not None and type(cls).__setattr__ is type.__setattr__ and (
-                base.__module__ != "typing" and any(each.change in ("new", "gone") for each in pairs)):
+                base.__module__ != "typing" and any(
+                    each.change in ("new", "gone") for each in pairs)):
             self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
                 scope.title(pair.new.node.name), base.__qualname__))
 
@@ -5583,7 +5585,8 @@ class _Apply:
     def _fold_attributes(self, old, new):
         values, news = dict(vars(old)), dict(vars(new))
         skips = _CLASS_SKIPS - {"__slots__"} | (
-            {"__module__", "__qualname__"} if self.is_patch else set())
+            {"__module__", "__qualname__"} if self.is_patch or old.__module__ != new.__module__
+            else set())
         found = None if self.is_patch else self._pair_of(new)
         kept = _kept_class_names(found, new) if found and not self.everything and (
             found[1].change != "again") else set()
@@ -5916,7 +5919,8 @@ class _Apply:
     def _report_copied(self, edit):
         """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
         heads = {name for pair in edit.pairs for each in [pair.new or pair.old]
-                 if pair.change not in _LEFT_ALONE and each.is_definition for name in each.names.heads
+                 if pair.change not in _LEFT_ALONE and each.is_definition
+                 for name in each.names.heads
                  if hasattr(type(edit.space.get(name)), "__iter__")}
         sources = [(edit, edit.new)] + [
             (_Follower(name, {}), self._parsed(name, _hot.known[name]))
@@ -6426,19 +6430,20 @@ def _put_on_class(apply, cls, name, value):
 
 
 def _is_mapped(cls, name):
-    """Tell whether SQLAlchemy has made a column or a relation of an attribute: it can't be another."""
+    """Tell whether SQLAlchemy has made a column or relation of an attribute, for good."""
     mapper = vars(cls).get("__mapper__") if cls is not None else None
     return mapper is not None and mapper.has_property(name)
 
 
 def _give_column_its_type(scope, node, value):
-    """SQLAlchemy reads the annotation of a column where it scans a class: let it scan another one."""
+    """SQLAlchemy reads a column's annotation where it scans a class: let it scan another."""
     orm = sys.modules.get("sqlalchemy.orm")
     if orm is None or type(value) is not orm.MappedColumn or "__mapper__" not in vars(scope.cls):
         return
     import ast
     space, cls = scope.edit.space, scope.cls
-    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval", scope.edit.new.flags, True)
+    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval",
+                   scope.edit.new.flags, True)
     base = type("Base", (orm.DeclarativeBase,), {
         "type_annotation_map": cls.registry.type_annotation_map, "__module__": scope.edit.name})
     annotation = compile(ast.Expression(body=node.annotation), scope.edit.path, "eval", 0, True)
@@ -6873,7 +6878,8 @@ class _FlaskApp:
             for rule in itertools.chain(*rules.values()):
                 if not rule.build_only:
                     matcher.add(rule)
-            for name, value in (("_rules_by_endpoint", rules), ("_matcher", matcher), ("_remap", True)):
+            for name, value in (("_rules_by_endpoint", rules), ("_matcher", matcher),
+                                ("_remap", True)):
                 self._apply.put(_entry(vars(urls), name), value)
 
     def close(self):
@@ -6899,10 +6905,12 @@ class _FlaskBlueprint:
     def _options_of(self, app, name):
         """Return what the app registered it with, as far as its URLs show it."""
         for function in self._known:
-            found = dict(zip(function.__code__.co_freevars, map(_cell_value, function.__closure__ or ())))
+            found = dict(zip(function.__code__.co_freevars,
+                             map(_cell_value, function.__closure__ or ())))
             path, view = found.get("rule"), found.get("view_func")
             end = found.get("endpoint") or getattr(view, "__name__", None)
-            for rule in app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ()) if path else ():
+            rules = app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ())
+            for rule in rules if path else ():
                 if rule.rule.endswith(path):
                     return {"url_prefix": rule.rule[:-len(path)] or None, "name": name}
         return {"name": name}
@@ -6927,7 +6935,7 @@ class _FlaskBlueprint:
 
 
 def _forget_django_urls():
-    """Django's views are looked for in caches, and in what included files had when they were read."""
+    """Django looks for views in caches, and in what included files had when they were read."""
     sys.modules["django.urls"].clear_url_caches()
     for each in _instances(*_classes_named("django.urls.resolvers.URLResolver")):
         for name in ("url_patterns", "urlconf_module"):
@@ -7017,7 +7025,12 @@ def _both(*kinds):
 
 def _is_class_pair(old, new):
     return isinstance(old, type) and isinstance(new, type) and (
-        old.__qualname__ == new.__qualname__ and old.__module__ == new.__module__)
+        old.__qualname__ == new.__qualname__ and _is_of(old, new.__module__))
+
+
+def _is_of(cls, module):
+    """Tell whether a class was defined in a module; a package may have put its own name on it."""
+    return cls.__module__ == module or module.startswith("%s." % cls.__module__)
 
 
 def _is(value, kinds):
