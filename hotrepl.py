@@ -12584,6 +12584,8 @@ class Terminal:
         EOFError after Ctrl+D, KeyboardInterrupt after Ctrl+C, and what `owner.on_ready` raises.
         """
         self._prompt, self._is_secret = prompt, is_secret
+        if self._library is None:     # PyPy's draws it key by key, and is slow to hear Ctrl+C
+            begun = ""
         begun, self._begun = self._begun or begun, ""
         if b"\n" in self._typed:
             line, _, self._typed = self._typed.partition(b"\n")
