@@ -1408,13 +1408,19 @@ def _send(ident, exception, forbidden, spares_imports=False, spares_starts=False
     frame = sys._current_frames().get(ident)
     if frame is None:             # it has ended
         return True
+    enters = _enters(frame.f_code)
+    place = frame.f_lasti
     if (frame.f_code in forbidden or _is_in_machinery(frame, spares_imports)
-            or spares_starts and _is_starting_thread(frame)):
+            or spares_starts and _is_starting_thread(frame) or place in enters):
         return False
     # Functions in C alone, which hold the interpreter lock throughout: between two lines of Python
     # that thread could run, and be elsewhere.
     frames = itertools.islice(iter(sys._current_frames, None), 1)
-    found = map(functools.partial(operator.is_, frame), map(operator.itemgetter(ident), frames))
+    frames, others = itertools.tee(map(operator.itemgetter(ident), frames))
+    found = map(functools.partial(operator.is_, frame), frames)
+    if enters:
+        places = map(operator.attrgetter("f_lasti"), others)
+        found = map(operator.and_, found, map(functools.partial(operator.eq, place), places))
     calls = itertools.compress([(ident, exception)], found)
     try:
         return bool(list(itertools.starmap(_async_raiser(), calls)))
@@ -1439,6 +1445,37 @@ def _is_in_machinery(frame, is_wide):
             return True
         frame = frame.f_back
     return False
+
+
+@functools.lru_cache(100)
+def _enters(code):
+    """Return the offsets in code where an exception could leave a `with` open for ever.
+
+    3.14 calls `__enter__` by an instruction which is not yet under the protection of the `with`,
+    and behind which it looks for exceptions: of a lock that nobody releases then. That is so at
+    this call, and where it is the next such instruction, as one may be seen a step later.
+    """
+    if sys.version_info < (3, 14) or IS_PYPY:
+        return frozenset()
+    import dis
+    if dis.opmap["LOAD_SPECIAL"] not in code.co_code[::2]:
+        return frozenset()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    at = {step.offset: k for k, step in enumerate(steps)}
+    found = set()
+    for k, step in enumerate(steps):
+        if step.opname == "CALL" and k and steps[k - 1].opname == "LOAD_SPECIAL":
+            found.add(step.offset)
+            found.update(each.offset for each in steps[_check_before(steps, k):k])
+    found.update(step.offset for step in steps if step.opname.startswith("JUMP_BACKWARD") and at.get(
+        step.argval) is not None and steps[at[step.argval]].offset in found)
+    return frozenset(found)
+
+
+def _check_before(steps, k):
+    """Return the index of the last instruction before step k that looks for exceptions, or 0."""
+    names = ("CALL", "JUMP_BACKWARD", "RESUME")
+    return next((i for i in range(k - 1, -1, -1) if steps[i].opname.startswith(names)), 0)
 
 
 def _is_starting_thread(frame):
@@ -1556,6 +1593,7 @@ class Interrupts:
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
         _async_raiser()           # loaded by now: to import under a lock is to wait for all imports
+        _enters(_checkpoint.__code__)
         for _ in range(PATIENCE_ROUNDS):
             with self._lock:
                 if self._take(exception):
@@ -1882,7 +1920,7 @@ class ConsoleMixin:
     def _with_known_source(self, function, argument):
         """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
         import linecache
-        if _remembered and next(reversed(_remembered)) not in linecache.cache:
+        if _remembered and list(_remembered)[-1] not in linecache.cache:
             restore_sources()
         filename = self.filename
         linecache.cache[filename] = _lines_entry(filename, self.source)
@@ -2054,7 +2092,7 @@ def remember_source(filename, source):
 def restore_sources():
     """Put back what linecache.clearcache() took."""
     import linecache
-    if _remembered and next(reversed(_remembered)) not in linecache.cache:
+    if _remembered and list(_remembered)[-1] not in linecache.cache:
         for filename, source in list(_remembered.items()):
             linecache.cache[filename] = _lines_entry(filename, source)
 
@@ -8319,7 +8357,7 @@ def _find_typed_class(kind):
     """As _find_source, for a class that was typed at a prompt, or one of its name; else None."""
     import inspect
     import linecache
-    for filename in reversed(_remembered):
+    for filename in reversed(list(_remembered)):
         lines = linecache.getlines(filename)
         for index, line in enumerate(lines):
             if re.match(_CLASS_LINE % kind.__name__, line):
