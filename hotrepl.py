@@ -1408,13 +1408,19 @@ def _send(ident, exception, forbidden, spares_imports=False, spares_starts=False
     frame = sys._current_frames().get(ident)
     if frame is None:             # it has ended
         return True
+    enters = _enters(frame.f_code)
+    place = frame.f_lasti
     if (frame.f_code in forbidden or _is_in_machinery(frame, spares_imports)
-            or spares_starts and _is_starting_thread(frame)):
+            or spares_starts and _is_starting_thread(frame) or place in enters):
         return False
     # Functions in C alone, which hold the interpreter lock throughout: between two lines of Python
     # that thread could run, and be elsewhere.
     frames = itertools.islice(iter(sys._current_frames, None), 1)
-    found = map(functools.partial(operator.is_, frame), map(operator.itemgetter(ident), frames))
+    frames, others = itertools.tee(map(operator.itemgetter(ident), frames))
+    found = map(functools.partial(operator.is_, frame), frames)
+    if enters:
+        places = map(operator.attrgetter("f_lasti"), others)
+        found = map(operator.and_, found, map(functools.partial(operator.eq, place), places))
     calls = itertools.compress([(ident, exception)], found)
     try:
         return bool(list(itertools.starmap(_async_raiser(), calls)))
@@ -1439,6 +1445,37 @@ def _is_in_machinery(frame, is_wide):
             return True
         frame = frame.f_back
     return False
+
+
+@functools.lru_cache(100)
+def _enters(code):
+    """Return the offsets in code where an exception could leave a `with` open for ever.
+
+    3.14 calls `__enter__` by an instruction which is not yet under the protection of the `with`,
+    and behind which it looks for exceptions: of a lock that nobody releases then. That is so at
+    this call, and where it is the next such instruction, as one may be seen a step later.
+    """
+    if sys.version_info < (3, 14) or IS_PYPY:
+        return frozenset()
+    import dis
+    if dis.opmap["LOAD_SPECIAL"] not in code.co_code[::2]:
+        return frozenset()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    at = {step.offset: k for k, step in enumerate(steps)}
+    found = set()
+    for k, step in enumerate(steps):
+        if step.opname == "CALL" and k and steps[k - 1].opname == "LOAD_SPECIAL":
+            found.add(step.offset)
+            found.update(each.offset for each in steps[_check_before(steps, k):k])
+    found.update(step.offset for step in steps if step.opname.startswith("JUMP_BACKWARD") and at.get(
+        step.argval) is not None and steps[at[step.argval]].offset in found)
+    return frozenset(found)
+
+
+def _check_before(steps, k):
+    """Return the index of the last instruction before step k that looks for exceptions, or 0."""
+    names = ("CALL", "JUMP_BACKWARD", "RESUME")
+    return next((i for i in range(k - 1, -1, -1) if steps[i].opname.startswith(names)), 0)
 
 
 def _is_starting_thread(frame):
@@ -1556,6 +1593,7 @@ class Interrupts:
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
         _async_raiser()           # loaded by now: to import under a lock is to wait for all imports
+        _enters(_checkpoint.__code__)
         for _ in range(PATIENCE_ROUNDS):
             with self._lock:
                 if self._take(exception):
@@ -1882,7 +1920,7 @@ class ConsoleMixin:
     def _with_known_source(self, function, argument):
         """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
         import linecache
-        if _remembered and next(reversed(_remembered)) not in linecache.cache:
+        if _remembered and list(_remembered)[-1] not in linecache.cache:
             restore_sources()
         filename = self.filename
         linecache.cache[filename] = _lines_entry(filename, self.source)
@@ -2054,7 +2092,7 @@ def remember_source(filename, source):
 def restore_sources():
     """Put back what linecache.clearcache() took."""
     import linecache
-    if _remembered and next(reversed(_remembered)) not in linecache.cache:
+    if _remembered and list(_remembered)[-1] not in linecache.cache:
         for filename, source in list(_remembered.items()):
             linecache.cache[filename] = _lines_entry(filename, source)
 
@@ -4710,6 +4748,7 @@ class _Apply:
         self.afterwards = []            # callables for the end of a success
         self.old_codes = {}             # id of a code that was replaced -> (path, code)
         self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
+        self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
         self.inits = []                 # (class, old node, new node) of changed __init__
         self.classes = {}               # id -> class that changed, for the hooks
@@ -4763,10 +4802,10 @@ class _Apply:
             linecache.cache.update((path, entry) for path, entry in lines.items() if entry)
             if not isinstance(exc, (Exception, SystemExit)):
                 raise
-            seen = self._calls_without_a_trace()
             raise ReloadError("%s: %s; everything was put back%s%s" % (
                 type(exc).__name__, exc, " except for %r" % (errors,) if errors else "",
-                "; what these did can't be seen: " + ", ".join(seen) if seen else "")) from exc
+                ", but what these did elsewhere can't be seen: " + ", ".join(self.called)
+                if self.called else "")) from exc
         for edit in self.edits:
             linecache.cache.pop(edit.path, None)
             _hot.known[edit.name] = _Known(
@@ -5221,8 +5260,9 @@ class _Apply:
         while True:
             found = [(name, known) for name, known in list(_hot.known.items())
                      if name not in done and known.text is not None and any(
-                         id(value) in self.refielded for value in (
-                             _space_of(known.module()) or {}).values())]
+                         id(each) in self.refielded
+                         for value in list((_space_of(known.module()) or {}).values())
+                         for each in (value.__mro__ if _is(value, type) else (value,)))]
             if not found:
                 break
             for name, known in found:
@@ -5278,6 +5318,9 @@ class _Apply:
         before = {name: scope.get(name) for name in statement.binds}
         places = _Registrations(self, reached, targets)
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
+               for name in statement.names.calls | statement.names.heads):
+            self.called.append(statement.title)
         if scope.cls is not None and statement.kind == "AnnAssign":
             for value in bound.values():
                 _give_column_its_type(scope, statement.node, value)
@@ -5963,7 +6006,6 @@ class _Apply:
             self._report_names(edit)
             self._report_not_run_again(edit)
             self._report_removed(edit)
-        self._report_dataclasses()
         self._report_sleepers()
         self._report_stuck()
 
@@ -6141,10 +6183,6 @@ class _Apply:
             for name in stored:
                 self.journal.keep(_entry(vars(module), name))
 
-    def _calls_without_a_trace(self):
-        """Return the titles of statements that had run and called what no journal sees."""
-        return []
-
     # --- Tell ---
 
     def _report_names(self, edit):
@@ -6192,17 +6230,6 @@ class _Apply:
     def _report_stuck(self):
         self.report.stale += [Stale(name, reason, count)
                               for (name, reason), count in sorted(self.stuck.items())]
-
-    def _report_dataclasses(self):
-        """Name dataclasses that did not run again although a base class has more fields now."""
-        for cls in _all_classes() if self.refielded else ():
-            fields = vars(cls).get("__dataclass_fields__")
-            if fields is not None and id(cls) not in self.refielded and id(
-                    self.current(cls)) not in self.olds and any(
-                    id(base) in self.refielded and set(_dataclass_fields(base)).difference(fields)
-                    for base in cls.__mro__):
-                self.stuck[cls.__qualname__, "a base class has new fields, and its own methods "
-                           "were made without them"] += len(_instances(cls))
 
     def _report_sleepers(self):
         """Count the running frames and suspended generators that finish on old code."""
@@ -6585,6 +6612,14 @@ def _path_of(function):
         else function.__code__.co_name)
 
 
+def _is_foreign(value):
+    """Tell whether what a statement calls is no code of the program: nobody sees what it does."""
+    name = getattr(value, "__name__", "") if _is(value, types.ModuleType) else (
+        getattr(value, "__module__", None) if _is(value, (
+            type, types.FunctionType, types.BuiltinFunctionType)) else "")
+    return value is open or name and name != "builtins" and _is_library_module(name)
+
+
 def _at_path(space, parts):
     """Return the class at a path in a namespace, or _MISSING."""
     value = _MISSING
@@ -6706,7 +6741,6 @@ class _Registrations:
         if self._targets:
             for container, hits in self.taken:
                 self._settle(container, hits)
-            self._drop_doubles()
         return result
 
     def drop(self):
@@ -6790,29 +6824,6 @@ class _Registrations:
                 apply.put(_entry(vars(old), name), value)
         apply.folded[id(new)] = (new, old)
         return old
-
-    def _drop_doubles(self):
-        """Take out of lists what was added although its like, made from the same parts, is there."""
-        taken = {id(each) for each, _ in self.taken}
-        for container in self._places:
-            now, base = _content(container), self._bases[id(container)]
-            if type(now) is dict or id(container) in taken or len(now) <= len(base):
-                continue
-            news, olds = _gained(base, now)
-            doubles = {id(new) for new in news if any(self._is_like(new, old) for old in olds)}
-            if doubles:
-                _replace_items(container, [item for item in now if id(item) not in doubles])
-
-    def _is_like(self, new, old, depth=4):
-        """Tell whether a new value is the old one made again: from the same parts."""
-        new = self._apply.current(new)
-        if new is old or depth == 0 or self._apply.current(type(new)) is not type(old):
-            return new is old
-        if isinstance(new, _PLAIN_TYPES):
-            return new == old
-        new, old = _parts(new), _parts(old)
-        return new is not None and len(new) == len(old) and all(
-            self._is_like(*pair, depth - 1) for pair in zip(new, old))
 
     def put_before(self, later):
         """What a new definition has registered goes in front of what stands below it made."""
@@ -7042,7 +7053,7 @@ def _are_namesakes_apart(old, new):
     """Tell whether a name that was another function's, as `b = a` makes one, has got its own."""
     codes = [each.__code__ for each in (old, new) if type(each) is types.FunctionType]
     return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
-        "<" in _path_of(each) for each in (old, new))
+        "<" in _path_of(each) or each.__code__.co_name == "forward_call" for each in (old, new))
 
 
 def _is_definition(value):
@@ -7820,26 +7831,6 @@ def _content(container):
     return _CONTENTS[_container_kind(container)](container)  # type: ignore[operator]
 
 
-def _parts(value):
-    """Return what a value was made from, in a list, or None where that can't be seen."""
-    if type(value) is types.FunctionType:
-        return [value.__code__, value.__defaults__, *map(_cell_value, value.__closure__ or ())]
-    if type(value) is types.MethodType:
-        return [value.__func__, value.__self__]
-    if type(value) is functools.partial:
-        return [value.func, value.args, value.keywords]
-    if type(value) is weakref.ref:
-        return [value()]
-    content = () if _is(value, tuple) else _content(value) if _container_kind(value) else ()
-    parts = list(tuple.__iter__(value)) if _is(value, tuple) else [*content]
-    if type(content) is dict:
-        parts += content.values()
-    fields = _get_dict(value)
-    slots = [_member(value, member)[0]() for member in _members(type(value))]
-    is_known = _is(value, tuple) or _container_kind(value) or slots or _is_plain_instance(value)
-    return parts + slots + [*(fields or ()), *(fields or {}).values()] if is_known else None
-
-
 def _restore_container(container, before):
     kind, now = _container_kind(container), _content(container)
     if _is(container, type):
@@ -8379,7 +8370,7 @@ def _find_typed_class(kind):
     """As _find_source, for a class that was typed at a prompt, or one of its name; else None."""
     import inspect
     import linecache
-    for filename in reversed(_remembered):
+    for filename in reversed(list(_remembered)):
         lines = linecache.getlines(filename)
         for index, line in enumerate(lines):
             if re.match(_CLASS_LINE % kind.__name__, line):
@@ -8903,7 +8894,7 @@ class Placed:
 
     def __prepare__(self, name, bases):
         """Stand as the metaclass of the class statement around what was sent."""
-        return _ClassNames(self._scope)
+        return _ClassSpace(self._scope)
 
     def __call__(self, name, bases, space):
         """Return what that statement binds: the class there is, with what is new."""
@@ -8915,7 +8906,7 @@ class Placed:
             self._patch(old, new)
         before = dict(vars(self._scope))
         for name, value in space.items():
-            if not re.match(_OF_CLASS_STATEMENTS, name) and before.get(name) is not value:
+            if not (name in _MADE_BY_CLASS or name in _ANNOTATIONS or before.get(name) is value):
                 setattr(self._scope, name, value)
                 print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
         return self._scope if len(self._path) == 1 else self
@@ -8923,20 +8914,6 @@ class Placed:
     def _patch(self, old, new):
         patch(old, new)
         print("patched %s.%s" % (self.module.__name__, old.__qualname__))
-
-
-_OF_CLASS_STATEMENTS = r"__(module|qualname|\w*annot\w*|firstlineno|static_attributes)__$"
-
-
-class _ClassNames(dict):
-    """The namespace of a class statement that sees the names of the class there is."""
-
-    def __init__(self, cls):
-        super().__init__()
-        self._cls = cls
-
-    def __missing__(self, name):
-        return vars(self._cls)[name]
 
 
 def _module_of(name, path):
@@ -9188,7 +9165,8 @@ class Door:
                         if refusal:
                             raise Refused(refusal, peer)
                     candidate, rest = asker.take(rest)
-                is_right = self.check_guess(peer, "wrong token", check or self.check_token, candidate)
+                is_right = self.check_guess(
+                    peer, "wrong token", check or self.check_token, candidate)
                 sock.sendall(asker.answer(is_right))
                 if is_right:
                     sock.settimeout(None)
@@ -9576,7 +9554,9 @@ def server_owner(sock):
 
 def _listening_for(host):
     """Return the (address, peer's address) of listeners that get connections to `host`."""
-    return [(host, "::" if ":" in host else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
+    packed = _packed(host)        # an IPv4 address in IPv6 clothes is one of IPv4
+    own = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+    return [(own, "::" if ":" in own else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
 
 
 def knows_local_peers():
@@ -11420,7 +11400,7 @@ class Server:
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
         self.max_sessions = max_sessions
-        self.idle_timeout_s = idle_timeout_s      # how long a session may wait for input; None: ever
+        self.idle_timeout_s = idle_timeout_s      # of a session that waits for input; None: no limit
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -11664,7 +11644,8 @@ class Server:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
             if len(self._sessions) >= self.max_sessions:
-                _say_goodbye(sock, "no more than %d sessions are let in at once" % self.max_sessions)
+                _say_goodbye(sock, "no more than %d sessions are let in at once"
+                             % self.max_sessions)
                 raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = Session(self, self._last_number, Connection(sock, received), peer)
@@ -12654,6 +12635,8 @@ class Terminal:
         EOFError after Ctrl+D, KeyboardInterrupt after Ctrl+C, and what `owner.on_ready` raises.
         """
         self._prompt, self._is_secret = prompt, is_secret
+        if self._library is None:     # PyPy's draws it key by key, and is slow to hear Ctrl+C
+            begun = ""
         begun, self._begun = self._begun or begun, ""
         if b"\n" in self._typed:
             line, _, self._typed = self._typed.partition(b"\n")
@@ -13412,7 +13395,7 @@ def _dial(address, ssl_context=None, is_plain=False):
 
 
 def _connect_to(host, port):
-    """Return a connected socket; localhost is 127.0.0.1 first, where a server listens by default."""
+    """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if host == "localhost":
         with suppress(ConnectionRefusedError):
             return socket.create_connection(("127.0.0.1", port))
@@ -13431,8 +13414,8 @@ def _check_owner(sock, where, is_vouched):
         owner = None
     if owner is None and not is_vouched:
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
-                              "nothing was sent; come by --tls or ssh, or pass --plain to send all, "
-                              "a token too, in clear text" % where)
+                              "nothing was sent; come by --tls or ssh, or pass --plain to send "
+                              "all, a token too, in clear text" % where)
     is_ours = owner is not None and owner == effective_uid()
     if owner is not None and not is_ours:
         if effective_uid() != 0 and not is_vouched:
