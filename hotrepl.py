@@ -1949,7 +1949,7 @@ class ConsoleMixin:
     def _run_all(self, code_objects, runcode=None):
         try:
             for each in code_objects:
-                if len(each.co_consts) > 1:
+                if each.co_consts:
                     self._remember_source(each)
                 self.evaluator.run_code(each, self.locals, runcode, each is code_objects[-1])
             return True
