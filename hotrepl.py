@@ -1408,13 +1408,19 @@ def _send(ident, exception, forbidden, spares_imports=False, spares_starts=False
     frame = sys._current_frames().get(ident)
     if frame is None:             # it has ended
         return True
+    enters = _enters(frame.f_code)
+    place = frame.f_lasti
     if (frame.f_code in forbidden or _is_in_machinery(frame, spares_imports)
-            or spares_starts and _is_starting_thread(frame)):
+            or spares_starts and _is_starting_thread(frame) or place in enters):
         return False
     # Functions in C alone, which hold the interpreter lock throughout: between two lines of Python
     # that thread could run, and be elsewhere.
     frames = itertools.islice(iter(sys._current_frames, None), 1)
-    found = map(functools.partial(operator.is_, frame), map(operator.itemgetter(ident), frames))
+    frames, others = itertools.tee(map(operator.itemgetter(ident), frames))
+    found = map(functools.partial(operator.is_, frame), frames)
+    if enters:
+        places = map(operator.attrgetter("f_lasti"), others)
+        found = map(operator.and_, found, map(functools.partial(operator.eq, place), places))
     calls = itertools.compress([(ident, exception)], found)
     try:
         return bool(list(itertools.starmap(_async_raiser(), calls)))
@@ -1439,6 +1445,37 @@ def _is_in_machinery(frame, is_wide):
             return True
         frame = frame.f_back
     return False
+
+
+@functools.lru_cache(100)
+def _enters(code):
+    """Return the offsets in code where an exception could leave a `with` open for ever.
+
+    3.14 calls `__enter__` by an instruction which is not yet under the protection of the `with`,
+    and behind which it looks for exceptions: of a lock that nobody releases then. That is so at
+    this call, and where it is the next such instruction, as one may be seen a step later.
+    """
+    if sys.version_info < (3, 14) or IS_PYPY:
+        return frozenset()
+    import dis
+    if dis.opmap["LOAD_SPECIAL"] not in code.co_code[::2]:
+        return frozenset()
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]
+    at = {step.offset: k for k, step in enumerate(steps)}
+    found = set()
+    for k, step in enumerate(steps):
+        if step.opname == "CALL" and k and steps[k - 1].opname == "LOAD_SPECIAL":
+            found.add(step.offset)
+            found.update(each.offset for each in steps[_check_before(steps, k):k])
+    found.update(step.offset for step in steps if step.opname.startswith("JUMP_BACKWARD") and at.get(
+        step.argval) is not None and steps[at[step.argval]].offset in found)
+    return frozenset(found)
+
+
+def _check_before(steps, k):
+    """Return the index of the last instruction before step k that looks for exceptions, or 0."""
+    names = ("CALL", "JUMP_BACKWARD", "RESUME")
+    return next((i for i in range(k - 1, -1, -1) if steps[i].opname.startswith(names)), 0)
 
 
 def _is_starting_thread(frame):
@@ -1556,6 +1593,7 @@ class Interrupts:
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
         _async_raiser()           # loaded by now: to import under a lock is to wait for all imports
+        _enters(_checkpoint.__code__)
         for _ in range(PATIENCE_ROUNDS):
             with self._lock:
                 if self._take(exception):
@@ -1882,7 +1920,7 @@ class ConsoleMixin:
     def _with_known_source(self, function, argument):
         """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
         import linecache
-        if _remembered and next(reversed(_remembered)) not in linecache.cache:
+        if _remembered and list(_remembered)[-1] not in linecache.cache:
             restore_sources()
         filename = self.filename
         linecache.cache[filename] = _lines_entry(filename, self.source)
@@ -1911,7 +1949,7 @@ class ConsoleMixin:
     def _run_all(self, code_objects, runcode=None):
         try:
             for each in code_objects:
-                if len(each.co_consts) > 1:
+                if each.co_consts:
                     self._remember_source(each)
                 self.evaluator.run_code(each, self.locals, runcode, each is code_objects[-1])
             return True
@@ -2054,7 +2092,7 @@ def remember_source(filename, source):
 def restore_sources():
     """Put back what linecache.clearcache() took."""
     import linecache
-    if _remembered and next(reversed(_remembered)) not in linecache.cache:
+    if _remembered and list(_remembered)[-1] not in linecache.cache:
         for filename, source in list(_remembered.items()):
             linecache.cache[filename] = _lines_entry(filename, source)
 
@@ -5038,7 +5076,8 @@ class _Apply:
 
     def _note_signature(self, pair, function):
         """Who looks at parameters when it is defined, such as FastAPI, follows."""
-        if pair.old is not None and _key(pair.old.node.args, False) != _key(pair.new.node.args, False):
+        if pair.old is not None and (
+                _key(pair.old.node.args, False) != _key(pair.new.node.args, False)):
             self.refielded[id(function)] = function
 
     def _fold_definition(self, scope, pair, raw, new):
@@ -5138,7 +5177,7 @@ class _Apply:
         """A class changed: its statements one by one, or all at once where its kind needs that."""
         cls = scope.get(pair.new.node.name)
         path = scope.prefix + pair.new.node.name
-        if not _is(cls, type) or (cls.__module__, cls.__qualname__) != (scope.edit.name, path):
+        if not _is(cls, type) or cls.__qualname__ != path or not _is_of(cls, scope.edit.name):
             self._run(scope, pair)
             return
         pairs = scope.edit.sub_pairs(pair)
@@ -5165,7 +5204,8 @@ class _Apply:
             self.afterwards.append(functools.partial(self._update_abstract, cls))
         base = next((base for base in cls.__mro__[1:-1] if "__init_subclass__" in vars(base)), None)
         if base is not None and type(cls).__setattr__ is type.__setattr__ and (
-                base.__module__ != "typing" and any(each.change in ("new", "gone") for each in pairs)):
+                base.__module__ != "typing" and any(
+                    each.change in ("new", "gone") for each in pairs)):
             self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
                 scope.title(pair.new.node.name), base.__qualname__))
 
@@ -5582,7 +5622,8 @@ class _Apply:
     def _fold_attributes(self, old, new):
         values, news = dict(vars(old)), dict(vars(new))
         skips = _CLASS_SKIPS - {"__slots__"} | (
-            {"__module__", "__qualname__"} if self.is_patch else set())
+            {"__module__", "__qualname__"} if self.is_patch or old.__module__ != new.__module__
+            else set())
         found = None if self.is_patch else self._pair_of(new)
         kept = _kept_class_names(found, new) if found and not self.everything and (
             found[1].change != "again") else set()
@@ -5909,7 +5950,8 @@ class _Apply:
     def _report_copied(self, edit):
         """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
         heads = {name for pair in edit.pairs for each in [pair.new or pair.old]
-                 if pair.change not in _LEFT_ALONE and each.is_definition for name in each.names.heads
+                 if pair.change not in _LEFT_ALONE and each.is_definition
+                 for name in each.names.heads
                  if hasattr(type(edit.space.get(name)), "__iter__")}
         sources = [(edit, edit.new)] + [
             (_Follower(name, {}), self._parsed(name, _hot.known[name]))
@@ -6403,19 +6445,20 @@ def _put_on_class(apply, cls, name, value):
 
 
 def _is_mapped(cls, name):
-    """Tell whether SQLAlchemy has made a column or a relation of an attribute: it can't be another."""
+    """Tell whether SQLAlchemy has made a column or relation of an attribute, for good."""
     mapper = vars(cls).get("__mapper__") if cls is not None else None
     return mapper is not None and mapper.has_property(name)
 
 
 def _give_column_its_type(scope, node, value):
-    """SQLAlchemy reads the annotation of a column where it scans a class: let it scan another one."""
+    """SQLAlchemy reads a column's annotation where it scans a class: let it scan another."""
     orm = sys.modules.get("sqlalchemy.orm")
     if orm is None or type(value) is not orm.MappedColumn or "__mapper__" not in vars(scope.cls):
         return
     import ast
     space, cls = scope.edit.space, scope.cls
-    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval", scope.edit.new.flags, True)
+    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval",
+                   scope.edit.new.flags, True)
     base = type("Base", (orm.DeclarativeBase,), {
         "type_annotation_map": cls.registry.type_annotation_map, "__module__": scope.edit.name})
     annotation = compile(ast.Expression(body=node.annotation), scope.edit.path, "eval", 0, True)
@@ -6838,7 +6881,8 @@ class _FlaskApp:
             for rule in itertools.chain(*rules.values()):
                 if not rule.build_only:
                     matcher.add(rule)
-            for name, value in (("_rules_by_endpoint", rules), ("_matcher", matcher), ("_remap", True)):
+            for name, value in (("_rules_by_endpoint", rules), ("_matcher", matcher),
+                                ("_remap", True)):
                 self._apply.put(_entry(vars(urls), name), value)
 
     def close(self):
@@ -6864,10 +6908,12 @@ class _FlaskBlueprint:
     def _options_of(self, app, name):
         """Return what the app registered it with, as far as its URLs show it."""
         for function in self._known:
-            found = dict(zip(function.__code__.co_freevars, map(_cell_value, function.__closure__ or ())))
+            found = dict(zip(function.__code__.co_freevars,
+                             map(_cell_value, function.__closure__ or ())))
             path, view = found.get("rule"), found.get("view_func")
             end = found.get("endpoint") or getattr(view, "__name__", None)
-            for rule in app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ()) if path else ():
+            rules = app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ())
+            for rule in rules if path else ():
                 if rule.rule.endswith(path):
                     return {"url_prefix": rule.rule[:-len(path)] or None, "name": name}
         return {"name": name}
@@ -6892,7 +6938,7 @@ class _FlaskBlueprint:
 
 
 def _forget_django_urls():
-    """Django's views are looked for in caches, and in what included files had when they were read."""
+    """Django looks for views in caches, and in what included files had when they were read."""
     sys.modules["django.urls"].clear_url_caches()
     for each in _instances(*_classes_named("django.urls.resolvers.URLResolver")):
         for name in ("url_patterns", "urlconf_module"):
@@ -6982,7 +7028,12 @@ def _both(*kinds):
 
 def _is_class_pair(old, new):
     return isinstance(old, type) and isinstance(new, type) and (
-        old.__qualname__ == new.__qualname__ and old.__module__ == new.__module__)
+        old.__qualname__ == new.__qualname__ and _is_of(old, new.__module__))
+
+
+def _is_of(cls, module):
+    """Tell whether a class was defined in a module; a package may have put its own name on it."""
+    return cls.__module__ == module or module.startswith("%s." % cls.__module__)
 
 
 def _is(value, kinds):
@@ -8310,7 +8361,7 @@ def _find_typed_class(kind):
     """As _find_source, for a class that was typed at a prompt, or one of its name; else None."""
     import inspect
     import linecache
-    for filename in reversed(_remembered):
+    for filename in reversed(list(_remembered)):
         lines = linecache.getlines(filename)
         for index, line in enumerate(lines):
             if re.match(_CLASS_LINE % kind.__name__, line):
@@ -12575,6 +12626,8 @@ class Terminal:
         EOFError after Ctrl+D, KeyboardInterrupt after Ctrl+C, and what `owner.on_ready` raises.
         """
         self._prompt, self._is_secret = prompt, is_secret
+        if self._library is None:     # PyPy's draws it key by key, and is slow to hear Ctrl+C
+            begun = ""
         begun, self._begun = self._begun or begun, ""
         if b"\n" in self._typed:
             line, _, self._typed = self._typed.partition(b"\n")
