@@ -3476,7 +3476,7 @@ def _find_edits(module, everything, report):
                 raise ReloadError("can't read the source of %r (%s); nothing was changed"
                                   % (name, exc)) from exc
             report.notes.append("%s is gone; %s runs on" % (path, name))
-    edits = [edit for edit in edits if edit.is_edited or everything or module is not None]
+    edits = [edit for edit in edits if edit.text != edit.old_text or everything or module is not None]
     for edit in edits:
         edit.compile()
     for edit in edits:
@@ -3540,10 +3540,6 @@ class _Edit:
         self.subs = {}          # id of the _Statement of a class -> the pairs of its body
         self.told = []          # old text unknown: _Found, what can't be told
         self.gone = []          # the same: (path of a class, name) of what the text has no more
-
-    @property
-    def is_edited(self):
-        return self.text != self.old_text
 
     def compile(self):
         """Parse and compile the new text, parse the old one."""
@@ -3633,11 +3629,8 @@ class _Edit:
         space = self.before if is_done else self.space
         return sorted(name for name in gone if name in space and (
             name not in _IMPORT_NAMES or name == "__doc__" and space[name] is not None)
-            and not _is_submodule(self.name, name, space[name]))
-
-
-def _is_submodule(package, name, value):
-    return value is not None and sys.modules.get("%s.%s" % (package, name)) is value
+            and (space[name] is None
+                 or sys.modules.get("%s.%s" % (self.name, name)) is not space[name]))
 
 
 # --- Diff: the statements of two texts, and what became of each; pure ---
@@ -3824,11 +3817,6 @@ class _Source:
                 self._index[code.co_name, code.co_firstlineno].append(code)
         return self._index
 
-    @property
-    def own_names(self):
-        """The names that statements bind other than by an import of all names."""
-        return self.names - {"*"}
-
     def has(self, code):
         """Tell whether some code in it does what `code` does."""
         return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
@@ -3962,12 +3950,9 @@ class _Statement:
     def body(self):
         """Return the statements of a class body."""
         if self._body is None:
-            self._body = self.source.statements_of(self.node.body, self.source_end())
+            self._body = self.source.statements_of(
+                self.node.body, _first_line(self.node) - 1 + self.end - self.start)
         return self._body
-
-    def source_end(self):
-        # What was taken over from a newer text has the lines of that one.
-        return _first_line(self.node) - 1 + self.end - self.start
 
     @property
     def is_constant(self):
@@ -4961,7 +4946,8 @@ class _Apply:
                 self.stuck[found.path, "a new default of its parameters is known only where it is "
                                        "defined"] += 1
                 return
-            self._put_doc(function, old, new)
+            if _doc_of(old) != _doc_of(new) and function.__doc__ == _doc_of(old):
+                self.put(_attribute(function, "__doc__"), _doc_of(new))
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
             if found.is_changed:
                 self._clear_caches(edit, function, found.path)
@@ -4976,10 +4962,6 @@ class _Apply:
             self.closures[id(function)] = edit, function, found.path, "the variables of the " \
                 "closure changed from (%s) to (%s)" % (
                     ", ".join(old.co_freevars), ", ".join(new.co_freevars))
-
-    def _put_doc(self, function, old, new):
-        if _doc_of(old) != _doc_of(new) and function.__doc__ == _doc_of(old):
-            self.journal.put(_attribute(function, "__doc__"), _doc_of(new))
 
     def _put_code(self, function, state, path=None, is_changed=True):
         before = function.__code__, function.__defaults__, function.__kwdefaults__
@@ -5000,7 +4982,7 @@ class _Apply:
         cls = _at_path(edit.space, outer)
         if not _is(cls, type) or not outer:
             return False
-        new = _function_like(function, code, [_new_cell(cls)])
+        new = _function_like(function, code, (lambda: cls).__closure__)
         name = _mangled(name, cls.__name__)
         value = vars(cls).get(name)
         if value is function:
@@ -5082,7 +5064,9 @@ class _Apply:
 
     def _fold_definition(self, scope, pair, raw, new):
         """Give a function code, defaults and the rest of one that was evaluated anew."""
-        defaults = self._merged_defaults(pair, raw, new)
+        live, values = _live_defaults(raw), _live_defaults(new)
+        values.update((name, live[name]) for name in self._kept_parameters(pair, raw))
+        defaults = _as_defaults(new.__code__, values)
         for name in ("__doc__", "__type_params__"):
             if hasattr(new, name) and getattr(raw, name) != getattr(new, name):
                 self.put(_attribute(raw, name), getattr(new, name))
@@ -5100,11 +5084,6 @@ class _Apply:
                     and _key(olds[name], False) == _key(node, False)}
         return {name for name, node in news.items() if name in live
                 and not _is_unlike(_literal(node), live[name])}
-
-    def _merged_defaults(self, pair, raw, new):
-        live, values, kept = _live_defaults(raw), _live_defaults(new), self._kept_parameters(pair, raw)
-        values.update((name, live[name]) for name in kept)
-        return _as_defaults(new.__code__, values)
 
     def _raw(self, scope, pair):
         """Return the live function of a `def`, below whatever its decorators have made of it."""
@@ -5530,7 +5509,8 @@ class _Apply:
         else:
             state = _forwarder(old, new)
             # Later, else _redirect makes `old` of this reference.
-            self.afterwards.append(functools.partial(self._put_wrapped, old, new))
+            self.afterwards.append(functools.partial(
+                self.put, _entry(vars(old), "__wrapped__"), new))
         names = () if self.is_patch else ("__name__", "__qualname__", "__module__")
         for name in names + ("__doc__", "__type_params__"):
             if hasattr(new, name):
@@ -5540,9 +5520,6 @@ class _Apply:
             self.put(_attribute(old, "__dict__"), attributes)
         self._put_code(old, state, is_changed=_behaviour(old.__code__) != _behaviour(state[0]))
         return old
-
-    def _put_wrapped(self, old, new):
-        self.put(_entry(vars(old), "__wrapped__"), new)
 
     def _keep_registered(self, new, registry):
         """singledispatch: implementations that other modules registered go on counting."""
@@ -7112,17 +7089,13 @@ def _kept_class_names(found, new):
     same = {each.dump() for each in olds}
     old_lasts, lasts = map(_last_binders, (olds, news))
     changed = _bound_by(each for each in news if each.dump() not in same)
-    changed.update(name for name, (was, now) in _changed_values(edit).items())
+    changed.update(name for name, was in edit.before.items()
+                   if was is not edit.space.get(name, _MISSING))
     changed.update(name for name, each in lasts.items() if name in old_lasts  # a later one is gone
                    and old_lasts[name].dump() != each.dump())
     kept = _bound_by(each for each in news if each.dump() in same
                      and not each.names.reads & changed) - changed
     return {_mangled(name, pair.new.node.name) for name in kept}
-
-
-def _changed_values(edit):
-    return {name: (was, edit.space.get(name)) for name, was in edit.before.items()
-            if was is not edit.space.get(name, _MISSING)}
 
 
 def _dataclass_fields(cls):
@@ -7321,7 +7294,7 @@ def _public(space):
 
 def _imported_values(source, space, edit, before, changed):
     """Return {name: value} of what a module imported from another one and is another now there."""
-    found, others = {}, source.own_names
+    found, others = {}, source.names - {"*"}
     for node in _import_nodes(source):
         if _resolved(node, space) != edit.name:
             continue
@@ -7571,10 +7544,6 @@ def _function_like(function, code, cells):
             setattr(new, name, getattr(function, name))
     _annotations(new)[1](_annotations(function)[0]())
     return new
-
-
-def _new_cell(value):
-    return (lambda: value).__closure__[0]
 
 
 def _doc_of(code):
