@@ -9961,11 +9961,11 @@ class PrivateFiles(AccessParts):
         hotrepl.write_private(path, b"x" * 1024)
         self.assertEqual(hotrepl.read_private(path), b"x" * 1024)
         for make, remove in ((lambda: os.symlink(path, odd), os.unlink), (lambda: os.mkfifo(odd, 0o600), os.unlink),
-                           (lambda: os.link(path, odd), os.unlink), (lambda: os.mkdir(odd, 0o700), os.rmdir),
-                           (lambda: hotrepl.write_private(odd, b"x" * 1025), os.unlink),
-                           (lambda: open(odd, "w").close() or os.chmod(odd, 0o640), os.unlink),
-                           (lambda: open(odd, "w").close() or os.chmod(odd, 0o600) or IS_ROOT
-                            and os.chown(odd, STRANGER, -1) or IS_ROOT or os.chmod(odd, 0o644), os.unlink)):
+                             (lambda: os.link(path, odd), os.unlink), (lambda: os.mkdir(odd, 0o700), os.rmdir),
+                             (lambda: hotrepl.write_private(odd, b"x" * 1025), os.unlink),
+                             (lambda: open(odd, "w").close() or os.chmod(odd, 0o640), os.unlink),
+                             (lambda: open(odd, "w").close() or os.chmod(odd, 0o600) or IS_ROOT
+                              and os.chown(odd, STRANGER, -1) or IS_ROOT or os.chmod(odd, 0o644), os.unlink)):
             make()
             with self.assertRaises(OSError):
                 hotrepl.read_private(odd)
@@ -16108,44 +16108,44 @@ FRAMEWORKS = [
         def kept():
             return server is app.app, list(app.STATE), app.STATE["hits"] > 1
         """,
-        Edit("body of a view", '"home 1', '"home 2'),
-        Edit("body of a blueprint's view", "about 1", "about 2"),
-        Edit("body of before_request", "first 1", "first 2"),
-        Edit("body of after_request", "last 1", "last 2"),
-        Edit("body of an error handler", "missing 1", "missing 2"),
-        Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
-        Edit("body of a context processor", "context 1", "context 2"),
-        Edit("body of a command", '"init", count', '"init 2", count'),
-        Edit("body of a view class", '"get %s"', '"get 2 %s"'),
-        Edit("attribute of a view class", '["a"]', '["a", "b"]'),
-        Edit("methods of a route", 'route("/")', 'route("/", methods=["GET", "POST"])'),
-        Edit("path of a route", '"/item/<int:number>")', '"/article/<int:number>")'),
-        Edit("path and parameter", '"/item/<int:number>")', '"/item/<int:number>/<colour>")',
-             "def item(number):", "def item(number, colour):", '"item %d" % number', '"item %d %s" % (number, colour)'),
-        Edit("view renamed", "def item(number)", "def article(number)", '"/item/<int:number>"', '"/article/<int:number>"'),
-        Edit("another code for an error", 'errorhandler(404)\n', 'errorhandler(405)\n'),
-        Edit("another name of a filter", '"loud"', '"noisy"', "'about 1'|loud", "'about 1'|noisy"),
-        Edit("view added", "@app.errorhandler", '@app.route("/new")\ndef new():\n    return "new"\n\n@app.errorhandler'),
-        Edit("blueprint's view added", "class Thing", '@pages.route("/new")\ndef new():\n    return "new"\n\nclass Thing'),
-        Edit("second route of a view", '@app.route("/")', '@app.route("/")\n@app.route("/start")'),
-        Edit("before_request added before another", "@app.before_request", """
+           Edit("body of a view", '"home 1', '"home 2'),
+           Edit("body of a blueprint's view", "about 1", "about 2"),
+           Edit("body of before_request", "first 1", "first 2"),
+           Edit("body of after_request", "last 1", "last 2"),
+           Edit("body of an error handler", "missing 1", "missing 2"),
+           Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
+           Edit("body of a context processor", "context 1", "context 2"),
+           Edit("body of a command", '"init", count', '"init 2", count'),
+           Edit("body of a view class", '"get %s"', '"get 2 %s"'),
+           Edit("attribute of a view class", '["a"]', '["a", "b"]'),
+           Edit("methods of a route", 'route("/")', 'route("/", methods=["GET", "POST"])'),
+           Edit("path of a route", '"/item/<int:number>")', '"/article/<int:number>")'),
+           Edit("path and parameter", '"/item/<int:number>")', '"/item/<int:number>/<colour>")',
+                "def item(number):", "def item(number, colour):", '"item %d" % number', '"item %d %s" % (number, colour)'),
+           Edit("view renamed", "def item(number)", "def article(number)", '"/item/<int:number>"', '"/article/<int:number>"'),
+           Edit("another code for an error", 'errorhandler(404)\n', 'errorhandler(405)\n'),
+           Edit("another name of a filter", '"loud"', '"noisy"', "'about 1'|loud", "'about 1'|noisy"),
+           Edit("view added", "@app.errorhandler", '@app.route("/new")\ndef new():\n    return "new"\n\n@app.errorhandler'),
+           Edit("blueprint's view added", "class Thing", '@pages.route("/new")\ndef new():\n    return "new"\n\nclass Thing'),
+           Edit("second route of a view", '@app.route("/")', '@app.route("/")\n@app.route("/start")'),
+           Edit("before_request added before another", "@app.before_request", """
 @app.before_request
 def zeroth():
     g.zero = True
 
 @app.before_request"""),
-        Edit("before_request that comes second", "@app.after_request", """
+           Edit("before_request that comes second", "@app.after_request", """
 @app.before_request
 def second():
     g.marks.append("second")
 
 @app.after_request"""),
-        Edit("command renamed", '"init")', '"setup")'),
-        Edit("default of a command's option", "default=1", "default=2"),
-        Edit("method of a view class", '        return "get %s" % self.things',
-             '        return "get %s" % self.things\n\n    def post(self):\n        return "post"',
-             named="__init_subclass__"),
-        ),
+           Edit("command renamed", '"init")', '"setup")'),
+           Edit("default of a command's option", "default=1", "default=2"),
+           Edit("method of a view class", '        return "get %s" % self.things',
+                '        return "get %s" % self.things\n\n    def post(self):\n        return "post"',
+                named="__init_subclass__"),
+           ),
 
     Judged("fastapi", """
         # file: app.py
@@ -16217,30 +16217,30 @@ def second():
         def kept():
             return server is app.app, list(app.STATE["items"])
         """,
-        Edit("body of a handler", '"home": 1', '"home": 2'),
-        Edit("body of a dependency", "settings 1", "settings 2"),
-        Edit("body of a middleware", "mark 1", "mark 2"),
-        Edit("body of an exception handler", '"missing": "1"', '"missing": "2"'),
-        Edit("body of a router's handler", "about 1", "about 2"),
-        Edit("path", '"/item/{number}"', '"/article/{number}"'),
-        Edit("status code", '"/item/{number}"', '"/item/{number}", status_code=203'),
-        Edit("parameter", "number: int", 'number: int, colour: str = "blue"',
-             '{"item": number}', '{"item": number, "colour": colour}'),
-        Edit("annotation of a parameter", "number: int", "number: str"),
-        Edit("another dependency", "@app.get(\"/\")", "def other():\n    return 'other'\n\n@app.get(\"/\")",
-             "Depends(settings)", "Depends(other)"),
-        Edit("dependency gets a parameter", "def settings():", "def settings(level: int = 7):", '"settings 1"', '"settings %d" % level'),
-        Edit("handler added", '@app.get("/lost")', '@app.get("/new")\ndef new():\n    return "new"\n\n@app.get("/lost")'),
-        Edit("handler renamed", "def item(", "def article(", '"/item/{number}"', '"/article/{number}"'),
-        Edit("router's handler added", "about 1\"\n", 'about 1"\n\n@router.get("/new")\ndef new():\n    return "new"\n'),
-        Edit("router's handler gets a parameter", "def about():", "def about(n: int = 1):", '"about 1"', '"about %d" % n'),
-        Edit("router's path", '"/about"', '"/about/{n}"'),
-        Edit("field added", "price: float = 1.5", "price: float = 1.5\n    size: int = 0"),
-        Edit("default of a field", "1.5", "2.5"),
-        Edit("field that gets no default", "price: float = 1.5", "price: float\n    size: int"),
-        Edit("method of a model", "price: float = 1.5", "price: float = 1.5\n\n    def total(self):\n        return 2 * self.price",
-             "return thing\n", "return thing.total()\n"),
-        ),
+           Edit("body of a handler", '"home": 1', '"home": 2'),
+           Edit("body of a dependency", "settings 1", "settings 2"),
+           Edit("body of a middleware", "mark 1", "mark 2"),
+           Edit("body of an exception handler", '"missing": "1"', '"missing": "2"'),
+           Edit("body of a router's handler", "about 1", "about 2"),
+           Edit("path", '"/item/{number}"', '"/article/{number}"'),
+           Edit("status code", '"/item/{number}"', '"/item/{number}", status_code=203'),
+           Edit("parameter", "number: int", 'number: int, colour: str = "blue"',
+                '{"item": number}', '{"item": number, "colour": colour}'),
+           Edit("annotation of a parameter", "number: int", "number: str"),
+           Edit("another dependency", "@app.get(\"/\")", "def other():\n    return 'other'\n\n@app.get(\"/\")",
+                "Depends(settings)", "Depends(other)"),
+           Edit("dependency gets a parameter", "def settings():", "def settings(level: int = 7):", '"settings 1"', '"settings %d" % level'),
+           Edit("handler added", '@app.get("/lost")', '@app.get("/new")\ndef new():\n    return "new"\n\n@app.get("/lost")'),
+           Edit("handler renamed", "def item(", "def article(", '"/item/{number}"', '"/article/{number}"'),
+           Edit("router's handler added", "about 1\"\n", 'about 1"\n\n@router.get("/new")\ndef new():\n    return "new"\n'),
+           Edit("router's handler gets a parameter", "def about():", "def about(n: int = 1):", '"about 1"', '"about %d" % n'),
+           Edit("router's path", '"/about"', '"/about/{n}"'),
+           Edit("field added", "price: float = 1.5", "price: float = 1.5\n    size: int = 0"),
+           Edit("default of a field", "1.5", "2.5"),
+           Edit("field that gets no default", "price: float = 1.5", "price: float\n    size: int"),
+           Edit("method of a model", "price: float = 1.5", "price: float = 1.5\n\n    def total(self):\n        return 2 * self.price",
+                "return thing\n", "return thing.total()\n"),
+           ),
 
     Judged("starlette", """
         # file: app.py
@@ -16293,19 +16293,19 @@ def second():
         def kept():
             return app.STATE["hits"] > 1
         """,
-        Edit("body of an endpoint", "home 1", "home 2"),
-        Edit("body of a sync endpoint", '"item %s"', '"item: %s"'),
-        Edit("body of a class's method", '"thing %d"', '"thing: %d"'),
-        Edit("attribute of a class", "size = 1", "size = 2"),
-        Edit("body of a middleware", "mark 1", "mark 2"),
-        Edit("body of an exception handler", "missing 1", "missing 2"),
-        Edit("method of a class", '"thing %d" % self.size)\n',
-             '"thing %d" % self.size)\n\n    async def post(self, request):\n        return PlainTextResponse("posted")\n'),
-        Edit("path", '"/item/{number:int}"', '"/article/{number:int}"', named="app = Starlette|app:"),
-        Edit("endpoint added", "class Thing", 'def new(request):\n    return PlainTextResponse("new")\n\nclass Thing',
-             'Route("/", home),', 'Route("/", home),\n    Route("/new", new),', named="app = Starlette|app:"),
-        Edit("endpoint renamed", "def item(", "def article(", ", item)", ", article)"),
-        ),
+           Edit("body of an endpoint", "home 1", "home 2"),
+           Edit("body of a sync endpoint", '"item %s"', '"item: %s"'),
+           Edit("body of a class's method", '"thing %d"', '"thing: %d"'),
+           Edit("attribute of a class", "size = 1", "size = 2"),
+           Edit("body of a middleware", "mark 1", "mark 2"),
+           Edit("body of an exception handler", "missing 1", "missing 2"),
+           Edit("method of a class", '"thing %d" % self.size)\n',
+                '"thing %d" % self.size)\n\n    async def post(self, request):\n        return PlainTextResponse("posted")\n'),
+           Edit("path", '"/item/{number:int}"', '"/article/{number:int}"', named="app = Starlette|app:"),
+           Edit("endpoint added", "class Thing", 'def new(request):\n    return PlainTextResponse("new")\n\nclass Thing',
+                'Route("/", home),', 'Route("/", home),\n    Route("/new", new),', named="app = Starlette|app:"),
+           Edit("endpoint renamed", "def item(", "def article(", ", item)", ", article)"),
+           ),
 
     Judged("django", """
         # file: settings.py
@@ -16439,37 +16439,37 @@ def second():
         def kept():
             return views.STATE["hits"] > 1, len(signals.SEEN) > 1, type(first) is models.Item
         """,
-        Edit("body of a view", "home 1", "home 2"),
-        Edit("body of a decorated view", '"item %d"', '"item: %d"'),
-        Edit("body of a view class", '"items %d"', '"items: %d"'),
-        Edit("body of a middleware", "mark 1", "mark 2"),
-        Edit("body of a model's method", "greet 1", "greet 2"),
-        Edit("body of a form's method", '"] + " 1"', '"] + " 2"'),
-        Edit("body of a receiver", '" s1"', '" s2"'),
-        Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
-        Edit("body of a tag", "tag 1", "tag 2"),
-        Edit("argument of a decorator", '(["GET"])', '(["GET", "POST"])'),
-        Edit("path", '"item/<int:number>"', '"article/<int:number>"'),
-        Edit("view added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
-             'path("", views.home),', 'path("", views.home),\n    path("new", views.new),'),
-        Edit("view of an included file added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
-             'urlpatterns = [path("about", views.about, name="about")]',
-             'urlpatterns = [path("about", views.about, name="about"), path("new", views.new)]'),
-        Edit("view renamed", "def item(", "def article(", "views.item", "views.article"),
-        Edit("method of a view class", "class Items(View):",
-             'class Items(View):\n    def post(self, request):\n        return HttpResponse("posted")\n'),
-        Edit("method of a model", "    def greet(self):\n", "    def loud(self):\n        return self.name.upper()\n\n    def greet(self):\n",
-             '"greet 1 " + self.name', "self.loud()"),
-        Edit("field of a form", "max_length=5)", "max_length=5)\n    size = forms.IntegerField()"),
-        Edit("argument of a form's field", "max_length=5", "max_length=2"),
-        Edit("receiver added", "SEEN = []", """SEEN = []
+           Edit("body of a view", "home 1", "home 2"),
+           Edit("body of a decorated view", '"item %d"', '"item: %d"'),
+           Edit("body of a view class", '"items %d"', '"items: %d"'),
+           Edit("body of a middleware", "mark 1", "mark 2"),
+           Edit("body of a model's method", "greet 1", "greet 2"),
+           Edit("body of a form's method", '"] + " 1"', '"] + " 2"'),
+           Edit("body of a receiver", '" s1"', '" s2"'),
+           Edit("body of a filter", "text.upper()", "text.upper() + '!'"),
+           Edit("body of a tag", "tag 1", "tag 2"),
+           Edit("argument of a decorator", '(["GET"])', '(["GET", "POST"])'),
+           Edit("path", '"item/<int:number>"', '"article/<int:number>"'),
+           Edit("view added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
+                'path("", views.home),', 'path("", views.home),\n    path("new", views.new),'),
+           Edit("view of an included file added", "class Items", 'def new(request):\n    return HttpResponse("new")\n\nclass Items',
+                'urlpatterns = [path("about", views.about, name="about")]',
+                'urlpatterns = [path("about", views.about, name="about"), path("new", views.new)]'),
+           Edit("view renamed", "def item(", "def article(", "views.item", "views.article"),
+           Edit("method of a view class", "class Items(View):",
+                'class Items(View):\n    def post(self, request):\n        return HttpResponse("posted")\n'),
+           Edit("method of a model", "    def greet(self):\n", "    def loud(self):\n        return self.name.upper()\n\n    def greet(self):\n",
+                '"greet 1 " + self.name', "self.loud()"),
+           Edit("field of a form", "max_length=5)", "max_length=5)\n    size = forms.IntegerField()"),
+           Edit("argument of a form's field", "max_length=5", "max_length=2"),
+           Edit("receiver added", "SEEN = []", """SEEN = []
 
 @receiver(pre_save, sender=Item)
 def before(sender, instance, **options):
     instance.name = "new " + instance.name"""),
-        Edit("filter renamed", "def loud", "def noisy", "|loud", "|noisy"),
-        Edit("model added", "class Item(", "class Other(models.Model):\n    size = models.IntegerField()\n\nclass Item("),
-        ),
+           Edit("filter renamed", "def loud", "def noisy", "|loud", "|noisy"),
+           Edit("model added", "class Item(", "class Other(models.Model):\n    size = models.IntegerField()\n\nclass Item("),
+           ),
 
     Judged("aiohttp", """
         # file: app.py
@@ -16526,16 +16526,16 @@ def before(sender, instance, **options):
         def kept():
             return server[app.STATE]["hits"] > 1, app.LOG
         """,
-        Edit("body of a handler", "home 1", "home 2"),
-        Edit("body of a class's method", "thing 1", "thing 2"),
-        Edit("body of a middleware", "mark 1", "mark 2"),
-        Edit("path", '"/item/{number}"', '"/article/{number}"', named=r"add_routes"),
-        Edit("method of a class", "class Thing(web.View):",
-             'class Thing(web.View):\n    async def post(self):\n        return web.Response(text="posted")\n'),
-        Edit("handler added", '@routes.view', '@routes.get("/new")\nasync def new(request):\n    return web.Response(text="new")\n\n@routes.view',
-             named="add_routes"),
-        Edit("handler renamed", "def item(", "def article("),
-        ),
+           Edit("body of a handler", "home 1", "home 2"),
+           Edit("body of a class's method", "thing 1", "thing 2"),
+           Edit("body of a middleware", "mark 1", "mark 2"),
+           Edit("path", '"/item/{number}"', '"/article/{number}"', named=r"add_routes"),
+           Edit("method of a class", "class Thing(web.View):",
+                'class Thing(web.View):\n    async def post(self):\n        return web.Response(text="posted")\n'),
+           Edit("handler added", '@routes.view', '@routes.get("/new")\nasync def new(request):\n    return web.Response(text="new")\n\n@routes.view',
+                named="add_routes"),
+           Edit("handler renamed", "def item(", "def article("),
+           ),
 
     Judged("sqlalchemy", """
         # file: app.py
@@ -16605,24 +16605,24 @@ def before(sender, instance, **options):
         def kept():
             return type(first) is app.User, first in session, len(app.SEEN) > 1, app.User.__mapper__.class_ is app.User
         """,
-        Edit("body of a method", "greet 1", "greet 2"),
-        Edit("body of the base's method", "base 1", "base 2"),
-        Edit("body of a hybrid", '+ "!"', '+ "!!"'),
-        Edit("body of a validator", "value.strip()", "value.strip() + 'v'"),
-        Edit("body of a listener", "i1", "i2"),
-        Edit("plain attribute", "kind 1", "kind 2"),
-        Edit("method added", "    def greet(self)", "    def new(self):\n        return 'new'\n\n    def greet(self)"),
-        Edit("method of the base added", "    def describe", "    def new(self):\n        return 'new'\n\n    def describe"),
-        Edit("column added", '    kind = ', '    age: Mapped[int | None] = mapped_column(default=7)\n    kind = ',
-             named=r"\bage\b", alone=True),
-        Edit("length of a column", "String(30)", "String(40)", named=r"\bname\b"),
-        Edit("class added", "@event", """class Tag(Base):
+           Edit("body of a method", "greet 1", "greet 2"),
+           Edit("body of the base's method", "base 1", "base 2"),
+           Edit("body of a hybrid", '+ "!"', '+ "!!"'),
+           Edit("body of a validator", "value.strip()", "value.strip() + 'v'"),
+           Edit("body of a listener", "i1", "i2"),
+           Edit("plain attribute", "kind 1", "kind 2"),
+           Edit("method added", "    def greet(self)", "    def new(self):\n        return 'new'\n\n    def greet(self)"),
+           Edit("method of the base added", "    def describe", "    def new(self):\n        return 'new'\n\n    def describe"),
+           Edit("column added", '    kind = ', '    age: Mapped[int | None] = mapped_column(default=7)\n    kind = ',
+                named=r"\bage\b", alone=True),
+           Edit("length of a column", "String(30)", "String(40)", named=r"\bname\b"),
+           Edit("class added", "@event", """class Tag(Base):
     __tablename__ = "tag"
     id: Mapped[int] = mapped_column(primary_key=True)
 
 @event""", named=r"\bTag\b|\btag\b", alone=True),
-        Edit("hybrid added", "    @validates", "    @hybrid_property\n    def new(self):\n        return lambda: 5\n\n    @validates"),
-        ),
+           Edit("hybrid added", "    @validates", "    @hybrid_property\n    def new(self):\n        return lambda: 5\n\n    @validates"),
+           ),
 
     Judged("pydantic", """
         # file: app.py
@@ -16673,27 +16673,27 @@ def before(sender, instance, **options):
         def kept():
             return app.LIVE[0] is first, first.name, user is app.User, type(first) is user
         """,
-        Edit("body of a method", "greet 1", "greet 2", "a\"))\n", "a\"))\n"),
-        Edit("body of a validator", " v1", " v2", named=None),
-        Edit("body of a computed field", "shown 1", "shown 2"),
-        Edit("field added", "    age: int = 1", "    age: int = 1\n    size: int = 0"),
-        Edit("default of a field", "int = 1", "int = 2"),
-        Edit("type of a field", "age: int = 1", 'age: str = "x"'),
-        Edit("limit of a field", "max_length=5", "max_length=6"),
-        Edit("field renamed", "    name: str", "    title: str", '("name")', '("title")', "self.name", "self.title",
-             'name="a"', 'title="a"'),
-        Edit("field of a nested model", 'street: str = "s1"', 'street: str = "s1"\n    city: str = "c"'),
-        Edit("config", 'extra="ignore"', 'extra="forbid"'),
-        Edit("validator added", "    @computed_field", """    @field_validator("age")
+           Edit("body of a method", "greet 1", "greet 2", "a\"))\n", "a\"))\n"),
+           Edit("body of a validator", " v1", " v2", named=None),
+           Edit("body of a computed field", "shown 1", "shown 2"),
+           Edit("field added", "    age: int = 1", "    age: int = 1\n    size: int = 0"),
+           Edit("default of a field", "int = 1", "int = 2"),
+           Edit("type of a field", "age: int = 1", 'age: str = "x"'),
+           Edit("limit of a field", "max_length=5", "max_length=6"),
+           Edit("field renamed", "    name: str", "    title: str", '("name")', '("title")', "self.name", "self.title",
+                'name="a"', 'title="a"'),
+           Edit("field of a nested model", 'street: str = "s1"', 'street: str = "s1"\n    city: str = "c"'),
+           Edit("config", 'extra="ignore"', 'extra="forbid"'),
+           Edit("validator added", "    @computed_field", """    @field_validator("age")
     @classmethod
     def older(cls, value):
         return value + 10
 
     @computed_field"""),
-        Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
-             '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
-        Edit("field of a subclass", "level: int = 3", "level: int = 3\n    rank: int = 4"),
-        ),
+           Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
+                '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
+           Edit("field of a subclass", "level: int = 3", "level: int = 3\n    rank: int = 4"),
+           ),
 
     Judged("attrs", """
         # file: app.py
@@ -16744,18 +16744,18 @@ def before(sender, instance, **options):
         def kept():
             return app.LIVE[0] is first, first.name, first.age
         """,
-        Edit("body of a method", "greet 1", "greet 2"),
-        Edit("body of a validator", "empty 1", "empty 2"),
-        Edit("default", "age: int = 1", "age: int = 2"),
-        Edit("field added", "age: int = 1", "age: int = 1\n    size: int = 0", named="size|User", alone=True),
-        Edit("field of a frozen class", "x: int = 0", "x: int = 0\n    y: int = 0"),
-        Edit("field of an old-style class", "size = attr.ib(default=1)", "size = attr.ib(default=1)\n    colour = attr.ib(default='blue')"),
-        Edit("field renamed", "size = attr.ib(default=1)", "colour = attr.ib(default='blue')", named=r"\bOld\b"),
-        Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
-             '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
-        Edit("argument of the decorator", "@frozen\n", "@frozen(order=True)\n"),
-        Edit("converter", "str.strip", "str.upper"),
-        ),
+           Edit("body of a method", "greet 1", "greet 2"),
+           Edit("body of a validator", "empty 1", "empty 2"),
+           Edit("default", "age: int = 1", "age: int = 2"),
+           Edit("field added", "age: int = 1", "age: int = 1\n    size: int = 0", named="size|User", alone=True),
+           Edit("field of a frozen class", "x: int = 0", "x: int = 0\n    y: int = 0"),
+           Edit("field of an old-style class", "size = attr.ib(default=1)", "size = attr.ib(default=1)\n    colour = attr.ib(default='blue')"),
+           Edit("field renamed", "size = attr.ib(default=1)", "colour = attr.ib(default='blue')", named=r"\bOld\b"),
+           Edit("method added", '    def greet(self):\n        return "greet 1 " + self.name',
+                '    def new(self):\n        return "new"\n\n    def greet(self):\n        return self.new()'),
+           Edit("argument of the decorator", "@frozen\n", "@frozen(order=True)\n"),
+           Edit("converter", "str.strip", "str.upper"),
+           ),
 
     Judged("click", """
         # file: app.py
@@ -16803,22 +16803,22 @@ def before(sender, instance, **options):
         def kept():
             return tool is app.cli, app.LOG[:2]
         """,
-        Edit("body of a command", "list 1", "list 2"),
-        Edit("body of a group", "ctx.obj = level", "ctx.obj = -level"),
-        Edit("body of a sub-group's command", "inner 1", "inner 2"),
-        Edit("body of a command that was added", "apart 1", "apart 2"),
-        Edit("help", "Help 1", "Help 2"),
-        Edit("default of an option", '"--count", default=1', '"--count", default=2'),
-        Edit("default of a group's option", '"--level", default=1', '"--level", default=2'),
-        Edit("option added", '@click.pass_obj\ndef listing(level, what, count):', '@click.option("--size", default=7)\n@click.pass_obj\ndef listing(level, what, count, size):',
-             "(level, what, count))", "(level, what, count * size))"),
-        Edit("argument added", '@click.argument("what")', '@click.argument("what")\n@click.argument("other", default="o")',
-             "def listing(level, what, count):", "def listing(level, what, count, other):"),
-        Edit("command renamed", 'command("list")', 'command("ls")'),
-        Edit("function renamed", "def inner", "def other"),
-        Edit("command added", "@cli.group", '@cli.command()\ndef new():\n    click.echo("new")\n\n@cli.group'),
-        Edit("command without a decorator renamed", "def apart", "def other", "(apart)", "(other)"),
-        ),
+           Edit("body of a command", "list 1", "list 2"),
+           Edit("body of a group", "ctx.obj = level", "ctx.obj = -level"),
+           Edit("body of a sub-group's command", "inner 1", "inner 2"),
+           Edit("body of a command that was added", "apart 1", "apart 2"),
+           Edit("help", "Help 1", "Help 2"),
+           Edit("default of an option", '"--count", default=1', '"--count", default=2'),
+           Edit("default of a group's option", '"--level", default=1', '"--level", default=2'),
+           Edit("option added", '@click.pass_obj\ndef listing(level, what, count):', '@click.option("--size", default=7)\n@click.pass_obj\ndef listing(level, what, count, size):',
+                "(level, what, count))", "(level, what, count * size))"),
+           Edit("argument added", '@click.argument("what")', '@click.argument("what")\n@click.argument("other", default="o")',
+                "def listing(level, what, count):", "def listing(level, what, count, other):"),
+           Edit("command renamed", 'command("list")', 'command("ls")'),
+           Edit("function renamed", "def inner", "def other"),
+           Edit("command added", "@cli.group", '@cli.command()\ndef new():\n    click.echo("new")\n\n@cli.group'),
+           Edit("command without a decorator renamed", "def apart", "def other", "(apart)", "(other)"),
+           ),
 
     Judged("typer", """
         # file: app.py
@@ -16857,17 +16857,17 @@ def before(sender, instance, **options):
         def kept():
             return tool is app.app, len(app.LOG) > 2
         """,
-        Edit("body of a command", "hello 1", "hello 2"),
-        Edit("body of the callback", "append(level)", "append(-level)"),
-        Edit("default of the callback", "level: int = 1", "level: int = 2"),
-        Edit("body of a sub-command", "inner 1", "inner 2"),
-        Edit("help", "Help 1", "Help 2"),
-        Edit("default", '"Help 1.")] = 1', '"Help 1.")] = 2'),
-        Edit("parameter added", '"Help 1.")] = 1', '"Help 1.")] = 1, size: int = 1', "(name, count, ", "(name, count * size, "),
-        Edit("command renamed", '"list"', '"ls"'),
-        Edit("function renamed", "def inner", "def new"),
-        Edit("command added", '@app.command("list")', '@app.command()\ndef new():\n    typer.echo("new")\n\n@app.command("list")'),
-        ),
+           Edit("body of a command", "hello 1", "hello 2"),
+           Edit("body of the callback", "append(level)", "append(-level)"),
+           Edit("default of the callback", "level: int = 1", "level: int = 2"),
+           Edit("body of a sub-command", "inner 1", "inner 2"),
+           Edit("help", "Help 1", "Help 2"),
+           Edit("default", '"Help 1.")] = 1', '"Help 1.")] = 2'),
+           Edit("parameter added", '"Help 1.")] = 1', '"Help 1.")] = 1, size: int = 1', "(name, count, ", "(name, count * size, "),
+           Edit("command renamed", '"list"', '"ls"'),
+           Edit("function renamed", "def inner", "def new"),
+           Edit("command added", '@app.command("list")', '@app.command()\ndef new():\n    typer.echo("new")\n\n@app.command("list")'),
+           ),
 
     Judged("celery", """
         # file: app.py
@@ -16909,17 +16909,17 @@ def before(sender, instance, **options):
         def kept():
             return server is app.app, app.LOG[:2]
         """,
-        Edit("body of a task", "return x + y", "return x - y"),
-        Edit("body of a bound task", "bound 1", "bound 2"),
-        Edit("body of a base's method", "base 1", "base 2"),
-        Edit("body of a shared task", "shared 1", "shared 2"),
-        Edit("argument of the decorator", "max_retries=2", "max_retries=3"),
-        Edit("parameter added", "def add(x, y):", "def add(x, y, z=10):", "return x + y", "return x + y + z"),
-        Edit("default", "x=1", "x=2"),
-        Edit("task renamed", 'name="named"', 'name="other"'),
-        Edit("function renamed", "def shared", "def new", named="note: app.(shared|new): what its old decorator registered", alone=True),
-        Edit("task added", "@app.task(base", "@app.task\ndef new():\n    return 'new'\n\n@app.task(base"),
-        ),
+           Edit("body of a task", "return x + y", "return x - y"),
+           Edit("body of a bound task", "bound 1", "bound 2"),
+           Edit("body of a base's method", "base 1", "base 2"),
+           Edit("body of a shared task", "shared 1", "shared 2"),
+           Edit("argument of the decorator", "max_retries=2", "max_retries=3"),
+           Edit("parameter added", "def add(x, y):", "def add(x, y, z=10):", "return x + y", "return x + y + z"),
+           Edit("default", "x=1", "x=2"),
+           Edit("task renamed", 'name="named"', 'name="other"'),
+           Edit("function renamed", "def shared", "def new", named="note: app.(shared|new): what its old decorator registered", alone=True),
+           Edit("task added", "@app.task(base", "@app.task\ndef new():\n    return 'new'\n\n@app.task(base"),
+           ),
 
     Judged("pytest", """
         # file: conftest.py
@@ -16975,20 +16975,20 @@ def before(sender, instance, **options):
         def kept():
             return conftest.LOG[:2]
         """,
-        Edit("body of a fixture", "return 1", "return 2"),
-        Edit("body of a fixture of the file", "return 2 * number", "return 3 * number"),
-        Edit("body of a test", "number == 1\n", "number == 3\n"),
-        Edit("parameters of a fixture", '["a", "b"]', '["a", "b", "c"]'),
-        Edit("parameters of a test", "[1, 2]", "[1, 2, 3]"),
-        Edit("fixture asks for another", "def double(number)", "def double(number, letter)"),
-        Edit("fixture renamed", "def number(", "def other(", "def double(number)", "def double(other)", "2 * number", "2 * other",
-             "test_number(number)", "test_number(other)", "assert number == 1", "assert other == 1",
-             "(value, number)", "(value, other)", "value == number", "value == other"),
-        Edit("test renamed", "test_double", "test_other"),
-        Edit("test added", "class TestThing", "def test_new(letter, number):\n    assert letter\n\nclass TestThing"),
-        Edit("test of a class added", "    size = 1", "    size = 1\n\n    def test_new(self, number):\n        assert number"),
-        Edit("attribute of a class", "size = 1", "size = 2"),
-        is_rewritten=True),
+           Edit("body of a fixture", "return 1", "return 2"),
+           Edit("body of a fixture of the file", "return 2 * number", "return 3 * number"),
+           Edit("body of a test", "number == 1\n", "number == 3\n"),
+           Edit("parameters of a fixture", '["a", "b"]', '["a", "b", "c"]'),
+           Edit("parameters of a test", "[1, 2]", "[1, 2, 3]"),
+           Edit("fixture asks for another", "def double(number)", "def double(number, letter)"),
+           Edit("fixture renamed", "def number(", "def other(", "def double(number)", "def double(other)", "2 * number", "2 * other",
+                "test_number(number)", "test_number(other)", "assert number == 1", "assert other == 1",
+                "(value, number)", "(value, other)", "value == number", "value == other"),
+           Edit("test renamed", "test_double", "test_other"),
+           Edit("test added", "class TestThing", "def test_new(letter, number):\n    assert letter\n\nclass TestThing"),
+           Edit("test of a class added", "    size = 1", "    size = 1\n\n    def test_new(self, number):\n        assert number"),
+           Edit("attribute of a class", "size = 1", "size = 2"),
+           is_rewritten=True),
 ]
 
 
