@@ -4534,10 +4534,7 @@ class _Journal:
         self._kept[id(container)] = container, before
 
         def undo():
-            if after:
-                _take_back(container, before, after[0])
-            else:
-                _restore_container(container, before)
+            _restore_container(container, before, *after)
 
         def seal():
             now = _content(container)
@@ -4576,46 +4573,6 @@ def _is_same_content(now, before):
     if type(now) is dict:
         return list(now) == list(before) and all(now[key] is before[key] for key in now)
     return len(now) == len(before) and all(a is b for a, b in zip(now, before))
-
-
-class _ClassItems:
-    """The attributes of a class, as the items of a dict."""
-
-    @staticmethod
-    def __delitem__(cls, name):
-        type.__delattr__(cls, name)
-
-    @staticmethod
-    def __setitem__(cls, name, value):
-        type.__setattr__(cls, name, value)
-
-
-def _take_back(container, before, after):
-    """Undo in a container what one change did to it, whatever others have done since."""
-    kind = _ClassItems if _is(container, type) else _container_kind(container)
-    if before is after:
-        return
-    if type(before) is dict:
-        now = _content(container)
-        for key in set(before) | set(after):
-            was, ours = before.get(key, _MISSING), after.get(key, _MISSING)
-            if was is not ours and now.get(key, _MISSING) is ours:
-                if was is _MISSING:
-                    kind.__delitem__(container, key)
-                else:
-                    kind.__setitem__(container, key, was)
-    elif kind is set:
-        set.difference_update(container, set(after) - set(before))
-        set.update(container, set(before) - set(after))
-    else:
-        gained, _ = _gained(before, after)
-        lost, _ = _gained(after, before)
-        ids = set(map(id, gained))
-        items = [item for item in _content(container) if id(item) not in ids]
-        for item in lost:
-            at = next(i for i, each in enumerate(before) if each is item)
-            items.insert(min(at, len(items)), item)
-        _replace_items(container, items)
 
 
 def _gained(before, after):
@@ -5390,11 +5347,6 @@ class _Apply:
         found = [each for each in self.known.values() if each.__qualname__ == name
                  and each.__module__ == edit.name and not _has_console_code(each)
                  and all(function.__globals__ is edit.space for function in _functions_in(each))]
-        inner = {id(function) for each in found for function in _wrapped_by(each)}
-        found = [each for each in found if id(each) not in inner]
-        if len(found) > 1:  # others may be what an earlier reload has discarded
-            found = [each for each in found if _is(each, type) and (
-                type.__subclasses__(each) or _instances(each))]
         return found[0] if len(found) == 1 else _MISSING
 
     def _learn(self):
@@ -6814,7 +6766,7 @@ def _without(container, hits):
     content = _content(container)
     if type(content) is dict:
         for key, _ in hits:
-            _container_kind(container).__delitem__(container, key)
+            _put_item(container, key, _MISSING)
     elif type(content) is set:
         set.difference_update(container, [entry for _, entry in hits])
     elif hits:
@@ -7791,29 +7743,41 @@ def _content(container):
     return _CONTENTS[_container_kind(container)](container)  # type: ignore[operator]
 
 
-def _restore_container(container, before):
-    kind, now = _container_kind(container), _content(container)
-    if _is(container, type):
-        for name in set(now) | set(before):
-            value = before.get(name, _MISSING)
-            if now.get(name, _MISSING) is not value and name not in _CLASS_SKIPS:
-                _attribute(container, name)[1](value)
-        return
+def _restore_container(container, before, after=None):
+    """Put back what a container, or a class, held; where `after` is given, only what is as there."""
+    now = _content(container)
+    is_whole, after = after is None, now if after is None else after
     if type(before) is dict:
-        for key in set(now) - set(before):
-            kind.__delitem__(container, key)
-        # Where a key was deleted, all go to the end, one after the other.
-        is_moved = [key for key in now if key in before] != list(before)
-        for key, value in before.items():
-            if is_moved:
-                kind.pop(container, key, None)
-            if is_moved or now[key] is not value:
-                kind.__setitem__(container, key, value)
-    elif kind is set:
-        set.intersection_update(container, before)
-        set.update(container, before)
-    elif len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
-        _replace_items(container, before)
+        for key in set(before) | set(after):
+            was, ours = before.get(key, _MISSING), after.get(key, _MISSING)
+            if was is not ours and now.get(key, _MISSING) is ours and key not in _CLASS_SKIPS:
+                _put_item(container, key, was)
+        if is_whole and not _is(container, type) and list(_content(container)) != list(before):
+            for key, value in before.items():       # all go to the end, one after the other
+                _put_item(container, key, _MISSING)
+                _put_item(container, key, value)
+    elif type(before) is set:
+        set.difference_update(container, set(after) - set(before))
+        set.update(container, set(before) - set(after))
+    elif is_whole:
+        if not _is_same_content(now, before):
+            _replace_items(container, before)
+    else:
+        gone = set(map(id, _gained(before, after)[0]))
+        items = [item for item in now if id(item) not in gone]
+        for item in _gained(after, before)[0]:
+            at = next(i for i, each in enumerate(before) if each is item)
+            items.insert(min(at, len(items)), item)
+        _replace_items(container, items)
+
+
+def _put_item(container, key, value):
+    if _is(container, type):
+        _attribute(container, key)[1](value)
+    elif value is _MISSING:
+        _container_kind(container).__delitem__(container, key)
+    else:
+        _container_kind(container).__setitem__(container, key, value)
 
 
 def _modules_named(space, names):
