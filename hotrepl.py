@@ -4961,7 +4961,8 @@ class _Apply:
             cls = _at_path(edit.space, path.split(".")[:-1])
             value = vars(cls).get(path.split(".")[-1]) if _is(cls, type) else None
         value = getattr(value, "__func__", value) if _is(value, (staticmethod, classmethod)) else value
-        if type(value) is _LRU_CACHE and value.__wrapped__ is function:
+        is_cache = type(value) in (types.FunctionType, _LRU_CACHE) and hasattr(value, "cache_clear")
+        if is_cache and getattr(value, "__wrapped__", None) is function:
             self.afterwards.append(value.cache_clear)
 
     def _run_for_closures(self, scope):
@@ -5009,9 +5010,7 @@ class _Apply:
         self._fold_definition(scope, pair, raw, new)
         self._note_init(scope, pair)
         self._note_signature(pair, raw)
-        value = scope.get(pair.new.node.name)
-        if type(value) is _LRU_CACHE:
-            self.afterwards.append(value.cache_clear)
+        self._clear_caches(scope.edit, raw, scope.prefix + pair.new.node.name)
 
     def _note_signature(self, pair, function):
         """Who looks at parameters when it is defined, such as FastAPI, follows."""
@@ -7168,7 +7167,8 @@ _IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]
 
 def _imports_in(text, package):
     """Yield (module, names) of what a text imports anywhere, found fast, without parsing it."""
-    for dots, base, names, modules in _IMPORT.findall(text):
+    for found in _IMPORT.findall(text):
+        dots, base, names, modules = [each or b"" for each in found]    # PyPy: a text if not there
         for each in modules.split(b","):
             if each.split():
                 yield each.split()[0].decode("utf-8", "replace"), ()
