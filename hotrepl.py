@@ -196,7 +196,7 @@ class OwnSocket(socket.socket):
 
     def _real_close(self, *args):
         if self.is_own():
-            super()._real_close(*args)    # type: ignore[misc]
+            super()._real_close(*args)
         else:
             self.detach()
 
@@ -3145,7 +3145,9 @@ def run_by(runner, context, function, *args):
 
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
-    errand = Errand(lambda: runner(errand.in_steps(function, *args)), context=context)
+    def run():
+        return runner(errand.in_steps(function, *args))
+    errand = Errand(run, context=context)
     errand.claim()
     try:
         threading.Thread(target=errand.run, name="hotrepl coroutine", daemon=True).start()
