@@ -2622,6 +2622,7 @@ class Debuggers(Case):
         self.client.block("def f(apple):\n    apricot = 1\n    import pdb; pdb.set_trace()\n"
                           "    return apple\n")
         self.served.namespace["apollo"] = 1
+
         def complete(line):
             return self.client.control.request("Complete", line=line, cursor=len(line))["matches"]
         self.client.ask("f('x')")
