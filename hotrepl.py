@@ -196,7 +196,7 @@ class OwnSocket(socket.socket):
 
     def _real_close(self, *args):
         if self.is_own():
-            super()._real_close(*args)    # type: ignore[misc]
+            super()._real_close(*args)
         else:
             self.detach()
 
@@ -272,8 +272,8 @@ COMMANDS = [  # fields: name -> (types, is it required)
             "evaluation that is over meanwhile is not interrupted, nor is the next."),
     Command("Background", {"turn": (int, False)},
             "Turn the evaluation into a background job; the session goes on with a new prompt."),
-    Command("Where", {}, "What the evaluation is doing: `where`, a line of text, or null; while its "
-            "output is being sent also `sending`, how many bytes of how many are."),
+    Command("Where", {}, "What the evaluation is doing: `where`, a line of text, or null; while "
+            "its output is being sent also `sending`, how many bytes of how many are."),
     Command("Terminal", {"columns": (int, True), "lines": (int, True), "colours": (bool, True)},
             "The client is a terminal of this size that shows colours or not."),
     Command("Place", {"module": (str, False), "file": (str, False), "line": (int, False),
@@ -1467,8 +1467,8 @@ def _enters(code):
         if step.opname == "CALL" and k and steps[k - 1].opname == "LOAD_SPECIAL":
             found.add(step.offset)
             found.update(each.offset for each in steps[_check_before(steps, k):k])
-    found.update(step.offset for step in steps if step.opname.startswith("JUMP_BACKWARD") and at.get(
-        step.argval) is not None and steps[at[step.argval]].offset in found)
+    found.update(step.offset for step in steps if step.opname.startswith("JUMP_BACKWARD")
+                 and at.get(step.argval) is not None and steps[at[step.argval]].offset in found)
     return frozenset(found)
 
 
@@ -2522,7 +2522,8 @@ def _copy_function(function):
         copy.__annotations__ = function.__annotations__
     elif annotate.__code__.co_name == "__annotate__":     # else the program's own
         import annotationlib      # 3.14: as text, since to evaluate them would run code  # novermin
-        texts = annotationlib.call_annotate_function(annotate, annotationlib.Format.STRING)  # novermin
+        texts = annotationlib.call_annotate_function(  # novermin
+            annotate, annotationlib.Format.STRING)  # novermin
         copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
     return copy
 
@@ -3145,7 +3146,9 @@ def run_by(runner, context, function, *args):
 
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
-    errand = Errand(lambda: runner(errand.in_steps(function, *args)), context=context)
+    def run():
+        return runner(errand.in_steps(function, *args))
+    errand = Errand(run, context=context)
     errand.claim()
     try:
         threading.Thread(target=errand.run, name="hotrepl coroutine", daemon=True).start()
@@ -3407,7 +3410,7 @@ def _own_modules():
 @functools.lru_cache(maxsize=None)
 def _is_library_folder(folder):
     """Tell whether a folder is the standard library's or that of an installed package."""
-    # The other name of a link is looked for only here: beside a busy thread each lstat() takes 5 ms.
+    # The other name of a link is looked for here only: beside a busy thread an lstat() takes 5 ms.
     return folder.startswith("<") or any(
         not {"site-packages", "dist-packages"}.isdisjoint(each.split(os.sep))
         or (each + os.sep).startswith(_library_folders())
@@ -3476,7 +3479,8 @@ def _find_edits(module, everything, report):
                 raise ReloadError("can't read the source of %r (%s); nothing was changed"
                                   % (name, exc)) from exc
             report.notes.append("%s is gone; %s runs on" % (path, name))
-    edits = [edit for edit in edits if edit.text != edit.old_text or everything or module is not None]
+    edits = [edit for edit in edits
+             if edit.text != edit.old_text or everything or module is not None]
     for edit in edits:
         edit.compile()
     for edit in edits:
@@ -3644,7 +3648,7 @@ _FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
 
 
 def _pair(olds, news, is_compiled_alike=True):
-    """Return the _Pairs of two lists of _Statement, in the order of the new ones, gone ones last."""
+    """Return the _Pairs of two lists of _Statement, in the order of the new, gone ones last."""
     partners = _equal_partners(olds, news)
     _add_namesakes(partners, olds, news)
     taken = set(partners.values())
@@ -3762,7 +3766,8 @@ class _Source:
     def _cut(self, start, end):
         import ast
         text = "\n" * start + "\n".join(self.lines[start:end]) + "\n"
-        return self.statements_of(compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True).body, end)
+        tree = compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True)
+        return self.statements_of(tree.body, end)
 
     def statements_of(self, nodes, end):
         """Return a _Statement for each of some nodes that follow each other until a line."""
@@ -4044,8 +4049,8 @@ def _key(node, is_shell):
             is_shell is _LEAVES and len(list(_functions_below(node))) > 1)
         return (kind,) + tuple([
             _key(getattr(node, name, None), is_shell) for name in fields
-            if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")]) + (
-                _doc_key(node) if is_body else ())
+            if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")
+            ]) + (_doc_key(node) if is_body else ())
     if isinstance(node, list):
         return tuple([_key(each, is_shell) for each in node])
     return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
@@ -4320,8 +4325,8 @@ class _Evidence:
             return self._change_of_definition(statement, items, prefix, cls, counts)
         if statement.kind in ("Import", "ImportFrom"):
             is_missing = cls is None and any(name not in items for name in statement.binds)
-            return "new" if is_missing and getattr(statement.node, "module", 0) != "__future__" else (
-                "same")
+            is_future = getattr(statement.node, "module", 0) == "__future__"
+            return "new" if is_missing and not is_future else "same"
         if statement.kind in ("Assign", "AnnAssign") and statement.node.value is not None and (
                 cls is None or _is_plain_class(cls)):
             return self._change_of_value(statement, items, prefix, cls, counts)
@@ -4803,7 +4808,7 @@ class _Apply:
         self.ordered.append(edit)
 
     def _annotate(self, edit):
-        """3.14: make of the annotations that each statement brought one function, as an import does.
+        """3.14: make of the annotations that each statement brought one function, as imports do.
 
         Those that ran have left the numbers of what they came to, from 0 on; the others are
         those that the module had come to, counted in its old text.
@@ -4884,7 +4889,7 @@ class _Apply:
         return later
 
     def _live_functions(self, edit):
-        """Return the functions of a module that were alive when all began; one pass for all edits."""
+        """Return the functions of a module that lived when all began; one pass for all edits."""
         if self.functions is None:
             self.functions = collections.defaultdict(list)
             for each in _functions_of([each.space for each in self.edits]):
@@ -4960,7 +4965,8 @@ class _Apply:
         else:
             cls = _at_path(edit.space, path.split(".")[:-1])
             value = vars(cls).get(path.split(".")[-1]) if _is(cls, type) else None
-        value = getattr(value, "__func__", value) if _is(value, (staticmethod, classmethod)) else value
+        if _is(value, (staticmethod, classmethod)):
+            value = getattr(value, "__func__", value)
         is_cache = type(value) in (types.FunctionType, _LRU_CACHE) and hasattr(value, "cache_clear")
         if is_cache and getattr(value, "__wrapped__", None) is function:
             self.afterwards.append(value.cache_clear)
@@ -5367,8 +5373,9 @@ class _Apply:
                 value = scope.get(pair.old.node.name)
                 if value is not _MISSING:
                     self._learn()
-                    reached = self.snapshot(scope.edit, *[each.old for each in pairs if each is pair or (
-                        each.old is not None and pair.old.node.name in each.old.names.reads)])
+                    reached = self.snapshot(scope.edit, *[
+                        each.old for each in pairs if each is pair or (
+                            each.old is not None and pair.old.node.name in each.old.names.reads)])
                     targets = {id(value)} | {id(each) for each in _functions_in(value)}
                     if not _Registrations(self, reached, targets).drop() and not (
                             _is_transparent(pair.old.node)):
@@ -5578,8 +5585,8 @@ class _Apply:
         for part in cls.__qualname__.split("."):
             found = next((pair for pair in pairs if pair.new is not None
                           and pair.new.kind == "ClassDef" and pair.new.node.name == part
-                          and pair.new is _last_binders(each.new for each in pairs if each.new)[part]
-                          ), None)
+                          and pair.new is _last_binders(
+                              each.new for each in pairs if each.new)[part]), None)
             if found is None or found.old is None or found.old.kind != "ClassDef":
                 return None
             pairs = edit.sub_pairs(found)
@@ -5697,7 +5704,8 @@ class _Apply:
         if self.fold(old.__wrapped__, new.__wrapped__) is not old.__wrapped__:
             return new
         if old.cache_info().maxsize != new.cache_info().maxsize:
-            self.stuck[old.__qualname__, "whoever holds the lru_cache object keeps its maxsize"] += 1
+            self.stuck[old.__qualname__,
+                       "whoever holds the lru_cache object keeps its maxsize"] += 1
             return new
         self.put(_attribute(old, "__dict__"), {
             key: self.current(value) for key, value in vars(new).items()})
@@ -5994,7 +6002,8 @@ class _Apply:
             if functions or hasattr(cls, "__reload__"):
                 for sub in _all_classes():
                     if issubclass(sub, cls) and hasattr(sub, "__reload__"):
-                        hooked[id(sub)] = sub, functions + [type.__getattribute__(sub, "__reload__")]
+                        hook = type.__getattribute__(sub, "__reload__")
+                        hooked[id(sub)] = sub, functions + [hook]
                     elif issubclass(sub, cls):
                         hooked[id(sub)] = sub, functions
         instances = _instances(*[cls for cls, _ in hooked.values()])
@@ -6586,7 +6595,8 @@ _WHOLE_KINDS = (
     ("a dataclass", lambda cls: "__dataclass_fields__" in vars(cls)),
     ("attrs", lambda cls: "__attrs_attrs__" in vars(cls)),
     ("pydantic", lambda cls: "__pydantic_core_schema__" in vars(cls)),
-    ("a metaclass with a constructor", lambda cls: type(cls).__setattr__ is type.__setattr__ and any(
+    ("a metaclass with a constructor", lambda cls: (
+        type(cls).__setattr__ is type.__setattr__) and any(
         "__new__" in vars(kind) or "__init__" in vars(kind)
         for kind in type(cls).__mro__ if kind.__flags__ & _HEAP_TYPE
         and kind.__module__ not in ("abc", "_py_abc"))),
@@ -6729,7 +6739,8 @@ class _Registrations:
         if old is new or not _is_plain_instance(new) or not _is_plain_instance(old) or (
                 _is(new, (type, tuple, types.FunctionType)) or _container_kind(new)) or (
                 type(old) is not type(new) and not (
-                    _is_class_pair(type(old), type(new)) and id(type(new)) not in (self._apply.known or {}))):
+                    _is_class_pair(type(old), type(new))
+                    and id(type(new)) not in (self._apply.known or {}))):
             return new
         apply = self._apply
         if type(old) is not type(new):      # each has its own class, such as Celery's tasks
@@ -6755,7 +6766,8 @@ class _Registrations:
                             ordered.update((new, now[new]) for new in news)
                         ordered[key] = now[key]
                     _restore_container(container, ordered)
-            elif type(now) is list and len(now) > len(before) and _is_same_content(now[:len(before)], before):
+            elif (type(now) is list and len(now) > len(before)
+                  and _is_same_content(now[:len(before)], before)):
                 at = next((i for i, each in enumerate(before) if _leads_to(each, later)), None)
                 if at is not None:
                     _replace_items(container, before[:at] + now[len(before):] + before[at:])
@@ -7144,7 +7156,7 @@ def _resolved(node, space):
 
 
 def _imported_by(node, space):
-    """Yield the modules that the import statements in a node lead to, but for those in functions."""
+    """Yield the modules that the import statements in a node lead to, but for functions'."""
     import ast
     kind = type(node).__name__
     if kind == "Import":
@@ -7161,8 +7173,8 @@ def _imported_by(node, space):
             yield from _imported_by(each, space)
 
 
-_IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n#]*)"
-                     rb"|import[ \t]+([^\n#]*))", re.M)
+_IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
+                     rb"(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]*))", re.M)
 
 
 def _imports_in(text, package):
@@ -7196,7 +7208,7 @@ def _imports_of_unchanged(name):
 
 
 def _text_of_new(name):
-    """Return (text, package) of a module that is not imported yet, if its package is the program's."""
+    """Return (text, package) of a module not imported yet, if its package is the program's."""
     parts = name.split(".")
     for k in range(len(parts) - 1, 0, -1):
         known = _hot.known.get(".".join(parts[:k]))
@@ -7744,7 +7756,7 @@ def _content(container):
 
 
 def _restore_container(container, before, after=None):
-    """Put back what a container, or a class, held; where `after` is given, only what is as there."""
+    """Put back what a container, or a class, held; with `after`, only what is as there."""
     now = _content(container)
     is_whole, after = after is None, now if after is None else after
     if type(before) is dict:
@@ -11324,7 +11336,7 @@ class Server:
         self.loop = loop          # the asyncio loop for `await`; None: a session's own
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
         self.max_sessions = max_sessions
-        self.idle_timeout_s = idle_timeout_s      # of a session that waits for input; None: no limit
+        self.idle_timeout_s = idle_timeout_s      # of a session that waits for input, or None
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
@@ -11935,8 +11947,8 @@ def _join_address(address):
 
 def _default_banner():
     pypy = " (PyPy %d.%d.%d)" % sys.pypy_version_info[:3] if IS_PYPY else ""
-    return ("Python %s%s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, exit() leaves.\n"
-            % (sys.version.split()[0], pypy, __version__))
+    return ("Python %s%s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, "
+            "exit() leaves.\n" % (sys.version.split()[0], pypy, __version__))
 
 
 def _with_newline(text):
@@ -12093,7 +12105,7 @@ class Link:
         return replies[0]
 
     def wait(self, timeout_s=None, *others):
-        """Take in what comes within that time; return which sockets, of `others` too, were ready."""
+        """Take in what comes within that time; return which sockets were ready, `others` too."""
         self._send_requests()
         ready = select.select(self.sockets() + list(others), [], [], timeout_s)[0]
         if self.sock in ready:
@@ -14242,7 +14254,7 @@ def _say(text):
     raw = getattr(getattr(stderr, "buffer", None), "raw", None)
     with suppress(OSError):       # /dev/full, say
         stderr.flush()
-        # Past the buffer: what that cannot write it keeps, and the program's exit would fail for it.
+        # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
         if raw is None:
             stderr.write(line)
         else:

@@ -2622,7 +2622,9 @@ class Debuggers(Case):
         self.client.block("def f(apple):\n    apricot = 1\n    import pdb; pdb.set_trace()\n"
                           "    return apple\n")
         self.served.namespace["apollo"] = 1
-        complete = lambda line: self.client.control.request("Complete", line=line, cursor=len(line))["matches"]
+
+        def complete(line):
+            return self.client.control.request("Complete", line=line, cursor=len(line))["matches"]
         self.client.ask("f('x')")
         self.assertEqual(complete("ap"), ["apollo", "apple", "apricot"])
         self.assertEqual(complete("p ap"), ["apollo", "apple", "apricot"])
@@ -5804,8 +5806,8 @@ class Screens(Case):
         screen.until("\x1b[1;31mZeroDivisionError\x1b[0m: division by zero\r\n")
 
     def test_tracebacks_are_plain_where_that_is_asked_for(self):
-        for changes in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
-            screen = self.screen(self.serve(), **changes)
+        for settings in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+            screen = self.screen(self.serve(), **settings)
             screen.type("1 / 0\n")
             screen.until("\r\nZeroDivisionError: division by zero\r\n")
 
@@ -7207,7 +7209,7 @@ def watched_kinds():
             ("generator of a loop", generator_of_a_loop, lambda: run(read))]
 
 
-LAMBDA = (lambda a, *b: (a, b))
+LAMBDA = (lambda a, *b: (a, b))   # noqa: E731
 
 
 class Watching(Case):
@@ -12401,7 +12403,7 @@ class OnlyWhatChangedRuns(Workspace):
     def test_comparison_takes_sets_of_another_order_for_the_same(self):
         # Both numbers want one place in a set. Strings may do so, in one process and not in another.
         text = "def f(x): return x in {7, 15}\ny = f(0) or 1 in {7, 15}\nz = @@\n"
-        m = self.load(text.replace("@@", "1"), is_noted=False)
+        self.load(text.replace("@@", "1"), is_noted=False)
         report = self.again(text.replace("@@", "2"))
         self.assertEqual((report.changed, report.cant_tell), ([], ["z is 1, the file says 2"]))
 
@@ -12518,8 +12520,8 @@ class DeferredAnnotations(Workspace):
         held, old = m.f, annotations_of(m)
         undone = [hotrepl.patch(m.f, new.f), hotrepl.patch(m.C, new.C)]
         self.assertEqual((held(0), m.C().f(0), annotations_of(m)), (2, 2, annotations_of(new)))
-        for undo in reversed(undone):
-            undo()
+        for each in reversed(undone):
+            each()
         self.assertEqual((held(0), m.C().f(0), annotations_of(m)), (1, 1, old))
 
     def test_annotations_of_functions_and_classes_are_those_of_the_new_file(self):
