@@ -9655,7 +9655,7 @@ class DoorPolicy(AccessParts):
         door = hotrepl.Door()
         with unittest.mock.patch.object(hotrepl, "tcp_owner", return_value=(None, None)):
             door.check_bind("127.0.0.1")
-        self.assertEqual(43, len(door.token))
+        self.assertEqual(64, len(door.token))     # 256 bits in hex
 
     def test_where_peers_cannot_be_known_a_local_one_needs_the_token(self):
         served = self.connect(self.listen())[1]
