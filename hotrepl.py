@@ -12809,7 +12809,8 @@ class Terminal:
                     yield
             finally:
                 self._mark_pastes(False)
-                readline.set_pre_input_hook(None)
+                if not IS_PYPY or sys.pypy_version_info >= (8,):
+                    readline.set_pre_input_hook(None)
                 readline.set_completer(completer)
                 readline.set_completer_delims(delimiters)
 
@@ -12822,8 +12823,8 @@ class Terminal:
             readline.parse_and_bind(setting)
         self._takes_pastes = version >= 0x0700
         self._marks_pastes = self._takes_pastes and not is_dumb and sys.stdout.isatty()
-        if is_pyrepl and not is_dumb and sys.stdout.isatty():
-            # PyPy 8's has pastes marked, and drops all but their first line.
+        if is_pyrepl and sys.pypy_version_info >= (8,) and not is_dumb and sys.stdout.isatty():
+            # PyPy 8's has pastes marked, and drops all but their first line. PyPy 7 has no hook.
             readline.set_pre_input_hook(lambda: self.write(b"\033[?2004l"))
         self._ends_line_at_eof = not is_dumb and is_pyrepl
         # PyPy 8's leaves Ctrl+C to the signal.
