@@ -4758,7 +4758,8 @@ class LineEditing(Case):
         self.terminal.until("... ")
         self.terminal.press("Tab")
         self.terminal.type("6*7\n")
-        self.terminal.until("6*7\n... ")
+        self.terminal.until("6*7\n")
+        self.terminal.until("... ")
         self.terminal.ask("", "\n42")
 
     def test_history_comes_back(self):
@@ -4879,7 +4880,8 @@ class CtrlC(Case):
         self.terminal.type("if True:\n")
         self.terminal.until("... ")
         self.terminal.type("    print('not' + ' this')\n")
-        self.terminal.until("this')\n... ")
+        self.terminal.until("this')\n")
+        self.terminal.until("... ")
         self.terminal.press("^C")
         self.terminal.until("KeyboardInterrupt\n" + self.PROMPT)
         self.terminal.ask("6*7", "\n42")
@@ -4951,10 +4953,12 @@ class CtrlC(Case):
         rng = self.random()
         for at in range(25):
             self.terminal.type("sum(range(%d)) and 'done'\n" % rng.randrange(1, 300000))
+            if IS_PYPY:           # whose editor mixes what is typed before and right behind Ctrl+C
+                self.terminal.until("'done'\n")
             for _ in range(rng.randrange(60000)):
                 pass
             self.terminal.press("^C")
-            while self.terminal.pump(0.1):
+            while self.terminal.pump(1 if IS_PYPY else 0.1):
                 pass
             self.terminal.ask("print('value', %d*2)" % at, "\nvalue %d" % (at * 2))
 
@@ -15202,7 +15206,7 @@ class TablesOfTheReadme(Case):
 
 class Threads(Workspace):
 
-    ROUNDS = 5 if IS_PYPY else 30     # where a reload takes seconds beside eight busy threads
+    ROUNDS = 5 if IS_PYPY else 10     # a reload can take seconds beside eight busy threads
 
     def hammer(self, call, change, rounds=ROUNDS):
         """Call in eight threads while changing; return what went wrong."""
