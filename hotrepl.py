@@ -6985,7 +6985,8 @@ def _are_namesakes_apart(old, new):
     """Tell whether a name that was another function's, as `b = a` makes one, has got its own."""
     codes = [each.__code__ for each in (old, new) if type(each) is types.FunctionType]
     return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
-        "<" in _path_of(each) or each.__code__.co_name == "forward_call" for each in (old, new))
+        "<" in _path_of(each) or each.__code__.co_name == "forward_call"
+        or "__wrapped__" in vars(each) for each in (old, new))
 
 
 def _is_definition(value):
