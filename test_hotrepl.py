@@ -20937,7 +20937,9 @@ class Result(unittest.TextTestResult):
 
     def startTest(self, test):
         if hasattr(faulthandler, "dump_traceback_later"):
-            faulthandler.dump_traceback_later(WATCHDOG_S, exit=True, file=sys.__stderr__)
+            row = row_of(type(test), test._testMethodName) if isinstance(test, Case) else "quick"
+            limit_s = WATCHDOG_S if row == "quick" else 5 * WATCHDOG_S    # frameworks take minutes
+            faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
         self.note("begun", test.id())
         self._begun = time.monotonic()
         super().startTest(test)
