@@ -17266,7 +17266,7 @@ class Frameworks(Case):
     def judge(self, name):
         program = self.keep(Program(python_command(
             "-W", "ignore", os.path.abspath(__file__), "judge", name, python=third_party("frameworks"))))
-        code, out, err = program.end(WATCHDOG_S)
+        code, out, err = program.end(4 * WATCHDOG_S)
         self.assertEqual((code, out.count("\n"), err), (0, 1, ""), out)
 
 
@@ -17442,7 +17442,7 @@ class Upgrades(Case):
             "-W", "ignore", os.path.abspath(__file__), "upgrade", release.name, release.old, release.new,
             python=third_party("frameworks")), HOME=os.path.expanduser("~"), **{
                 name: value for name, value in os.environ.items() if name == "XDG_CACHE_HOME"}))
-        code, out, err = program.end(WATCHDOG_S)
+        code, out, err = program.end(4 * WATCHDOG_S)
         self.assertEqual((code, err), (0, ""), out)
 
 
