@@ -3481,10 +3481,14 @@ def _find_edits(module, everything, report):
             report.notes.append("%s is gone; %s runs on" % (path, name))
     edits = [edit for edit in edits
              if edit.text != edit.old_text or everything or module is not None]
-    for edit in edits:
-        edit.compile()
-    for edit in edits:
-        edit.compare()
+    for step in _Edit.compile, _Edit.compare:
+        for edit in edits:
+            try:
+                step(edit)
+            # 3.8's compiler takes some that is too deep to be compared.
+            except _COMPILE_ERRORS as exc:
+                raise ReloadError("can't compile %s (%s); nothing was changed"
+                                  % (edit.path, str(exc) or type(exc).__name__)) from exc
     return edits
 
 
@@ -3547,12 +3551,8 @@ class _Edit:
 
     def compile(self):
         """Parse and compile the new text, parse the old one."""
-        try:
-            self.new = _Source(self.text, self.path)
-            self.new.code  # some errors show only where the whole is compiled
-        except _COMPILE_ERRORS as exc:
-            raise ReloadError("can't compile %s (%s); nothing was changed"
-                              % (self.path, str(exc) or type(exc).__name__)) from exc
+        self.new = _Source(self.text, self.path)
+        self.new.code  # some errors show only where the whole is compiled
         try:
             if self.old_text is not None:
                 self.old = _Source(self.old_text, self.path, self.new)
