@@ -12651,8 +12651,8 @@ class Terminal:
         modes = termios.tcgetattr(0)
         modes[3] &= ~termios.ECHO
         termios.tcsetattr(0, termios.TCSADRAIN, modes)
+        self._ending, self._reading = None, "keys"        # before Ctrl+C can answer what is asked
         self.write(prompt.encode("utf-8", "surrogateescape"))
-        self._ending, self._reading = None, "keys"
         line = self._next_bytes(RECEIVE_BYTES)    # the terminal gives whole lines
         self._reading = ""
         if self._ending is not None or not line:
