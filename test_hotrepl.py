@@ -5178,6 +5178,7 @@ class LongLines(Case):
         self.assertLess(time.monotonic() - begun, 5)
         terminal.ask("6*7", "\n42")
 
+    @once("slow")
     def test_on_a_slow_terminal_ctrl_c_again_drops_what_has_come(self):
         terminal = self.serve().terminal()
         terminal.type("print('x' * 200000000)\n")
