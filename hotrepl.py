@@ -9478,22 +9478,51 @@ def server_owner(sock):
     theirs = sock.getpeername()
     if _address(theirs) == "unix socket":
         return _unix_owner(sock)[0]
-    uid, inode = tcp_owner(theirs, sock.getsockname())
+    ours = sock.getsockname()
+    uid, inode = tcp_owner(theirs, ours)
     if inode == 0:
-        uids = [tcp_owner((host, theirs[1]), (nobody, 0))[0]
-                for host, nobody in _listening_for(theirs[0])]
-        uid = next((each for each in uids if each is not None), None)
-        if uid is None and is_local(theirs):
+        if not is_local(theirs):      # a listener of this machine says nothing about another one
+            return None
+        uid = _listener_owner(theirs)
+        again, inode = tcp_owner(theirs, ours)
+        if inode:                     # accepted meanwhile, and the listener may be gone
+            uid = again
+        if uid is None:
             raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
                                   % _address(theirs))
     return None if _is_ambiguous(uid) else uid
 
 
-def _listening_for(host):
-    """Return the (address, peer's address) of listeners that get connections to `host`."""
-    packed = _packed(host)        # an IPv4 address in IPv6 clothes is one of IPv4
-    own = socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
-    return [(own, "::" if ":" in own else "0.0.0.0"), ("0.0.0.0", "0.0.0.0"), ("::", "::")]
+def _listener_owner(theirs):
+    """Return the uid of the listener to which the kernel gives connections to `theirs`, or None.
+
+    `theirs` is an address of this machine; connections to it come by the loopback device. The
+    kernel looks the listener up as it would for one: whatever family or device it is bound to.
+    """
+    packed = _packed(theirs[0])
+    # PyPy 7.3 does not know the numbers of devices; lo is the first.
+    loopback = getattr(socket, "if_nametoindex", {"lo": 1}.get)
+    with suppress(OSError, AttributeError):
+        with open_netlink() as netlink:
+            number = next(_queries) & 0xFFFFFFFF
+            netlink.sendto(struct.pack(
+                "=IHHII4BI4s16s16sIII", 72, 20, 1, number, 0,
+                socket.AF_INET if len(packed) == 4 else socket.AF_INET6, socket.IPPROTO_TCP, 0, 0,
+                0xFFFFFFFF, struct.pack("!HH", theirs[1], 0), packed, b"",
+                (theirs + (0, 0))[3] or loopback("lo"), 0xFFFFFFFF, 0xFFFFFFFF), (0, 0))
+            answer = _receive_answer(netlink, number)
+        kind, error = struct.unpack_from("=4xH10xi", answer)
+        if kind == 20:
+            state, ports, uid = struct.unpack_from("=xB2x4s56xI", answer, 16)
+            return uid if state == 10 else None       # TCP_LISTEN
+        if error == -errno.ENOENT:
+            return None
+    uids = set()      # by text: whoever listens on that port anywhere; they have to be one user
+    for table in "tcp", "tcp6":
+        with suppress(OSError), open("/proc/net/" + table) as rows:
+            uids.update(int(row.split()[7]) for row in list(rows)[1:]
+                        if row.split()[3] == "0A" and row.split()[1].endswith(":%04X" % theirs[1]))
+    return uids.pop() if len(uids) == 1 else None
 
 
 def knows_local_peers():

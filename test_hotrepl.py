@@ -9462,6 +9462,33 @@ class OwnersOfSockets(AccessParts):
         served = self.process(self.listen(""), STRANGER, host="127.0.0.1")[1]
         self.assert_refused("uid 4242 may not connect", hotrepl.Door().check_peer, served)
 
+    LISTENS = """
+        import os, socket
+        os.setuid({uid})
+        with socket.socket(socket.AF_INET6) as listener:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, {only})
+            listener.bind(({host!r}, {port}))
+            listener.listen(5)
+            print("listens", flush=True)
+            input()
+        """
+
+    def test_whose_listener_has_not_accepted_yet_is_asked_as_the_kernel_would(self):
+        # A listener beside ours, on the same port for the other family; the sockets are the stranger's.
+        for ours, theirs, reached, only in (("0.0.0.0", "::", "::1", 1), ("::", "::ffff:127.0.0.1", "127.0.0.1", 0)):
+            with self.subTest(theirs):
+                family = socket.AF_INET6 if ":" in ours else socket.AF_INET
+                listener = self.keep(socket.socket(family))
+                if family == socket.AF_INET6:
+                    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listener.bind((ours, 0))
+                listener.listen(5)
+                port = listener.getsockname()[1]
+                source = textwrap.dedent(self.LISTENS).format(only=only, host=theirs, port=port, uid=STRANGER)
+                self.keep(Program(python_command("-c", source))).until("listens\n")
+                client = self.keep(socket.create_connection((reached, port)))
+                self.assertEqual(hotrepl.server_owner(client), STRANGER)
+
     def test_another_uid_that_closed_is_not_root(self):
         served = self.process(self.listen(), STRANGER, "1+1\n", "close")[1]
         self.assert_refused("belongs to no process", hotrepl.Door().check_peer, served)
@@ -9551,6 +9578,20 @@ class OtherNetworkNamespace(AccessParts):
         served = self.process(self.listener, prefix=self.inside)[1]
         self.assertTrue(hotrepl.Door(token=True).check_peer(served).needs_token)
 
+    def test_a_server_of_another_machine_is_not_ours_though_we_listen_on_that_port_here(self):
+        port = self.listen("0.0.0.0").getsockname()[1]
+        there = self.keep(Program(list(self.inside) + python_command("-c", textwrap.dedent("""
+            import socket
+            with socket.socket() as listener:
+                listener.bind(("198.51.100.2", %d))
+                listener.listen(5)
+                print("listens", flush=True)
+                input()
+            """ % port))))
+        there.until("listens\n")
+        client = self.keep(socket.create_connection(("198.51.100.2", port)))
+        self.assertIsNone(hotrepl.server_owner(client))
+
     def test_peer_from_the_port_of_a_listener_of_root_is_not_root(self):
         source = self.listen("").getsockname()[1]
         served = self.process(self.listener, prefix=self.inside, source=source)[1]
@@ -9581,7 +9622,7 @@ class OtherNetworkNamespace(AccessParts):
     @once("slow")
     def test_local_peer_on_a_link_local_address_is_known(self):
         self.assertEqual(0, ip("addr", "add", "fe80::7/64", "dev", self.link, "nodad").returncode)
-        address = ("fe80::7", 0, 0, socket.if_nametoindex(self.link))
+        address = ("fe80::7", 0, 0, int(ip("-o", "link", "show", self.link).stdout.split(b":")[0]))
         listener = self.keep(socket.socket(socket.AF_INET6))
         client = self.keep(socket.socket(socket.AF_INET6))
         listener.bind(address)
@@ -19231,7 +19272,7 @@ class Readme(unittest.TestCase):
         finally:
             section.close()
         version = sys.version.split()[0]
-        self.assertIn(hello.replace("Python %s," % version, "Python 3.11.7,"), self.text)
+        self.assertIn(re.sub(r"Python %s( \(PyPy [\d.]+\))?," % re.escape(version), "Python 3.11.7,", hello), self.text)
 
     def test_command_lines_parse(self):
         lines = list(self.words_of_console_lines())
