@@ -7990,9 +7990,10 @@ def _top_frames(module):
 def _running_frames():
     frames = []
     for frame in sys._current_frames().values():
-        while frame is not None:
-            frames.append(frame)
-            frame = frame.f_back
+        with suppress(SystemError):       # PyPy 7.3, of a thread that goes on computing meanwhile
+            while frame is not None:
+                frames.append(frame)
+                frame = frame.f_back
     return frames
 
 
