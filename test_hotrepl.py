@@ -17678,7 +17678,7 @@ class Fuzzer:
         self.counts = collections.Counter()
         self.neighbour = Wire(target.address).hello()     # answers `1+1` throughout
         self.victim = Wire(target.address).hello()        # control connections pair with it
-        self.neighbour.ask("1+1")
+        self.neighbour.ask("print(1+1)")     # starts the flusher, which stays
 
     def close(self):
         self.neighbour.close()
