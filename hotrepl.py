@@ -5338,7 +5338,7 @@ class _Apply:
 
     def _bring_back(self, scope, pair):
         edit, name = scope.edit, pair.new.node.name
-        value = self._lost(edit, name)
+        value = self._lost(edit, name, pair.new.kind == "ClassDef")
         if value is _MISSING:
             self._run(scope, pair)
             if pair.new.names.heads:
@@ -5346,10 +5346,11 @@ class _Apply:
         else:
             self.put(_entry(edit.space, name), value)
 
-    def _lost(self, edit, name):
+    def _lost(self, edit, name, is_class):
         """Return the one function or class that had a name which was taken away, if it is alive."""
         self._learn()
         found = [each for each in self.known.values() if each.__qualname__ == name
+                 and isinstance(each, type) == is_class
                  and each.__module__ == edit.name and not _has_console_code(each)
                  and all(function.__globals__ is edit.space for function in _functions_in(each))]
         return found[0] if len(found) == 1 else _MISSING

@@ -4278,6 +4278,9 @@ class Stopping(Case):
             for at in ((0, 1) if is_first_out else (1, 0)):
                 wires[at].close()
                 servers[at].stop()
+            for thread in threading.enumerate():
+                if thread.name == "hotrepl notes":        # it reads the program's sources to the end
+                    thread.join(DEADLINE_S)
             with contextlib.suppress(AssertionError):
                 eventually(lambda: before == Footprint(), deadline_s=5.0)
             self.assertEqual(before.changes(Footprint()), "")
@@ -13991,7 +13994,9 @@ class WhatGoesAndWhatStays(Workspace):
         old = weakref.ref(m.f)
         del m.f
         eventually(lambda: [gc.collect()] and old() is None, "the end of the old function")
+        namesake = type("f", (), {"__module__": "m"})     # of an older module of this name
         self.assertEqual(str(reload(m)), "added: f\nnot run again: _ (f changed)")
+        self.assertIsNot(m.f, namesake)
 
     def test_deleted_definition_stays_deleted_after_a_reload_that_fails(self):
         m = self.load("def f(): return 1\n")
