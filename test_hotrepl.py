@@ -19300,9 +19300,8 @@ class Readme(unittest.TestCase):
     def test_the_marks_are_those_of_the_program(self):
         for mark in (hotrepl.GO_AHEAD, hotrepl.END_OF_FILE, hotrepl.INTERRUPT):
             self.assertIn("\n| %s |" % " ".join("0x%02X" % byte for byte in bytearray(mark)), self.text)
-        shown = re.search(r"(?s)\| K \| stream \|\n\|[-|]*\n(.*?)\n\n", self.text).group(1)
-        rows = ["| `%s` | %s |" % (mark.decode(), name) for name, mark in hotrepl.STREAM_KINDS.items()]
-        self.assertEqual(shown.split("\n"), rows)
+        kinds = ", ".join("`%s` %s" % (mark.decode(), name) for name, mark in hotrepl.STREAM_KINDS.items())
+        self.assertIn("what follows is of kind K: %s |\n" % kinds, self.text)
         for name, kind in vars(hotrepl).items():
             if re.match(r"[A-Z]+_KIND$", name):
                 self.assertRegex(self.text, r"\n\| 0xFF 0xFA `%s` \w+ 0xFF 0xF0 \|" % kind.decode())
