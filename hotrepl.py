@@ -1344,16 +1344,24 @@ FOLLOWERS = Followers()
 
 # === 5. Interrupts ===========================================================
 # KeyboardInterrupt in another thread, at no wrong moment. An asynchronous exception lands
-# between any two bytecodes, also in a handler or after the evaluation it was meant for. So
-# an Interrupts is open only while its thread evaluates; closing cancels what is pending; and
-# where our own code writes in the middle of an evaluation (`shield`), a request is kept and
-# raised on the way out. In the middle of Python's own import machinery it would leave a lock
-# held without which nobody in the process can import: there it waits too; and, before 3.12, for
-# a thread that is being started, which would get it.
-# Requests come from any thread, the rest runs in the owner's.
+# between any two bytecodes, also in a handler or after the evaluation it was meant for. So each
+# thread that evaluates owns an Interrupts, and what becomes of a request depends on its state:
+#
+#     state    the owner                             a request is        and what was sent is
+#     CLOSED   has no input, or its input is over    dropped             cancelled
+#     DUE      has announced that it takes one       kept until OPEN     cancelled
+#     OPEN     evaluates the user's code             sent at once        on its way
+#     shield   within OPEN, runs a call of ours      kept until its end  arrives first
+#
+# Requests come from any thread and hold the lock. The owner, for whom speed counts, does not: it
+# changes the state first and then looks whether anybody has asked (`_is_asked`), a requester says
+# that it asks before it looks at the state. So one of the two notices the other, and where that
+# is the owner, it waits for the lock and takes back what was sent.
+# Sent, it waits for a better moment (`_send`): in Python's import machinery it would leave a lock
+# held without which nobody in the process can import.
 
-PATIENCE_ROUNDS = 20              # how often an interrupt waits for a better moment ...
-PATIENCE_PAUSE_S = 0.0005         # ... and how long each time
+PATIENCE_ROUNDS = 20              # how often who asks waits for a better moment ...
+PATIENCE_PAUSE_S = 0.0005         # ... and how long each time, before another thread does
 IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import in it
 ARRIVAL_S = 0.1                   # PyPy: what has not arrived after this is sent again
 
@@ -1396,22 +1404,20 @@ def _async_raiser():              # later, in any thread; an interrupt that land
     return kind(("PyThreadState_SetAsyncExc", ctypes.pythonapi))
 
 
-def _send(ident, exception, forbidden, spares_imports=False, spares_starts=False):
+def _send(ident, exception, forbidden, is_patient):
     """Raise the class `exception` in the thread `ident`, when that next looks for it.
 
     Return False, and do nothing, where this is no moment for it: that thread runs a code object of
-    the set `forbidden` now, or lines of the import machinery, or with `spares_imports` is anywhere
-    in an import, or with `spares_starts` starts a thread; or it has moved on while we looked.
+    the set `forbidden` now, or what `_is_fragile` knows; or it has moved on while we looked.
     """
     if IS_PYPY:                   # 7.3.11 dies of a look at the frames of a thread that is running
         return _send_on_pypy(ident, exception)
     frame = sys._current_frames().get(ident)
     if frame is None:             # it has ended
         return True
-    enters = _enters(frame.f_code)
-    place = frame.f_lasti
-    if (frame.f_code in forbidden or _is_in_machinery(frame, spares_imports)
-            or spares_starts and _is_starting_thread(frame) or place in enters):
+    enters, place = _enters(frame.f_code), frame.f_lasti
+    if (frame.f_code in forbidden or place in enters
+            or _is_fragile(frame, is_patient and exception is SystemExit, is_patient)):
         return False
     # Functions in C alone, which hold the interpreter lock throughout: between two lines of Python
     # that thread could run, and be elsewhere.
@@ -1428,23 +1434,30 @@ def _send(ident, exception, forbidden, spares_imports=False, spares_starts=False
         return True
 
 
-def _is_in_machinery(frame, is_wide):
-    """Return whether an exception here could leave a lock of Python's import machinery locked.
+def _is_fragile(frame, spares_imports, spares_starts):
+    """Return whether an exception in `frame` could leave something broken behind in the process.
 
-    Then nobody in the process could import any more. It takes and releases them in Python code,
-    and 3.13 looks for exceptions only a step later than it seems, maybe on the way out. `is_wide`:
-    also in a module that is being imported: who waits for it would get the half of it.
+    The import machinery takes and releases its locks in Python code, and 3.13 looks for exceptions
+    only a step later than it seems, maybe on the way out. With `spares_imports` so is a module
+    that is being imported: who waits for it would get the half of it. With `spares_starts` so is,
+    before 3.12, Thread.start(): the new thread, which has its maker's ident as long as it is in
+    `_limbo`, would get the exception, and its maker would wait for ever.
     """
     machinery = "<frozen importlib._bootstrap>"
     if frame.f_code.co_filename == machinery:
         return True
     # 3.13 looks for a module under the lock for all imports.
-    name = "_find_and_load" if is_wide else "_find_spec"
+    name = "_find_and_load" if spares_imports else "_find_spec"
+    start = _THREAD_START if spares_starts and threading._limbo else None
     while frame is not None:
-        if frame.f_code.co_name == name and frame.f_code.co_filename == machinery:
+        code = frame.f_code
+        if code is start or code.co_name == name and code.co_filename == machinery:
             return True
         frame = frame.f_back
     return False
+
+
+_THREAD_START = threading.Thread.start.__code__ if sys.version_info < (3, 12) else 0
 
 
 @functools.lru_cache(100)
@@ -1476,22 +1489,6 @@ def _check_before(steps, k):
     """Return the index of the last instruction before step k that looks for exceptions, or 0."""
     names = ("CALL", "JUMP_BACKWARD", "RESUME")
     return next((i for i in range(k - 1, -1, -1) if steps[i].opname.startswith(names)), 0)
-
-
-def _is_starting_thread(frame):
-    """Return whether an exception here could go to a thread that is being started.
-
-    Before 3.12 a new thread has its maker's ident until it first runs, and then who waits for it
-    in Thread.start() would wait for ever. It is in `_limbo` until it has its own.
-    """
-    while frame is not None and sys.version_info < (3, 12) and threading._limbo:
-        if frame.f_code is _THREAD_START:
-            return True
-        frame = frame.f_back
-    return False
-
-
-_THREAD_START = threading.Thread.start.__code__
 
 
 def _send_on_pypy(ident, exception):
@@ -1555,24 +1552,19 @@ def _noting_arrival(kind):
 
 
 class Interrupts:
-    """The door for asynchronous exceptions into one thread.
-
-    It is due from the moment an input is awaited, open while that is evaluated, and closed when
-    it has failed or all is done. A request finds it open and is raised, due and is raised when
-    it opens, closed and is dropped.
-    """
+    """The door for asynchronous exceptions into one thread; the table above says when it is open."""
 
     CLOSED, DUE, OPEN = range(3)
 
     def __init__(self):
         self.ident = None         # of the thread that owns this; set once by `adopt`
         self._lock = threading.Lock()
-        self._state = self.CLOSED  # guarded by _lock, as is all below
-        self._evaluation = 0      # how many have ended, or were given up by `withdraw`
+        self._state = self.CLOSED  # written by the owner, as are the next two
         self._is_shielded = False
-        self._was_sent = False    # an exception was made pending since `_open` ...
-        self._sent_s = 0.0        # ... the last one then
-        self._kept = None         # an exception class to raise when it is safe
+        self._evaluation = 0      # how many have ended, or were given up by `withdraw`
+        self._is_asked = False    # somebody asked since this was reset, under the lock
+        self._sent_s = -ARRIVAL_S  # when an exception was sent last; guarded by _lock
+        self._kept = collections.deque(maxlen=1)      # an exception class to raise when it is safe
 
     def adopt(self):
         """Make the calling thread the owner."""
@@ -1584,11 +1576,15 @@ class Interrupts:
 
     def expect(self):
         """Get ready for an input: from here on a request is for what it evaluates."""
-        self._set(self.DUE)
+        self._state = self.DUE
+        self._settle()
 
     def close(self):
         """Turn interrupts off, and forget those that have not arrived; can be repeated."""
-        self._set(self.CLOSED)
+        self._state = self.CLOSED
+        self._evaluation += 1
+        if self._is_asked:
+            self._settle()
 
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
@@ -1600,24 +1596,24 @@ class Interrupts:
                     return
                 evaluation = self._evaluation
             time.sleep(PATIENCE_PAUSE_S)
-        threading.Thread(target=self._request_later, args=(exception, evaluation),
-                         name="hotrepl interrupt", daemon=True).start()
+        self._spawn(self._request_later, exception, evaluation)
 
     def withdraw(self):
         """Take back a request that has not arrived: Ctrl+Z after a Ctrl+C that changed nothing."""
-        with self._lock:
-            self._evaluation += 1
-            self._kept = None
-            if self._was_sent:
-                self._cancel()
+        self._evaluation += 1
+        self._settle()
 
     def run(self, function, *args):
         """Return what `function` returns, called with interrupts on. They are off afterwards."""
         try:
             try:
-                self._open()
+                self._state = self.OPEN
+                if self._kept:
+                    self._raise_kept()
                 value = function(*args)
-                self._set(self.DUE)       # one input can be evaluated in several parts
+                self._state = self.DUE    # one input can be evaluated in several parts
+                if self._is_asked:
+                    self._take_back()
                 return value
             except BaseException:
                 self.close()
@@ -1632,18 +1628,21 @@ class Interrupts:
             return function(*args)
         try:
             self._is_shielded = True
-            with self._lock:      # what was being requested has been sent now ...
-                _land(self.ident)     # ... and lands here at the latest ...
+            if self._is_asked:
+                with self._lock:  # what was being requested has been sent now ...
+                    _land(self.ident)     # ... and lands here at the latest ...
         finally:
             try:
                 self._is_shielded = True
                 function(*args)   # ... and even then the call is made
             finally:
-                with self._lock:  # one that is being requested is kept by now
-                    self._is_shielded = False
-        if self._kept is not None and self._state == self.OPEN:
+                self._is_shielded = False
+        if self._kept and self._state == self.OPEN:
             self._raise_kept()
         return None
+
+    def _spawn(self, function, *args):
+        threading.Thread(target=function, args=args, name="hotrepl interrupt", daemon=True).start()
 
     def _request_later(self, exception, evaluation):
         """Interrupt that evaluation when it has got on: an import can wait long for another."""
@@ -1655,23 +1654,20 @@ class Interrupts:
                            or self._take(exception, is_patient=time.monotonic() < end))
 
     def _take(self, exception, is_patient=True):
-        """Raise, keep or drop the exception; False: none of these, since it is no moment for it."""
+        """Send, keep or drop the exception; False: none of these, since it is no moment for it."""
+        self._is_asked = True     # first, see above
         if self._state == self.CLOSED:
-            pass
-        elif self._state == self.DUE or self._is_shielded:
-            self._kept = exception
-        elif IS_PYPY and self._was_sent and time.monotonic() < self._sent_s + ARRIVAL_S:
+            return True
+        if self._state == self.DUE or self._is_shielded:
+            self._kept.append(exception)
+            return self._state != self.OPEN or self._is_shielded or self._pop() is None
+        if IS_PYPY and time.monotonic() < self._sent_s + ARRIVAL_S:
             return self.ident in _ON_THEIR_WAY    # else `run` is on its way out with one, maybe
-        else:
-            self._sent_s = time.monotonic()
-            spares_imports = is_patient and exception is SystemExit   # the user does not ask for it
-            is_sent = _send(self.ident, exception, self.OURS, spares_imports, is_patient)
-            self._was_sent = self._was_sent or is_sent
-            if IS_PYPY:
-                threading.Thread(target=self._send_again, args=(exception, self._evaluation),
-                                 name="hotrepl interrupt", daemon=True).start()
-            return is_sent
-        return True
+        self._sent_s = time.monotonic()
+        is_sent = _send(self.ident, exception, self.OURS, is_patient)
+        if IS_PYPY:
+            self._spawn(self._send_again, exception, self._evaluation)
+        return is_sent
 
     def _send_again(self, exception, evaluation):
         """PyPy loses one now and then, in a loop that computes: send until it has arrived."""
@@ -1684,31 +1680,33 @@ class Interrupts:
                 if is_lost:       # this waits ARRIVAL_S from one to the next
                     _send_on_pypy(self.ident, exception)
 
-    def _open(self):
-        with self._lock:
-            self._state = self.OPEN
-        if self._kept is not None:
-            self._raise_kept()
+    def _pop(self):
+        """Return what was kept, or None where the other side was faster."""
+        try:
+            return self._kept.pop()
+        except IndexError:
+            return None
 
     def _raise_kept(self):
-        kept, self._kept = self._kept, None
-        raise kept
+        kept = self._pop()
+        if kept is not None:
+            raise kept
 
-    def _set(self, state):
-        with self._lock:
-            if self._state != self.DUE or state != self.DUE:
-                self._kept = None
-            self._evaluation += state == self.CLOSED
-            self._state = state
-            if self._was_sent:
-                self._cancel()
+    def _settle(self):
+        """Forget what was asked for, and what was kept of it."""
+        self._take_back(self._kept.clear)
 
-    def _cancel(self):
-        self._was_sent = False
-        _cancel(self.ident)
-        _free_import_lock()
+    def _take_back(self, forget=int):
+        """Take back what was sent and has not arrived; then call `forget`."""
+        with self._lock:          # who asks just now has sent it by now
+            forget()
+            if self._is_asked:
+                self._is_asked, self._sent_s = False, -ARRIVAL_S
+                _cancel(self.ident)
+                _free_import_lock()
 
-    OURS = {each.__code__ for each in (close, run, shield, _open, _raise_kept, _set, _cancel)}
+    OURS = {each.__code__ for each in (
+        close, run, shield, _pop, _raise_kept, _settle, _take_back)}
 
 
 # === 6. Consoles =============================================================
@@ -11174,8 +11172,7 @@ def _is_for_loop(code_object, server):
 LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
 
 _PLUMBING = {method.__code__ for method in (
-    Interrupts._open, Interrupts._raise_kept, Interrupts._set, SessionInput.readline,
-    SessionStream.write,
+    Interrupts._raise_kept, Interrupts._settle, SessionInput.readline, SessionStream.write,
     SessionStream._write_first)}
 
 
