@@ -2103,9 +2103,12 @@ def _lines_entry(filename, source):
 _remembered = collections.OrderedDict()   # file name -> source; what stays in linecache, in order
 
 
-# Completion looks, and runs nothing: no property, no `__getattr__`, no import, no call; the one
-# exception is an object's own `__dir__`. It holds no lock and changes nothing but a cache of
-# folder listings, so its thread may be abandoned or interrupted at any bytecode.
+# --- Completion: what fits left of the cursor ---
+# It looks, and runs nothing: no property, no `__getattr__`, no import, no call; the one exception
+# is an object's own `__dir__`. It holds no lock and changes nothing, so the thread that completes
+# may be abandoned or interrupted at any bytecode. The text is cut into tokens:
+#     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
+# What stands before the last "." is found without a call (`_value`), and its attributes are listed.
 
 Completions = collections.namedtuple("Completions", "start matches hint")
 
@@ -2120,18 +2123,8 @@ _TOKEN = r"""(?sx)
 """
 _STRING_WITHOUT_WARNING = r"""(?s)[bB]?[rR].*|(?:[^\\]|\\[\\'"abfnrtvxuU\n])*"""
 _WORDS_ALONE = "False None True break continue else except finally lambda pass return try yield"
-_BEFORE_LIMIT = 20000  # characters of earlier lines that are searched for open brackets
-_NAMES_LIMIT = 100000  # an object that lists more than this has an endless `__dir__`
-_LISTINGS_LIMIT = 256
-_LISTINGS = {}  # (folder, mtime in ns): its modules; no lock, since each use is one dict operation
-
-# Descriptors whose `__get__` is the interpreter's own: no property, nothing that a user wrote.
-_BINDABLE = (types.FunctionType, staticmethod, type(str.join), type(object.__init__),
-             types.GetSetDescriptorType, types.MemberDescriptorType,
-             type(dict.__dict__["fromkeys"]))
-_class_mro = type.__dict__["__mro__"].__get__  # unlike `cls.__mro__` and vars(cls), these two
-_class_dict = type.__dict__["__dict__"].__get__  # run nothing of a metaclass
-_class_name = type.__dict__["__name__"].__get__
+_BEFORE_LIMIT = 20000             # characters of earlier lines that are searched for open brackets
+_NAMES_LIMIT = 100000             # an object that lists more than this has an endless `__dir__`
 
 
 def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None):
@@ -2143,26 +2136,25 @@ def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None)
     """
     cursor = len(line) if cursor is None else max(0, min(cursor, len(line)))
     if not line[:cursor].rpartition("\n")[2].strip():
-        return Completions(cursor, [], None)  # here Tab means indentation
+        return Completions(cursor, [], None)      # here Tab means indentation
     try:
         text = before.rstrip("\n")[-_BEFORE_LIMIT:] + "\n" + line[:cursor]
         scope = collections.ChainMap(overlay or {}, namespace, vars(builtins))
         place = _Place(text, line[cursor:], scope)
         matches, hint = place.find()
         return Completions(cursor - len(place.word), _cut(matches, limit), hint)
-    except Exception:  # unfinished code and odd objects are the normal case: nothing to complete
+    except Exception:             # unfinished code and odd objects are the normal case
         return Completions(cursor, [], None)
 
 
 def _cut(matches, limit):
-    """Return so many of `matches` as a message holds too; their common beginning is that of all."""
-    sizes = itertools.accumulate(6 * len(match) + 4 for match in matches)  # in JSON, at most
-    fitting = sum(1 for size in sizes if size < MESSAGE_LIMIT_BYTES // 2)
-    if fitting < len(matches) or limit < len(matches):
-        ends = {min(matches), max(matches)}
-        matches = [match for match in matches if match not in ends]
-        matches = sorted(ends) + matches[:max(0, min(limit, fitting) - len(ends))]
-    return matches
+    """Return as many as a message holds, the last among them: so all begin alike as before."""
+    longest = max(map(len, matches), default=0)
+    most = max(1, min(limit, MESSAGE_LIMIT_BYTES // 2 // (6 * longest + 4)))      # of it in JSON
+    if len(matches) <= most:
+        return matches
+    matches = sorted(matches)
+    return matches[:most - 1] + matches[-1:]
 
 
 def complete_word(namespace, text):
@@ -2178,12 +2170,12 @@ class _Place:
     """What stands left of the cursor, and what fits there; where nothing does, an Exception."""
 
     def __init__(self, text, rest, scope):
-        self.rest = rest  # the text right of the cursor
-        self.scope = scope  # a ChainMap: overlay, namespace, builtins
-        self.tokens = ["\n"]  # that, then what is left of the word, without space and comments
-        self.word = self.quote = self.prefix = ""  # what to replace; its string's quote and prefix
-        self.opened = []  # for each open bracket: [index in tokens, commas, {names before "="}]
-        self.first = 1  # index of the statement's first token
+        self.rest = rest          # the text right of the cursor
+        self.scope = scope        # a ChainMap: overlay, namespace, builtins
+        self.tokens = ["\n"]      # that, then what is left of the word, without space and comments
+        self.word = self.quote = self.prefix = ""     # what to replace; its string's marks
+        self.opened = []          # for each open bracket: [its index, commas, {names before "="}]
+        self.first = 1            # index of the statement's first token
         for found in re.finditer(_TOKEN, text):
             self._add(found.lastgroup, found.group())
         if found.lastgroup == "string" and not found.group("end"):
@@ -2202,10 +2194,11 @@ class _Place:
             self.opened.append([len(self.tokens), 0, set()])
         elif token in (")", "]", "}"):
             del self.opened[-1:]
-        elif self.opened:
-            self.opened[-1][1] += token == ","
-            self.opened[-1][2].update(self.tokens[-1:] if token == "=" else ())
-        elif token in ("\n", ";", ":"):
+        elif self.opened and token == ",":
+            self.opened[-1][1] += 1
+        elif self.opened and token == "=":
+            self.opened[-1][2].add(self.tokens[-1])
+        elif token in ("\n", ";", ":") and not self.opened:
             self.first = len(self.tokens) + 1
         self.tokens.append(token)
 
@@ -2246,18 +2239,13 @@ class _Place:
 
     def _value(self, end):
         """The object named by the tokens before `end`: a dotted name, with constant subscripts."""
-        value = self._any_value(end)
-        if _class_name(type(value)) in ("_LazyModule", "lazy_import"):
-            raise LookupError("to look into it would load it")
-        return value
-
-    def _any_value(self, end):
         token = self.tokens[end - 1]
         if token == "]":
-            is_negative = self.tokens[end - 3] == "-"
-            begin, key = end - 3 - is_negative, self._atom(self.tokens[end - 2])
+            sign = -1 if self.tokens[end - 3] == "-" else 1
+            begin = end - 3 if sign == 1 else end - 4
             if self.tokens[begin] == "[":
-                return _item(self._value(begin), -key if is_negative else key)
+                key = self._atom(self.tokens[end - 2])
+                return _item(self._value(begin), -key if sign == -1 else key)
         elif self.tokens[end - 2] == ".":
             return _lookup(self._value(end - 2), token)
         return self._atom(token)
@@ -2291,11 +2279,9 @@ class _Place:
         """What the innermost open parenthesis calls; _MISSING if it is none or can't be told."""
         end = self.opened[-1][0] if self.opened else 0
         if self.tokens[end] == "(" and self.tokens[end - 2] not in ("def", "class"):
-            try:
+            with suppress(Exception):     # the names can still be completed
                 called = self._value(end)
                 return called if callable(called) else _MISSING
-            except Exception:  # the names can still be completed
-                pass
         return _MISSING
 
     def _keyword_arguments(self, called):
@@ -2351,7 +2337,7 @@ def _files(typed):
 
 
 def _escape(text, quote):
-    text = repr('"' + text)[2:-1]  # with a '"' in it, repr uses "'" for its quotes
+    text = repr('"' + text)[2:-1]     # with a '"' in it, repr uses "'" for its quotes
     return text if quote == "'" else text.replace("\\'", "'").replace('"', '\\"')
 
 
@@ -2365,17 +2351,27 @@ def _item(value, key):
     raise LookupError("to look this up could run code")
 
 
+# Descriptors whose `__get__` is the interpreter's own: no property, nothing that a user wrote.
+_BINDABLE = (types.FunctionType, staticmethod, type(str.join), type(object.__init__),
+             types.GetSetDescriptorType, types.MemberDescriptorType,
+             type(dict.__dict__["fromkeys"]))
+_class_mro = type.__dict__["__mro__"].__get__     # unlike `cls.__mro__` and vars(cls), these two
+_class_dict = type.__dict__["__dict__"].__get__   # run nothing of a metaclass
+
+
 def _lookup(value, name):
     """`value.name` as the language defines it, or LookupError where that would run a user's code.
 
-    inspect.getattr_static doesn't tell where it found something, and so whether it is to be bound.
+    Up to 3.11 inspect.getattr_static runs a metaclass's; and it doesn't bind what it finds.
     """
-    kind, is_class = type(value), issubclass(type(value), type)
-    on_kind = _find(kind, name)
-    own = _find(value, name) if is_class else _instance_dict(value).get(name, _MISSING)
-    if own is _MISSING or _find(type(on_kind), "__set__") is not _MISSING:
-        return _bind(on_kind, value, kind)
-    return _bind(own, None, value) if is_class else own
+    is_class = issubclass(type(value), type)
+    for owner in [type(value), value] if is_class else [type(value)]:
+        found = _find(owner, name)
+        if type(found) is classmethod:    # in 3.9 to 3.12 it evaluates a property in it
+            found = found.__func__
+        if not _is_exactly(found, *_BINDABLE) and _find(type(found), "__get__") is not _MISSING:
+            raise LookupError("to look this up could run code")
+    return (type if is_class else object).__getattribute__(value, name)
 
 
 def _find(kind, name):
@@ -2387,42 +2383,33 @@ def _find(kind, name):
 
 
 def _instance_dict(value):
-    holder = _find(type(value), "__dict__")
-    is_native = _is_exactly(holder, types.GetSetDescriptorType, types.MemberDescriptorType)
-    found = holder.__get__(value) if is_native else None
+    try:
+        found = _lookup(value, "__dict__")
+    except (LookupError, AttributeError):
+        return {}
     return found if type(found) is dict else {}
 
 
-def _bind(found, value, kind):
-    if type(found) is classmethod:  # in 3.9 to 3.12 its own `__get__` evaluates a property in it
-        found, value = found.__func__, kind
-    if _is_exactly(found, *_BINDABLE):
-        return found.__get__(value, kind)
-    if found is _MISSING or _find(type(found), "__get__") is not _MISSING:
-        raise LookupError("to look this up could run code")
-    return found
-
-
 def _is_exactly(value, *kinds):
-    return any(type(value) is kind for kind in kinds)  # `in` could run a metaclass's `__eq__`
+    return any(type(value) is kind for kind in kinds)     # `in` could run a metaclass's `__eq__`
 
 
 def _attribute_names(value):
     """What its own `__dir__` says if that works, else the names in its classes and `__dict__`."""
     kind = type(value)
+    if type.__getattribute__(kind, "__name__") in ("_LazyModule", "lazy_import"):
+        return []                 # to look into it would load it
     own = _find(kind, "__dir__")
-    try:
-        if own is not object.__dir__ and own is not _find(type, "__dir__"):
+    if own is not object.__dir__ and own is not type.__dir__:
+        with suppress(Exception):         # whatever the user's code raises
             return list(itertools.islice(own.__get__(value, kind)(), _NAMES_LIMIT))
-    except Exception:  # whatever the user's code raises
-        pass
     bases = _class_mro(value if issubclass(kind, type) else kind)
     return itertools.chain(_instance_dict(value), *map(_class_dict, bases))
 
 
 def _select(names, word):
     """Those that continue `word`, sorted; `_private`, `__special__` ones if asked for or alone."""
-    found = {name for name in list(names)  # a copy in one step: other threads may change a dict
+    found = {name for name in list(names)     # a copy at once: other threads may change a dict
              if type(name) is str and name.startswith(word) and name.isidentifier()}
     for hidden in ("_", "__"):
         if hidden.startswith(word):
@@ -2434,12 +2421,11 @@ def _select(names, word):
 
 def _hint(name, called):
     """The call as one would write it, and the first line of its doc."""
-    try:
+    doc = None
+    with suppress(LookupError, AttributeError):
         doc = _lookup(called.__func__ if type(called) is types.MethodType else called, "__doc__")
-    except LookupError:
-        doc = None
     lines = [line.strip() for line in doc.splitlines() if line.strip()] if type(doc) is str else []
-    shows_call = bool(lines) and lines[0].startswith(name + "(")  # as C code's doc often does
+    shows_call = bool(lines) and lines[0].startswith(name + "(")      # as C code's doc often does
     signature = _signature(called)
     if signature is not None:
         call = name.strip("]") + str(signature).replace("Ellipsis", "...")
@@ -2465,31 +2451,26 @@ def _bare(called, depth=0):
 
     inspect itself asks for __signature__, __wrapped__ and more by getattr, and calls what it finds.
     """
-    import functools
     kind = type(called)
     if _is_python(called):
-        own = _function_dict(called)
-        if _is_python(own.get("__wrapped__")) and depth < 20:
-            return _bare(own["__wrapped__"], depth + 1)
-        return _copy_function(called)
+        wrapped = _instance_dict(called).get("__wrapped__")
+        is_wrapper = _is_python(wrapped) and depth < 20
+        return _bare(wrapped, depth + 1) if is_wrapper else _copy_function(called)
     if kind is types.MethodType and _is_python(called.__func__):
         return types.MethodType(_bare(called.__func__), 0)
-    if kind is functools.partial and type(called) is not type(called.func):
+    if kind is functools.partial and type(called.func) is not kind:
         return functools.partial(_bare(called.func), *called.args, **called.keywords)
-    if issubclass(kind, type):
-        return _bare_class(called, kind)
     call = _find(kind, "__call__")
     if _is_python(call):
         return types.MethodType(_bare(call), 0)
+    if issubclass(kind, type):
+        return _bare_class(called)
     if _is_exactly(called, *_BINDABLE, types.BuiltinFunctionType):
         return called
     raise ValueError("its signature can't be had safely")
 
 
-def _bare_class(called, metaclass):
-    call = _find(metaclass, "__call__")
-    if _is_python(call):
-        return types.MethodType(_bare(call), 0)
+def _bare_class(called):
     for base in _class_mro(called):
         for name in "__new__", "__init__":
             made = _class_dict(base).get(name)
@@ -2507,7 +2488,6 @@ def _is_python(function):
 
 
 _STATEMENTS = 1 << 9              # Py_TPFLAGS_HEAPTYPE: a class statement made it
-_function_dict = vars(types.FunctionType)["__dict__"].__get__
 
 
 def _copy_function(function):
@@ -2548,12 +2528,24 @@ def _names_in_module(module):
     return itertools.chain(names, _submodules(module))
 
 
+def _names_in_source(module):
+    """The names that a module which is not loaded binds at its top level, if it has a source."""
+    import dis
+    spec = _find_spec(module)
+    source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else ""
+    source = re.sub(r"\\[^\n]", "..", source or "")       # the parser warns of doubtful escapes
+    code = compile(source, module, "exec", 0, True)
+    return [each.argval for each in dis.get_instructions(code) if each.opname == "STORE_NAME"]
+
+
 def _submodules(package):
     """The names of a package's modules, of all modules for "", with nothing imported."""
+    import pkgutil
     prefix = package + "." if package else ""
     known = [*sys.modules, *sys.builtin_module_names]
     names = {name[len(prefix):] for name in known if type(name) is str and name.startswith(prefix)}
-    return names.union(*map(_modules_in, _search_path(package)))
+    found = pkgutil.iter_modules([folder or os.getcwd() for folder in _search_path(package)])
+    return names.union(module.name for module in found)
 
 
 def _search_path(package):
@@ -2561,48 +2553,17 @@ def _search_path(package):
     if package in sys.modules:
         path = _instance_dict(sys.modules[package]).get("__path__", ())
     elif package:
-        parent, _, name = package.rpartition(".")
-        path = [os.path.join(folder, name) for folder in _search_path(parent)]
+        spec = _find_spec(package)
+        path = spec and spec.submodule_search_locations or ()
     else:
         path = sys.path
     return [folder for folder in list(path) if type(folder) is str]
 
 
-def _modules_in(folder):
-    """The modules in a folder or an archive, listed again when it has changed."""
-    import pkgutil
-    try:
-        key = os.path.abspath(folder), os.stat(folder or ".").st_mtime_ns
-    except (OSError, ValueError):
-        return ()
-    if key not in _LISTINGS:
-        found = tuple(module.name for module in pkgutil.iter_modules([key[0]]))
-        if len(_LISTINGS) >= _LISTINGS_LIMIT:
-            _LISTINGS.clear()
-        _LISTINGS[key] = found
-    return _LISTINGS.get(key, ())  # another thread may have cleared it
-
-
-def _names_in_source(module):
-    """The names that a module which is not loaded binds at its top level, if it has a source."""
-    import ast
-    import tokenize
-    parent, _, name = module.rpartition(".")
-    stems = [os.path.join(folder, name) for folder in _search_path(parent)]
-    paths = [stem + ending for stem in stems for ending in (os.sep + "__init__.py", ".py")]
-    with tokenize.open(next(filter(os.path.isfile, paths), os.devnull)) as stream:
-        source = re.sub(r"\\[^\n]", "..", stream.read())  # the parser warns of doubtful escapes
-    pending = [ast.parse(source)]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.alias):
-            yield node.asname or node.name.partition(".")[0]
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif not isinstance(node, ast.expr) or isinstance(node, (ast.Tuple, ast.List, ast.Starred)):
-            pending.extend(ast.iter_child_nodes(node))  # type: ignore[arg-type]
+def _find_spec(module):
+    """The spec of a module in a file; finders that the program has added are not asked."""
+    from importlib.machinery import PathFinder
+    return PathFinder.find_spec(module, _search_path(module.rpartition(".")[0]))
 
 
 # === 7. Jobs =================================================================

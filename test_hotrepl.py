@@ -12129,7 +12129,7 @@ class TestCompletingImports(CompletionCase):
         with open(folder + "/hotrepl_sample_one.py", "w") as stream:
             stream.write("import sys as name1, name2.x\nname3, (name4, *name5) = 1, (2, 3)\n"
                          "name6: int = 1\ndef name7(name): name = '\\d'\nclass name8: name9 = 1\n"
-                         "if 1:\n    for name10 in []: pass\nelse:\n    async def name11(): 1\n"
+                         "if name8:\n    for name10 in []: pass\nelse:\n    async def name11(): 1\n"
                          "x = [name for name in 'x']; raise SystemExit\n")
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
