@@ -9514,9 +9514,8 @@ class FirstBytes:
     def __init__(self, is_control=False):
         self.is_over = False
         self._is_control = is_control
-        self._has_begun = False   # the first line that isn't blank is past
         self._room = HEADER_LIMIT_BYTES
-        self._line = b""          # the line that is being received; of a long one, both ends
+        self._text = b""          # what came from the first line on; of much, both ends
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -9526,50 +9525,35 @@ class FirstBytes:
             self.is_over = True
             known = foreign_greeting(received) or "not a control message"
             return None if received[:1] == IAC else known
-        text, foreign = self._line + received, None
-        if not self._has_begun:
-            text = text[re.match(_BLANK, text).end():]
-            self.is_over = text.startswith(BEGIN)     # our client's secret
-            foreign = None if self.is_over else foreign_greeting(text)
-            self._has_begun = b"\n" in text or b"\r\0" in text
-        blank = re.search(rb"\n\r?\n", text)
-        if not (self.is_over or foreign) and re.search(_HOST_LINE, text[:blank and blank.end()]):
-            foreign = "an HTTP request"
+        # As the session will read it: without telnet's commands, and blank lines before the first.
+        text = re.sub(_TELNET, b"", self._text + received)
+        text = text[re.match(_BLANK, text).end():]
         self._room -= len(received)
-        self.is_over |= bool(foreign or blank or self._has_begun and self._room < 0)
-        line = text[max(text.rfind(b"\n"), 0):]
+        blank = re.search(rb"\n\r?\n", text)
+        is_ours = text.startswith(BEGIN)          # our client's secret
+        foreign = None if is_ours else foreign_greeting(text[:blank and blank.end()])
+        self.is_over = bool(is_ours or foreign or blank or text and self._room < 0)
         # A web page can make the URL in its request as long as it likes.
-        self._line = line if len(line) <= 2048 else line[:1024] + line[-1024:]
+        self._text = text if len(text) <= 2048 else text[:1023] + b"~" + text[-1024:]
         return foreign
 
 
+_TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
+_BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
+
 # Two words side by side are no Python, unless one is a keyword (`1and x` has one too).
 _NO_KEYWORD = (r"(?!\d*(?:%s)\b)" % "|".join(keyword.kwlist)).encode("ascii")
-
-_METHOD = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"         # RFC 9110: a token
-_URL = rb"[A-Za-z][\w+.-]*:\S*"
-# A field name is caseless; but `host: str` in front of a bare LF is an annotation.
-_HOST_LINE = rb"(?m)^(?:(?i:host):[ \t]*[^\s\"#]*[ \t]*\r\n|H(?:ost|OST):[ \t]*[\w.:[\]-]*[ \t]*\n)"
+_METHOD = rb"[^\s\"(),/:;<=>?@[\\\]{}]+"          # RFC 9110: a token; and odd bytes
+_WORD = _NO_KEYWORD + rb"(?![-+~.]*\d)[^\s#'\"(),/:;<=>?@[\\\]{}]+"
+_GAP = rb"[^\S\n]+"
 
 # What no Python program starts with. A row decides at its last byte, so one that could also begin
 # an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
-# for long: the bytes are a stranger's. What a web page can have its browser send is HTTP even where
-# it is Python too (`GET / HTTP/1.1` divides): every request line of RFC 9112, with CRLF. In front
-# of a bare LF a method has no sign of a comment or a string, such as `#x`.
+# for long: the bytes are a stranger's. What a web page, or whoever was talked into fetching a URL,
+# can send is HTTP even where it is Python too: `GET / HTTP/1.1` divides, so does `get /x`.
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
-    # RFC 9112, and lines that are nearly valid. RTSP, SIP and ICAP look the same.
-    ("an HTTP request", _METHOD + rb" (?:/\S*|\*|" + _URL + rb"|[^\s/?#]*:\d*) HTTP/\d\.\d\r\n"),
-    ("an HTTP request", rb"[!$%&*+.^-z|~A-Z0-9-]+[ \t]+(?=\S*(?:[/*]|:\S))(?:/\S*|" + _URL
-     + rb"|[\w*[][^\s#'\"]*)[ \t]+(?:HTTP|RTSP|SIP|ICAP)/\d[\d.]*[ \t]*[\r\n]"),
-    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH) /[^\n]* HTTP/\d\.\d\r\n"),
-    ("an HTTP request",           # and one that is not valid
-     rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)[ \t]+HTTP/\d\.\d\r\n"),
-    # HTTP/0.9, or a URL with a line's end in it, which somebody talked the requester into
-    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE) /\S*\r?\n"),
-    ("an HTTP request", rb"[A-Z]+ [A-Za-z][\w+.-]*://\S*\r?\n"),
-    ("a message with a header", rb"(?i:content-length): ?\d+\r?\n"),  # LSP, DAP
     ("a PROXY header", rb"PROXY (?:TCP[46] |UNKNOWN)"),
     ("an SMTP, FTP, POP3 or IRC command", rb"(?i:EHLO|HELO|LHLO|USER|PASS|NICK) +" + _NO_KEYWORD
      + rb"(?:\w|\[\d+\.\d+\.|\[IPv6:\S*:\S*:)[^\n]*\n"),
@@ -9584,9 +9568,22 @@ _GREETINGS = (
     ("a beanstalkd command", rb"put \d+ \d+ \d"),
     ("a SOCKS request", rb"\x04[\x01\x02]|\x05[\x01-\x08][\x00-\x02]"),
     # AMQP, MQTT, PostgreSQL, RDP, STUN, ...; but CR NUL is telnet's Return, in character mode
-    ("a binary protocol", rb"[^\n]*(?<!\r)\x00"),
+    ("a binary protocol", rb"(?:[^\n\r\0]|\r(?!\0))*\0"),
+    # RFC 9112, whatever the bytes of the method and the target are
+    ("an HTTP request", _METHOD + rb" (?:/\S*|\*|[A-Za-z][\w+.-]*:\S*|[^\s/?#]*:\d*)"
+     rb" HTTP/\d\.\d\r\n"),
+    # A word, a gap, a target: a path (but `x /= 2`), a URL or a host with its port. RTSP, SIP and
+    # ICAP look the same. With HTTP/0.9 the line is over after that.
+    ("an HTTP request", _WORD + _GAP + rb"(?:/+(?:[^\s=/\\]|[^\S\n]*[\n\0])"
+     rb"|[/*]" + _GAP + rb"(?:HTTP|RTSP|SIP|ICAP)/\d|\w[\w+.-]*:\S)"),
+    ("an HTTP request", rb"[A-Z]+ /(?:\S+|[^\n]* HTTP/\d\.\d)\r?\n"),
+    ("an HTTP request",           # and one that is not valid
+     rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)" + _GAP + rb"HTTP/\d\.\d\r\n"),
+    # A header, of LSP or DAP too. A name without a hyphen could be annotated, as in `host: str`.
+    ("a message with a header", _NO_KEYWORD + rb"[A-Za-z]\w*(?:-\w+)+:[ \t]*\S"),
+    ("an HTTP request", rb"(?:[^\n]*\n)*?(?:(?i:host):(?:[^\n=#]*|[ \t]*[^\s\"#]*[ \t]*)\r\n"
+     rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=])"),
 )
-_BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
 
 
 def foreign_greeting(received):

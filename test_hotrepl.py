@@ -9796,6 +9796,13 @@ FOREIGN = (
     b"MAIL FROM:<a@b.c>\r\n", b"CAP LS 302\r\n", b"CAP END\r\n",
     b"a001 CAPABILITY\r\n", b"1 LOGIN a b\r\n", b"<?xml version='1.0'?>", b"<stream:stream to='x'>",
     b"@RSYNCD: 31.0\n", b"RFB 003.008\n", b"put 0 0 60 25\r\n1+1\r\n",
+    b"get /\r\n", b"get /x\r\n", b"foo /x/y\n", b"FOO //\r\n", b"PROPFIND /x;y z\r\n", b"M-SEARCH /x\r\n",    # a fetcher's
+    b"it!_.~ http://x/\r\n", b"get http://x/a b\r\n", b"POST /a b\r\n", b"GET /=1\r\n", b"GET /= 1;x # HTTP/1.1\r\n",
+    b"foo localhost:1337 HTTP\r\n", b"\xe9 /\xff\r\n", b"G\xffT /x\x01' HTTP/1.1\r\n", b"GET /\xe9'# HTTP/1.1\r\n",
+    b"POST http://\xfe\xff/ HTTP/1.1\r\n", b"\xc3\xa9\x1b /\x7f' HTTP/1.1\r\n", b"GET\x0b/x\r\n", b"GET\x0c/'\x0cHTTP/1.1\r\n",
+    b"GET\r/\rHTTP/1.1\r\n", b"GET \xff\xf1/x\r\n", b"\xff\xfb\x01GET / HTTP/1.1\r\n", b"GET /\r\0",
+    b"Host: a b\r\n", b"Host: \xff'\r\n", b'Host: "x"\r\n', b"Host: x'y\n", b"Cookie: a=1; b\r\n", b"COOKIE:a=b=c\n",
+    b"User-Agent: x\r\n", b"x-y:1\n", b"Accept-Encoding: gzip, br\r\n",
 )
 
 
@@ -9830,6 +9837,12 @@ PYTHON = (
     b"Content-Length\n", b"Content = 10\n", b"content: int\n", b"MAIL\n", b"CAP = 1\n", b"CAP.LS\n",
     b"a001\n", b"a001 = 1\n", b"x1 in CAPABILITY\n", b"@RSYNCD\n", b"@rsyncd\n", b"RFB = 3\n", b"put(0)\n",
     b"set #x 1 2 3\n", b"set ('''x 1 2 3\n", b"x < y\n", b"put = 0\n",
+    b"x /= 2\r\n", b"x /=2\r\n", b"x //= 2\r\n", b"TOTAL /= 2\r\n", b"x //=2\n", b"x // 2\r\n", b"10 /3\r\n", b"-1 /2\r\n", b".5 /x\n",
+    b"x /\\\r\n", b"lambda x:x\r\n", b"if x:y\r\n", b"lambda *a, /: a\n", b"x or lambda:1\r\n", b"1and x\r\n", b"x [1:2]\r\n",
+    b"x [::1]\r\n", b"print x\r\n", b"improt os\r\n", b"x y z\r\n", b"while x:y\n", b"class A:x=1\n", b"match x:\r\n", b"def f(a, /):\r\n",
+    b"host: str = 'x'  # of x\r\n", b"cookie: int\n", b"cookie = 1\r\n", b"if-x: y\r\n", b"while-x: y\n", b"a-b\r\n", b"x-y-z #: 1\n",
+    b"print('a /b')\r\n", b"open('/x')\r\n", b"'/x' in y\r\n", b"# get /x\r\n", b"f'{x /y}'\r\n", b"(x /y)\r\n",
+    b"x = a /b\r\n", b"async def f():\r\n", b"{1:2}\r\n", b"@x /y\r\n", b"\xff\xfd\x061+1\r\n", b"import urllib\r\n",
 )
 
 
@@ -9918,6 +9931,22 @@ class FirstLine(AccessParts):
         lines += ["%s: %s" % (text(self.TOKEN, 1), text(self.PATH + " \t")) for _ in range(random.randrange(4))]
         lines.insert(random.randrange(1, len(lines) + 1), random.choice(("Host: ", "host:", "HOST:\t")) + host + port)
         return lines
+
+    def test_half_requests_are_known_whatever_the_method_and_the_bytes_are(self):
+        """HTTP/0.9, or what is left of a request line in front of a line's end in its URL."""
+        random, odd = self.random(), [bytes([byte]) for byte in range(1, 256) if byte not in b"\t\n\v\f\r \"\xff"]
+        for _ in range(1000):
+            method = random.choice(("GET", "get", "BREW", "M-SEARCH", "x_y", "f\xe9")) + random.choice(("", "!", "%", ".1"))
+            path = b"".join(random.choice(odd) for _ in range(random.randrange(9)))
+            host = random.choice(("localhost", "127.0.0.1", "x.y")) + random.choice((":1337", ":80"))
+            target = random.choice((b"/" + path.lstrip(b"/=\\"), b"http://%s/%s" % (host.encode(), path),
+                                    host.encode() + path, b"urn:x" + path))
+            gap, rest = random.choice((" ", " ", "\t", "  ", "\v", "\f", "\r")), random.choice((b"", b" ", b" HTTP/1.1", b" b/c"))
+            rest = rest if target.strip(b"/") else b""      # `x / b` divides
+            data = method.encode("latin-1") + gap.encode() + target + rest + random.choice((b"\n", b"\r\n")) + b"open('x')\n"
+            at, before = random.randrange(len(data)), (SEED, data)
+            for pieces in ([data], [data[:at], data[at:]]):
+                self.assertEqual("an HTTP request", self.feed(*pieces), before)
 
     def test_requests_by_the_grammar_are_known_by_each_of_two_signs(self):
         random = self.random()
