@@ -8298,15 +8298,16 @@ class OddReplies(AccessCase):
     EVIL = "\x1b]0;x\x07\x1b[2J\u202egnp"
     REPLIES = ([], 1, None, "x", {}, {"status": 5}, {"status": "failed"}, {"status": "failed", "reason": 7},
                {"status": "failed", "reason": EVIL + "\nTraceback"}, b"\xffv01l99999999;x", b"\xffv01l2;{]",
-               b"no message at all", {"status": "failed", "reason": "x" * 100000})
+               {"status": "failed", "reason": "x" * 100000})
 
-    def odd(self, command, reply, hello=b"REPL session 1 connected.\n>>> "):
+    HELLO = b"REPL session 1 connected.\n>>> "
+
+    def odd(self, command, reply, hello=HELLO):
         """Return the address of a server that answers to `command` with `reply`."""
         repl, control = socket.socket(), socket.socket()
         for each in (repl, control):
             self.keep(each).bind(("127.0.0.1", 0))
             each.listen(5)
-            self.addCleanup(hotrepl.shut_down, each)      # wakes who accepts, before the number is another's
         place = control.getsockname()[1]
 
         def answer():
@@ -8327,10 +8328,17 @@ class OddReplies(AccessCase):
                             sock.recv(9999)
                             sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
         self.spawn(answer)
+        for each in (repl, control):
+            self.addCleanup(hotrepl.shut_down, each)      # wakes who accepts, before it is waited for
         return "127.0.0.1:%d" % repl.getsockname()[1]
 
-    def assert_one_line(self, place):
-        ended = self.keep(Program(python_command(SOURCE_PATH, "exec", place, "-c", "6*7"), stdin=subprocess.DEVNULL)).end()
+    def visitor(self, command, reply, hello=HELLO):
+        """Return a client of ours that visits such a server."""
+        place = self.odd(command, reply, hello)
+        return self.keep(Program(python_command(SOURCE_PATH, "exec", place, "-c", "6*7"), stdin=subprocess.DEVNULL))
+
+    def assert_one_line(self, visitor):
+        ended = visitor.end()
         self.assertIn(ended[:2], ([1, ""], [2, ""]), ended)
         self.assertRegex(ended[2], r"\Ahotrepl: [^\n]*\n\Z")
         self.assertTrue(ended[2][:-1].isprintable(), ended)
@@ -8339,18 +8347,23 @@ class OddReplies(AccessCase):
         for command in ("PairWithSession", "TurnMarks"):
             for reply in self.REPLIES:
                 with self.subTest("%s %.60r" % (command, reply)):
-                    self.assert_one_line(self.odd(command, reply))
+                    self.assert_one_line(self.visitor(command, reply))
+
+    @once("slow")
+    def test_what_is_no_message_is_waited_behind_in_vain_and_is_one_line(self):
+        for visitor in [self.visitor(command, b"no message at all") for command in ("PairWithSession", "TurnMarks")]:
+            self.assert_one_line(visitor)
 
     def test_outcomes_of_no_sense_are_one_line(self):
         for outcome in ([], 5, {"exit": "x"}, {"exit": [1]}, {"value": 1}, {"exception": 1}, {"exception": {}},
                         {"exception": {"type": [], "message": "", "traceback": ""}}):
             with self.subTest(repr(outcome)):
-                self.assert_one_line(self.odd("Outcome", dict(self.OK, outcome=outcome)))
+                self.assert_one_line(self.visitor("Outcome", dict(self.OK, outcome=outcome)))
 
     def test_first_lines_of_no_sense_are_one_line(self):
         for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
             with self.subTest(repr(hello[:50])):
-                self.assert_one_line(self.odd("", {}, hello))
+                self.assert_one_line(self.visitor("", {}, hello))
 
     def test_completions_bring_nothing_but_text_to_the_terminal(self):
         for reply in (dict(self.OK, matches=["ab" + self.EVIL, "abc", 5], hint=self.EVIL + "\nsecond"),
