@@ -1552,7 +1552,7 @@ def _noting_arrival(kind):
 
 
 class Interrupts:
-    """The door for asynchronous exceptions into one thread; the table above says when it is open."""
+    """The door for asynchronous exceptions into one thread; the table above says when it opens."""
 
     CLOSED, DUE, OPEN = range(3)
 
@@ -8642,7 +8642,7 @@ class Calls(list):
                 _assign_code(self.function, self._code)
             self._has_begun.set()
             while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
-                       or self._session is not None and self._session.is_left()
+                       or self._session is not None and self._session.connection.is_left()
                        or self._threads[-1].ended):
                 pass
         finally:
@@ -9852,10 +9852,19 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 
 # === 11. Sessions ============================================================
 # A Session is one client's conversation: connection, number, turns, last value, last exception.
-# An Evaluator is the thread that holds it: console, streams, interrupts. Reading blocks in
-# recv; nothing is polled. A failed send only sets a flag, which the next read turns into
-# end-of-file: a dead peer is its own session's business. There, and only there, print() raises
-# BrokenPipeError for it, as into a pipe, so that no loop goes on for nobody.
+# An Evaluator is the thread that holds it: console, streams, interrupts. One turn of it:
+#
+#     Session.read      what was printed and is not sent, the turn's kind, prompt and mark go out
+#                       in one piece; then recv blocks. Nothing is polled.
+#     Evaluator._take_  one method for each kind of input: a line, a block, Ctrl+C, ...
+#     the console       compiles it (section 6), and calls run_code for each code object
+#     evaluate          lends `_`, opens the interrupts, runs the code, closes and takes back
+#     the next read     sends the value with the next prompt; values shown in the middle of an
+#                       input, and tracebacks, went through stdout and stderr
+#
+# A failed send only sets a flag, which the next read turns into end-of-file: a dead peer is its
+# own session's business. There, and only there, print() raises BrokenPipeError for it, as into a
+# pipe, so that no loop goes on for nobody.
 
 VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
@@ -9876,7 +9885,7 @@ class Connection:
         self.sending = None       # (bytes sent, of how many) in the middle of much; of the sender
         self._is_dropping = False  # what the sender has left of what was printed is not wanted
         self._stream = None       # kind of the stream whose data was put last
-        self._backlog = []        # bytes to be sent; _Kept: not what a program printed
+        self._outbox = []         # bytes to be sent; _Kept: not what a program printed
         self._is_corked = False   # collect only
 
     def send(self, data, stream="stdout"):
@@ -9890,20 +9899,20 @@ class Connection:
         """Have `data` sent by the next `flush`."""
         if self.has_streams and stream != self._stream:
             self._stream = stream
-            self._backlog.append(_Kept(BEGIN + STREAM_KINDS[stream] + END))
+            self._outbox.append(_Kept(BEGIN + STREAM_KINDS[stream] + END))
         if self.has_marks and IAC in data:
             data = data.replace(IAC, IAC + IAC)
-        self._backlog.append(data)
+        self._outbox.append(data)
 
     def put_mark(self, mark):
         """Have `mark` sent by the next `flush`, if the client knows marks."""
         if self.has_marks:
-            self._backlog.append(_Kept(mark))
+            self._outbox.append(_Kept(mark))
 
     def put_turn(self, kind, prompt=""):
         """Have a wait for input announced by the next `flush`: of what kind, and its prompt."""
         if self.has_kinds:
-            self._backlog.append(_Kept(BEGIN + TURN_KIND + kind.encode("ascii") + END))
+            self._outbox.append(_Kept(BEGIN + TURN_KIND + kind.encode("ascii") + END))
         elif kind == "secret":
             self.put_mark(NO_ECHO)
         if prompt:
@@ -9913,32 +9922,24 @@ class Connection:
     def send_note(self, text):
         """Send lines of no evaluation; a client with marks shows them above its prompt."""
         data = text.encode("utf-8", "backslashreplace")
-        with self.lock:
-            self._backlog.append(_Kept(BEGIN + NOTE_KIND + data + END if self.has_marks else data))
-            self.flush()
+        self.send_own(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
 
-    def name_control(self, address, proof):
-        """Tell the client the port of the control channel, and what to show there as a token."""
-        port = 0 if isinstance(address, str) else address[1]
+    def send_own(self, data):
+        """Send `data`, which no program printed, as it is."""
         with self.lock:
-            self._backlog.append(_Kept(BEGIN + CONTROL_KIND + b"%d %s" % (port, proof) + END))
+            self._outbox.append(_Kept(data))
             self.flush()
-
-    def answer_timing_mark(self):
-        """Tell a telnet client, which waits for it after Ctrl+C, that its mark came (RFC 860)."""
-        with self.lock:
-            self._backlog.append(_Kept(IAC + b"\xfb\x06"))
 
     def flush(self):
         """Send all that was put; blocks while the client is slow."""
-        items, data = list(self._backlog), b"".join(self._backlog)
-        del self._backlog[:]
+        outbox, self._outbox = self._outbox, []
+        data = b"".join(outbox)
         if data and not self.is_broken:
             try:
                 if len(data) <= CHUNK_BYTES:
                     self.sock.sendall(data, NO_SIGNAL)
                 else:
-                    self._send_much(items, len(data))
+                    self._send_much(outbox, len(data))
             except (OSError, ValueError):
                 self.is_broken = True
 
@@ -9946,10 +9947,10 @@ class Connection:
         """Have a sender in the middle of much leave out what was printed; from any thread."""
         self._is_dropping = self.sending is not None
 
-    def _send_much(self, items, total):
+    def _send_much(self, outbox, total):
         self._is_dropping, self.sending, sent = False, (0, total), 0
         try:
-            for item in items:
+            for item in outbox:
                 for piece in _pieces(item):
                     if self._is_dropping and not isinstance(item, _Kept):
                         break
@@ -9959,19 +9960,17 @@ class Connection:
         finally:
             self.sending = None
 
-    def tick(self, flush):
-        """Call `flush` to collect what was printed, and send what the peer takes at once."""
-        if self.lock.acquire(False):      # else somebody is sending just now
+    def tick(self, flush, is_patient=False):
+        """Call `flush` to collect what was printed, and send what the peer takes at once.
+
+        Does nothing where somebody is sending just now, unless it `is_patient`.
+        """
+        if self.lock.acquire(is_patient):
             try:
-                self.push(flush)
+                self.collect(flush)
+                self._send_some()
             finally:
                 self.lock.release()
-
-    def push(self, flush):
-        """As `tick`, but wait for whoever is sending."""
-        with self.lock:
-            self.collect(flush)
-            self._send_some()
 
     def collect(self, function, *args):
         """Call `function`; what it sends is only put."""
@@ -9983,17 +9982,16 @@ class Connection:
                 self._is_corked = False
 
     def _send_some(self):
-        data = b"".join(self._backlog)
+        data = b"".join(self._outbox)
         if not data or self.is_broken:
             return
         try:
             sent = self.sock.send(data, getattr(socket, "MSG_DONTWAIT", 0) | NO_SIGNAL)
+            self._outbox[:] = [_Kept(data[sent:])] if sent < len(data) else []
         except BlockingIOError:
-            sent = 0
+            pass
         except (OSError, ValueError):
             self.is_broken = True
-            return
-        self._backlog[:] = [_Kept(data[sent:])] if sent < len(data) else []
 
     def receive(self):
         """Return what came, b"" at end-of-file; blocks."""
@@ -10005,11 +10003,15 @@ class Connection:
         except (OSError, ValueError):
             return b""
 
-    def is_closed_by_peer(self):
-        """Return whether a client with marks has closed the connection, which others do half."""
+    def is_left(self):
+        """Return whether the client has gone, also while nothing is read.
+
+        One without marks may have closed its sending half alone.
+        """
         try:
-            return self.has_marks and hasattr(socket, "MSG_DONTWAIT") and not self.sock.recv(
-                1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return self.is_broken or self.has_marks and hasattr(
+                socket, "MSG_DONTWAIT") and not self.sock.recv(
+                    1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except (OSError, ValueError):
@@ -10035,15 +10037,15 @@ class _Kept(bytes):
     """What a client needs to follow: it is sent also where what was printed is dropped."""
 
 
+# What continues a character, or an IAC that may be the first half of a doubled one.
+_WITHIN = re.compile(rb"[\x80-\xbf\xff]*")
+
+
 def _pieces(data):
-    """Yield `data` in parts after each of which something else may come."""
+    """Yield `data` in parts, none of which ends within a character or a doubled IAC."""
     begin = 0
     while begin < len(data):
-        end = begin + CHUNK_BYTES
-        while end < min(begin + CHUNK_BYTES + 3, len(data)) and 0x80 <= data[end] < 0xC0:
-            end += 1              # not in the middle of a character ...
-        piece = data[begin:end]
-        end += (end - begin - len(piece.rstrip(IAC))) % 2     # ... nor of a doubled IAC
+        end = _WITHIN.match(data, begin + CHUNK_BYTES).end()
         yield data[begin:end]
         begin = end
 
@@ -10070,7 +10072,7 @@ class Session:
         self.knows_children = False       # it was said where child processes print
         self.is_copy = False      # this is a child that was forked; nobody is connected
         self._waiting = None      # the kind of turn while it waits for the client; _lock
-        self._waker = None        # a socket that ends a wait in an evaluation; guarded by _lock
+        self._wakers = ()         # (ours, for whoever ends a wait in an evaluation), during one
         self._inputs = InputDecoder()
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
@@ -10082,14 +10084,6 @@ class Session:
         """Begin the conversation in a thread of its own."""
         self.evaluator = Evaluator(self)
         self.evaluator.start()
-
-    def keep_value(self, value):
-        """Let `_` be `value`."""
-        if type(self.value) in _PLAIN:
-            self.value = value
-        else:
-            last, self.value = [self.value], value
-            _drop(last)
 
     def greet(self):
         """Send the first lines; they go out with the first prompt."""
@@ -10106,11 +10100,6 @@ class Session:
         Detached: the session goes on in another thread.
         """
         try:
-            if kind in AT_PROMPT:  # before anybody can edit what was imported since the last one
-                note_sources()
-        except ImportError as exc:    # nothing can be imported any more
-            log.debug("no sources noted: %s", exc)
-        try:
             if kind in AT_PROMPT:
                 self._announce(evaluator, kind, prompt)
             else:
@@ -10122,36 +10111,34 @@ class Session:
             if self.evaluator is evaluator:
                 self._waiting = None
 
+    def unread(self, items):
+        """Put `items` before what `read` returns next."""
+        self._inputs.ready.extendleft(reversed(items))
+
     def audit_input(self, text, event="input"):
         """Have it on record what is about to run, or to be read.
 
         It raises the interpreter's own audit event too (3.8, PEP 578): an audit hook forbids by
         raising; then `text` must not run.
         """
-        if "logging" in sys.modules:      # else nobody listens
-            self._aside(self.server.door.audit, event, session=self.number, peer=self.peer,
-                        source=text)
+        if audit_log.isEnabledFor(20):
+            self.audit(event, source=text)
         if _audit is not None:
             _audit("hotrepl.exec", text, self.number)
 
-    def audit_interrupt(self, peer):
-        """Have it on record that `peer` interrupts, on either channel."""
-        self._aside(self.server.door.audit, "interrupt", session=self.number, peer=peer)
+    def audit(self, event, peer=None, **facts):
+        """Have it on record what the session does, or `peer` to it.
 
-    def _aside(self, audit, *args, **facts):
-        """Call `audit`; handlers that the session made on its stderr show it to the program."""
+        Handlers that the session made on its own stderr show it to the program.
+        """
         evaluator = current_evaluator()
-        if evaluator is None or not audit_log.isEnabledFor(20):
-            return audit(*args, **facts)
-        ROUTER.unbind()
+        if evaluator is not None:
+            ROUTER.unbind()
         try:
-            audit(*args, **facts)
+            self.server.door.audit(event, session=self.number, peer=peer or self.peer, **facts)
         finally:
-            ROUTER.bind(evaluator.streams)
-
-    def unread(self, items):
-        """Put `items` before what `read` returns next."""
-        self._inputs.ready.extendleft(reversed(items))
+            if evaluator is not None:
+                ROUTER.bind(evaluator.streams)
 
     def use_marks(self, has_kinds, has_streams):
         """Mark turns from now on; where a prompt is already out, its mark follows at once."""
@@ -10208,15 +10195,21 @@ class Session:
         is_asking = self._waiting in IN_EVALUATION
         return dict(self.outcome, **{"state": "waiting"} if is_asking else {})
 
-    def complete(self, line, cursor):
-        """Return the Completions at `cursor` in `line`; none where looking takes too long."""
-        found = self._look(complete, line, cursor, before="\n".join(self.evaluator.console.buffer),
-                           overlay={} if self.value is None else {"_": self.value})
-        return found or Completions(len(line), [], None)
+    def complete(self, line, cursor=None):
+        """Return the Completions at `cursor` in `line`.
 
-    def complete_word(self, text):
-        """Return the completions of a dotted word; none where looking takes too long."""
-        return self._look(complete_word, text) or []
+        None are found where an object's __dir__ hangs, or raises what is no Exception: that is the
+        business of the thread that looks.
+        """
+        names = debugged_names(self.evaluator) if self._waiting in IN_EVALUATION else None
+        job = Job(complete, self.server.namespace if names is None else names, line, cursor,
+                  before="\n".join(self.evaluator.console.buffer),
+                  overlay={} if self.value is None else {"_": self.value})
+        job.start()
+        job.join(COMPLETION_TIMEOUT_S)
+        if job.state == "running":
+            async_raise(job, SystemExit)
+        return job.value or Completions(len(line), [], None)
 
     def run_awaitable(self, function, *args):
         """Return the result of a function, called, or awaited, where such things run."""
@@ -10226,8 +10219,7 @@ class Session:
                 return run_by(self.server.run_coroutine, own.context, function, *args)
             if self.server.loop is None and self._own_loop is None:
                 self._own_loop = OwnLoop()
-            loop = self.server.loop or self._own_loop.loop
-            return run_on_loop(loop, own.context, function, *args)
+            return run_on_loop(self.loops()[0], own.context, function, *args)
         except (KeyboardInterrupt, SystemExit):
             own.context = own.context.copy()      # what goes on there keeps the other
             raise
@@ -10236,10 +10228,6 @@ class Session:
         """Return the asyncio loops that the session knows."""
         loops = [self.server.loop, self._own_loop and self._own_loop.loop]
         return [loop for loop in loops if loop is not None]
-
-    def is_left(self):
-        """Return whether the client has gone, also while nothing is read."""
-        return self.connection.is_broken or self.connection.is_closed_by_peer()
 
     def follow(self, is_wanted):
         """Begin or end to show what the program's threads print and log."""
@@ -10250,14 +10238,6 @@ class Session:
             FOLLOWERS.remove(self._follower)
             self._follower = None
 
-    def release(self):
-        """At the session's end: let go of what it held besides its connection."""
-        self.follow(False)
-        self.keep_value(None)
-        self.error = None
-        if self._own_loop is not None:
-            self._own_loop.close()
-
     def where(self):
         """Return what the evaluation does just now, as one line, or None."""
         import linecache
@@ -10266,14 +10246,9 @@ class Session:
             frame = None if frame.f_code is Evaluator.run.__code__ else frame.f_back
         if self._waiting or frame is None:
             return None
-        text = "%s, line %d, in %s" % (frame.f_code.co_filename, frame.f_lineno,
-                                       frame.f_code.co_name)
-        console = self.evaluator.console
-        if frame.f_code.co_filename == console.filename:
-            lines = [""] + console.source.split("\n")
-            line = lines[min(frame.f_lineno, len(lines) - 1)].strip()
-        else:
-            line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        code = frame.f_code
+        text = "%s, line %d, in %s" % (code.co_filename, frame.f_lineno, code.co_name)
+        line = linecache.getline(code.co_filename, frame.f_lineno).strip()
         return "%s: %s" % (text, line) if line else text
 
     def may_pair(self, peer, secret):
@@ -10295,6 +10270,25 @@ class Session:
             self.evaluator.interrupts.request(SystemExit)
         self._wake()
 
+    def release(self):
+        """At the session's end: say goodbye, and let go of what it held."""
+        try:
+            self.connection.put_mark(END_OF_FILE)     # it was meant to end
+            self.connection.close()
+        finally:
+            if self.error is not None:
+                _forget_error(self.error[1])
+            self.error = None
+            self.follow(False)
+            self.keep_value(None)
+            if self._own_loop is not None:
+                self._own_loop.close()
+
+    def keep_value(self, value):
+        """Let `_` be `value`."""
+        last, self.value = [self.value], value
+        _drop(last)
+
     def forget(self):
         """In a forked child: close our copy of the socket, which leaves the parent's alone."""
         self.is_copy = True
@@ -10302,20 +10296,10 @@ class Session:
         self.connection.lock = threading.RLock()
         self.connection.sock.close()
 
-    def _look(self, function, *args, **options):
-        """Return what `function` finds in the namespace; None where an object's __dir__ hangs, or
-        raises what is no Exception: that is the business of the thread that looks."""
-        names = debugged_names(self.evaluator) if self._waiting in IN_EVALUATION else None
-        job = Job(function, self.server.namespace if names is None else names, *args, **options)
-        job.start()
-        job.join(COMPLETION_TIMEOUT_S)
-        if job.state == "running":
-            async_raise(job, SystemExit)
-        return job.value
-
     def _announce(self, evaluator, kind, prompt):
-        with self.connection.lock:
-            self.connection.collect(evaluator.streams["stdout"].text.flush)
+        connection = self.connection
+        with connection.lock:
+            connection.collect(evaluator.flush)
             with self._lock:
                 if self.evaluator is not evaluator:
                     raise Detached
@@ -10324,9 +10308,9 @@ class Session:
                 if kind in AT_PROMPT:
                     self._begun_turn = self.turn
                     evaluator.interrupts.expect()
-            self.connection.put_turn(kind, prompt)
+            connection.put_turn(kind, prompt)
             if not self._inputs.ready:
-                self.connection.flush()
+                connection.flush()
 
     def _receive(self, kind):
         # Without a limit the prompt needs no waker: `_prompt_again` serves it.
@@ -10342,7 +10326,7 @@ class Session:
             self._inputs.close()
         if self._inputs.asks_for_control:
             self._inputs.asks_for_control = False
-            self.connection.name_control(self.server.control_address, self.proof)
+            self._name_control()
         if not self._secret_came.is_set() and (self._inputs.secret or self._inputs.ready):
             self._secret_came.set()
 
@@ -10357,42 +10341,44 @@ class Session:
         self.server.door.refuse(self.peer, foreign, session=self.number)
         return b""
 
+    def _name_control(self):
+        """Tell the client the port of the control channel, and what to show there as a token."""
+        address = self.server.control_address
+        port = 0 if isinstance(address, str) else address[1]
+        self.connection.send_own(BEGIN + CONTROL_KIND + b"%d %s" % (port, self.proof) + END)
+
     def _wait_for_data(self):
+        """Return whether there is something to receive, before the session has idled too long."""
         shield = self.evaluator.interrupts.shield     # no descriptor is to be lost on the way
-        pair = []
         try:
-            shield(self._make_waker, pair)
+            shield(self._make_wakers)
             with _Selector() as selector:
-                selector.register(pair[0], selectors.EVENT_READ)
+                selector.register(self._wakers[0], selectors.EVENT_READ)
                 selector.register(self.connection.sock, selectors.EVENT_READ)
                 return bool(selector.select(self.server.idle_timeout_s))
         except (OSError, ValueError):
             return True           # the connection was closed meanwhile: receive() tells
         finally:
-            shield(self._drop_waker, pair)
+            shield(self._drop_wakers)
 
     def _end_idle(self):
         self.connection.send_note("\nhotrepl: no input for %g s, this session ends\n"
                                   % self.server.idle_timeout_s)
-        self._aside(self.server.door.audit, "idle", session=self.number, peer=self.peer)
+        self.audit("idle")
         self.close()
 
-    def _make_waker(self, pair):
-        pair.extend(socket.socketpair())
-        self._waker = pair[1]
+    def _make_wakers(self):
+        self._wakers = socket.socketpair()
 
-    def _drop_waker(self, pair):
-        self._waker = None
-        for each in pair:
+    def _drop_wakers(self):
+        wakers, self._wakers = self._wakers, ()
+        for each in wakers:
             each.close()
 
     def _wake(self):
-        waker = self._waker
-        if waker is not None:
-            try:
-                waker.send(b"!", NO_SIGNAL)
-            except OSError:
-                pass              # the wait was over
+        with suppress(OSError):   # the wait was over
+            for each in self._wakers[1:]:
+                each.send(b"!", NO_SIGNAL)
 
     def _prompt_again(self):
         self.evaluator.console.resetbuffer()
@@ -10403,34 +10389,21 @@ class Session:
             self.connection.flush()
 
 
+# One without a descriptor, which the program could close.
+_Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
+_audit = getattr(sys, "audit", None)
+
 LIBRARY = [name for name, is_needed in (
     ("ctypes", not IS_PYPY), ("_contextvars", sys.version_info >= (3, 7)), ("code", True),
     ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True), ("copy", True),
     ("getpass", True), ("json", True)) if is_needed]
+LOADING = threading.Lock()        # held in an import, as a child forked then could never make it
+LOADING_DELAY_S = 0.05            # how long a server waits with that; start() has returned by then
 
 
-class Loading:
-    """A lock around imports that no fork may interrupt: a child could never import that module."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-
-    def load(self, name):
-        """Import the module `name`."""
-        with self._lock:
-            __import__(name)
-
-    def pause(self):
-        """Wait for an import, but not for ever: it may wait for the caller."""
-        self._lock.acquire(True, STOP_TIMEOUT_S)
-
-    def go_on(self):
-        """Undo `pause`, in a forked child too."""
-        with suppress(RuntimeError):
-            self._lock.release()
-
-
-LOADING = Loading()
+def note_in_background():
+    """Have the sources of the program noted, once a server has started."""
+    threading.Thread(target=note_sources, name="hotrepl notes", daemon=True).start()
 
 
 def load_library():
@@ -10438,13 +10411,19 @@ def load_library():
 
     ImportError names the files of the program that hide such a module.
     """
+    _load_library(*map(sys.modules.get, LIBRARY))
+
+
+@functools.lru_cache(1)           # as long as these are the modules that were found to be right
+def _load_library(*modules):
     hiding = [path for path in map(_hiding_file, LIBRARY) if path]
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
                           % ", ".join(hiding))
     try:
         for name in LIBRARY:
-            LOADING.load(name)
+            with LOADING:
+                __import__(name)
     except ImportError as exc:
         raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
                           "to call hotrepl.load_library() in between" % exc) from exc
@@ -10462,13 +10441,6 @@ def _hiding_file(name):
     own = own + ".py" if os.path.isfile(own + ".py") else os.path.join(own, "__init__.py")
     is_known = path is not None and os.path.isfile(path) and os.path.isfile(own)
     return path if is_known and not os.path.samefile(path, own) else None
-
-
-# One without a descriptor, which the program could close.
-_Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
-
-
-_audit = getattr(sys, "audit", None)
 
 
 class Detached(BaseException):
@@ -10490,10 +10462,10 @@ class Evaluator(Job):
         self.console = console    # to go on with a copy of; None: make one, in the thread itself
         self.is_detached = False  # it is a job now, and the session has another Evaluator
         self.asks_secret = False  # what it reads next is not to be shown
-        self._is_routed = False   # it counts for ROUTER
         self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
+        self._undo = ExitStack()  # what takes this session's share out of the process
         stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
         stderr = SessionStream("stderr", session.connection, self.interrupts,
                                "backslashreplace")
@@ -10510,9 +10482,9 @@ class Evaluator(Job):
                 self.session.greet()
                 load_library()
                 self.context = new_context()
-            ROUTER.acquire()
-            DEBUGGERS.acquire()
-            self._is_routed = True
+            for each in (ROUTER, DEBUGGERS):
+                each.acquire()
+                self._undo.callback(each.release)
             ROUTER.bind(self.streams)
             self._prepare_console()
             self._converse()
@@ -10534,45 +10506,43 @@ class Evaluator(Job):
         self.name = "hotrepl job " + shorten(" ".join(self.console.source.split()), 40)
         JOBS.add(self)
 
-    def _prepare_console(self):
-        if self.console is None:
-            self.console = make_console(self.session.server.namespace, self,
-                                        self.session.server.console_class)
-        else:                     # after Ctrl+Z: what was defined in the old one, macros too
-            import copy
-            job = self.console.evaluator
-            self.trace, self.context = job.trace, job.context.copy()      # the old one is in use
-            self.console = copy.copy(self.console)
-            self.console.evaluator = self
-            self.console.compile = copy.copy(self.console.compile)
-            self.console.resetbuffer()
-            self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
-
     def prompt(self):
         """Return (kind, text) of the prompt that is due."""
         if self.console.buffer:
             return "continuation", prompt_text("ps2", "... ")
         return "primary", prompt_text("ps1", ">>> ")
 
+    def run_code(self, code_object, namespace, runcode=None, is_last=False):
+        """Run `code_object`, or have `runcode` do it; display the value of an expression.
+
+        The value of the last one of an input goes out with the prompt, where that is soon.
+        """
+        text = self.evaluate(code_object, namespace, self._show if is_last else _display, runcode)
+        if text is not None:
+            connection = self.session.connection
+            with connection.lock:
+                if not self.is_detached:
+                    connection.collect(self.flush)
+                    connection.put(text.encode("utf-8"), "value")
+
     def evaluate(self, code_object, namespace, use, runcode=None):
         """Run `code_object`; return `use` of its value. Interrupts are on, and only here.
 
         `runcode` does it instead, unless it awaits.
         """
+        session, run, context = self.session, self.interrupts.run, self.context
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
-        DEBUGGERS.look()
-        if self.session.error is not None:
+        if session.error is not None:
             self._recall_error()
-        lent = None if self.session.value is None else self._lend(namespace)
+        lent = None if session.value is None else self._lend(namespace)
         prompts = _of_sys("ps1"), _of_sys("ps2")
-        run, context = self.interrupts.run, self.context
         try:
-            if _is_for_loop(code_object, self.session.server):
+            if _is_for_loop(code_object, session.server):
                 is_awaited = code_object.co_flags & CO_COROUTINE
-                value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
+                value = run(session.run_awaitable, _evaluate_awaiting if is_awaited
                             else _evaluate_there, code_object, namespace)
-                return run(context.run, use, value)
+                return run(self.context.run, use, value)
             if runcode is not None:
                 return run(context.run, runcode, code_object)
             return run(context.run, _evaluate, code_object, namespace, self, use)
@@ -10584,54 +10554,6 @@ class Evaluator(Job):
             if prompts != (_of_sys("ps1"), _of_sys("ps2")):
                 _restore_prompts(prompts, self.console.source)
 
-    def _stop_tracing(self):
-        """Trace nothing of ours; what the user, or coverage, set is set again for the next one."""
-        trace = sys.gettrace()
-        if trace is not None:     # an exception has come by
-            sys.settrace(None)
-            self.trace = trace
-        if self.trace is not None and _is_bdb(self.trace):
-            self.trace = None
-
-    def push_out(self):
-        """Send all that was printed, as far as the client takes it at once."""
-        self.session.connection.push(self.flush)
-
-    def hint_at_children(self):
-        """Say, once in a session, where child processes print."""
-        if not self.session.knows_children:
-            self.session.knows_children = True
-            print("hotrepl: os.system and child processes print to the program's stdout; "
-                  "subprocess.getoutput() shows it here", file=sys.stderr)
-
-    def run_code(self, code_object, namespace, runcode=None, is_last=False):
-        """Run `code_object`, or have `runcode` do it; display the value of an expression.
-
-        The value of the last one of an input goes out with the prompt, where that is soon.
-        """
-        if runcode is not None or not is_last:
-            self.evaluate(code_object, namespace, _display, runcode)
-            return
-        text = self.evaluate(code_object, namespace, self._show)
-        if text is None:
-            return
-        connection = self.session.connection
-        with connection.lock:
-            if not self.is_detached:
-                connection.collect(self.streams["stdout"].text.flush)
-                connection.put(text.encode("utf-8"), "value")
-
-    def _show(self, value):
-        """Return `value` as it is to be shown, or have it shown by what does that here."""
-        hook = sys.displayhook
-        if (type(hook) is not ThreadHook or hook.is_for_all or self._last_only is not None
-                or not isinstance(sys.stdout, ThreadStream)):
-            return _display(value)
-        text = self.text_of(value)
-        if text is not None and len(text) > CHUNK_BYTES:
-            text = self._write_value(text)
-        return text
-
     def answer(self, code_object, namespace, wants_source):
         """Show the docstring or the source of what `code_object` evaluates to."""
         self.evaluate(code_object, namespace, show_source if wants_source else doc)
@@ -10641,33 +10563,9 @@ class Evaluator(Job):
         if self._last_only is not None and value is not None:
             self._last_only[:] = [value]
             return
-        text = self.text_of(value)
+        text = self._text_of(value)
         if text is not None:
             self._write_value(text)
-
-    def _write_value(self, text):
-        self.streams["stdout"].write_as("value", sys.stdout.write, text)
-
-    def text_of(self, value):
-        """Return the line that shows `value`, which is kept for `_`; None for none."""
-        if value is None:
-            return None
-        self.value = value
-        if self.is_detached:
-            return None
-        try:
-            text = repr(value)
-        except BaseException as exc:
-            self.console.raise_in_input(exc)
-        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        self.session.outcome["value"] = (
-            text if len(text) <= OUTCOME_LIMIT else shorten(text, OUTCOME_LIMIT))
-        if self.session.is_terminal and len(text) > VALUE_LIMIT:
-            cut = VALUE_LIMIT // 2
-            text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
-                text[:cut], len(text) - 2 * cut, text[-cut:])
-        self.session.keep_value(value)
-        return text + "\n"
 
     @contextmanager
     def showing_last_value(self, is_wanted):
@@ -10685,47 +10583,67 @@ class Evaluator(Job):
 
         `show` sends it instead, if that works.
         """
-        import traceback
         if issubclass(kind, KeyboardInterrupt):
             exec("")              # else, after one in an exec(), CPython ends the program by SIGINT
         self.exception = value
         if self.is_detached:
             return
         self.session.error = kind, value, frames
-        try:
-            _forget_long_name(value)
-            restore_sources()
-            text = "".join(_without_ours(traceback.TracebackException(
-                kind, value, frames, limit=_traceback_limit(frames))).format())
-        except BaseException as exc:      # one that can't even be formatted; interrupts are off
-            text = "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
+        text = _format_exception(kind, value, frames)
         if self.session.is_copy:
             _exit_copy(1, text)
         self._recall_error()
         self.session.outcome["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
-        stderr = self.streams["stderr"]
         if show is None and _is_of_program(sys.excepthook, sys.__excepthook__):
             show = functools.partial(sys.excepthook, kind, value, frames)
-        if show is not None and self._has_shown(show):
-            return
-        text = _paint(text) if self.session.has_colours else text
-        with suppress(BaseException):
-            if self.console is not None and self.console._overrides("write"):
-                return stderr.write_as("traceback", self.console.write, text)
-        stderr.write_as("traceback", stderr.text.write, text)
+        if show is None or not self._has_shown(show):
+            self._write_traceback(_paint(text) if self.session.has_colours else text)
 
-    def _has_shown(self, show):
-        """Return whether `show()`, a console's own or the program's, sends something itself."""
-        before = sum(self.streams[name].count for name in ("stdout", "stderr"))
-        with suppress(BaseException):
-            self.streams["stderr"].write_as("traceback", lambda _: show(), "")
-            self.flush()
-            return sum(self.streams[name].count for name in ("stdout", "stderr")) > before
+    def ask_secret(self, prompt):
+        """Return a line that the user types unseen, where the client can hide it."""
+        self.asks_secret = True
+        try:
+            return input(prompt)
+        finally:
+            self.asks_secret = False
+
+    def hint_at_children(self):
+        """Say, once in a session, where child processes print."""
+        if not self.session.knows_children:
+            self.session.knows_children = True
+            print("hotrepl: os.system and child processes print to the program's stdout; "
+                  "subprocess.getoutput() shows it here", file=sys.stderr)
+
+    def flush(self):
+        """Have all that was printed sent, or put where the connection is corked."""
+        self.streams["stdout"].text.flush()       # stderr holds nothing back
+
+    def push_out(self):
+        """Send all that was printed, as far as the client takes it at once."""
+        self.session.connection.tick(self.flush, is_patient=True)
+
+    def _prepare_console(self):
+        if self.console is None:
+            self.console = make_console(self.session.server.namespace, self,
+                                        self.session.server.console_class)
+        else:                     # after Ctrl+Z: what was defined in the old one, macros too
+            import copy
+            job = self.console.evaluator
+            self.trace, self.context = job.trace, job.context.copy()      # the old one is in use
+            self.console = copy.copy(self.console)
+            self.console.evaluator = self
+            self.console.compile = copy.copy(self.console.compile)
+            self.console.resetbuffer()
+            self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
 
     def _converse(self):
         while True:
+            try:                  # before anybody can edit what was imported since the last one
+                note_sources()
+            except ImportError as exc:    # nothing can be imported any more
+                log.debug("no sources noted: %s", exc)
             kind, text = self.session.read(self, *self.prompt())
             self.value, self.exception, self.started = None, None, time.monotonic()
             if kind == "eof":
@@ -10742,6 +10660,8 @@ class Evaluator(Job):
                 self.interrupts.close()
                 self.streams["stdout"].rearm()
                 outcome["state"] = "done"
+
+    # Each of these takes one kind of what an InputDecoder has ready.
 
     def _take_line(self, text):
         if not self.console.buffer:
@@ -10775,7 +10695,7 @@ class Evaluator(Job):
             self.console.showtraceback()
 
     def _take_interrupt(self, _):
-        self.session.audit_interrupt(self.session.peer)
+        self.session.audit("interrupt")
         self.console.resetbuffer()
         self.console.write("\nKeyboardInterrupt\n")
 
@@ -10785,7 +10705,8 @@ class Evaluator(Job):
         self.console.write("hotrepl: %s\n" % reason)
 
     def _take_timing(self, _):
-        self.session.connection.answer_timing_mark()
+        # A telnet client waits for its mark after Ctrl+C (RFC 860).
+        self.session.connection.send_own(IAC + b"\xfb\x06")
 
     def _finish_input(self):
         """Run what was piped in and begun: its block has no empty line behind it.
@@ -10810,6 +10731,7 @@ class Evaluator(Job):
             self.session.outcome["exit"] = status
 
     def _ask(self):
+        """Return the line that answers what the user's code reads, "" at end-of-file."""
         while not self.is_detached:
             word = "secret" if self.asks_secret else "debugger" if _is_debugger() else "input"
             kind, text = self.session.read(self, word, "")
@@ -10819,7 +10741,7 @@ class Evaluator(Job):
                 self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
                 return text + "\n"
             if kind == "interrupt":
-                self.session.audit_interrupt(self.session.peer)
+                self.session.audit("interrupt")
                 raise KeyboardInterrupt
             if kind == "block":
                 self.session.unread([("line", line) for line in text.split("\n")])
@@ -10827,17 +10749,67 @@ class Evaluator(Job):
                 getattr(self, "_take_" + kind)(text)
         return ""
 
-    def ask_secret(self, prompt):
-        """Return a line that the user types unseen, where the client can hide it."""
-        self.asks_secret = True
-        try:
-            return input(prompt)
-        finally:
-            self.asks_secret = False
+    def _show(self, value):
+        """Return `value` as it is to be shown, or have it shown by what does that here."""
+        hook = sys.displayhook
+        if (type(hook) is not ThreadHook or hook.is_for_all
+                or not isinstance(sys.stdout, ThreadStream)):
+            return _display(value)
+        text = self._text_of(value)
+        if text is not None and len(text) > CHUNK_BYTES:
+            text = self._write_value(text)        # so that Ctrl+C can drop the rest
+        return text
 
-    def flush(self):
-        """Have all that was printed sent, or put where the connection is corked."""
-        self.streams["stdout"].text.flush()       # stderr holds nothing back
+    def _write_value(self, text):
+        self.streams["stdout"].write_as("value", sys.stdout.write, text)
+
+    def _text_of(self, value):
+        """Return the line that shows `value`, which is kept for `_`; None for none."""
+        if value is None:
+            return None
+        self.value = value
+        if self.is_detached:
+            return None
+        try:
+            text = repr(value)
+        except BaseException as exc:
+            self.console.raise_in_input(exc)
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+        self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        if self.session.is_terminal and len(text) > VALUE_LIMIT:
+            cut = VALUE_LIMIT // 2
+            text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
+                text[:cut], len(text) - 2 * cut, text[-cut:])
+        self.session.keep_value(value)
+        return text + "\n"
+
+    def _has_shown(self, show):
+        """Return whether `show()`, a console's own or the program's, sends something itself."""
+        before = self._count_sent()
+        with suppress(BaseException):
+            self.streams["stderr"].write_as("traceback", lambda _: show(), "")
+            self.flush()
+            return self._count_sent() > before
+        return False
+
+    def _count_sent(self):
+        return sum(self.streams[name].count for name in ("stdout", "stderr"))
+
+    def _write_traceback(self, text):
+        stderr = self.streams["stderr"]
+        with suppress(BaseException):
+            if self.console is not None and self.console._overrides("write"):
+                return stderr.write_as("traceback", self.console.write, text)
+        stderr.write_as("traceback", stderr.text.write, text)
+
+    def _stop_tracing(self):
+        """Trace nothing of ours; what the user, or coverage, set is set again for the next one."""
+        trace = sys.gettrace()
+        if trace is not None:     # an exception has come by
+            sys.settrace(None)
+            self.trace = trace
+        if self.trace is not None and _is_bdb(getattr(self.trace, "__self__", None)):
+            self.trace = None
 
     def _recall_error(self):
         """Have pdb.pm() look at this session's exception, not at another's."""
@@ -10857,36 +10829,159 @@ class Evaluator(Job):
     def _take_back(self, namespace, lent):
         if namespace.get("_") is lent[0]:
             del namespace["_"]
-        if type(lent[0]) not in _PLAIN:
-            _drop(lent)
+        _drop(lent)
 
     def _end(self):
+        session = self.session
         try:
             self.flush()
             if not self.is_detached:
-                self._end_session()
+                session.release()
         finally:
             self.ended = time.monotonic()
             self.state = "done" if self.exception is None else "failed"
             ROUTER.unbind()
-            if self._is_routed:
-                DEBUGGERS.release()
-                ROUTER.release()
-            _here.evaluator = None
+            self._undo.close()
+            _here.evaluator = self.session = self.console = None
             for each in self.streams.values():
                 each.release()
-            session, self.session, self.console = self.session, None, None
             if not self.is_detached:      # last: from here on stop() does not wait for us
                 session.server.session_ended(session)
 
-    def _end_session(self):
-        try:
-            self.session.connection.put_mark(END_OF_FILE)     # it was meant to end
-            self.session.connection.close()
-        finally:
-            if self.session.error is not None:
-                _forget_error(self.session.error[1])
-            self.session.release()
+
+def _evaluate(code, names, own, use):
+    settrace, gettrace, keep = sys.settrace, sys.gettrace, setattr
+    # One line on purpose, and C functions: a debugger started in the session and still stepping
+    # when the evaluation returns would otherwise stop at our next line.
+    value = settrace(own.trace), eval(code, names), keep(own, "trace", gettrace()), settrace(None)
+    return use(value[1])
+
+
+def _evaluate_there(code_object, namespace):
+    return eval(code_object, namespace)
+
+
+async def _evaluate_awaiting(code_object, namespace):
+    return await eval(code_object, namespace)
+
+
+LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
+
+
+def _is_for_loop(code_object, server):
+    """Return whether the input awaits, or names what asyncio has only for code in a loop."""
+    return bool(code_object.co_flags & CO_COROUTINE or (
+        ALLOW_AWAIT and server.run_coroutine is None
+        and ("asyncio" in sys.modules or "asyncio" in code_object.co_names)
+        and not LOOP_NAMES.isdisjoint(code_object.co_names)))
+
+
+def _display(value):
+    if value is not None:
+        sys.displayhook(value)
+
+
+_CLEAR = compile("values.clear()", "<hotrepl>", "eval")
+
+
+def _drop(values):
+    """Let go of the user's values; a warning of what is never awaited does not name this file."""
+    eval(_CLEAR, {"values": values})
+
+
+def prompt_text(name, default):
+    """Return sys.ps1 or ps2, which may be any object, as Python shows it; `default` if it can't."""
+    try:
+        return str(getattr(sys, name, default))
+    except BaseException:         # of its __str__, exit() too: nobody could come in any more
+        return default
+
+
+_of_sys = vars(sys).get
+
+
+def _restore_prompts(prompts, source):
+    """Take back what a library left, and no user: code.interact(), IPython.embed()."""
+    for name, value in zip(("ps1", "ps2"), prompts):
+        if name not in source:
+            _put_back(sys, name, value)
+
+
+def _put_back(owner, name, value, ours=_MISSING):
+    """Let `owner` have `value` under `name` again, None: nothing; where it still has `ours`."""
+    if ours is not _MISSING and vars(owner).get(name) is not ours:
+        return
+    if value is not None:
+        setattr(owner, name, value)
+    elif name in vars(owner):
+        delattr(owner, name)
+
+
+_PLUMBING = {method.__code__ for method in (
+    Interrupts._raise_kept, Interrupts._settle, SessionInput.readline, SessionStream.write,
+    SessionStream._write_first)}
+
+
+def _format_exception(kind, value, frames):
+    """Return the traceback of an exception as the user is to see it: without frames of ours."""
+    import traceback
+    depth, limit, first = 0, getattr(sys, "tracebacklimit", None), frames
+    while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
+        depth, frames = depth + 1, frames.tb_next
+    depth = min(depth or sys.maxsize, max(limit, 0) if isinstance(limit, int) else sys.maxsize)
+    try:
+        name = getattr(value, "name", "") if kind in (NameError, AttributeError) else ""
+        if isinstance(name, str) and len(name) > 1000:
+            value.name = None     # PyPy 7.3 would compare it with all others, for hours
+        restore_sources()
+        shown = traceback.TracebackException(kind, value, first, limit=depth)
+        return "".join(_without_ours(shown).format())
+    except BaseException as exc:  # one that can't even be formatted; interrupts are off
+        return "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
+
+
+def _without_ours(shown):
+    """Return the TracebackException `shown` without frames of this file, in what caused it too."""
+    if shown.stack is not None:
+        shown.stack[:] = [each for each in shown.stack if not _is_own_file(each.filename)]
+    for each in (shown.__cause__, shown.__context__):
+        if each is not None:
+            _without_ours(each)
+    return shown
+
+
+def _paint(text):
+    """Colour a traceback: where it was and what it was."""
+    text = re.sub(r'(?m)^(\s+File )(".*?")(, line )(\d+)',
+                  "\\1\033[35m\\2\033[0m\\3\033[35m\\4\033[0m", text)
+    return re.sub(r"(?m)^([\w.]+)(: .*)?\n?\Z", "\033[1;31m\\1\033[0m\\2\n", text)
+
+
+def _message(value):
+    try:
+        return str(value)
+    except BaseException:         # a __str__ may call exit()
+        return ""
+
+
+def _exit_copy(status, text):
+    """In a child that was forked at a prompt: say why, and end it as a script ends."""
+    for stream, rest in ((sys.stdout, ""), (sys.stderr, text)):
+        with suppress(Exception):         # None, closed, or a pipe that nobody reads
+            stream.write(rest)
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
+def _forget_error(error):
+    """Drop from sys what pdb.pm() looks at, where it is `error`: its frames hold everything."""
+    if getattr(sys, "last_value", None) is error:
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            _put_back(sys, name, None)
+
+
+def _is_bdb(thing):
+    return "bdb" in sys.modules and isinstance(thing, sys.modules["bdb"].Bdb)
 
 
 def _is_debugger():
@@ -10894,8 +10989,25 @@ def _is_debugger():
     frame = sys._getframe()
     while frame is not None and frame.f_code.co_filename == _THIS_FILE:
         frame = frame.f_back
-    asker = frame and frame.f_locals.get("self")
-    return "bdb" in sys.modules and isinstance(asker, sys.modules["bdb"].Bdb)
+    return frame is not None and _is_bdb(frame.f_locals.get("self"))
+
+
+def debugged_names(evaluator):
+    """Return the names that an input at `(Pdb)` or in a console of the user's sees, or None."""
+    from code import InteractiveInterpreter
+    frame, pdb = sys._current_frames().get(evaluator.ident), sys.modules.get("pdb")
+    while frame is not None:
+        asking = frame.f_locals.get("self")
+        if asking is evaluator.console:
+            return None
+        if isinstance(asking, InteractiveInterpreter):
+            return asking.locals
+        if pdb is not None and isinstance(asking, pdb.Pdb) and asking.curframe is not None:
+            # Up to 3.12 f_locals would undo what was assigned at the debugger's prompt.
+            return dict(asking.curframe.f_globals, **vars(asking).get("curframe_locals")
+                        or asking.curframe.f_locals)
+        frame = frame.f_back
+    return None
 
 
 class DebuggerMixin:
@@ -10933,13 +11045,19 @@ class Debuggers:
         self._kind = None         # the sessions' class of debuggers, while pdb is adapted
 
     def acquire(self):
+        """Begin; each call wants one `release`."""
         with self._lock:
             self._count += 1
-            if self._count == 1:
-                sys.meta_path.insert(0, self)
-                self._undo.callback(self._leave_imports)
+            if self._count > 1:
+                return
+            sys.meta_path.insert(0, self)
+            self._undo.callback(self._leave_imports)
+        if "pdb" in sys.modules:
+            import pdb            # waits for another thread that is still at it
+            self._adapt(pdb)
 
     def release(self):
+        """Undo one `acquire`; after the last, pdb is as it was."""
         with self._lock:
             self._count -= 1
             if not self._count:
@@ -10968,28 +11086,20 @@ class Debuggers:
         """As a loader: load pdb as its own loader does, and adapt it."""
         module.__loader__ = module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self.look()
-
-    def look(self):
-        """Adapt pdb, if it is loaded and still as it came."""
-        if self._kind is None and "pdb" in sys.modules:
-            import pdb            # waits for another thread that is still at it
-            with self._lock:
-                if self._count and self._kind is None and hasattr(pdb, "Pdb"):
-                    self._adapt(pdb)
+        self._adapt(module)
 
     def _adapt(self, pdb):
-        self._undo.callback(setattr, self, "_kind", None)
-        self._kind = type("SessionPdb", (DebuggerMixin, pdb.Pdb), {})
-        for name in ("set_trace", "set_trace_async"):
-            if hasattr(pdb.Pdb, name):
-                own, ours = vars(pdb.Pdb).get(name), self._stand_in(getattr(pdb.Pdb, name), pdb.Pdb)
-                setattr(pdb.Pdb, name, ours)
-                self._undo.callback(self._put_back, pdb.Pdb, name, ours, own)
-
-    def _put_back(self, cls, name, ours, own):
-        if vars(cls).get(name) is ours:
-            delattr(cls, name) if own is None else setattr(cls, name, own)
+        with self._lock:
+            if not self._count or self._kind is not None or not hasattr(pdb, "Pdb"):
+                return
+            self._undo.callback(setattr, self, "_kind", None)
+            self._kind = type("SessionPdb", (DebuggerMixin, pdb.Pdb), {})
+            for name in ("set_trace", "set_trace_async"):
+                if hasattr(pdb.Pdb, name):
+                    own = vars(pdb.Pdb).get(name)
+                    ours = self._stand_in(getattr(pdb.Pdb, name), pdb.Pdb)
+                    setattr(pdb.Pdb, name, ours)
+                    self._undo.callback(_put_back, pdb.Pdb, name, own, ours)
 
     def _leave_imports(self):
         if self in sys.meta_path:
@@ -11016,162 +11126,6 @@ class Debuggers:
 
 
 DEBUGGERS = Debuggers()
-
-
-def debugged_names(evaluator):
-    """Return the names that an input at `(Pdb)` or in a console of the user's sees, or None."""
-    from code import InteractiveInterpreter
-    frame, pdb = sys._current_frames().get(evaluator.ident), sys.modules.get("pdb")
-    while frame is not None:
-        asking = frame.f_locals.get("self")
-        if asking is evaluator.console:
-            return None
-        if isinstance(asking, InteractiveInterpreter):
-            return asking.locals
-        if pdb is not None and isinstance(asking, pdb.Pdb) and asking.curframe is not None:
-            # Up to 3.12 f_locals would undo what was assigned at the debugger's prompt.
-            return dict(asking.curframe.f_globals, **vars(asking).get("curframe_locals")
-                        or asking.curframe.f_locals)
-        frame = frame.f_back
-    return None
-
-
-def prompt_text(name, default):
-    """Return sys.ps1 or ps2, which may be any object, as Python shows it; `default` if it can't."""
-    try:
-        return str(getattr(sys, name, default))
-    except BaseException:         # of its __str__, exit() too: nobody could come in any more
-        return default
-
-
-def _paint(text):
-    """Colour a traceback: where it was and what it was."""
-    text = re.sub(r'(?m)^(\s+File )(".*?")(, line )(\d+)(?:(, in )(.*))?$',
-                  lambda found: "".join(_coloured(each or "", index)
-                                        for index, each in enumerate(found.groups())), text)
-    return re.sub(r"(?m)^([\w.]+)(: .*)?\n?\Z", "\033[1;31m\\1\033[0m\\2\n", text)
-
-
-def _coloured(text, index):
-    return "\033[35m%s\033[0m" % text if index % 2 and text else text
-
-
-def _forget_long_name(value):
-    """Keep PyPy 7.3 from comparing a name of megabytes with all others, which takes hours."""
-    name = getattr(value, "name", None) if isinstance(value, (NameError, AttributeError)) else None
-    if isinstance(name, str) and len(name) > 1000:
-        value.name = None
-
-
-def _message(value):
-    try:
-        return str(value)
-    except BaseException:         # a __str__ may call exit()
-        return ""
-
-
-def _evaluate(code, names, own, use):
-    settrace, gettrace, keep = sys.settrace, sys.gettrace, setattr
-    # One line on purpose, and C functions: a debugger started in the session and still stepping
-    # when the evaluation returns would otherwise stop at our next line.
-    value = settrace(own.trace), eval(code, names), keep(own, "trace", gettrace()), settrace(None)
-    return use(value[1])
-
-
-def _drop(values):
-    """Let go of the user's values; a warning of what is never awaited does not name this file."""
-    eval(_CLEAR, {"values": values})
-
-
-_PLAIN = {int, float, str, bool, bytes, type(None)}
-_CLEAR = compile("values.clear()", "<hotrepl>", "eval")
-
-
-def _display(value):
-    if value is not None:
-        sys.displayhook(value)
-
-
-def _evaluate_there(code_object, namespace):
-    return eval(code_object, namespace)
-
-
-_of_sys = vars(sys).get
-
-
-def _restore_prompts(prompts, source):
-    """Take back what a library left, and no user: code.interact(), IPython.embed()."""
-    for name, value in zip(("ps1", "ps2"), prompts):
-        if name in source:
-            continue
-        if value is not None:
-            setattr(sys, name, value)
-        elif hasattr(sys, name):
-            delattr(sys, name)
-
-
-async def _evaluate_awaiting(code_object, namespace):
-    return await eval(code_object, namespace)
-
-
-def _is_bdb(trace):
-    debugger = getattr(trace, "__self__", None)
-    return "bdb" in sys.modules and isinstance(debugger, sys.modules["bdb"].Bdb)
-
-
-def _is_for_loop(code_object, server):
-    """Return whether the input awaits, or names what asyncio has only for code in a loop."""
-    return bool(code_object.co_flags & CO_COROUTINE or (
-        ALLOW_AWAIT and server.run_coroutine is None
-        and ("asyncio" in sys.modules or "asyncio" in code_object.co_names)
-        and not LOOP_NAMES.isdisjoint(code_object.co_names)))
-
-
-LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
-
-_PLUMBING = {method.__code__ for method in (
-    Interrupts._raise_kept, Interrupts._settle, SessionInput.readline, SessionStream.write,
-    SessionStream._write_first)}
-
-
-def _traceback_limit(frames):
-    """Return how many entries of a traceback to show: those before plumbing of ours, at most."""
-    depth, limit = 0, getattr(sys, "tracebacklimit", None)
-    while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
-        depth, frames = depth + 1, frames.tb_next
-    return min(depth or sys.maxsize, max(limit, 0) if isinstance(limit, int) else sys.maxsize)
-
-
-def _exit_copy(status, text):
-    """In a child that was forked at a prompt: say why, and end it as a script ends."""
-    for stream, rest in ((sys.stdout, ""), (sys.stderr, text)):
-        with suppress(Exception):         # None, closed, or a pipe that nobody reads
-            stream.write(rest)
-            stream.flush()
-    os._exit(status & 0xFF)
-
-
-def _without_ours(shown):
-    """Return the TracebackException `shown` without frames of this file, in what caused it too."""
-    if shown.stack is not None:
-        shown.stack[:] = [each for each in shown.stack if not _is_own_file(each.filename)]
-    for each in (shown.__cause__, shown.__context__):
-        if each is not None:
-            _without_ours(each)
-    return shown
-
-
-def _forget_error(error):
-    """Drop from sys what pdb.pm() looks at, where it is `error`: its frames hold everything."""
-    if getattr(sys, "last_value", None) is error:
-        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
-            if hasattr(sys, name):
-                delattr(sys, name)
-
-
-def note_in_background():
-    """Have the sources of the program noted, once a server has started."""
-    threading.Thread(target=note_sources, name="hotrepl notes", daemon=True).start()
 
 
 # === 12. Control channel =====================================================
@@ -11268,7 +11222,8 @@ class ControlConnection(threading.Thread):
     def _do_TabComplete(self, request):
         session = self._paired()
         if request["state"] == 0:
-            self._matches = session.complete_word(request["text"])
+            found = session.complete(request["text"])
+            self._matches = [request["text"][:found.start] + each for each in found.matches]
         in_range = 0 <= request["state"] < len(self._matches)
         return {"result": self._matches[request["state"]] if in_range else None}
 
@@ -11277,7 +11232,7 @@ class ControlConnection(threading.Thread):
         return {"start": found.start, "matches": found.matches, "hint": found.hint}
 
     def _do_KeyboardInterrupt(self, request):
-        self._paired().audit_interrupt(self.peer)
+        self._paired().audit("interrupt", self.peer)
         self._paired().interrupt(request.get("turn"), bool(request.get("answered")))
 
     def _do_Background(self, request):
@@ -11336,7 +11291,6 @@ class Server:
         self.on_stop = None       # called at the end of stop()
         self.error = None         # of what the program died, as sys.last_*; written by keep_error
         self._is_halting = False  # stop when the last session is gone
-        self._is_loaded = False   # what sessions import, as far as it can be
         self._is_short = False    # of descriptors; written by the server's thread
         self._listeners = {}      # listening socket -> "repl" or "control"
         self._waker = self._woken = None  # a byte sent into the first wakes the server's thread
@@ -11486,8 +11440,14 @@ class Server:
         GUESTS.leave(self.namespace, is_copy=True)
 
     def _accept(self):
+        timeout_s = LOADING_DELAY_S
         while not self._is_stopped:
-            for key, _ in self._select():
+            found = self._selector.select(timeout_s)
+            if not found:         # nobody has come so far: get ready for a session
+                timeout_s = None
+                with suppress(Exception):     # a session tells its client
+                    load_library()
+            for key, _ in found:
                 if not key.fileobj.is_own():
                     return log.warning("the program has closed the sockets of the server at %s",
                                        _join_address(self.address))
@@ -11496,17 +11456,7 @@ class Server:
                         self._accept_one(key.fileobj)
                     except BaseException:     # a log handler's; without this thread nobody comes in
                         with suppress(BaseException):
-                            import traceback
-                            traceback.print_exc()
-
-    def _select(self):
-        """Wait for connections; the first time that none comes, get ready for a session."""
-        found = self._selector.select(None if self._is_loaded else LOADING_DELAY_S)
-        if not (found or self._is_loaded):
-            self._is_loaded = True
-            with suppress(Exception):     # a session tells its client
-                load_library()
-        return found
+                            sys.excepthook(*sys.exc_info())
 
     def _accept_one(self, listener):
         channel = self._listeners[listener]
@@ -11763,9 +11713,6 @@ def stop():
         server.stop()
 
 
-LOADING_DELAY_S = 0.05            # start() has returned by then
-
-
 class Registry:
     """The servers of this process, and what they need of it: atexit and fork."""
 
@@ -11782,7 +11729,7 @@ class Registry:
                 atexit.register(stop)
             if not self._is_hooked:
                 self._is_hooked = True
-                at_fork(self._forget, LOADING.pause, LOADING.go_on)
+                at_fork(self._forget, _pause_loading, _go_on_loading)
 
     def remove(self, server):
         """Take out a server that stops."""
@@ -11801,12 +11748,21 @@ class Registry:
         servers, self._servers = self._servers, []
         for server in servers:
             server.forget()
-        LOADING.go_on()
+        _go_on_loading()
         MAIN.forget()
         FOLLOWERS.forget()
         ROUTER.forget()
         DEBUGGERS.forget()
         FLUSHER.forget()
+
+
+def _pause_loading():
+    LOADING.acquire(True, STOP_TIMEOUT_S)     # not for ever: the import may wait for the caller
+
+
+def _go_on_loading():
+    with suppress(RuntimeError):
+        LOADING.release()
 
 
 def at_fork(in_child, before=int, in_parent=int):

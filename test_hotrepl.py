@@ -3559,8 +3559,8 @@ class OddSurroundings(Case):
             import sys, time
             while not set(hotrepl.LIBRARY) <= set(sys.modules):
                 time.sleep(0.01)
-            hotrepl.LOADING.pause()
-            hotrepl.LOADING.go_on()
+            with hotrepl.LOADING:
+                pass
             sys.path[:] = []
             sys.path_importer_cache.clear()
             print("gone", flush=True)
