@@ -844,6 +844,10 @@ class StreamRouter:
         except AttributeError:    # somebody has deleted one
             return False
 
+    def shows_for_all(self):
+        """Return whether the program's own displayhook shows values, those of sessions too."""
+        return self._ours["displayhook"].is_for_all
+
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
         value = _standing(sys, name)
@@ -1710,83 +1714,79 @@ class Interrupts:
 
 
 # === 6. Consoles =============================================================
+# Two rooms: the console, which compiles and runs what a client sends; and completion.
+#
 # The first of imacropy, MacroPy, mcpyrate and the standard library that imports and can be
 # made is the console of a session. Importing any of the first three changes the import system,
 # so a miss is taken back: sys.meta_path, sys.path_hooks and sys.modules are as before.
-# All are InteractiveConsole underneath; ConsoleMixin puts our half in front: it runs code
-# with interrupts on, shows exceptions to the session alone, runs whole blocks, answers `obj?`.
+# All are InteractiveConsole underneath; ConsoleMixin puts our half in front. All of it runs in
+# the evaluator's thread. A line goes this way:
+#     run_line      a whole expression or statement is compiled at once -> runcode
+#                   all else -> push(), as the class has it: it finds out whether more is to
+#                   come, expands macros, and calls runcode or showsyntaxerror
+#     run_block     any number of statements at once -> runcode; the last one's value is shown
+#     runcode       -> Evaluator.run_code, with interrupts on -> showtraceback
 
 CONSOLES = [                      # (modules to import, class in the last, below which Python)
     (("imacropy.console",), "MacroConsole", (3, 9)),  # later ones import, but expand no macro
     (("macropy.activate", "macropy.core.console"), "MacroConsole", (3, 9)),
     (("mcpyrate.repl.console",), "MacroConsole", (4,)),
 ]
+_MACRO_PACKAGES = ("imacropy", "macropy", "mcpyrate")
 
 
 def make_console(namespace, evaluator, console_class=None):
     """Return a console for `evaluator` over `namespace`; of `console_class`, or the best there is.
 
-    Runs in the evaluator's thread. A `console_class` that can't be made raises what it raises; of
-    the others, a miss is logged and the next is tried.
+    A `console_class` that can't be made raises what it raises; of the others, a miss is logged and
+    the next is tried.
     """
     from code import InteractiveConsole
     if console_class is not None:
         return _adapt(console_class)(namespace, evaluator)
     for modules, name, below in CONSOLES:
-        if sys.version_info < below:
-            missed = modules, tuple(sys.path)
-            if missed in _missed:
-                continue
-            console = _try_console(modules, name, namespace, evaluator)
+        tried = modules, tuple(sys.path)
+        if sys.version_info < below and tried not in _missed:
+            with _import_lock:
+                console = _try_console(modules, name, namespace, evaluator)
             if console is not None:
                 return console
-            _missed.add(missed)
+            _missed.add(tried)
     return _adapt(InteractiveConsole)(namespace, evaluator)
 
 
 _missed = set()                   # (modules, sys.path) that made no console
-
-
-def _try_console(modules, name, namespace, evaluator):
-    with _import_lock:
-        before = _ImportState()
-        try:
-            for module in modules:
-                __import__(module)
-            return _adapt(getattr(sys.modules[module], name))(namespace, evaluator)
-        except Exception as exc:      # not only ImportError: MacroPy may raise TypeError
-            before.restore()
-            log.debug("no console from %s: %s", module, shorten(str(exc)))
-        finally:
-            before.restore_streams()  # mcpyrate imports colorama, which wraps them
-
-
 _import_lock = threading.RLock()  # one console is tried at a time: a miss takes back its imports
 
 
-class _ImportState:
-    """What an import of a console may leave behind."""
-
-    def __init__(self):
-        self._streams = sys.stdout, sys.stderr
-        self._modules = set(sys.modules)
-        self._lists = [(each, list(each)) for each in (sys.meta_path, sys.path_hooks)]
-
-    def restore(self):
-        """Take back a miss."""
-        for live, before in self._lists:
+def _try_console(modules, name, namespace, evaluator):
+    """Return a console of that class; or None, and what the import has changed is taken back."""
+    lists = [(each, list(each)) for each in (sys.meta_path, sys.path_hooks)]
+    loaded, streams = set(sys.modules), (sys.stdout, sys.stderr)
+    try:
+        for module in modules:
+            __import__(module)
+        return _adapt(getattr(sys.modules[module], name))(namespace, evaluator)
+    except Exception as exc:      # not only ImportError: MacroPy may raise TypeError
+        for live, before in lists:
             live[:] = before
-        for name in set(sys.modules) - self._modules:
-            if name.split(".")[0] in ("imacropy", "macropy", "mcpyrate"):
-                del sys.modules[name]
-
-    def restore_streams(self):
-        sys.stdout, sys.stderr = self._streams
+        for each in set(sys.modules) - loaded:
+            if each.partition(".")[0] in _MACRO_PACKAGES:
+                del sys.modules[each]
+        log.debug("no console from %s: %s", module, shorten(str(exc)))
+        return None
+    finally:
+        sys.stdout, sys.stderr = streams      # mcpyrate imports colorama, which wraps them
 
 
 def _adapt(base):
+    """Return our class over the console class `base`; it knows which of code's methods are its own.
+    """
     if base not in _adapted:
-        _adapted[base] = type("SessionConsole", (ConsoleMixin, base), {})
+        from code import InteractiveConsole
+        own = {name for each in base.__mro__ for name, value in vars(each).items()
+               if value is not getattr(InteractiveConsole, name, value)}
+        _adapted[base] = type("SessionConsole", (ConsoleMixin, base), {"own": own})
     return _adapted[base]
 
 
@@ -1796,34 +1796,36 @@ _adapted = {}                     # class of a console -> ours over it
 class ConsoleMixin:
     """What a session adds to a console class; stands before it in the bases."""
 
+    own = frozenset()             # names of methods that the class has in place of code's
+
     def __init__(self, namespace, evaluator):
         self.evaluator = evaluator
         self.serial = next(_serials)  # among the consoles of the process, and ...
         self.inputs = 0           # how many inputs were run: both number their file names
         self.source = ""          # what runs now, for its traceback
+        self.filename = ""        # by which linecache knows it
         # imacropy's runs code already.
         super().__init__(namespace)   # type: ignore[call-arg]
-        self._is_plain = (self._has_plain_compiler()
-                          and not self._overrides("push", "runsource", "runcode"))
-        if hasattr(getattr(self, "compile", None), "compiler"):
-            self.compile.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
+        from codeop import CommandCompiler
+        compiler = getattr(self, "compile", None)
+        self._has_plain_compiler = type(compiler) is CommandCompiler
+        self._is_plain = (self._has_plain_compiler
+                          and self.own.isdisjoint(("push", "runsource", "runcode")))
+        if hasattr(compiler, "compiler"):
+            compiler.compiler.flags |= ALLOW_AWAIT        # mcpyrate and imacropy take it from there
 
     def run_line(self, line):
         """Run `line`, or keep it until more come; return whether the console wants more."""
-        if not self.buffer:
-            self._begin_input()
-        self.source = "\n".join(self.buffer + [line]) if self.buffer else line
-        return self._with_known_source(self._run_line, line)
-
-    def _run_line(self, line):
-        if not self.buffer and "?" in line and line.rstrip().endswith("?") and self._answer(line):
-            return False
-        code_objects = self._compile_quickly(self.source)
-        if not code_objects:
-            return self.push(line)
         if self.buffer:
-            self.resetbuffer()
-        self._run_all(code_objects)
+            self._know("%s\n%s" % (self.source, line))
+            return self.push(line)
+        self._begin(line)
+        if "?" in line and self._answer(line):
+            return False
+        code_object = self._compile_whole(line) if self._is_plain else None
+        if code_object is None:
+            return self.push(line)
+        self.runcode(code_object)
         return False
 
     def run_block(self, source, name=None):
@@ -1831,32 +1833,77 @@ class ConsoleMixin:
 
         `name` stands for it in tracebacks, in place of a number.
         """
-        self._begin_input()
-        self.filename = name or self.filename  # type: ignore[has-type]
-        self.source = source.rstrip() + "\n"
-        self._with_known_source(self._run_source, self.source)
-
-    def _run_source(self, source):
-        if source.count("\n") == 1 and source.endswith("?\n") and self._answer(source):
+        source = source.rstrip() + "\n"
+        self._begin(source, name)
+        if "?" in source and self._answer(source):
             return
         try:
-            body, last = _split_block(source, self.filename, self._flags())
+            code_objects = self._compile_block(source)
         except (SyntaxError, ValueError, OverflowError, RecursionError):
             self.showsyntaxerror(self.filename)
             return
-        if self._overrides("runsource", "runcode"):       # it expands macros, or whatever it does
-            with self._taking_blocks(), self.evaluator.showing_last_value(last is not None):
+        if not self.own.isdisjoint(("runsource", "runcode")):     # it expands macros, or the like
+            with self._taking_blocks(), self.evaluator.showing_last_value(code_objects[1]):
                 self.runsource(source, self.filename, "single")
-            return
-        for tree in (body, last):
-            if tree is not None and not self._run_tree(tree):
-                return
+        elif code_objects[0] is None or self.runcode(code_objects[0]):
+            if code_objects[1] is not None:
+                self.runcode(code_objects[1])
+
+    def _begin(self, source, name=None):
+        """Get ready for a new input; nobody asks for the lines of the last one any more."""
+        self.forget()
+        self.inputs += 1
+        self.filename = name or "<hotrepl %d:%d>" % (self.serial, self.inputs)
+        restore_sources()
+        self._know(source)
+
+    def _know(self, source):
+        """Let tracebacks, stacks() and pdb find the lines of the input."""
+        import linecache
+        self.source = source
+        linecache.cache[self.filename] = _lines_entry(self.filename, source)
+
+    def forget(self):
+        """Take back what `_know` did, unless a function has come from that input."""
+        import linecache
+        if self.filename not in _remembered:
+            linecache.cache.pop(self.filename, None)
+
+    def _compile_whole(self, line):
+        """Return the code of a line that is complete and right; None: the console has to see it.
+
+        CommandCompiler, as which the console knows incomplete and wrong input, compiles up to
+        three times; what is complete and right takes one. Of an expression ("eval") the value is
+        shown when all is over; "single" would display it within the evaluation, which is slower,
+        and only done where the line is or may be a statement.
+        """
+        word = line.partition(" ")[0]
+        is_statement = "=" in line or keyword.iskeyword(word) and word not in _EXPRESSION_WORDS
+        if "__future__" in line:  # the compiler remembers what is imported
+            return None
+        try:
+            return compile(line, self.filename, "single" if is_statement else "eval",
+                           self.compile.compiler.flags, True)
+        except (SyntaxError, ValueError, OverflowError):
+            return None
+
+    def _compile_block(self, source):
+        """Return the code of all but a last expression, and of that; either may be None."""
+        import ast
+        flags = getattr(self.compile.compiler, "flags", 0) & ~_INTERACTIVE_FLAGS
+        tree = compile(source, self.filename, "exec", flags | ast.PyCF_ONLY_AST, True)
+        last = None
+        if tree.body and isinstance(tree.body[-1], ast.Expr):
+            last = ast.Expression(tree.body.pop().value)
+            last = compile(last, self.filename, "eval", flags, True)
+        body = compile(tree, self.filename, "exec", flags, True) if tree.body else None
+        return body, last
 
     @contextmanager
     def _taking_blocks(self):
         """Within this InteractiveInterpreter's runsource() takes any number of statements."""
         before = getattr(self, "compile", None)
-        if self._has_plain_compiler():
+        if self._has_plain_compiler:
             self.compile = _BlockCompiler(before)
         try:
             yield
@@ -1870,86 +1917,13 @@ class ConsoleMixin:
             source += " "
         return bool(super().runsource(source, filename, symbol))
 
-    def _has_plain_compiler(self):
-        from codeop import CommandCompiler
-        return type(getattr(self, "compile", None)) is CommandCompiler
-
-    def _overrides(self, *names):
-        """Return whether our class brings own methods of these names, other than code's."""
-        from code import InteractiveConsole
-        after = type(self).__mro__[type(self).__mro__.index(ConsoleMixin) + 1:]
-        return any(vars(base)[name] is not getattr(InteractiveConsole, name)
-                   for base in after for name in names if name in vars(base))
-
-    def _compile_quickly(self, source):
-        """Return code objects to run one after the other, or () where the console has to see it.
-
-        CommandCompiler, as which the console knows incomplete and wrong input, compiles up to
-        three times; what is complete and right takes one.
-        """
-        if not self._is_plain:
-            return ()
-        try:
-            # "single" would display a value within the evaluation: a debugger that steps out of
-            # an expression must not step into our display.
-            flags = self.compile.compiler.flags
-            if "__future__" in source:
-                return ()         # the compiler remembers what is imported
-            if ";" in source and "await" not in source:   # which runs on its loop as a whole
-                return self._compile_several(source, flags)
-            mode = "single" if _STATEMENT.match(source) else "eval"
-            return (compile(source, self.filename, mode, flags, True),)
-        except (SyntaxError, ValueError, OverflowError):
-            return ()             # the console tells incomplete from wrong
-
-    def _compile_several(self, source, flags):
-        """Return the code objects of `a; b; c`, each expression on its own."""
-        import ast
-        tree = compile(source, self.filename, "single", flags | ast.PyCF_ONLY_AST, True)
-        return [compile(ast.Expression(each.value), self.filename, "eval", flags, True)
-                if isinstance(each, ast.Expr) else
-                compile(ast.Interactive([each]), self.filename, "single", flags, True)
-                for each in tree.body]
-
-    def _begin_input(self):
-        self.inputs += 1
-        self.filename = "<hotrepl %d:%d>" % (self.serial, self.inputs)
-
-    def _with_known_source(self, function, argument):
-        """Call `function`; meanwhile tracebacks, stacks() and pdb find the lines of the input."""
-        import linecache
-        if _remembered and list(_remembered)[-1] not in linecache.cache:
-            restore_sources()
-        filename = self.filename
-        linecache.cache[filename] = _lines_entry(filename, self.source)
-        try:
-            return function(argument)
-        finally:
-            if filename not in _remembered:
-                linecache.cache.pop(filename, None)
-
-    def _run_tree(self, tree):
-        mode = "exec" if type(tree).__name__ == "Module" else "eval"
-        try:
-            code_object = compile(tree, self.filename, mode, self._flags(), True)
-        except (SyntaxError, ValueError, OverflowError, RecursionError):
-            self.showsyntaxerror(self.filename)
-            return False
-        return self.runcode(code_object)
-
-    def _flags(self):
-        return getattr(self.compile.compiler, "flags", 0) & ~_INTERACTIVE_FLAGS
-
     def runcode(self, code_object):
-        """Run `code_object` with interrupts on; show what it raises, but for SystemExit."""
-        return self._run_all([code_object], super().runcode if self._overrides("runcode") else None)
-
-    def _run_all(self, code_objects, runcode=None):
+        """Run `code_object`, show what it raises, but for SystemExit; return whether it was fine."""
+        runcode = super().runcode if "runcode" in self.own else None
+        if types.CodeType in map(type, code_object.co_consts):    # it may outlive this input
+            remember_source(code_object.co_filename, self.source)
         try:
-            for each in code_objects:
-                if each.co_consts:
-                    self._remember_source(each)
-                self.evaluator.run_code(each, self.locals, runcode, each is code_objects[-1])
+            self.evaluator.run_code(code_object, self.locals, runcode=runcode)
             return True
         except SystemExit:
             raise
@@ -1957,25 +1931,21 @@ class ConsoleMixin:
             self.showtraceback()
             return False
 
-    def _remember_source(self, code_object):
-        for each in code_object.co_consts:
-            if type(each) is types.CodeType:  # a function or class may outlive this input
-                return remember_source(code_object.co_filename, self.source)
-
     def showtraceback(self):
         """Show the exception that is being handled, without the frames of this file."""
-        kind, value, frames = sys.exc_info()
+        _, value, frames = sys.exc_info()
         while frames is not None and _is_plumbing(frames.tb_frame.f_code):
             frames = frames.tb_next
         BaseException.with_traceback(value, frames)   # 3.12: pdb.pm() begins there
-        own = self._show_by_own if self._overrides("showtraceback") else None
-        self.evaluator.show_exception(kind, value, frames,
-                                      own and functools.partial(own, value, frames))
+        is_own = "showtraceback" in self.own
+        self.evaluator.show_exception(value, self._show_by_own if is_own else None)
 
-    def _show_by_own(self, value, frames):
+    def _show_by_own(self):
         """Call the class's own showtraceback(); code's drops the first frame, that of a runcode."""
+        value = self.evaluator.result.exception
+        frames = value.__traceback__
         try:
-            raise BaseException.with_traceback(value, frames)
+            raise value
         except BaseException:
             super().showtraceback()
         finally:
@@ -1983,13 +1953,14 @@ class ConsoleMixin:
 
     def showsyntaxerror(self, filename=None, **options):
         """Show the SyntaxError that is being handled, without any frames."""
-        kind, value, _ = sys.exc_info()
-        if kind is SyntaxError and value.text is None and value.filename == self.filename:
+        value = sys.exc_info()[1]
+        if type(value) is SyntaxError and value.text is None and value.filename == self.filename:
             line = self.source.split("\n")[(value.lineno or 1) - 1:][:1]     # the compiler's error
             value.text = line[0] if line else None
-        own = super().showsyntaxerror if self._overrides("showsyntaxerror") else None
-        self.evaluator.show_exception(kind, value, None,
-                                      own and functools.partial(own, filename, **options))
+        BaseException.with_traceback(value, None)
+        is_own = "showsyntaxerror" in self.own
+        self.evaluator.show_exception(value, functools.partial(
+            super().showsyntaxerror, filename, **options) if is_own else None)
 
     def raise_in_input(self, exc):
         """Raise `exc`, which showing a value raised, as if the input did: on its first line."""
@@ -1998,17 +1969,14 @@ class ConsoleMixin:
         eval(compile(name, self.filename, "eval"), {}, _Raising(exc))
 
     def write(self, data):
-        if self._overrides("write"):
+        if "write" in self.own:
             super().write(data)
         else:
             self.evaluator.streams["stderr"].text.write(data)
 
-    def raw_input(self, prompt=""):
-        return input(prompt)
-
-    def _answer(self, line):
-        """Show what `obj?` or `obj??` asks for; return False if `line` is no such question."""
-        match = re.match(r"\s*(?!macros\?)([^?#=]+?)\s*(\?\??)\s*$", line)
+    def _answer(self, source):
+        """Show what `obj?` or `obj??` asks for; return False if `source` is no such question."""
+        match = re.match(r"\s*(?!macros\?)([^?#=\n]+?)\s*(\?\??)\s*$", source)
         try:
             code_object = compile(match.group(1), self.filename, "eval") if match else None
         except SyntaxError:
@@ -2022,8 +1990,22 @@ class ConsoleMixin:
         return True
 
 
+_serials = itertools.count(1)
+ALLOW_AWAIT = 0x2000 if sys.version_info >= (3, 8) else 0     # ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+_INTERACTIVE_FLAGS = 0x200 | 0x4000       # codeop's: don't imply dedent, allow incomplete input
+_EXPRESSION_WORDS = ("None", "True", "False", "lambda", "not", "await")
+_THIS_FILE = ConsoleMixin.run_line.__code__.co_filename
+
+
 def _is_own_file(path):
     return path == _THIS_FILE or IS_PYPY and path.endswith("_contextvars.py")
+
+
+def _is_plumbing(code_object):
+    """Return whether it is what runs an input, not the input: our code, or code.runcode()."""
+    from code import InteractiveConsole
+    return (_is_own_file(code_object.co_filename)
+            or code_object is InteractiveConsole.runcode.__code__)
 
 
 class _Raising(dict):
@@ -2050,39 +2032,10 @@ class _BlockCompiler:
         return compile(ast.Interactive(tree.body), filename, symbol, flags, True)
 
 
-def _is_plumbing(code_object):
-    """Return whether it is what runs an input, not the input: our code, or code.runcode()."""
-    from code import InteractiveConsole
-    return (_is_own_file(code_object.co_filename)
-            or code_object is InteractiveConsole.runcode.__code__)
-
-
-_serials = itertools.count(1)
-ALLOW_AWAIT = 0x2000 if sys.version_info >= (3, 8) else 0     # ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-_THIS_FILE = ConsoleMixin.run_line.__code__.co_filename
-_INTERACTIVE_FLAGS = 0x200 | 0x4000       # codeop's: don't imply dedent, allow incomplete input
-
-
-_STATEMENT = re.compile(           # what begins, or is, certainly no expression
-    r"\s*(?:(?:import|from|def|class|for|if|while|with|try|async|del|return|raise|assert|global|"
-    r"pass|@)\b|[^()#'\"]*[^=!<>:]=[^=]|$)")
-
-
-def _split_block(source, filename, flags):
-    """Return (tree of all but the last expression, tree of that); either may be None."""
-    import ast
-    tree = compile(source, filename, "exec", flags | ast.PyCF_ONLY_AST, True)
-    last = None
-    if tree.body and isinstance(tree.body[-1], ast.Expr):
-        last = ast.Expression(tree.body.pop().value)
-    return (tree if tree.body else None), last
-
-
 def remember_source(filename, source):
     """Let tracebacks and inspect.getsource find the lines of what was typed; the last 1,000."""
     import linecache
-    linecache.cache[filename] = _lines_entry(filename, source)
-    _remembered[filename] = source
+    linecache.cache[filename] = _remembered[filename] = _lines_entry(filename, source)
     if len(_remembered) > 1000:
         linecache.cache.pop(_remembered.popitem(last=False)[0], None)
 
@@ -2090,9 +2043,8 @@ def remember_source(filename, source):
 def restore_sources():
     """Put back what linecache.clearcache() took."""
     import linecache
-    if _remembered and list(_remembered)[-1] not in linecache.cache:
-        for filename, source in list(_remembered.items()):
-            linecache.cache[filename] = _lines_entry(filename, source)
+    if _remembered and next(reversed(_remembered)) not in linecache.cache:
+        linecache.cache.update(list(_remembered.items()))
 
 
 def _lines_entry(filename, source):
@@ -2100,7 +2052,7 @@ def _lines_entry(filename, source):
     return len(source), None, (source.rstrip("\n") + "\n").splitlines(True), filename
 
 
-_remembered = collections.OrderedDict()   # file name -> source; what stays in linecache, in order
+_remembered = collections.OrderedDict()   # file name -> its entry in linecache, the oldest first
 
 
 # --- Completion: what fits left of the cursor ---
@@ -2155,15 +2107,6 @@ def _cut(matches, limit):
         return matches
     matches = sorted(matches)
     return matches[:most - 1] + matches[-1:]
-
-
-def complete_word(namespace, text):
-    """The completions of a dotted word, each with all of `text` in it, as readline counts `state`.
-
-    Unlike in rlcompleter callables get no "(": to know them, it evaluates every attribute.
-    """
-    found = complete(namespace, text)
-    return [text[:found.start] + match for match in found.matches]
 
 
 class _Place:
@@ -2567,12 +2510,34 @@ def _find_spec(module):
 
 
 # === 7. Jobs =================================================================
+# Four rooms: jobs; errands, which two others make: the main thread, and await on an event loop.
 # A job is a thread with an outcome that can be fetched later, from any session.
 # The table is one for the process, so that a job started in one session is known in all.
-# An errand is a call that another thread makes for a session, which waits for it: the main
-# thread, or that of an event loop. What the call prints comes back with it (section 4), so that
-# a slow client holds up nobody. The other end may be a signal handler, in the middle of anything:
-# bare locks only, which no thread holds while it does something else.
+
+class Outcome:
+    """What became of a call or an input: what jobs, `_`, pdb.pm() and the Outcome command read."""
+
+    def __init__(self, state="running"):
+        self.state = state        # then "done"; "background": the input has become a job
+        self.value = None         # what was returned, or displayed last
+        self.exception = None     # or raised
+        self.facts = {}           # texts of these and an exit status, for the Outcome command
+
+    def run(self, function, *args, **kwargs):
+        """Call the function and keep what becomes of it."""
+        try:
+            self.value = function(*args, **kwargs)
+        except BaseException as exc:      # whatever it is; `get` raises it
+            self.exception = exc
+        finally:
+            self.state = "done"
+
+    def get(self):
+        """Return the value, or raise the exception."""
+        if self.exception is not None:
+            raise self.exception
+        return self.value
+
 
 class Job(threading.Thread):
     """A callable that runs in the background, and what became of it."""
@@ -2581,31 +2546,37 @@ class Job(threading.Thread):
         name = getattr(function, "__name__", None) or type(function).__name__
         super().__init__(name="hotrepl job %s" % name, daemon=True)
         self.number = 0           # set by the table; 0: not in it
-        self.state = "running"    # then "done" or "failed"; written by the job's own thread
-        self.value = None         # what the callable returned
-        self.exception = None     # or raised
+        self.result = Outcome()   # written by the job's own thread
         self.output = JobOutput()  # what an evaluation printed since it went to the background
         self.started = time.monotonic()   # of an Evaluator: the input that it runs
         self.ended = None
         self._call = (function, args, kwargs)
 
+    @property
+    def state(self):
+        """One of "running", "done", "failed"."""
+        is_failed = self.result.state == "done" and self.result.exception is not None
+        return "failed" if is_failed else self.result.state
+
+    @property
+    def value(self):
+        """What the callable returned."""
+        return self.result.value
+
+    @property
+    def exception(self):
+        """What the callable raised."""
+        return self.result.exception
+
     def run(self):
         function, args, kwargs = self._call
-        try:
-            self.value, self.state = function(*args, **kwargs), "done"
-        except BaseException as exc:      # its outcome, whatever it is; fg() raises it
-            self.exception, self.state = exc, "failed"
-        finally:
-            self.ended = time.monotonic()
-            del self._call
+        del self._call
+        self.result.run(function, *args, **kwargs)
+        self.ended = time.monotonic()
 
     def outcome(self):
         """Return the value, or raise the exception; the job itself while it runs."""
-        if self.state == "running":
-            return self
-        if self.exception is not None:
-            raise self.exception
-        return self.value
+        return self if self.state == "running" else self.result.get()
 
     def __repr__(self):
         if not self.number:       # a session's thread
@@ -2640,41 +2611,35 @@ class JobOutput:
 
 
 class JobTable:
-    """The jobs of this process by number."""
+    """The jobs of this process by number; each use of the dict is one operation, and so no lock."""
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._jobs = collections.OrderedDict()    # number -> Job; guarded by _lock
-        self._last = 0            # number given last; guarded by _lock
+        self._jobs = {}           # number -> Job
+        self._numbers = itertools.count(1)
 
     def add(self, job):
         """Give `job` a number and return it."""
-        with self._lock:
-            self._last += 1
-            job.number = self._last
-            self._jobs[job.number] = job
+        job.number = next(self._numbers)
+        self._jobs[job.number] = job
         return job
 
     def find(self, job):
         """Return the Job that `job` is, or is the number of; ValueError if there is none."""
         if isinstance(job, Job):
             return job
-        with self._lock:
-            found = self._jobs.get(job)
-            known = ", ".join(map(str, self._jobs)) or "none"
-        if found is None:
-            raise ValueError("no job %s, there are: %s" % (shorten(job), known))
-        return found
+        known = dict(self._jobs)
+        if job not in known:
+            raise ValueError("no job %s, there are: %s"
+                             % (shorten(job), ", ".join(map(str, known)) or "none"))
+        return known[job]
 
     def drop(self, job):
         """Forget a job whose outcome was fetched."""
-        with self._lock:
-            self._jobs.pop(job.number, None)
+        self._jobs.pop(job.number, None)
 
     def all(self):
         """Return the jobs whose outcome nobody fetched yet, the oldest first."""
-        with self._lock:
-            return JobList(self._jobs.values())
+        return JobList(self._jobs.values())
 
 
 class JobList(list):
@@ -2685,9 +2650,20 @@ class JobList(list):
 
 
 JOBS = JobTable()
+
+
+# --- Errands: a call that another thread makes, while this one waits for it ---
+# Made by the main thread (next room) or the thread of an event loop (the room after it). What the
+# call prints comes back with it (section 4), so that a slow client holds up nobody. The other end
+# may be a signal handler, in the middle of anything: bare locks only, which no thread holds while
+# it does something else.
+#     who waits     Errand(...)   wait ................................. prints; value or exception
+#     who makes it       claim -> True: run or fail -> finish
+#                        claim -> False: who waited has given up, `abandon`
+
 CO_COROUTINE = 0x80               # as in inspect
 TICK_S = 0.02                     # how often who waits for an errand looks around
-REFUSALS = 10                     # looks in a row at a main thread that lets no signal in
+DEAF_TICKS = 10                   # then it is asked whether the main thread lets signals in
 
 
 class Errand:
@@ -2698,9 +2674,9 @@ class Errand:
         self.context = context    # a coroutine's steps run in it
         self.is_abandoned = False  # nobody waits any more; written by who waited
         self.task = None          # where it is a coroutine's: what to cancel; written by its loop
-        self.refusals = 0         # looks in a row that found the main thread deaf to signals
+        self.ticks = 0            # how often who waits has looked around
         self._call = function, args
-        self._value = self._exception = None      # the outcome; written by who runs it
+        self._outcome = Outcome()         # written by who runs it
         self._printed = Backlog()
         self._unclaimed = threading.Lock()        # who acquires it runs the call, or cancels it
         self._unfinished = threading.Lock()       # held until the outcome is known
@@ -2719,30 +2695,40 @@ class Errand:
         function, args = self._call
         try:
             with self.printing():
-                self._value = function(*args)
-        except BaseException as exc:
-            self._exception = exc
-            if isinstance(exc, shared):
-                raise
+                self._outcome.run(function, *args)
+            if isinstance(self._outcome.exception, shared):
+                raise self._outcome.exception
         finally:
             self.finish()
 
     def fail(self, exception):
         """Let `wait` raise `exception`, in place of the call."""
-        self._exception = exception
+        self._outcome.exception = exception
         self.finish()
 
     async def run_coroutine(self):
         """As `run`, for a coroutine function, as a task on an event loop; `finish` is to follow."""
         function, args = self._call
         try:
-            self._value = await self.in_steps(function, *args)
+            self._outcome.value = await self.in_steps(function, *args)
         except BaseException as exc:      # SystemExit too: it would end the program's loop
-            self._exception = exc
+            self._outcome.exception = exc
 
-    async def in_steps(self, function, *args):
+    @types.coroutine
+    def in_steps(self, function, *args):
         """Await what the coroutine function returns; each step of it prints for who waits."""
-        return await _Steps(function(*args), self.printing, self.context)
+        coroutine = function(*args)
+        step, sent = coroutine.send, None
+        while True:
+            try:
+                with self.printing():
+                    wanted = self.context.run(step, sent)
+            except StopIteration as exc:
+                return exc.value
+            try:
+                step, sent = coroutine.send, (yield wanted)
+            except BaseException as exc:  # a cancellation, GeneratorExit: the coroutine's business
+                step, sent = coroutine.throw, exc
 
     @contextmanager
     def printing(self):
@@ -2768,12 +2754,10 @@ class Errand:
             if tick is not None:
                 tick(self)
         self._print()
-        if self._exception is None:
-            return self._value
         try:
-            raise self._exception
+            return self._outcome.get()
         finally:
-            self._exception = None        # its frames hold us
+            self._outcome.exception = None        # its frames hold us
 
     def has_ended(self):
         """Wait for the outcome, but not for long; return whether it is there."""
@@ -2801,42 +2785,13 @@ def _refuse_to_ask():
     raise OSError("only the session's own thread can ask its client for input")
 
 
-class _Steps:
-    """An awaitable that runs each step of a coroutine within `around()`, in a `context`."""
-
-    def __init__(self, coroutine, around, context):
-        self._coroutine = coroutine
-        self._around = around
-        self._context = context
-
-    def __await__(self):
-        return self
-
-    __iter__ = __await__
-
-    def __next__(self):
-        return self.send(None)
-
-    def send(self, value):
-        with self._around():
-            return self._context.run(self._coroutine.send, value)
-
-    def throw(self, *exc_info):
-        with self._around():
-            return self._context.run(self._coroutine.throw, *exc_info)
-
-    def close(self):
-        with self._around():
-            self._context.run(self._coroutine.close)
-
+# --- Main thread: reached by a signal, from whatever it does ---
+# SIGURG is ignored where nobody wants it (signal(7)), so it harms nobody who missed us. Python
+# runs the handler between two bytecodes; it wakes the main thread from sleep and select, which
+# go on afterwards (PEP 475). Tk's main loop needs an event besides, to come back to Python.
 
 class MainThread:
-    """Makes calls in the main thread, which a signal sends there from whatever it does.
-
-    SIGURG is ignored where nobody wants it (signal(7)), so it harms nobody who missed us. Python
-    runs the handler between two bytecodes; it wakes the main thread from sleep and select, which
-    go on afterwards (PEP 475). Tk's main loop needs an event besides, to come back to Python.
-    """
+    """Makes calls in the main thread, for whoever waits in another."""
 
     SIGNAL = getattr(signal, "SIGURG", None)
 
@@ -2888,16 +2843,17 @@ class MainThread:
             self._send_signal(errand)
             return errand.wait(self._pursue)
         finally:
-            self._leave(errand)
+            if errand.abandon():
+                print("hotrepl: the call has begun and goes on in the main thread",
+                      file=sys.stderr)
+                for waiting in list(self._waiting)[:1]:       # it may run now
+                    self._send_signal(waiting)
 
     def forget(self):
         """In a forked child: no server runs."""
         self._lock, self._users = threading.RLock(), 0
-        if self._is_installed():
-            try:
-                self._restore()
-            except ValueError:    # a thread other than the main one forked
-                pass
+        with suppress(ValueError):        # a thread other than the main one forked
+            self._restore()
         self._waiting.clear()
         self.__init__()
 
@@ -2940,25 +2896,21 @@ class MainThread:
             self._waker.start()
 
     def _pursue(self, errand):
-        """Send the signal again; say it, once, if the main thread does not let it in.
-
-        The C library blocks signals for a moment too, when it starts a process.
-        """
+        """Send the signal again; say it, once, if the main thread does not let it in."""
         self._send_signal(errand)
-        if errand.refusals < REFUSALS:
-            errand.refusals = errand.refusals + 1 if self._is_blocked() else 0
-            if errand.refusals == REFUSALS:
-                print("hotrepl: the main thread blocks SIGURG (pthread_sigmask): it can't be "
-                      "reached while it does; Ctrl+C gives up", file=sys.stderr)
+        errand.ticks += 1
+        if errand.ticks == DEAF_TICKS and not errand.has_begun() and self._is_blocked():
+            print("hotrepl: the main thread blocks SIGURG (pthread_sigmask): it can't be "
+                  "reached while it does; Ctrl+C gives up", file=sys.stderr)
 
     def _is_blocked(self):
         """Return whether the main thread blocks the signal, where the system tells: proc(5)."""
         try:
             with open("/proc/self/task/%d/status" % os.getpid(), encoding="latin-1") as file:
-                blocked = re.search(r"^SigBlk:\s*(\w+)", file.read(), re.MULTILINE)
-        except OSError:
+                blocked = file.read().partition("\nSigBlk:")[2].split()[0]
+        except (OSError, IndexError):
             return False
-        return bool(blocked and int(blocked.group(1), 16) & 1 << self.SIGNAL - 1)
+        return bool(int(blocked, 16) & 1 << self.SIGNAL - 1)
 
     def _on_signal(self, signum, frame):
         """Make the calls that wait, one after the other; the next one inside a running call only
@@ -2972,14 +2924,9 @@ class MainThread:
                     errand.run(KeyboardInterrupt)     # somebody stops the program
                 finally:
                     del self._running[-1:]        # a fork in the call has emptied it
-        _wake_asyncio()
-
-    def _leave(self, errand):
-        if not errand.abandon():
-            return
-        print("hotrepl: the call has begun and goes on in the main thread", file=sys.stderr)
-        for waiting in list(self._waiting)[:1]:       # it may run now
-            self._send_signal(waiting)
+        loop = sys.modules["asyncio"]._get_running_loop() if "asyncio" in sys.modules else None
+        if loop is not None:      # have it look at what the calls have scheduled
+            loop.call_soon_threadsafe(int)
 
 
 def _wake_tk(root):
@@ -2990,67 +2937,11 @@ def _wake_tk(root):
         log.debug("Tk: %s", exc)
 
 
-def _wake_asyncio():
-    """Have the calling thread's loop, if one runs, look at what a signal handler scheduled."""
-    loop = sys.modules["asyncio"]._get_running_loop() if "asyncio" in sys.modules else None
-    if loop is not None:
-        loop.call_soon_threadsafe(int)
+MAIN = MainThread()
 
 
-class OwnLoop:
-    """An asyncio loop in a thread of its own, for a session whose program has none."""
-
-    def __init__(self):
-        self._ready = threading.Event()
-        self.loop = None          # set by the thread
-        self._end = None          # a future of the loop
-        self._error = None        # why there is no loop; set by the thread
-        self._thread = threading.Thread(target=self._run, name="hotrepl loop", daemon=True)
-        self._thread.start()
-        self._ready.wait()
-        if self._error is not None:
-            raise RuntimeError("no event loop could be made") from self._error
-
-    def close(self):
-        """Cancel its tasks and end; waits for that up to STOP_TIMEOUT_S."""
-        self.loop.call_soon_threadsafe(self._end.cancel)
-        self._thread.join(STOP_TIMEOUT_S)
-
-    def _run(self):
-        try:
-            import asyncio
-            asyncio.run(self._live())  # novm
-        except BaseException as exc:      # CancelledError: it is closed
-            self._error = exc
-        finally:
-            self._ready.set()
-
-    async def _live(self):
-        import asyncio
-        asyncio._unregister_task(asyncio.current_task())  # novm; all_tasks() shows the user's
-        self.loop = asyncio.get_event_loop()
-        self._end = self.loop.create_future()
-        self._ready.set()
-        await self._end
-
-
-def new_context():
-    """Return a copy of the calling thread's contextvars.Context; 3.6 has none."""
-    if sys.version_info < (3, 7):
-        return _NoContext()
-    import _contextvars           # built in; contextvars itself is a file
-    return _contextvars.copy_context()
-
-
-class _NoContext:
-    """Takes the place of a Context on 3.6."""
-
-    def run(self, function, *args):
-        return function(*args)
-
-    def copy(self):
-        return self
-
+# --- Await: on the program's event loop, or one of the session's own ---
+# A coroutine's steps run in the session's context, and print to it, in whatever thread the loop is.
 
 def run_on_loop(loop, context, function, *args):
     """Return the result of a function, called on an asyncio loop in `context`; a coroutine's, where
@@ -3106,7 +2997,7 @@ def run_by(runner, context, function, *args):
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
     def run():
-        return runner(errand.in_steps(function, *args))
+        return runner(_awaiting(errand.in_steps(function, *args)))
     errand = Errand(run, context=context)
     errand.claim()
     try:
@@ -3116,7 +3007,56 @@ def run_by(runner, context, function, *args):
         errand.abandon()
 
 
-MAIN = MainThread()
+async def _awaiting(awaitable):
+    return await awaitable
+
+
+class OwnLoop:
+    """An asyncio loop in a thread of its own, for a session whose program has none."""
+
+    def __init__(self):
+        import asyncio
+        self.loop = asyncio.new_event_loop()
+        self._runs = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hotrepl loop", daemon=True)
+        self._thread.start()
+        self._runs.wait()
+
+    def close(self):
+        """Cancel its tasks and end; waits for that up to STOP_TIMEOUT_S."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(STOP_TIMEOUT_S)
+
+    def _run(self):
+        import asyncio
+        asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(self._runs.set)
+        self.loop.run_forever()
+        tasks = asyncio.all_tasks(self.loop)  # novm
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks))
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+
+
+def new_context():
+    """Return a copy of the calling thread's contextvars.Context; 3.6 has none."""
+    if sys.version_info < (3, 7):
+        return _NoContext()
+    import _contextvars           # built in; contextvars itself is a file
+    return _contextvars.copy_context()
+
+
+class _NoContext:
+    """Takes the place of a Context on 3.6."""
+
+    def run(self, function, *args):
+        return function(*args)
+
+    def copy(self):
+        return self
 
 
 # === 8. Hot patching =========================================================
@@ -10064,8 +10004,7 @@ class Session:
         self.terminal_size = (80, 24)     # ... of this size, in columns and lines ...
         self.has_colours = False  # ... and that it shows colours
         self.value = None         # of the last expression that was displayed: `_`
-        self.error = server.error  # (type, value, traceback) shown last: pdb.pm()
-        self.outcome = {}         # how the last input ended, for the Outcome command
+        self.error = server.error  # the exception that was shown last: pdb.pm()
         self.evaluator = None     # the thread that holds the session
         self._lock = threading.Lock()
         self.place = None         # fields of the Place command, for the next block
@@ -10186,14 +10125,14 @@ class Session:
             old.flush()
             old.detach()
             self.evaluator = Evaluator(self, old.console)
-            self.outcome = {"state": "background"}
         self.evaluator.start()
         return old
 
     def describe_outcome(self):
         """Return how the last input ended or stands, for the Outcome command."""
-        is_asking = self._waiting in IN_EVALUATION
-        return dict(self.outcome, **{"state": "waiting"} if is_asking else {})
+        result = self.evaluator.result
+        return dict(result.facts, state="waiting" if self._waiting in IN_EVALUATION
+                    else result.state)
 
     def complete(self, line, cursor=None):
         """Return the Completions at `cursor` in `line`.
@@ -10277,7 +10216,7 @@ class Session:
             self.connection.close()
         finally:
             if self.error is not None:
-                _forget_error(self.error[1])
+                _forget_error(self.error)
             self.error = None
             self.follow(False)
             self.keep_value(None)
@@ -10456,6 +10395,7 @@ class Evaluator(Job):
 
     def __init__(self, session, console=None):
         super().__init__(None)
+        self.result = Outcome("done" if console is None else "background")    # of the last input
         self.name = "hotrepl session %d" % session.number
         self.session = session
         self.interrupts = Interrupts()
@@ -10512,25 +10452,13 @@ class Evaluator(Job):
             return "continuation", prompt_text("ps2", "... ")
         return "primary", prompt_text("ps1", ">>> ")
 
-    def run_code(self, code_object, namespace, runcode=None, is_last=False):
-        """Run `code_object`, or have `runcode` do it; display the value of an expression.
+    def run_code(self, code_object, namespace, use=None, runcode=None):
+        """Run `code_object`; show the value of an expression, or call `use` with it.
 
-        The value of the last one of an input goes out with the prompt, where that is soon.
+        `runcode` runs it instead, unless it awaits. Interrupts are on, and only here. The text of
+        the value goes out with the next prompt, where that is soon.
         """
-        text = self.evaluate(code_object, namespace, self._show if is_last else _display, runcode)
-        if text is not None:
-            connection = self.session.connection
-            with connection.lock:
-                if not self.is_detached:
-                    connection.collect(self.flush)
-                    connection.put(text.encode("utf-8"), "value")
-
-    def evaluate(self, code_object, namespace, use, runcode=None):
-        """Run `code_object`; return `use` of its value. Interrupts are on, and only here.
-
-        `runcode` does it instead, unless it awaits.
-        """
-        session, run, context = self.session, self.interrupts.run, self.context
+        session = self.session
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
         if session.error is not None:
@@ -10538,14 +10466,7 @@ class Evaluator(Job):
         lent = None if session.value is None else self._lend(namespace)
         prompts = _of_sys("ps1"), _of_sys("ps2")
         try:
-            if _is_for_loop(code_object, session.server):
-                is_awaited = code_object.co_flags & CO_COROUTINE
-                value = run(session.run_awaitable, _evaluate_awaiting if is_awaited
-                            else _evaluate_there, code_object, namespace)
-                return run(self.context.run, use, value)
-            if runcode is not None:
-                return run(context.run, runcode, code_object)
-            return run(context.run, _evaluate, code_object, namespace, self, use)
+            text = self._evaluate(code_object, namespace, use or self._show, runcode)
         finally:
             if self.trace is not None or sys.gettrace() is not None:
                 self._stop_tracing()
@@ -10553,14 +10474,30 @@ class Evaluator(Job):
                 self._take_back(namespace, lent)
             if prompts != (_of_sys("ps1"), _of_sys("ps2")):
                 _restore_prompts(prompts, self.console.source)
+        if text is not None:
+            with session.connection.lock:
+                if not self.is_detached:
+                    session.connection.collect(self.flush)
+                    session.connection.put(text.encode("utf-8"), "value")
+
+    def _evaluate(self, code_object, namespace, use, runcode):
+        run, context = self.interrupts.run, self.context
+        if _is_for_loop(code_object, self.session.server):
+            is_awaited = code_object.co_flags & CO_COROUTINE
+            value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
+                        else _evaluate_there, code_object, namespace)
+            return run(self.context.run, use, value)
+        if runcode is not None:
+            return run(context.run, runcode, code_object)
+        return run(context.run, _evaluate_here, code_object, namespace, self, use)
 
     def answer(self, code_object, namespace, wants_source):
         """Show the docstring or the source of what `code_object` evaluates to."""
-        self.evaluate(code_object, namespace, show_source if wants_source else doc)
+        self.run_code(code_object, namespace, show_source if wants_source else doc)
 
     def display(self, value):
         """Show `value` as an interactive Python does, and keep it for `_`."""
-        if self._last_only is not None and value is not None:
+        if self._last_only is not None:
             self._last_only[:] = [value]
             return
         text = self._text_of(value)
@@ -10578,22 +10515,23 @@ class Evaluator(Job):
         if is_wanted and shown:
             self.display(shown[0])
 
-    def show_exception(self, kind, value, frames, show=None):
+    def show_exception(self, value, show=None):
         """Send the traceback of an exception to the client, and keep it for pdb.pm().
 
         `show` sends it instead, if that works.
         """
+        kind, frames = type(value), value.__traceback__
         if issubclass(kind, KeyboardInterrupt):
             exec("")              # else, after one in an exec(), CPython ends the program by SIGINT
-        self.exception = value
+        self.result.exception = value
         if self.is_detached:
             return
-        self.session.error = kind, value, frames
+        self.session.error = value
         text = _format_exception(kind, value, frames)
         if self.session.is_copy:
             _exit_copy(1, text)
         self._recall_error()
-        self.session.outcome["exception"] = {
+        self.result.facts["exception"] = {
             "type": kind.__name__, "message": shorten(_message(value), OUTCOME_LIMIT),
             "traceback": shorten(text, OUTCOME_LIMIT)}
         if show is None and _is_of_program(sys.excepthook, sys.__excepthook__):
@@ -10635,6 +10573,7 @@ class Evaluator(Job):
             self.console = copy.copy(self.console)
             self.console.evaluator = self
             self.console.compile = copy.copy(self.console.compile)
+            self.console.filename = ""    # the job may still need its lines
             self.console.resetbuffer()
             self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
 
@@ -10645,10 +10584,10 @@ class Evaluator(Job):
             except ImportError as exc:    # nothing can be imported any more
                 log.debug("no sources noted: %s", exc)
             kind, text = self.session.read(self, *self.prompt())
-            self.value, self.exception, self.started = None, None, time.monotonic()
+            self.started = time.monotonic()
             if kind == "eof":
                 return self._finish_input()
-            outcome = self.session.outcome = {"state": "running"}
+            result = self.result = Outcome()
             try:
                 getattr(self, "_take_" + kind)(text)
             except SystemExit as exc:
@@ -10659,7 +10598,7 @@ class Evaluator(Job):
             finally:
                 self.interrupts.close()
                 self.streams["stdout"].rearm()
-                outcome["state"] = "done"
+                result.state = "done"
 
     # Each of these takes one kind of what an InputDecoder has ready.
 
@@ -10700,7 +10639,7 @@ class Evaluator(Job):
         self.console.write("\nKeyboardInterrupt\n")
 
     def _take_invalid(self, reason):
-        self.session.outcome["exception"] = {
+        self.result.facts["exception"] = {
             "type": "ProtocolError", "message": reason, "traceback": ""}
         self.console.write("hotrepl: %s\n" % reason)
 
@@ -10728,7 +10667,7 @@ class Evaluator(Job):
         if text:
             self.console.write(text)
         if not self.session.connection.is_broken:     # else it is close() that raised it
-            self.session.outcome["exit"] = status
+            self.result.facts["exit"] = status
 
     def _ask(self):
         """Return the line that answers what the user's code reads, "" at end-of-file."""
@@ -10751,9 +10690,7 @@ class Evaluator(Job):
 
     def _show(self, value):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
-        hook = sys.displayhook
-        if (type(hook) is not ThreadHook or hook.is_for_all
-                or not isinstance(sys.stdout, ThreadStream)):
+        if self._last_only is not None or not ROUTER.is_bound() or ROUTER.shows_for_all():
             return _display(value)
         text = self._text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:
@@ -10767,7 +10704,7 @@ class Evaluator(Job):
         """Return the line that shows `value`, which is kept for `_`; None for none."""
         if value is None:
             return None
-        self.value = value
+        self.result.value = value
         if self.is_detached:
             return None
         try:
@@ -10775,7 +10712,7 @@ class Evaluator(Job):
         except BaseException as exc:
             self.console.raise_in_input(exc)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-        self.session.outcome["value"] = shorten(text, OUTCOME_LIMIT)
+        self.result.facts["value"] = shorten(text, OUTCOME_LIMIT)
         if self.session.is_terminal and len(text) > VALUE_LIMIT:
             cut = VALUE_LIMIT // 2
             text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
@@ -10798,7 +10735,7 @@ class Evaluator(Job):
     def _write_traceback(self, text):
         stderr = self.streams["stderr"]
         with suppress(BaseException):
-            if self.console is not None and self.console._overrides("write"):
+            if self.console is not None and "write" in self.console.own:
                 return stderr.write_as("traceback", self.console.write, text)
         stderr.write_as("traceback", stderr.text.write, text)
 
@@ -10814,10 +10751,11 @@ class Evaluator(Job):
     def _recall_error(self):
         """Have pdb.pm() look at this session's exception, not at another's."""
         error = self.session.error
-        if error is not None and getattr(sys, "last_value", None) is not error[1]:
-            sys.last_type, sys.last_value, sys.last_traceback = error
+        if error is not None and getattr(sys, "last_value", None) is not error:
+            sys.last_type, sys.last_value = type(error), error
+            sys.last_traceback = error.__traceback__
             if sys.version_info >= (3, 12):
-                setattr(sys, "last_exc", error[1])
+                setattr(sys, "last_exc", error)
 
     def _lend(self, namespace):
         """Put the session's last value under `_` for one evaluation, where that name is free."""
@@ -10839,7 +10777,6 @@ class Evaluator(Job):
                 session.release()
         finally:
             self.ended = time.monotonic()
-            self.state = "done" if self.exception is None else "failed"
             ROUTER.unbind()
             self._undo.close()
             _here.evaluator = self.session = self.console = None
@@ -10849,7 +10786,7 @@ class Evaluator(Job):
                 session.server.session_ended(session)
 
 
-def _evaluate(code, names, own, use):
+def _evaluate_here(code, names, own, use):
     settrace, gettrace, keep = sys.settrace, sys.gettrace, setattr
     # One line on purpose, and C functions: a debugger started in the session and still stepping
     # when the evaluation returns would otherwise stop at our next line.
@@ -11289,7 +11226,7 @@ class Server:
         self._last_number = 0
         self._is_stopped = False
         self.on_stop = None       # called at the end of stop()
-        self.error = None         # of what the program died, as sys.last_*; written by keep_error
+        self.error = None         # of what the program died; written by keep_error
         self._is_halting = False  # stop when the last session is gone
         self._is_short = False    # of descriptors; written by the server's thread
         self._listeners = {}      # listening socket -> "repl" or "control"
@@ -11384,7 +11321,7 @@ class Server:
     def keep_error(self, exc):
         """Let pdb.pm() in every session stand where the program died of `exc`."""
         with self._lock:
-            self.error = type(exc), exc, exc.__traceback__
+            self.error = exc
             for session in self._sessions.values():
                 session.error = self.error
 

@@ -62,7 +62,7 @@ import warnings
 import weakref
 
 import hotrepl
-from hotrepl import (Completions, ReloadError, changes, complete, complete_word, note_sources, patch, reload,
+from hotrepl import (Completions, ReloadError, changes, complete, note_sources, patch, reload,
                      unpatch, undo)
 
 # The servers of the tests are not to be listed among those of whoever runs the tests.
@@ -11853,11 +11853,6 @@ class TestCompletingAttributes(CompletionCase):
         self.namespace["wide"] = type("Wide", (), dict(body, ran=Sample.ran))()
         self.assertEqual(self.matches("wide.name"), sorted(body))
         self.assertEqual(Sample.ran, [])
-
-    def test_a_word_alone_is_completed_with_all_of_its_text(self):
-        self.assertEqual(complete_word(self.namespace, "sample.data.ke"), ["sample.data.keys"])
-        self.assertEqual(complete_word(self.namespace, "isinst"), ["isinstance"])
-        self.assertEqual(complete_word(self.namespace, ""), [])
 
 
 class TestCompletingCalls(CompletionCase):
