@@ -763,8 +763,43 @@ class ThreadUnraisable(StandIn):
         timer.start()
 
 
-class StreamRouter:
-    """The stand-ins of this process, counted by open sessions."""
+class Installed:
+    """What stands in the process while somebody uses it: from the first `acquire` to the last
+    `release`. How it is put in and taken out a subclass says by `_install` and `_uninstall`, which
+    run under the lock.
+    """
+
+    ALL = []                      # one of each kind; a forked child lets go of them all
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._users = 0           # guarded by _lock
+        self.ALL.append(self)
+
+    def acquire(self):
+        """Begin to use it; each call wants one `release`."""
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._install()
+
+    def release(self):
+        """Undo one `acquire`."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._uninstall()
+
+    def forget(self):
+        """In a forked child, where no session is: take it out without waiting for locks."""
+        self._lock = threading.Lock()
+        if self._users:
+            self._users = 0
+            self._uninstall()
+
+
+class StreamRouter(Installed):
+    """The stand-ins of this process, used by open sessions."""
 
     MAKERS = (  # (module, name in it, what makes the stand-in)
         ("sys", "stdin", thread_stream), ("sys", "stdout", thread_stream),
@@ -775,28 +810,11 @@ class StreamRouter:
         *([("sys", "unraisablehook", ThreadUnraisable)] if sys.version_info >= (3, 8) else []))
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._users = 0           # open sessions; guarded by _lock
+        super().__init__()
         self._ours = {}           # name in sys -> our newest stand-in; guarded by _lock
         # (name, stand-in) after its time; guarded by _lock. They must live on: print() holds no
         # reference to sys.stdout, so a thread that prints just now would crash without it.
         self._kept = collections.deque(maxlen=256)
-
-    def acquire(self):
-        """Set the stand-ins unless they are there; each call wants one `release`."""
-        for module, _, _ in self.MAKERS:      # under the lock it would wait for other imports
-            __import__(module)
-        with self._lock:
-            self._install()
-            self._users += 1
-
-    def release(self):
-        """Undo one `acquire`; after the last, sys has its own streams again."""
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                self._uninstall()
-                FLUSHER.stop()
 
     def bind(self, streams):
         """Give the calling thread `streams`, a dict of name -> stream, behind sys's stand-ins.
@@ -855,12 +873,6 @@ class StreamRouter:
             value = value.default
         return value
 
-    def forget(self):
-        """In a forked child: put everything back without waiting for locks or threads."""
-        self._lock = threading.Lock()
-        self._users = 0
-        self._uninstall()
-
     def _install(self):
         for module, name, make in self.MAKERS:
             module = __import__(module)
@@ -888,6 +900,7 @@ class StreamRouter:
         for module, name in [(sys.modules[module], name) for module, name, _ in self.MAKERS
                              if module in sys.modules]:
             setattr(module, name, _without_retired(_standing(module, name)))
+        FLUSHER.stop()
 
 
 def _standing(module, name):
@@ -1261,7 +1274,7 @@ class Follower:
                 self._send(text)
 
 
-class Followers:
+class Followers(Installed):
     """The Followers of this process, and what they need of it while there are any.
 
     Printed text is seen by the stand-ins: a property of the class comes before what a thread's
@@ -1271,38 +1284,30 @@ class Followers:
     """
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._all = ()            # replaced as a whole; guarded by _lock
-        self._make_record = None  # logging's record factory before ours; guarded by _lock
+        super().__init__()
+        self._all = ()            # replaced as a whole
+        self._make_record = None  # logging's record factory before ours
 
     def add(self, follower):
         """Let `follower` see all that is printed and logged from now on."""
-        import logging
-        with self._lock:
-            self._all += (follower,)
-            if len(self._all) == 1:
-                ThreadStream.write = property(self._teed_write)
-                self._make_record = logging.getLogRecordFactory()
-                logging.setLogRecordFactory(self._on_record)
+        self.acquire()
+        self._all += (follower,)
 
     def remove(self, follower):
-        """Undo `add`; again is harmless."""
-        with self._lock:
-            is_last = self._all == (follower,)
-            self._all = tuple(each for each in self._all if each is not follower)
-            if is_last:
-                self._uninstall()
+        """Undo `add`."""
+        self._all = tuple(each for each in self._all if each is not follower)
+        self.release()
         follower.close()
 
-    def forget(self):
-        """In a forked child: there are no sessions."""
-        self._lock = threading.Lock()
-        if self._all:
-            self._all = ()
-            self._uninstall()
+    def _install(self):
+        import logging
+        ThreadStream.write = property(self._teed_write)
+        self._make_record = logging.getLogRecordFactory()
+        logging.setLogRecordFactory(self._on_record)
 
     def _uninstall(self):
         import logging
+        self._all = ()
         del ThreadStream.write
         if logging.getLogRecordFactory() == self._on_record:
             logging.setLogRecordFactory(self._make_record)
@@ -9454,8 +9459,9 @@ class FirstBytes:
     def __init__(self, is_control=False):
         self.is_over = False
         self._is_control = is_control
+        self._has_begun = False   # the first line is past; then _text begins with a newline
         self._room = HEADER_LIMIT_BYTES
-        self._text = b""          # what came from the first line on; of much, both ends
+        self._text = b""          # the line that is being received; of a long one, both ends
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -9467,12 +9473,16 @@ class FirstBytes:
             return None if received[:1] == IAC else known
         # As the session will read it: without telnet's commands, and blank lines before the first.
         text = re.sub(_TELNET, b"", self._text + received)
-        text = text[re.match(_BLANK, text).end():]
+        if not self._has_begun:
+            text = text[re.match(_BLANK, text).end():]
         self._room -= len(received)
         blank = re.search(rb"\n\r?\n", text)
         is_ours = text.startswith(BEGIN)          # our client's secret
-        foreign = None if is_ours else foreign_greeting(text[:blank and blank.end()])
+        head = text[:blank.end()] if blank else text
+        foreign = None if is_ours else foreign_greeting(head, self._has_begun)
         self.is_over = bool(is_ours or foreign or blank or text and self._room < 0)
+        self._has_begun = b"\n" in text
+        text = text[max(text.rfind(b"\n"), 0):]   # what is past need not be looked at again
         # A web page can make the URL in its request as long as it likes.
         self._text = text if len(text) <= 2048 else text[:1023] + b"~" + text[-1024:]
         return foreign
@@ -9526,9 +9536,13 @@ _GREETINGS = (
 )
 
 
-def foreign_greeting(received):
-    """Return the name of the protocol that bytes from a connection's start belong to, or None."""
-    return next((name for name, pattern in _GREETINGS if re.match(pattern, received)), None)
+def foreign_greeting(received, is_later=False):
+    """Return the name of the protocol that bytes from a connection's start belong to, or None.
+
+    `is_later`: they are behind its first line, where only the last row above is to be looked for.
+    """
+    rows = _GREETINGS[-1:] if is_later else _GREETINGS
+    return next((name for name, pattern in rows if re.match(pattern, received)), None)
 
 
 @contextmanager
@@ -10425,6 +10439,7 @@ class Evaluator(Job):
             for each in (ROUTER, DEBUGGERS):
                 each.acquire()
                 self._undo.callback(each.release)
+            DEBUGGERS.look()
             ROUTER.bind(self.streams)
             self._prepare_console()
             self._converse()
@@ -10966,7 +10981,7 @@ class DebuggerMixin:
         return result
 
 
-class Debuggers:
+class Debuggers(Installed):
     """Has pdb talk to the session in whose thread it is called, while there are sessions.
 
     3.14: else all threads share one debugger, which follows one of them, belongs to the terminal
@@ -10975,36 +10990,16 @@ class Debuggers:
     """
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._count = 0           # of sessions; guarded by _lock, as is the rest
-        self._undo = ExitStack()  # what takes our things out of pdb and the import system
+        super().__init__()
+        self._undo = ExitStack()  # what takes our things out; guarded by _lock, as is the rest
         self._loader = None       # pdb's own, while we stand before it
         self._kind = None         # the sessions' class of debuggers, while pdb is adapted
 
-    def acquire(self):
-        """Begin; each call wants one `release`."""
-        with self._lock:
-            self._count += 1
-            if self._count > 1:
-                return
-            sys.meta_path.insert(0, self)
-            self._undo.callback(self._leave_imports)
+    def look(self):
+        """Adapt pdb if it is there already."""
         if "pdb" in sys.modules:
             import pdb            # waits for another thread that is still at it
             self._adapt(pdb)
-
-    def release(self):
-        """Undo one `acquire`; after the last, pdb is as it was."""
-        with self._lock:
-            self._count -= 1
-            if not self._count:
-                self._undo.close()
-
-    def forget(self):
-        """In a forked child: put everything back without waiting for locks."""
-        self._lock = threading.Lock()
-        self._count = 0
-        self._undo.close()
 
     def find_spec(self, name, path=None, target=None):
         """As a finder: have pdb loaded by us."""
@@ -11027,9 +11022,8 @@ class Debuggers:
 
     def _adapt(self, pdb):
         with self._lock:
-            if not self._count or self._kind is not None or not hasattr(pdb, "Pdb"):
+            if not self._users or self._kind is not None or not hasattr(pdb, "Pdb"):
                 return
-            self._undo.callback(setattr, self, "_kind", None)
             self._kind = type("SessionPdb", (DebuggerMixin, pdb.Pdb), {})
             for name in ("set_trace", "set_trace_async"):
                 if hasattr(pdb.Pdb, name):
@@ -11038,7 +11032,12 @@ class Debuggers:
                     setattr(pdb.Pdb, name, ours)
                     self._undo.callback(_put_back, pdb.Pdb, name, own, ours)
 
-    def _leave_imports(self):
+    def _install(self):
+        sys.meta_path.insert(0, self)
+
+    def _uninstall(self):
+        self._undo.close()
+        self._kind = None
         if self in sys.meta_path:
             sys.meta_path.remove(self)
 
@@ -11687,10 +11686,9 @@ class Registry:
             server.forget()
         _go_on_loading()
         MAIN.forget()
-        FOLLOWERS.forget()
-        ROUTER.forget()
-        DEBUGGERS.forget()
         FLUSHER.forget()
+        for each in Installed.ALL:
+            each.forget()
 
 
 def _pause_loading():
