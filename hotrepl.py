@@ -1923,7 +1923,7 @@ class ConsoleMixin:
         return bool(super().runsource(source, filename, symbol))
 
     def runcode(self, code_object):
-        """Run `code_object`, show what it raises, but for SystemExit; return whether it was fine."""
+        """Run `code_object`, show what it raises but for SystemExit; return whether it was fine."""
         runcode = super().runcode if "runcode" in self.own else None
         if types.CodeType in map(type, code_object.co_consts):    # it may outlive this input
             remember_source(code_object.co_filename, self.source)
