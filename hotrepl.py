@@ -3098,7 +3098,8 @@ class _Hot:
         self.changes = []               # _Change, newest last; guarded by lock
         self.count = 0                  # of changes so far; guarded by lock
         self.hooks = weakref.WeakKeyDictionary()   # class -> functions of on_reload()
-        self.paths = weakref.WeakKeyDictionary()   # module -> _file_of() it
+        self.paths = weakref.WeakKeyDictionary()   # module of a relative __file__ -> its path
+        self.module_count = 0           # how many were loaded when note_sources() looked last
         self.loaded_at = time.time()
 
 
@@ -3202,25 +3203,24 @@ def note_sources(modules=None):
     Called in the background when the server has started, and at each prompt. Only modules not
     seen before are looked at; each costs the reading of its file. May be called in any thread.
     """
-    for name, module in _new_modules() if modules is None else [
-            (module.__name__, module) for module in modules]:
-        known = _hot.known.get(name)
-        if known is None or known.module() is not module:
-            known = _note(module)
-            if known is not None:
-                _hot.known[name] = known
-
-
-def _new_modules():
-    """Return the program's own modules, or none where nothing was imported since the last call."""
     count = len(sys.modules)
-    if _looked_at == [count]:
-        return []
-    _looked_at[:] = [count]
-    return [(name, module) for name, module, _ in _own_modules()]
+    if modules is not None:
+        names = [(module.__name__, module) for module in modules]
+    elif count != _hot.module_count:
+        names = [(name, module) for name, module, _ in _own_modules()]
+        _hot.module_count = count
+    else:
+        names = []
+    for name, module in names:
+        known = _known_of(name, module) or _note(module)
+        if known is not None:
+            _hot.known[name] = known
 
 
-_looked_at = []  # [how many modules were loaded when note_sources() looked last]
+def _known_of(name, module):
+    """Return the _Known of a module; None where it was not noted, or another one of its name."""
+    known = _hot.known.get(name)
+    return known if known is not None and known.module() is module else None
 
 
 def _note(module):
@@ -3232,7 +3232,7 @@ def _note(module):
     if path is None:
         return None
     if getattr(space.get("__spec__"), "_initializing", False):
-        _looked_at.clear()
+        _hot.module_count = -1      # it is asked again
         return None
     try:
         stamp = _stamp(path)
@@ -3241,9 +3241,8 @@ def _note(module):
     except (OSError, ValueError):
         return None
     is_older = max(stamp[0], stamp[3]) < _process_start() * 1e9
-    if is_older or space is globals() or _fits(module, text, path):
-        return _Known(weakref.ref(module), path, text, stamp)
-    return _Known(weakref.ref(module), path, None, None)
+    is_known = is_older or space is globals() or _fits(module, text, path)
+    return _Known(weakref.ref(module), path, *((text, stamp) if is_known else (None, None)))
 
 
 def _stamp(path):
@@ -3266,70 +3265,65 @@ def _process_start():
 
 
 def _space_of(module):
-    """Return the namespace of a module without running its code; None for what is no module."""
+    """Return the namespace of a module without running its code; of what is none, an empty one."""
     if not _is(module, types.ModuleType) or type(module).__name__ == "_LazyModule":
-        return None
+        return _NO_SPACE
     return types.ModuleType.__dict__["__dict__"].__get__(module)  # type: ignore[index]
 
 
+_NO_SPACE = types.MappingProxyType({})
+
+
 def _source_path(module):
-    """Return the absolute path of a module's source, or None where it has none."""
-    space = _space_of(module)
-    path = space.get("__file__") if space else None
-    if type(path) is not str or not path or "\0" in path or path.endswith(".pyc"):
-        return None
-    if not path.endswith((".py", ".pyw")) and space.get("__name__") != "__main__":
-        return None
-    return path if os.path.isabs(path) else _file_of(module)
+    """Return the absolute path of a module's source, or None where it has none.
 
-
-def _file_of(module):
-    """Return the absolute path of a module's file, whatever os.chdir() the program calls later.
-
+    It is the path of when it was first asked for, whatever os.chdir() the program calls later.
     3.6-3.8: a script's is relative, but the folder of the script stands first in sys.path.
     """
-    path = _space_of(module)["__file__"]
-    beside = [os.path.join(folder, os.path.basename(path)) for folder in sys.path[:1]
-              if module.__name__ == "__main__"]
-    for each in [path] + beside if module not in _hot.paths else ():
-        if os.path.isfile(each):
-            _hot.paths.setdefault(module, os.path.abspath(each))
-    return _hot.paths.get(module) or os.path.abspath(path)
+    space = _space_of(module)
+    path, is_script = space.get("__file__"), space.get("__name__") == "__main__"
+    if type(path) is not str or not path or "\0" in path or path.endswith(".pyc") or not (
+            is_script or path.endswith((".py", ".pyw"))):
+        return None
+    if os.path.isabs(path):
+        return path
+    if module not in _hot.paths:
+        beside = [os.path.join(folder, os.path.basename(path))
+                  for folder in sys.path[:1] if is_script]
+        found = next(filter(os.path.isfile, [path] + beside), None)
+        if found is None:
+            return os.path.abspath(path)
+        _hot.paths[module] = os.path.abspath(found)
+    return _hot.paths[module]
 
 
 def _own_modules():
     """Return (name, module, path) of the loaded modules that lie in no folder of a library."""
     found = []
     for name, module in list(sys.modules.items()):
-        space = _space_of(module)
-        path = space.get("__file__") if space else None
-        if type(path) is str and type(name) is str and space.get("__name__") == name and (
-                not _is_library_folder(os.path.dirname(path))):
-            path = _source_path(module)
-            if path is not None:
-                found.append((name, module, path))
+        path = _source_path(module)
+        if path is not None and type(name) is str and not _is_library(path) and (
+                _space_of(module).get("__name__") == name):
+            found.append((name, module, path))
     return found
+
+
+# Where the standard library is, by both its names, each with a separator at its end.
+_LIBRARY = tuple(os.path.join(each, "") for folder in [os.path.dirname(os.__file__)]
+                 for each in (folder, os.path.realpath(folder)))
 
 
 @functools.lru_cache(maxsize=None)
 def _is_library_folder(folder):
     """Tell whether a folder is the standard library's or that of an installed package."""
     # The other name of a link is looked for here only: beside a busy thread an lstat() takes 5 ms.
-    return folder.startswith("<") or any(
-        not {"site-packages", "dist-packages"}.isdisjoint(each.split(os.sep))
-        or (each + os.sep).startswith(_library_folders())
-        for each in (folder, *([] if _is_below_library(folder) else [os.path.realpath(folder)])))
+    return folder.startswith("<") or _is_below_library(folder) or any(
+        _is_below_library(each) or "-packages" + os.sep in each + os.sep
+        for each in (folder, os.path.realpath(folder)))
 
 
 def _is_below_library(folder):
-    return (folder + os.sep).startswith(_library_folders())
-
-
-@functools.lru_cache(maxsize=None)
-def _library_folders():
-    """Return where the standard library is, by both its names, each with a separator at its end."""
-    library = os.path.dirname(os.__file__)
-    return library + os.sep, os.path.realpath(library) + os.sep
+    return (folder + os.sep).startswith(_LIBRARY)
 
 
 def _is_library(path):
@@ -3337,62 +3331,58 @@ def _is_library(path):
 
 
 def _is_library_module(name):
-    return _is_library((_space_of(sys.modules.get(name)) or {}).get("__file__"))
+    return _is_library(_space_of(sys.modules.get(name)).get("__file__"))
 
 
 def _is_standard(name):
     """Tell whether a module is built in or the standard library's own."""
-    path = (_space_of(sys.modules.get(name)) or {}).get("__file__")
+    path = _space_of(sys.modules.get(name)).get("__file__")
     return type(path) is not str or _is_below_library(path) and "-packages" not in path
 
 
 def _as_module(module):
+    """Return (name, module, path) of a module or its name; raise where it has no source."""
     if isinstance(module, str):
         if module not in sys.modules:
             raise ValueError("no module %r is loaded; import it first" % module)
         module = sys.modules[module]
     if not isinstance(module, types.ModuleType):
         raise TypeError("expected a module or its name, not %r" % (module,))
-    if _source_path(module) is None:
-        path = _space_of(module).get("__file__") if _space_of(module) else None
-        if path is None:
-            raise ReloadError("%r has no source file; use patch() for what lives in no file"
-                              % module.__name__)
-        raise ReloadError("%r is not Python source: %s" % (module.__name__, path))
-    return module.__name__, module, _source_path(module)
+    path, file = _source_path(module), _space_of(module).get("__file__")
+    if file is None:
+        raise ReloadError("%r has no source file; use patch() for what lives in no file"
+                          % module.__name__)
+    if path is None:
+        raise ReloadError("%r is not Python source: %s" % (module.__name__, file))
+    return module.__name__, module, path
 
 
 def _find_edits(module, everything, report):
     """Return an _Edit for each module whose file is not what runs, read, compiled and compared."""
     modules = _own_modules() if module is None else [_as_module(module)]
+    is_asked_for = module is not None or everything
     report.looked_at = len(modules)
     report.folders = _tops({os.path.dirname(path) for _, _, path in modules})
     edits = []
     for name, module_, path in modules:
         report.add("unsaved", name, _typed_over(module_))
         try:
-            known = _hot.known.get(name)
-            stamp = _stamp(path)
-            is_same = known and known.module() is module_ and known.stamp == stamp
-            if not is_same or everything:
-                edits.append(_Edit(name, module_, path, stamp))
-            elif module is not None:
-                edits.append(_Edit(name, module_, path, stamp))
+            stamp, known = _stamp(path), _known_of(name, module_)
+            if is_asked_for or known is None or known.stamp != stamp:
+                edit = _Edit(name, module_, path, stamp)
+                edits += [edit] if is_asked_for or edit.text != edit.old_text else []
         except (OSError, ValueError) as exc:
             if module is not None:
                 raise ReloadError("can't read the source of %r (%s); nothing was changed"
                                   % (name, exc)) from exc
             report.notes.append("%s is gone; %s runs on" % (path, name))
-    edits = [edit for edit in edits
-             if edit.text != edit.old_text or everything or module is not None]
-    for step in _Edit.compile, _Edit.compare:
-        for edit in edits:
-            try:
-                step(edit)
-            # 3.8's compiler takes some that is too deep to be compared.
-            except _COMPILE_ERRORS as exc:
-                raise ReloadError("can't compile %s (%s); nothing was changed"
-                                  % (edit.path, str(exc) or type(exc).__name__)) from exc
+    for edit in edits:
+        try:
+            edit.compare()
+        # 3.8's compiler takes some that is too deep to be compared.
+        except _COMPILE_ERRORS as exc:
+            raise ReloadError("can't compile %s (%s); nothing was changed"
+                              % (edit.path, str(exc) or type(exc).__name__)) from exc
     return edits
 
 
@@ -3415,16 +3405,16 @@ def _typed_over(module):
 
 
 def _statement_of(module, name):
-    """Return the (edit, statement) that defines a name in the text that a module runs, or None."""
-    known = _hot.known.get(module.__name__)
-    if known is None or known.text is None or known.module() is not module:
+    """Return the (source, statement) that binds a name in the text that a module runs, or None."""
+    known = _known_of(module.__name__, module)
+    if known is None or known.text is None:
         return None
     try:
         source = _Source(known.text, known.path)
     except _COMPILE_ERRORS:
         return None
-    found = [each for each in source.statements if name in each.names.binds]
-    return (source, found[-1]) if found else None
+    found = _last_binders(source.statements).get(name)
+    return found and (source, found)
 
 
 class _Edit:
@@ -3437,11 +3427,8 @@ class _Edit:
         if text is None:
             with open(path, "rb") as file:
                 self.text = file.read()
-        known = _hot.known.get(name)
-        if known is None or known.module() is not module:
-            known = _note(module)
-        self.was = known        # _Known before, which an undo puts back
-        self.old_text = known.text if known else None    # None: nobody knows
+        self.was = _known_of(name, module) or _note(module)     # an undo puts it back
+        self.old_text = self.was.text if self.was else None     # None: nobody knows
         self.new = self.old = None      # _Source; old is None where nobody knows what ran
         self.pairs = []         # _Pair in the order of the new file, what is gone at the end
         self.line = None        # where the top level stands, if it runs just now
@@ -3453,49 +3440,35 @@ class _Edit:
         self.told = []          # old text unknown: _Found, what can't be told
         self.gone = []          # the same: (path of a class, name) of what the text has no more
 
-    def compile(self):
-        """Parse and compile the new text, parse the old one."""
+    def compare(self):
+        """Compile the new text, parse the old one, and pair their statements."""
         self.new = _Source(self.text, self.path)
         self.new.code  # some errors show only where the whole is compiled
+        self.line = min((frame.f_lineno for frame in _top_frames(self.module)), default=None)
         try:
             if self.old_text is not None:
                 self.old = _Source(self.old_text, self.path, self.new)
         except _COMPILE_ERRORS:
             pass  # it was edited, and broken, before it was noted
-
-    def compare(self):
-        lines = [frame.f_lineno for frame in _top_frames(self.module)]
-        self.line = min(lines) if lines else None
         if self.old is None:
-            self.pairs = _compare_with_live(self)
+            evidence = _Evidence(self.module, self.new, self.line)
+            self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
+            self.told = [found for found in evidence.found if found.text]
         else:
             self.pairs = _pair(self.old.statements, self.new.statements,
                                self.old.flags == self.new.flags)
 
     def sub_pairs(self, pair):
         """Return the pairs of the body of a class that both texts have."""
-        found = self.subs.get(id(pair.new))
-        if found is None:
-            olds, news = pair.old.body(), pair.new.body()
-            shift = pair.old.start + 1 - _first_line(pair.old.node)
-            if shift:   # its nodes were taken over from the new text
-                olds = [each.at(each.start + shift) for each in olds]
-            found = self.subs[id(pair.new)] = _pair(olds, news)
-        return found
-
-    @property
-    def paths(self):
-        """{path: [code, ...]} of the functions in the new text."""
-        found = collections.defaultdict(list)
-        for path, code in _code_paths(_nested_codes(self.new.code)):
-            found[path].append(code)
-        return found
+        if id(pair.new) not in self.subs:
+            self.subs[id(pair.new)] = _pair(pair.old.body, pair.new.body)
+        return self.subs[id(pair.new)]
 
     def runs(self, statement):
         """Tell whether a statement of the new text, of the module or of a class, is executed."""
-        pairs = self.pairs + [pair for some in self.subs.values() for pair in some]
-        return any(pair.new is statement and pair.change not in _LEFT_ALONE
-                   for pair in pairs) and not statement.is_main_guard
+        pairs = itertools.chain(self.pairs, *self.subs.values())
+        return not statement.is_main_guard and any(
+            pair.new is statement and pair.change not in _LEFT_ALONE for pair in pairs)
 
     def is_not_reached(self, statement):
         """Tell whether the top level, which runs just now, has not come to a statement yet."""
@@ -3503,11 +3476,10 @@ class _Edit:
             return False
         if self.old is None:
             return statement.end >= self.line
-        last = max([k for k, pair in enumerate(self.pairs) if pair.new is not None
-                    and pair.old is not None and pair.change in ("same", "moved")
-                    and pair.old.start < self.line], default=-1)
-        at = next(k for k, pair in enumerate(self.pairs) if pair.new is statement)
-        return at > last
+        news = [pair.new for pair in self.pairs]
+        reached = [k for k, pair in enumerate(self.pairs) if pair.change in ("same", "moved")
+                   and pair.old.start < self.line]
+        return news.index(statement) > max(reached, default=-1)
 
     def lost_values(self, statement):
         """Return the values of names that a statement reads, which its module deletes again."""
@@ -3523,19 +3495,17 @@ class _Edit:
 
     def may_drop(self, name):
         """Tell whether the module may take a name away itself."""
-        codes = [code for _, code in _code_paths([self.new.code])]
         return any(_may_drop_names(code) or name in _stored_names(code, "GLOBAL")
-                   for code in codes)
+                   for _, code in _code_paths([self.new.code]))
 
     def names_gone(self, is_done=False):
         """Return the names to take away: bound by the old text and not by the new one."""
-        names = self.new.names
+        space = self.before if is_done else self.space
         if self.old is None:
             gone = {name for path, name in self.gone if not path}
         else:
-            gone = set() if "*" in names else self.old.names - names - {"*"}
-        space = self.before if is_done else self.space
-        return sorted(name for name in gone if name in space and (
+            gone = set() if "*" in self.new.names else self.old.names - self.new.names - {"*"}
+        return sorted(name for name in gone.intersection(space) if (
             name not in _IMPORT_NAMES or name == "__doc__" and space[name] is not None)
             and (space[name] is None
                  or sys.modules.get("%s.%s" % (self.name, name)) is not space[name]))
@@ -3553,8 +3523,7 @@ _FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
 
 def _pair(olds, news, is_compiled_alike=True):
     """Return the _Pairs of two lists of _Statement, in the order of the new, gone ones last."""
-    partners = _equal_partners(olds, news)
-    _add_namesakes(partners, olds, news)
+    partners = _partners(olds, news)
     taken = set(partners.values())
     pairs = []
     for j, new in enumerate(news):
@@ -3567,53 +3536,46 @@ def _pair(olds, news, is_compiled_alike=True):
     return pairs + [_Pair(old, None, "gone") for i, old in enumerate(olds) if i not in taken]
 
 
-def _equal_partners(olds, news):
-    """Return {index in news: index in olds} of statements that are one object, text or tree."""
-    partners, left_olds, left_news = {}, range(len(olds)), range(len(news))
-    for key in (id, _Statement.text_key, _Statement.dump):
-        free = collections.defaultdict(collections.deque)
-        for i in left_olds:
-            free[key(olds[i])].append(i)
-        for j in left_news if free else ():
-            found = free.get(key(news[j]))
-            if found:
-                partners[j] = found.popleft()
-        taken = set(partners.values())
-        left_olds = [i for i in left_olds if i not in taken]
-        left_news = [j for j in left_news if j not in partners]
+# What two statements have in common that belong together, the surest first. `place` is the last
+# statement before them that has its partner already. Namesakes of which nothing else is alike
+# are paired only where both texts have as many.
+_LIKENESSES = (
+    lambda each, place: each.text_key,
+    lambda each, place: each.dump,
+    lambda each, place: (each.label(place), each.shell),
+    lambda each, place: (each.label(place), each.decorator_dump),
+    lambda each, place: each.label(place),
+)
+
+
+def _partners(olds, news):
+    """Return {index in news: index in olds} of the statements that belong together."""
+    partners = {}
+    for likeness in _LIKENESSES:
+        groups = collections.defaultdict(lambda: ([], []))
+        places = {i: j for j, i in partners.items()}
+        for side, statements in enumerate((olds, news)):
+            place = -1
+            for k, each in enumerate(statements):
+                found = k if side else places.get(k)
+                if found in partners:
+                    place = found
+                else:
+                    groups[likeness(each, place)][side].append(k)
+        for ours, theirs in groups.values():
+            if likeness is not _LIKENESSES[-1] or len(ours) == len(theirs):
+                partners.update(zip(reversed(theirs), reversed(ours)))
     return partners
-
-
-def _add_namesakes(partners, olds, news):
-    """Add pairs of statements that bind the same: equal heads first, then only if it is clear."""
-    groups = collections.defaultdict(lambda: ([], []))
-    places = {i: j for j, i in partners.items()}
-    for side, statements, matched in ((0, olds, places), (1, news, partners)):
-        place = -1
-        for k, statement in enumerate(statements):
-            if k in matched:
-                place = k if side else matched[k]
-            else:
-                groups[statement.label(place)][side].append(k)
-    for ours, theirs in groups.values():
-        for key in (_Statement.shell, _Statement.decorator_dump):
-            for j in theirs[::-1] if ours else ():
-                like = [i for i in ours if key(olds[i]) == key(news[j])]
-                if like:
-                    partners[j] = like[-1]
-                    ours.remove(like[-1])
-                    theirs.remove(j)
-        if len(ours) == len(theirs):
-            partners.update(zip(theirs, ours))
 
 
 def _change(old, new):
     if old is None:
         return "new"
-    if old is new or old.text_key() == new.text_key() or old.dump() == new.dump():
-        is_same = old.start == new.start and old.text_key() == new.text_key()
-        return "same" if is_same else "moved"
-    if old.kind == new.kind and old.shell() == new.shell():
+    if old.text_key == new.text_key and old.start == new.start:
+        return "same"
+    if old.text_key == new.text_key or old.dump == new.dump:
+        return "moved"
+    if old.kind == new.kind and old.shell == new.shell:
         return "body"
     if old.is_function and new.is_function:
         return "def"
@@ -3627,21 +3589,23 @@ def _with_uncovered(pairs, olds, news):
     reads, as in `f = wrap(f)`, and all that does so for one name must start from the first.
     """
     last_olds, last_news = _last_binders(olds), _last_binders(news)
-    again = {id(pair.new) for pair in pairs for name in pair.new.binds
-             if pair.old and last_news[name] is pair.new
-             and last_olds.get(name, pair.old) is not pair.old and last_olds[name].binds_surely
-             and last_olds[name].text_key() != pair.new.text_key()}
-    runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE} | again
+    runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE}
+    for pair in pairs:
+        for name in pair.new.binds if pair.old else ():
+            covering = last_olds.get(name, pair.old)
+            if covering is not pair.old and covering.binds_surely and (
+                    last_news[name] is pair.new and covering.text_key != pair.new.text_key):
+                runs.add(id(pair.new))
+    chains = [(pair.new, [each.new for each in pairs[:k] if each.new.binds & pair.new.rebinds])
+              for k, pair in enumerate(pairs) if pair.new.rebinds]
     size = -1
     while size != len(runs):
         size = len(runs)
-        for k, pair in enumerate(pairs):
-            rebinds = pair.new.rebinds
-            before = [each.new for each in pairs[:k] if each.new.binds & rebinds] if rebinds else []
-            if id(pair.new) in runs:
+        for each, before in chains:
+            if id(each) in runs:
                 runs.update(map(id, before))
-            elif any(id(each) in runs and not each.is_definition for each in before):
-                runs.add(id(pair.new))
+            elif any(id(other) in runs and not other.is_definition for other in before):
+                runs.add(id(each))
     return [pair._replace(change="again") if id(pair.new) in runs and pair.change in _LEFT_ALONE
             else pair for pair in pairs]
 
@@ -3651,58 +3615,57 @@ def _last_binders(statements):
     return {name: statement for statement in statements for name in statement.binds}
 
 
+class _once:
+    """A property that is computed when it is first asked for, and kept in the object."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __get__(self, owner, kind=None):
+        value = vars(owner)[self.function.__name__] = self.function(owner)
+        return value
+
+
 class _Source:
     """A source text cut into statements.
 
-    With `newer`, the statements of that source in front of the first line that differs and behind
-    the last one are taken over: to parse and examine them costs more than all else here.
+    With `newer`, that source's statements above and below all lines that differ are taken over,
+    as parsing costs more than all else here.
     """
 
     def __init__(self, data, path, newer=None):
         import importlib.util
         self.path = path
         self.lines = importlib.util.decode_source(data).split("\n")
-        self.statements = []
-        self._code = self._index = None      # made when they are asked for
-        if newer is None or not self._share(newer):
-            self.statements = self._cut(0, len(self.lines))
+        shared = newer and self._sharing(newer)
+        self.statements = shared or self._cut(0, len(self.lines))
 
     def _cut(self, start, end):
         import ast
-        text = "\n" * start + "\n".join(self.lines[start:end]) + "\n"
-        tree = compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True)
-        return self.statements_of(tree.body, end)
+        text = "\n" * start + "\n".join(self.lines[start:end])
+        return self.statements_of(
+            compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True).body, end)
+
+    def _sharing(self, newer):
+        """Return the statements, or None where the lines between are no whole statements."""
+        ours, theirs = self.lines, newer.lines
+        differing = [k for k, line in enumerate(ours) if line not in theirs[k:k + 1]]
+        if len(ours) != len(theirs) or not differing:
+            return None
+        head = [each for each in newer.statements if each.end <= differing[0]]
+        tail = [each for each in newer.statements if each.start > differing[-1]]
+        start, end = head[-1].end if head else 0, tail[0].start if tail else len(ours)
+        try:
+            return head + self._cut(start, end) + tail
+        except SyntaxError:
+            return None
 
     def statements_of(self, nodes, end):
         """Return a _Statement for each of some nodes that follow each other until a line."""
         starts = [_first_line(node) - 1 for node in nodes]
-        found = []
-        for k, node in enumerate(nodes):
-            stop = next((start for start in starts[k + 1:k + 9] if start > starts[k]), end)
-            is_alone = starts.count(starts[k]) == 1 if len(starts) < 9 else (
-                starts[k] not in starts[max(k - 1, 0):k] + starts[k + 1:k + 2])
-            found.append(_Statement(node, self, starts[k], stop, is_alone))
-        return found
-
-    def _share(self, newer):
-        """Take over statements of `newer`; return False if what is left is no whole statements."""
-        ours, theirs = self.lines, newer.lines
-        head = _common_length(ours, theirs)
-        tail = _common_length(ours[head:][::-1], theirs[head:][::-1])
-        shift = len(ours) - len(theirs)
-        first = bisect.bisect([each.end for each in newer.statements], head)
-        last = max(first, bisect.bisect_left([each.start for each in newer.statements],
-                                             len(theirs) - tail))
-        middle = (newer.statements[first - 1].end if first else 0,
-                  newer.statements[last].start + shift if last < len(newer.statements)
-                  else len(ours))
-        try:
-            inner = self._cut(*middle)
-        except SyntaxError:
-            return False
-        self.statements = newer.statements[:first] + inner + [
-            each.at(each.start + shift) for each in newer.statements[last:]]
-        return True
+        counts = collections.Counter(starts)
+        return [_Statement(node, self, start, max(stop, start + 1), counts[start] == 1)
+                for node, start, stop in zip(nodes, starts, starts[1:] + [end])]
 
     @property
     def names(self):
@@ -3710,51 +3673,52 @@ class _Source:
         return _bound_by(self.statements) | {
             "__doc__" for each in self.statements[:1] if each.is_constant}
 
-    @property
+    @_once
     def code(self):
         """The code object of the whole text."""
-        if self._code is None:
-            self._code = compile("\n".join(self.lines) + "\n", self.path, "exec", 0, True)
-        return self._code
+        # Not from the nodes: 3.6 crashes where they are nested too deep.
+        return compile("\n".join(self.lines), self.path, "exec", 0, True)
 
-    @property
-    def index(self):
-        """{(name, first line): [code, ...]} of all functions and class bodies."""
-        if self._index is None:
-            self._index = collections.defaultdict(list)
-            for path, code in _code_paths(_nested_codes(self.code)):
-                self._index[code.co_name, code.co_firstlineno].append(code)
-        return self._index
+    @_once
+    def codes(self):
+        """{path like __qualname__, or (name, first line): [code, ...]} of functions and classes."""
+        found = collections.defaultdict(list)
+        for path, code in _code_paths(_nested_codes(self.code)):
+            found[path].append(code)
+            found[code.co_name, code.co_firstlineno].append(code)
+        return found
 
     def has(self, code):
         """Tell whether some code in it does what `code` does."""
         return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
                    for _, other in _code_paths(_nested_codes(self.code)))
 
-    @property
+    @_once
     def flags(self):
         """What `from __future__` demands of the compiler."""
         import __future__
-        return functools.reduce(int.__or__, (
-            getattr(__future__, alias.name).compiler_flag for each in self.statements
-            if each.kind == "ImportFrom" and each.node.module == "__future__"
-            for alias in each.node.names), 0)
+        names = [alias.name for each in self.statements if each.kind == "ImportFrom"
+                 and each.node.module == "__future__" for alias in each.node.names]
+        return sum(getattr(__future__, name).compiler_flag for name in set(names))
+
+    def compile_alone(self, nodes):
+        import ast
+        tree = ast.parse("")
+        tree.body = nodes
+        return compile(tree, self.path, "exec", self.flags, True)
 
     def compile(self, nodes):
         """Compile statements alone, with the codes of functions as the whole text has them.
 
         3.11: compiled alone, they call methods of imported modules by other instructions.
         """
-        import ast
-        tree = ast.parse("")
-        tree.body = nodes
-        return self.with_own_codes(compile(tree, self.path, "exec", self.flags, True))
+        return self.with_own_codes(self.compile_alone(nodes))
 
     def with_own_codes(self, code):
         consts = []
         for const in code.co_consts:
             if isinstance(const, types.CodeType):
-                found = self.index.get((const.co_name, const.co_firstlineno), ())
+                found = self.codes.get((const.co_name, const.co_firstlineno), ())
                 is_like = len(found) == 1 and found[0].co_freevars == const.co_freevars and (
                     const.co_flags & 1)     # CO_OPTIMIZED: a function
                 const = found[0] if is_like else self.with_own_codes(const)
@@ -3763,105 +3727,73 @@ class _Source:
 
     def code_of(self, node, siblings=()):
         """Return the code of a function; `siblings` are the nodes with its name and line."""
-        found = self.index.get((_name_of(node), _first_line(node)), ())
+        found = self.codes.get((_name_of(node), _first_line(node)), ())
         k = next((k for k, each in enumerate(siblings) if each is node), 0)
         return found[min(k, len(found) - 1)] if found else None
-
-
-def _common_length(lines, others):
-    """Return how many lines two texts begin with are the same."""
-    pairs = enumerate(zip(lines, others))
-    return next((i for i, pair in pairs if pair[0] != pair[1]), min(len(lines), len(others)))
 
 
 class _Statement:
     """One statement of a module or of a class body."""
 
-    def __init__(self, node, source, start, end, is_alone=True):
-        self.node, self.source, self.start, self.end = node, source, start, end
+    def __init__(self, node, source, start, end, is_alone):
+        self.node, self.source = node, source
+        self.start, self.end = start, end       # its first line, from 0 on, and that behind it
         self.kind = type(node).__name__
-        self.is_alone = is_alone        # on its lines
-        self._text = self._dump = self._shell = self._names = self._body = None
+        self.is_function = self.kind in _FUNCTIONS
+        self.is_definition = self.is_function or self.kind == "ClassDef"
+        self.is_alone = is_alone                # on its lines
 
-    def at(self, start):
-        """Return the same statement at another line; what was found out about it is shared."""
-        if start == self.start:
-            return self
-        twin = _Statement(self.node, self.source, start, start + self.end - self.start)
-        twin._text, twin._dump = self.text_key(), self._dump
-        twin._shell, twin._names = self._shell, self.names
-        return twin
-
-    @property
+    @_once
     def names(self):
-        if self._names is None:
-            self._names = _Names([self.node])
-        return self._names
+        return _Names([self.node])
 
-    @property
+    @_once
     def code(self):
         """The code of the statement alone, to look at its names."""
-        import ast
-        tree = ast.parse("")
-        tree.body = [self.node]
-        return compile(tree, self.source.path, "exec", self.source.flags, True)
+        return self.source.compile_alone([self.node])
 
-    @property
+    @_once
     def binds(self):
-        return self.names.binds
+        return {self.node.name} if self.is_definition else self.names.binds
 
     @property
     def rebinds(self):
         """The names that it binds from what they were."""
-        return self.binds & self.names.reads if not self.is_definition else set()
+        return set() if self.is_definition else self.binds & self.names.reads
 
-    @property
-    def is_function(self):
-        return self.kind in _FUNCTIONS
-
-    @property
-    def is_definition(self):
-        return self.kind in _FUNCTIONS + ("ClassDef",)
-
+    @_once
     def text_key(self):
         # 3.6, 3.7: where a long string comes first, its last line counts as the first one.
-        if self._text is None:
-            text = "\n".join(self.source.lines[self.start:self.end]).rstrip()
-            self._text = text if self.is_alone and self.node.col_offset >= 0 else self.dump()
-        return self._text
+        if not self.is_alone or self.node.col_offset < 0:
+            return self.dump
+        return "\n".join(self.source.lines[self.start:self.end]).rstrip()
 
+    @_once
     def dump(self):
-        if self._dump is None:
-            self._dump = _key(self.node, False)
-        return self._dump
+        return _key(self.node)
 
+    @_once
     def shell(self):
         """The tree with all function bodies emptied."""
-        if self._shell is None:
-            self._shell = _key(self.node, True)
-        return self._shell
+        return _shell(self.node)
 
+    @property
     def decorator_dump(self):
-        return self.kind, _key(getattr(self.node, "decorator_list", []), False)
+        return self.kind, _key(getattr(self.node, "decorator_list", []))
 
     def label(self, place):
-        """What pairs it with its like in another text; `place`: behind which equal statement."""
+        """What pairs it with its like in another text; `place`: behind which statement."""
+        kind = "=" if "Assign" in self.kind else self.kind
         if self.is_definition:
-            return "def", self.node.name
-        names = tuple(sorted(self.binds))
-        if self.kind in ("Assign", "AnnAssign", "AugAssign"):
-            return "=", names or (self.kind == "AnnAssign", place)
-        if self.kind == "ImportFrom":
-            return "from", self.node.module, self.node.level, "*" in names
-        return (self.kind, names) if names else ("acts", place) if self.acts_without_a_name else (
-            self.kind, place)
+            kind = "def"
+        elif self.kind == "ImportFrom":
+            return self.node.module, self.node.level, "*" in self.binds
+        return kind, tuple(sorted(self.binds)) or place
 
+    @_once
     def body(self):
-        """Return the statements of a class body."""
-        if self._body is None:
-            self._body = self.source.statements_of(
-                self.node.body, _first_line(self.node) - 1 + self.end - self.start)
-        return self._body
+        """The statements of a class body."""
+        return self.source.statements_of(self.node.body, self.end)
 
     @property
     def is_constant(self):
@@ -3872,8 +3804,8 @@ class _Statement:
     @property
     def acts_without_a_name(self):
         """Such as `H.append(f)`: what it did shows in no name of its own."""
-        return not self.binds and not self.is_constant and not self.is_main_guard and (
-            self.kind not in ("Pass", "Assert", "Global", "AnnAssign"))
+        return not (self.binds or self.is_constant or self.is_main_guard or self.kind in (
+            "Pass", "Assert", "Global", "AnnAssign"))
 
     @property
     def changes(self):
@@ -3897,7 +3829,7 @@ class _Statement:
 
     @property
     def has_definitions(self):
-        return "Def'" in str(self.dump()) or self.kind == "AnnAssign"
+        return "Def'" in str(self.dump) or self.kind == "AnnAssign"
 
     @property
     def is_harmless(self):
@@ -3910,63 +3842,67 @@ class _Statement:
 
     @property
     def is_main_guard(self):
-        if self.kind != "If":
-            return False
-        test = repr(_key(self.node.test, False))
-        return "'__name__'" in test and "'__main__'" in test
+        return _tests(self.node, "__name__") and _tests(self.node, "__main__")
 
     @property
     def is_pure(self):
         """An assignment to names of an expression that runs nobody's code."""
-        import ast
         targets = getattr(self.node, "targets", None) or [getattr(self.node, "target", None)]
         return (self.kind in ("Assign", "AnnAssign") and self.node.value is not None
                 and all(type(each).__name__ == "Name" for each in targets)
-                and all(type(each).__name__ in _PURE for each in ast.walk(self.node.value)))
+                and _is_pure_expression(self.node.value))
 
     @property
     def title(self):
         """The first line, for the report."""
         line = self.source.lines[_first_line(self.node) - 1]
-        line = line[max(self.node.col_offset, 0):] if not self.is_alone else line
-        line = line.split(";")[0].strip().rstrip(":") if not self.is_alone else (
-            line.strip().rstrip(":"))
-        return line if len(line) <= 60 else line[:57] + "..."
+        if not self.is_alone:
+            line = line[max(self.node.col_offset, 0):].split(";")[0]
+        return shorten(line.strip().rstrip(":"), 60)
 
 
-_PURE = {"Constant", "Num", "Str", "Bytes", "NameConstant", "Name", "BinOp", "UnaryOp", "BoolOp",
-         "Compare", "IfExp", "Tuple", "JoinedStr", "FormattedValue", "Attribute", "Subscript",
-         "Index", "Load", "Add", "Sub", "Mult", "Div", "FloorDiv", "Mod", "Pow", "LShift",
-         "RShift", "BitOr", "BitXor", "BitAnd", "MatMult", "UAdd", "USub", "Not", "Invert", "And",
-         "Or", "Eq", "NotEq", "Lt", "LtE", "Gt", "GtE", "Is", "IsNot", "In", "NotIn"}
+_PURE = set("""Constant Num Str Bytes NameConstant Name BinOp UnaryOp BoolOp Compare IfExp Tuple
+    JoinedStr FormattedValue Attribute Subscript Index Load Add Sub Mult Div FloorDiv Mod Pow
+    LShift RShift BitOr BitXor BitAnd MatMult UAdd USub Not Invert And Or Eq NotEq Lt LtE Gt GtE
+    Is IsNot In NotIn""".split())
 
 
-_LEAVES = "only functions that nest no others are emptied"
+def _is_pure_expression(node):
+    import ast
+    return all(type(each).__name__ in _PURE for each in ast.walk(node))
 
 
-def _key(node, is_shell):
-    """Return a tree as tuples, to be compared; as a shell without the bodies of functions."""
+def _key(node, empties=None):
+    """Return a tree as tuples, to be compared; without the bodies of functions that are emptied."""
     fields = getattr(node, "_fields", None)
-    if fields is not None:
-        kind = type(node).__name__
-        is_body = is_shell and kind in _FUNCTIONS + ("Lambda",) and not (
-            is_shell is _LEAVES and len(list(_functions_below(node))) > 1)
-        return (kind,) + tuple([
-            _key(getattr(node, name, None), is_shell) for name in fields
-            if name not in ("ctx", "type_comment", "kind") and not (is_body and name == "body")
-            ]) + (_doc_key(node) if is_body else ())
     if isinstance(node, list):
-        return tuple([_key(each, is_shell) for each in node])
-    return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
+        return tuple([_key(each, empties) for each in node])
+    if fields is None:
+        return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
+    kind = type(node).__name__
+    is_emptied = empties and kind in _FUNCTIONS + ("Lambda",) and empties(node)
+    return (kind, _doc_key(node) if is_emptied else None) + tuple([
+        _key(getattr(node, name, None), empties) for name in fields
+        if name not in ("ctx", "type_comment", "kind") and not (is_emptied and name == "body")])
+
+
+def _shell(node):
+    """Return the key of a tree with all function bodies emptied."""
+    return _key(node, lambda function: True)
 
 
 def _doc_key(node):
     """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
-        return ()
+        return None
     value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
     text = getattr(value, value._fields[0], None) if value is not None else None  # 3.6, 3.7: s
-    return (text,) if type(text) is str else ()
+    return text if type(text) is str else None
+
+
+def _tests(node, name):
+    """Tell whether a node is an `if` with a name, or a text, in its condition."""
+    return type(node).__name__ == "If" and repr(name) in repr(_key(node.test))
 
 
 class _Names:
@@ -3991,12 +3927,9 @@ class _Names:
             self._add_scope(_executed_children(node))
         elif kind == "AnnAssign" and node.value is None:
             self._add(node.annotation)
-        elif kind == "If" and "TYPE_CHECKING" in str(_key(node.test, False)):
-            self.reads |= _Names([node.test]).reads
-            for each in node.orelse:
+        elif _tests(node, "TYPE_CHECKING"):
+            for each in [node.test] + node.orelse:
                 self._add(each)
-        elif kind == "FunctionDef" and _is_bare(node):
-            self.binds.add(node.name)
         elif kind not in ("TypeVar", "ParamSpec", "TypeVarTuple"):    # 3.12: of no use outside
             self._add_other(node, kind)
 
@@ -4023,24 +3956,19 @@ class _Names:
         self.heads |= inner.heads - inner.binds
 
 
-def _is_bare(node):
-    """Tell whether a `def` reads nothing: no decorators, defaults and annotations."""
-    args = node.args
-    return not (node.decorator_list or node.returns or args.defaults or args.kwonlyargs
-                or args.vararg or args.kwarg or getattr(node, "type_params", None)
-                or any(arg.annotation for arg in args.args))
-
-
 def _executed_children(node):
     """Return the nodes in a node that are executed with it and in its scope."""
     import ast
     kind = type(node).__name__
     if kind in _FUNCTIONS + ("Lambda",):
-        returns = getattr(node, "returns", None)
-        return [node.args] + getattr(node, "decorator_list", []) + ([returns] if returns else [])
+        args = node.args
+        named = getattr(args, "posonlyargs", []) + args.args + args.kwonlyargs
+        heads = [getattr(each, "annotation", None) for each in named + [args.vararg, args.kwarg]]
+        heads += args.defaults + args.kw_defaults + [getattr(node, "returns", None)]
+        return getattr(node, "decorator_list", []) + [each for each in heads if each is not None]
     if kind == "ClassDef":
         return node.decorator_list + node.bases + node.keywords
-    return ast.iter_child_nodes(node)
+    return list(ast.iter_child_nodes(node))
 
 
 def _annotation_maker(code):
@@ -4058,7 +3986,7 @@ def _annotation_numbers(statements):
     import dis
     numbers, last = [], 0
     for each in statements:
-        maker = _annotation_maker(each.code) if "AnnAssign" in str(each.dump()) else None
+        maker = _annotation_maker(each.code) if "AnnAssign" in str(each.dump) else None
         count = sum(step.argval == "__conditional_annotations__"
                     for step in (dis.get_instructions(maker) if maker else ()))
         numbers.append(range(last, last + count))
@@ -4078,25 +4006,18 @@ def _bound_by(statements):
     return set().union(*[each.binds for each in statements])
 
 
-def _functions_below(node, path="", in_function=False):
+def _functions_below(node, path=""):
     """Yield (path, node) of all functions in a node, with itself; a path is like __qualname__."""
-    import ast
-    kind = type(node).__name__
+    kind, body, inner_path = type(node).__name__, [], path
     if kind in _FUNCTIONS + ("Lambda",):
-        path += _name_of(node)
-        yield path, node
-        inner = node.body if isinstance(node.body, list) else [node.body]
-        for each in inner:
-            yield from _functions_below(each, path + ".<locals>.")
-        outer = [each for each in _executed_children(node)]
-        path = path[:-len(_name_of(node))]
+        yield path + _name_of(node), node
+        body = node.body if isinstance(node.body, list) else [node.body]
+        inner_path += _name_of(node) + ".<locals>."
     elif kind == "ClassDef":
-        for each in node.body:
-            yield from _functions_below(each, path + node.name + ".")
-        outer = _executed_children(node)
-    else:
-        outer = ast.iter_child_nodes(node)
-    for each in outer:
+        body, inner_path = node.body, path + node.name + "."
+    for each in body:
+        yield from _functions_below(each, inner_path)
+    for each in _executed_children(node):
         yield from _functions_below(each, path)
 
 
@@ -4113,10 +4034,10 @@ def _pair_functions(old, new, path=""):
     pairs, left = [], set()
     for where, (ours, theirs) in groups.items():
         for node in theirs[:] if len(ours) > 1 or len(theirs) > 1 else ():
-            like = [each for each in ours if _key(each, False) == _key(node, False)]
-            if like:
-                pairs.append((where, like[0], node))
-                ours.remove(like[0])
+            like = next((each for each in ours if _key(each) == _key(node)), None)
+            if like is not None:
+                pairs.append((where, like, node))
+                ours.remove(like)
                 theirs.remove(node)
         if len(ours) == len(theirs):
             pairs += [(where,) + pair for pair in zip(ours, theirs)]
@@ -4127,8 +4048,6 @@ def _pair_functions(old, new, path=""):
 
 def _default_nodes(node):
     """Return {parameter: node of its default}."""
-    if node is None:
-        return {}
     args = node.args
     positional = [arg.arg for arg in getattr(args, "posonlyargs", []) + args.args]
     found = dict(zip(reversed(positional), reversed(args.defaults)))
@@ -4160,23 +4079,11 @@ _Found = collections.namedtuple("_Found", "path text")   # text: how it is other
 def _fits(module, text, path):
     """Tell whether a text may well be the one that a module runs."""
     try:
-        source = _Source(text, path)
-        evidence = _Evidence(module, source)
+        evidence = _Evidence(module, _Source(text, path))
     except _COMPILE_ERRORS:
         return False
-    pairs = evidence.look()
     return not evidence.found and not evidence.gone and all(
-        pair.change == "same" for pair in pairs)
-
-
-def _compare_with_live(edit):
-    """Return the pairs of an edit whose old text is unknown; what can't be told goes into it."""
-    evidence = _Evidence(edit.module, edit.new, edit.line)
-    pairs = evidence.look()
-    edit.subs.update(evidence.subs)
-    edit.told = [found for found in evidence.found if found.text]
-    edit.gone = evidence.gone
-    return pairs
+        pair.change == "same" for pair in evidence.pairs)
 
 
 class _Evidence:
@@ -4189,28 +4096,24 @@ class _Evidence:
     def __init__(self, module, source, line=None):
         self.name, self.space, self.source = module.__name__, _space_of(module), source
         self.line = line        # where the top level stands, if it runs just now
-        codes = list(_code_paths([source.code]))
-        self.codes = collections.defaultdict(list)      # path -> codes of functions
-        for path, code in _code_paths(_nested_codes(source.code)):
-            self.codes[path].append(code)
-        self.set_globals = {name for _, code in codes for name in _stored_names(code, "GLOBAL")}
-        self.set_attributes = {name for _, code in codes for name in _stored_attributes(code)}
-        self.drops_names = any(_may_drop_names(code) for _, code in codes)
+        codes = [code for _, code in _code_paths([source.code])]
+        self.set_globals = {name for code in codes for name in _stored_names(code, "GLOBAL")}
+        self.set_attributes = {name for code in codes for name in _stored_attributes(code)}
+        self.drops_names = any(map(_may_drop_names, codes))
         self.found = []         # _Found: what can't be told
-        self.gone = []          # (scope, name) of definitions that the text has no more
+        self.gone = []          # (path of a class or "", name) of definitions not in the text
         self.subs = {}          # id of the _Statement of a class -> pairs of its body
-
-    def look(self):
-        """Return a _Pair for each statement."""
-        pairs = self._look_at(self.source.statements, self.space, "", None)
-        names, doc = self.source.names, self.space.get("__doc__")
-        if "*" not in names and _INDIRECT.isdisjoint(self.source.code.co_names):
-            self._look_for_extras(names | self.set_globals)
+        self.pairs = self._look_at(source.statements, self.space, "", None)
+        names, doc = source.names, self.space.get("__doc__")
+        self._look_for_extras(names | self.set_globals)
         if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
             self.gone.append(("", "__doc__"))
-        return pairs
+
+    def _tell(self, path, how=""):
+        self.found.append(_Found(path, how and "%s %s" % (path, how)))
 
     def _look_at(self, statements, items, prefix, cls):
+        """Return a _Pair for each statement, changed or not, of a module or a class."""
         counts = collections.Counter(name for each in statements for name in each.binds)
         lasts = _last_binders(statements)
         pairs = []
@@ -4218,104 +4121,105 @@ class _Evidence:
             is_done = self.line is None or each.end < self.line
             is_last = "*" not in counts and not each.names.deletes and all(
                 lasts[name] is each for name in each.binds)
-            change = "same" if not is_done or not is_last else self._change(
-                each, items, prefix, cls, counts)
+            change = "same"
+            if is_done and is_last and each.is_definition:
+                live = items.get(_mangled(each.node.name, cls and cls.__name__), _MISSING)
+                change = self._change_of_definition(
+                    each, live, prefix, cls, counts[each.node.name] == 1)
+            elif is_done and is_last:
+                change = self._change(each, items, prefix, cls, counts)
             pairs.append(_Pair(None, each, change))
         return pairs
 
     def _change(self, statement, items, prefix, cls, counts):
-        """Return what a statement needs: same, new, live or class."""
-        if statement.is_definition:
-            return self._change_of_definition(statement, items, prefix, cls, counts)
+        """Return what an import or an assignment needs: same or new."""
         if statement.kind in ("Import", "ImportFrom"):
-            is_missing = cls is None and any(name not in items for name in statement.binds)
             is_future = getattr(statement.node, "module", 0) == "__future__"
-            return "new" if is_missing and not is_future else "same"
-        if statement.kind in ("Assign", "AnnAssign") and statement.node.value is not None and (
-                cls is None or _is_plain_class(cls)):
-            return self._change_of_value(statement, items, prefix, cls, counts)
-        return "same"
-
-    def _change_of_value(self, statement, items, prefix, cls, counts):
+            return "new" if cls is None and not is_future and (
+                not statement.binds <= set(items)) else "same"
+        if statement.kind not in ("Assign", "AnnAssign") or statement.node.value is None or (
+                cls is not None and not _is_plain_class(cls)):
+            return "same"
         skips = self.set_globals if cls is None else self.set_attributes
-        literals, change = _literals(statement.node), "same"
+        literals, is_missing = _literals(statement.node), False
         for name in statement.binds:
             live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
             if name.startswith("__") or name in skips or counts[name] > 1:
                 continue
-            if live is _MISSING:
-                if not (cls is None and self.drops_names):
-                    change = "new" if statement.is_pure and len(statement.binds) == 1 else change
-                    self.found.append(_Found(prefix + name, "" if change == "new" else (
-                        "%s is not there, the file has it" % (prefix + name))))
-            elif name in literals and _is_unlike(literals[name], live):
-                self.found.append(_Found(prefix + name, "%s is %s, the file says %s" % (
-                    prefix + name, shorten(repr(live), 40), shorten(repr(literals[name]), 40))))
-        return change
+            if live is not _MISSING:
+                if name in literals and _is_unlike(literals[name], live):
+                    self._tell(prefix + name, "is %s, the file says %s" % (
+                        shorten(repr(live), 40), shorten(repr(literals[name]), 40)))
+            elif cls is not None or not self.drops_names:
+                is_missing = statement.is_pure and len(statement.binds) == 1
+                self._tell(prefix + name, "" if is_missing else "is not there, the file has it")
+        return "new" if is_missing else "same"
 
-    def _change_of_definition(self, statement, items, prefix, cls, counts):
+    def _change_of_definition(self, statement, live, prefix, cls, is_only):
+        """Return what a definition needs: same, new, live or class."""
         node = statement.node
-        live = items.get(_mangled(node.name, cls and cls.__name__), _MISSING)
         path = prefix + node.name
         if live is _MISSING:
-            is_set = cls is None and (node.name in self.set_globals or self.drops_names)
-            if not is_set:
-                self.found.append(_Found(path, ""))
-            return "same" if is_set else "new"
+            if cls is None and (node.name in self.set_globals or self.drops_names):
+                return "same"
+            self._tell(path)
+            return "new"
         if statement.kind == "ClassDef":
-            if _is(live, type) and (live.__module__, live.__qualname__) == (self.name, path):
+            if self._is_own(live, path):
                 return self._change_of_class(statement, live, path)
             if not node.keywords and not node.bases and not node.decorator_list:
-                self.found.append(_Found(path, "%s is not the class of the file" % path))
+                self._tell(path, "is not the class of the file")
             return "same"
-        own = [each for each in _functions_in(live) if each.__globals__ is self.space
-               and each.__code__.co_name == node.name and _is_in_file(each.__code__, self.source)]
-        if not own and type(live) is types.FunctionType is not None and not node.decorator_list:
-            if live.__globals__ is not self.space and counts[node.name] == 1:
-                self.found.append(_Found(path, "%s is not the function of the file" % path))
-        elif not own and not node.decorator_list and counts[node.name] == 1 and (
-                not _is(live, (type, staticmethod, classmethod, property))):
-            self.found.append(_Found(path, "%s is not the function of the file" % path))
-        if all(self._is_like(each, path, node, counts[node.name]) for each in own):
+        own = self._own_functions(live, node.name)
+        if not own and _has_console_code(live):
+            self._tell(path)
+        is_foreign = not _is(live, (type, staticmethod, classmethod, property)) and not (
+            type(live) is types.FunctionType and live.__globals__ is self.space)
+        if not own and is_foreign and is_only and not node.decorator_list:
+            self._tell(path, "is not the function of the file")
+        codes = [_behaviour(code) for code in self.source.codes.get(path, ())] if own else ()
+        if all(_behaviour(each.__code__) in codes and (not is_only or _defaults_fit(each, node))
+               for each in own):
             return "same"
-        return "live" if counts[node.name] == 1 else "new"
+        return "live" if is_only else "new"
 
-    def _is_like(self, function, path, node, count):
-        behaviours = [_behaviour(code) for code in self.codes[path]]
-        if _behaviour(function.__code__) not in behaviours:
-            return False
-        return count > 1 or _defaults_fit(function, node)
+    def _own_functions(self, value, name):
+        """Return the functions of a name in a value that the file has made."""
+        return [each for each in _functions_in(value) if each.__globals__ is self.space
+                and each.__code__.co_name == name and _is_in_file(each.__code__, self.source)]
+
+    def _is_own(self, value, path):
+        """Tell whether a value was made by a definition that a file of the module had at a path."""
+        if _is(value, type):
+            return (value.__module__, value.__qualname__) == (self.name, path)
+        return any(each.__qualname__ == path
+                   for each in self._own_functions(value, path.rpartition(".")[2]))
 
     def _change_of_class(self, statement, cls, path):
-        body = statement.body()
-        pairs = self.subs[id(statement)] = self._look_at(body, vars(cls), path + ".", cls)
-        names = {_mangled(name, cls.__name__) for name in _bound_by(body)}
-        for name, value in list(vars(cls).items()):
-            if name not in names and any(
-                    each.__globals__ is self.space and _is_in_file(each.__code__, self.source)
-                    and each.__code__.co_name == name and each.__qualname__ == path + "." + name
-                    for each in _functions_in(value)):
-                self.gone.append((path, name))
+        pairs = self.subs[id(statement)] = self._look_at(
+            statement.body, vars(cls), path + ".", cls)
+        names = {_mangled(name, cls.__name__) for name in _bound_by(statement.body)}
+        gone = [name for name, value in list(vars(cls).items()) if name not in names
+                and not _is(value, type) and self._is_own(value, "%s.%s" % (path, name))]
+        self.gone += [(path, name) for name in gone]
         if _is_plain_class(cls) and not statement.node.decorator_list:
-            self.found += [_Found("%s.%s" % (path, name), "%s.%s is not in the file" % (path, name))
-                           for name in _added_to_class(statement, cls, self.set_attributes)
-                           if (path, name) not in self.gone]
-        is_same = all(pair.change == "same" for pair in pairs) and not any(
-            where == path for where, _ in self.gone)
+            for name in _added_to_class(statement, cls, self.set_attributes.union(gone)):
+                is_typed = _has_console_code(vars(cls)[name])
+                self._tell("%s.%s" % (path, name), "" if is_typed else "is not in the file")
+        is_same = not gone and all(pair.change == "same" for pair in pairs)
         return "same" if is_same else "class"
 
     def _look_for_extras(self, names):
+        is_clear = "*" not in names and _INDIRECT.isdisjoint(self.source.code.co_names)
         for name, value in list(self.space.items()):
             if name in names or name.startswith("__") or _is(value, types.ModuleType):
                 continue
-            if type(value) is types.FunctionType and _is_in_file(value.__code__, self.source) and (
-                    value.__qualname__ == name) or _is(value, type) and (
-                    value.__module__, value.__qualname__) == (self.name, name) and (
-                    not _has_console_code(value)):
+            if _has_console_code(value):
+                self._tell(name)
+            elif is_clear and self._is_own(value, name):
                 self.gone.append(("", name))
-            elif getattr(value, "__module__", None) != __name__:
-                is_typed = _has_console_code(value)
-                self.found.append(_Found(name, "" if is_typed else "%s is not in the file" % name))
+            elif is_clear and getattr(value, "__module__", None) != __name__:
+                self._tell(name, "is not in the file")
 
 
 def _is_plain_class(cls):
@@ -4348,17 +4252,10 @@ def _is_unlike(literal, live):
 
 
 def _defaults_fit(function, node):
-    """Tell whether literal defaults and the number of them are those of a live function."""
-    defaults = function.__defaults__ or ()
-    if len(defaults) != len(node.args.defaults):
-        return False
-    pairs = list(zip(node.args.defaults, defaults))
-    for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults):
-        live = (function.__kwdefaults__ or {}).get(arg.arg, _MISSING)
-        if (default is None) != (live is _MISSING):
-            return False
-        pairs += [(default, live)] if default is not None else []
-    return not any(_is_unlike(_literal(default), live) for default, live in pairs)
+    """Tell whether a live function may well have the defaults of a `def`."""
+    nodes, live = _default_nodes(node), _live_defaults(function)
+    return nodes.keys() == live.keys() and not any(
+        _is_unlike(_literal(nodes[name]), live[name]) for name in nodes)
 
 
 def _added_to_class(statement, cls, stored):
@@ -4384,20 +4281,9 @@ def _stored_by_methods(cls):
 
 def _unsaved(edit):
     """Return what is defined in a live module and stands in no file, or otherwise in its own."""
-    source = edit.old or edit.new
-    evidence = _Evidence(edit.module, source, edit.line)
-    evidence.look()
-    found = {each.path for each in evidence.found}
-    for name, value in list(edit.space.items()):
-        if name.startswith("__") or _is(value, types.ModuleType):
-            continue
-        if _is(value, type) and value.__module__ == edit.name:
-            found.update("%s.%s" % (name, key) for key, inner in vars(value).items()
-                         if _has_console_code(inner))
-        elif _has_console_code(value):
-            found.add(name)
+    evidence = _Evidence(edit.module, edit.old or edit.new, edit.line)
     runs = _bound_by(pair.new for pair in edit.pairs if pair.new and pair.change not in _LEFT_ALONE)
-    return sorted(found - runs)
+    return sorted({each.path for each in evidence.found} - runs)
 
 
 # --- Journal: the only thing that undoes ---
@@ -4406,7 +4292,7 @@ class _Journal:
     """Changes made in place, each with what takes it back."""
 
     def __init__(self):
-        self._entries = []      # callables (is_sealed), the oldest first
+        self._entries = []      # callables, the oldest first
         self.touched = set()    # (id of what is changed, name): whether a newer change covers it
         self._kept = {}         # id -> (container, its content before), to copy each once
         self._unsealed = []     # callables to call when the transaction has succeeded
@@ -4422,34 +4308,30 @@ class _Journal:
     def keep(self, slot):
         """Have undo put back what is in a slot now, whoever writes to it meanwhile."""
         read, write, key = slot
-        before, after = read(), []
 
-        def undo():
+        def restore(before, *after):
             if read() is not before and (not after or read() is after[0]):
                 write(before)
-
-        def seal():
-            after.append(read())
-            if after[0] is not before:
-                self.touched.add(key)
-        self._entries.append(undo)
-        self._unsealed.append(seal)
+        self._keep(read, restore, key)
 
     def keep_content(self, container):
         """Have undo put back what a container holds now, or, once sealed, what differs then."""
-        if id(container) in self._kept:
-            return
-        before, after = _content(container), []
-        self._kept[id(container)] = container, before
+        if id(container) not in self._kept:
+            self._kept[id(container)] = container, self._keep(
+                functools.partial(_content, container),
+                functools.partial(_restore_container, container))
 
-        def undo():
-            _restore_container(container, before, *after)
+    def _keep(self, read, restore, key=None):
+        """Have undo call `restore` with what is read now and, once sealed, what is read then."""
+        before, after = read(), []
 
         def seal():
-            now = _content(container)
-            after.append(before if _is_same_content(now, before) else now)
-        self._entries.append(undo)
+            after.append(read())
+            if key is not None and after[0] is not before:
+                self.touched.add(key)
+        self._entries.append(lambda: restore(before, *after))
         self._unsealed.append(seal)
+        return before
 
     def on_undo(self, function, key=None):
         self._entries.append(function)
@@ -4512,7 +4394,10 @@ def _attribute(obj, name):
     def read():
         if is_class and name != "__bases__":
             return vars(obj).get(name, _MISSING)  # not what it inherits
-        return getattr(obj, name, _MISSING)
+        try:
+            return kind.__getattribute__(obj, name)
+        except AttributeError:
+            return _MISSING
 
     def write(value):
         if value is _MISSING:
@@ -4528,21 +4413,6 @@ def _annotations(function):
         setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
     return (lambda: getattr(function, "__annotate__", None) or function.__annotations__, write,
             (id(function), "__annotations__"))
-
-
-def _member(obj, member):
-    def read():
-        try:
-            return member.__get__(obj)
-        except AttributeError:
-            return _MISSING
-
-    def write(value):
-        if value is _MISSING:
-            member.__delete__(obj)
-        else:
-            member.__set__(obj, value)
-    return read, write, (id(obj), member.__name__)
 
 
 def _cell(cell):
@@ -4899,7 +4769,7 @@ class _Apply:
             return
         if scope.cls is not None and scope.count(new.name) > 1:
             self._run_group(scope, new.name)
-        elif pair.old.decorator_dump() == pair.new.decorator_dump() and _is_transparent(new):
+        elif pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
             self._define(scope, pair)
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)
@@ -4985,7 +4855,7 @@ class _Apply:
         places = _Registrations(self, reached, {id(old), id(raw)})
         value = places.renew(decorate)
         if pair.old is not None and pair.change == "def" and not places.taken and (
-                pair.old.decorator_dump() != pair.new.decorator_dump()) and not (
+                pair.old.decorator_dump != pair.new.decorator_dump) and not (
                     _is_transparent(node)):
             self._note_not_retired(scope, pair.new)
         if value is not raw:
@@ -5027,7 +4897,7 @@ class _Apply:
             return
         pairs = scope.edit.sub_pairs(pair)
         is_head_same = pair.old is None or (
-            pair.old.decorator_dump() == pair.new.decorator_dump()
+            pair.old.decorator_dump == pair.new.decorator_dump
             and _key([pair.old.node.bases, pair.old.node.keywords], False)
             == _key([pair.new.node.bases, pair.new.node.keywords], False))
         if not is_head_same or _needs_its_statement(cls, pairs):
@@ -5109,7 +4979,6 @@ class _Apply:
                 source = self._parsed(name, known)
                 edit = source and _Edit(name, known.module(), known.path, known.stamp, known.text)
                 if edit:
-                    edit.compile()
                     edit.compare()
                     scope = _Scope(edit)
                     for pair in edit.pairs:
@@ -5502,10 +5371,10 @@ class _Apply:
         names, is_generated = set(), self.is_patch
         if found:
             edit, pair = found
-            names = {_mangled(name, old.__name__) for name in _bound_by(pair.old.body())}
+            names = {_mangled(name, old.__name__) for name in _bound_by(pair.old.body)}
             if "__eq__" in names and old.__hash__ is None:
                 names.add("__hash__")  # Python adds it to a class that has __eq__ alone
-            is_generated = pair.old.decorator_dump() != pair.new.decorator_dump()
+            is_generated = pair.old.decorator_dump != pair.new.decorator_dump
         for name, value in values.items():
             is_dunder = name.startswith("__") and name.endswith("__")
             if self.is_patch or name in names or name in _ANNOTATIONS or (
@@ -5683,8 +5552,8 @@ class _Apply:
                 self._follow_defaults(edit, value, each, olds, news)
             elif each.kind == "ClassDef" and _is(value, type) and (
                     value.__module__, value.__qualname__) == (edit.name, path + each.node.name):
-                self._follow_pure(edit, each.body(), value, dict(olds, **vars(value)),
-                                  dict(news, **vars(value)), names - _bound_by(each.body()))
+                self._follow_pure(edit, each.body, value, dict(olds, **vars(value)),
+                                  dict(news, **vars(value)), names - _bound_by(each.body))
             elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
                     cls is None or _is_plain_class(cls)):
                 was, now = _value_of(each, olds), _value_of(each, news)
@@ -5725,7 +5594,7 @@ class _Apply:
             mine = self.by_name.get(name)
             text = mine.text if mine is not None and name in self.started else known and known.text
             space = _space_of(module)
-            if space is None or text is None or space is edit.space:
+            if not space or text is None or space is edit.space:
                 continue
             source = mine.new if mine is not None and name in self.started else self._parsed(
                 name, known)
@@ -5983,7 +5852,7 @@ class _Apply:
             elif _container_kind(each):
                 self.journal.keep_content(each)
             for member in _members(type(each)):
-                self.journal.keep(_member(each, member))
+                self.journal.keep(_attribute(each, member.__name__))
         return found
 
     def keep_names(self, statement, space):
@@ -6114,7 +5983,7 @@ class _Scope:
     def __init__(self, edit, cls=None, path="", pair=None):
         self.edit, self.cls, self.path = edit, cls, path
         self.prefix = path + "." if path else ""
-        self.statements = edit.new.statements if pair is None else pair.new.body()
+        self.statements = edit.new.statements if pair is None else pair.new.body
         self.held = edit.held if cls is None else {}
         self._lasts = None
 
@@ -6369,9 +6238,9 @@ class _Successors:
         if pair.change == "same":
             return None
         key = code.co_name, code.co_firstlineno
-        if pair.new is not None and pair.old.text_key() == pair.new.text_key():
+        if pair.new is not None and pair.old.text_key == pair.new.text_key:
             line = code.co_firstlineno + pair.new.start - pair.old.start
-            found = self.edit.new.index.get((code.co_name, line), ())
+            found = self.edit.new.codes.get((code.co_name, line), ())
             new = _best_match(code, found)
             return new and _Next(new, function.__qualname__, "", False, False, None, None)
         return self._mapped(pair, path, key, code)
@@ -6381,7 +6250,7 @@ class _Successors:
             self._map(pair, path)
         found = self._maps[id(pair)].get(key, [])
         if len(found) > 1:      # several on one line: which is it?
-            olds = self.edit.old.index.get(key, ())
+            olds = self.edit.old.codes.get(key, ())
             k = next((k for k, each in enumerate(olds) if each == code), None)
             if k is None:
                 k = next((k for k, each in enumerate(olds)
@@ -6397,7 +6266,7 @@ class _Successors:
                       else "the new source has no such function") if is_inner else ""
             return _Next(None, where, reason, True, is_inner, old, new)
         is_changed = _key(old, False) != _key(new, False)
-        if not is_inner and _key(old, True) != _key(new, True):
+        if not is_inner and _shell(old) != _shell(new):
             return None         # its head changed: defined anew when its turn comes
         return _Next(new_code, where, "", is_changed, is_inner, old, new)
 
@@ -6424,7 +6293,7 @@ class _Successors:
     def _by_path(self, function, code):
         """The old text is unknown: the code of the new text with the same path, if it is clear."""
         path = _path_of(function)
-        found = self.edit.paths.get(path, [])
+        found = self.edit.new.codes.get(path, [])
         alike = [each for each in found if _behaviour(each) == _behaviour(code)]
         is_inner = "<locals>" in path or "<lambda>" in path
         if alike:
@@ -6851,7 +6720,7 @@ def _leads_to(value, targets, depth=3):
             return True
         inners = [each for each in (_get_dict(value) or {}).values()
                   if id(each) in targets or _is(each, _WRAPPERS + (type,))]
-        inners += [_member(value, member)[0]() for base in type(value).__mro__
+        inners += [_attribute(value, member.__name__)[0]() for base in type(value).__mro__
                    for member in vars(base).values() if type(member) is types.MemberDescriptorType]
         inners += _taken_in(type(value))
         depth = min(depth, 2)
@@ -6954,15 +6823,15 @@ def _kept_class_names(found, new):
     edit, pair = found
     if hasattr(new, "_member_map_"):
         return set()
-    olds, news = pair.old.body(), pair.new.body()
-    same = {each.dump() for each in olds}
+    olds, news = pair.old.body, pair.new.body
+    same = {each.dump for each in olds}
     old_lasts, lasts = map(_last_binders, (olds, news))
-    changed = _bound_by(each for each in news if each.dump() not in same)
+    changed = _bound_by(each for each in news if each.dump not in same)
     changed.update(name for name, was in edit.before.items()
                    if was is not edit.space.get(name, _MISSING))
     changed.update(name for name, each in lasts.items() if name in old_lasts  # a later one is gone
-                   and old_lasts[name].dump() != each.dump())
-    kept = _bound_by(each for each in news if each.dump() in same
+                   and old_lasts[name].dump != each.dump)
+    kept = _bound_by(each for each in news if each.dump in same
                      and not each.names.reads & changed) - changed
     return {_mangled(name, pair.new.node.name) for name in kept}
 
@@ -7053,106 +6922,91 @@ def _with_parents(name):
     return [".".join(parts[:i + 1]) for i in range(len(parts))]
 
 
-def _resolved(node, space):
-    """Return the full name of the module that a `from ... import` leads to."""
-    if not node.level:
-        return node.module
+def _full_name(level, name, space):
+    """Return the full name of the module that `from ...name import` leads to in a namespace."""
+    if not level:
+        return name or ""
     parts = (space.get("__package__") or "").split(".")
-    return ".".join(parts[:len(parts) - node.level + 1] + ([node.module] if node.module else []))
+    return ".".join(parts[:len(parts) - level + 1] + ([name] if name else []))
+
+
+def _import_nodes(nodes):
+    """Yield the import statements in nodes, but for those of functions and of type checkers."""
+    import ast
+    for node in nodes:
+        kind = type(node).__name__
+        if kind in ("Import", "ImportFrom"):
+            yield node
+        elif kind in ("If", "Try", "With", "ExceptHandler") and not _tests(node, "TYPE_CHECKING"):
+            yield from _import_nodes(ast.iter_child_nodes(node))
 
 
 def _imported_by(node, space):
-    """Yield the modules that the import statements in a node lead to, but for functions'."""
-    import ast
-    kind = type(node).__name__
-    if kind == "Import":
-        for alias in node.names:
-            yield from _with_parents(alias.name)
-    elif kind == "ImportFrom":
-        base = _resolved(node, space) or ""
-        yield from _with_parents(base)
-        for alias in node.names:
-            yield "%s.%s" % (base, alias.name)
-    elif kind in ("If", "Try", "With", "ExceptHandler") and "TYPE_CHECKING" not in (
-            repr(_key(node.test, False)) if kind == "If" else ""):
-        for each in ast.iter_child_nodes(node):
-            yield from _imported_by(each, space)
+    """Yield the modules that the import statements in a node lead to."""
+    for each in _import_nodes([node]):
+        base = ""
+        if type(each).__name__ == "ImportFrom":
+            base = _full_name(each.level, each.module, space)
+            yield from _with_parents(base)
+        for alias in each.names:
+            yield from ["%s.%s" % (base, alias.name)] if base else _with_parents(alias.name)
 
 
 _IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
                      rb"(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]*))", re.M)
 
 
-def _imports_in(text, package):
+def _imports_in(text, space):
     """Yield (module, names) of what a text imports anywhere, found fast, without parsing it."""
     for found in _IMPORT.findall(text):
-        dots, base, names, modules = [each or b"" for each in found]    # PyPy: a text if not there
-        for each in modules.split(b","):
+        # PyPy: None for what is not there
+        dots, base, names, modules = [(each or b"").decode("utf-8", "replace") for each in found]
+        for each in modules.split(","):
             if each.split():
-                yield each.split()[0].decode("utf-8", "replace"), ()
+                yield each.split()[0], ()
         if names:
-            parts = package.split(".")
-            base = base.decode("utf-8", "replace")
-            if dots:
-                base = ".".join(parts[:len(parts) - len(dots) + 1] + ([base] if base else []))
-            words = [each.split() for each in names.strip(b"()").split(b",")]
-            yield base, [each[0].decode("utf-8", "replace") for each in words if each]
+            words = [each.split() for each in names.strip("()").split(",")]
+            yield _full_name(len(dots), base, space), [each[0] for each in words if each]
 
 
 def _imports_of_unchanged(name):
     """Yield what a module that is not edited imports; or one that is new in an own package."""
-    known, module = _hot.known.get(name), sys.modules.get(name)
-    if module is not None:
-        text = known.text if known is not None else None
-        package = (_space_of(module) or {}).get("__package__") or ""
+    known = _hot.known.get(name)
+    if name in sys.modules:
+        text, space = known and known.text, _space_of(sys.modules[name])
     else:
-        text, package = _text_of_new(name)
-    for base, names in _imports_in(text, package) if text else ():
+        text, space = _text_of_new(name)
+    for base, names in _imports_in(text or b"", space):
         yield from _with_parents(base)
         for each in names:
             yield "%s.%s" % (base, each)
 
 
 def _text_of_new(name):
-    """Return (text, package) of a module not imported yet, if its package is the program's."""
+    """Return (text, namespace) of a module not imported yet, if its package is the program's."""
     parts = name.split(".")
     for k in range(len(parts) - 1, 0, -1):
         known = _hot.known.get(".".join(parts[:k]))
-        if known is not None:
-            base = os.path.join(os.path.dirname(known.path), *parts[k:])
-            for path, package in ((base + ".py", ".".join(parts[:-1])),
-                                  (os.path.join(base, "__init__.py"), name)):
-                if os.path.isfile(path):
-                    with open(path, "rb") as file:
-                        return file.read(), package
-    return b"", ""
+        base = os.path.join(os.path.dirname(known.path), *parts[k:]) if known else ""
+        for path, package in ((base + ".py", ".".join(parts[:-1])),
+                              (os.path.join(base, "__init__.py"), name)):
+            if known is not None and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    return file.read(), {"__package__": package}
+    return b"", {}
 
 
 def _import_index(edits):
     """Return {module: names of the program's modules that import from it}."""
     index = collections.defaultdict(set)
-    texts = {name: known.text for name, known in list(_hot.known.items()) if known.text}
-    for name, text in texts.items():
-        package = (_space_of(sys.modules.get(name)) or {}).get("__package__") or ""
-        for base, names in _imports_in(text, package):
+    for name, known in list(_hot.known.items()):
+        for base, names in _imports_in(known.text or b"", _space_of(sys.modules.get(name))):
             if names:
                 index[base].add(name)
     for edit in edits:
-        for base, names in _imports_in(edit.text, edit.space.get("__package__") or ""):
+        for base, names in _imports_in(edit.text, edit.space):
             index[base].add(edit.name)
     return index
-
-
-def _import_nodes(source):
-    """Yield the `from ... import` nodes of a source, but for those in functions."""
-    import ast
-    todo = [each.node for each in source.statements]
-    while todo:
-        node = todo.pop()
-        if type(node).__name__ == "ImportFrom":
-            yield node
-        elif type(node).__name__ in ("If", "Try", "With", "ExceptHandler"):
-            todo += ast.iter_child_nodes(node)
 
 
 def _public(space):
@@ -7162,37 +7016,40 @@ def _public(space):
     return set(names)
 
 
+def _imported_names(source, space):
+    """Yield (module, alias) of each name that a source imports from a module at its top level."""
+    for node in _import_nodes(each.node for each in source.statements):
+        for alias in node.names if type(node).__name__ == "ImportFrom" else ():
+            yield _full_name(node.level, node.module, space), alias
+
+
 def _imported_values(source, space, edit, before, changed):
     """Return {name: value} of what a module imported from another one and is another now there."""
     found, others = {}, source.names - {"*"}
-    for node in _import_nodes(source):
-        if _resolved(node, space) != edit.name:
-            continue
-        for alias in node.names:
-            if alias.name != "*":
-                pairs = [(alias.name, alias.asname or alias.name)]
-            else:
-                pairs = [(name, name) for name in _public(edit.space) - others]
-            for name, own in pairs:
-                was, now = before.get(name, _MISSING), edit.space.get(name, _MISSING)
-                live = space.get(own, _MISSING)
-                if name in changed and now is not _MISSING and live is not now and (
-                        live is was) and (was is not _MISSING or alias.name == "*"):
+    for module_name, alias in _imported_names(source, space):
+        is_star, public = alias.name == "*", _public(edit.space)
+        names = (public | _public(before)) - others if is_star else [alias.name]
+        for name in names if module_name == edit.name else ():
+            own = name if is_star else alias.asname or name
+            was, live = before.get(name, _MISSING), space.get(own, _MISSING)
+            now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
+            if live is not was or now is was:
+                continue
+            if now is _MISSING:
+                if is_star and not _is_starred_elsewhere(source, space, edit, name):
                     found[own] = now
-            if alias.name == "*":
-                for name in _public(before) - _public(edit.space) - others:
-                    if before.get(name, _MISSING) is space.get(name, _MISSING) is not _MISSING:
-                        if not _is_starred_elsewhere(source, space, edit, name):
-                            found[name] = _MISSING
+            elif name in changed and (is_star or was is not _MISSING):
+                found[own] = now
     return found
 
 
 def _is_starred_elsewhere(source, space, edit, name):
-    for node in _import_nodes(source):
-        other = _space_of(sys.modules.get(_resolved(node, space)))
-        if other is not None and other is not edit.space and name in other and any(
-                alias.name == "*" and name in _public(other) or name == (alias.asname or alias.name)
-                for alias in node.names):
+    """Tell whether a module has a name also from another module than the edited one."""
+    for module_name, alias in _imported_names(source, space):
+        other = _space_of(sys.modules.get(module_name))
+        if other is not edit.space and name in other and (
+                name in _public(other) if alias.name == "*" else name == (
+                    alias.asname or alias.name)):
             return True
     return False
 
@@ -7207,11 +7064,6 @@ def _pure_value(node, space):
 def _value_of(statement, space):
     """Return what the pure expression of an assignment gives, or _MISSING."""
     return _pure_value(statement.node.value, space)
-
-
-def _is_pure_expression(node):
-    import ast
-    return all(type(each).__name__ in _PURE for each in ast.walk(node))
 
 
 def _is_plain_equal(a, b):
@@ -7232,12 +7084,17 @@ def _own_code_changed(edit):
         for pair in pairs:
             if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
                 look(edit.sub_pairs(pair), top or pair.new.node.name)
-            elif pair.change == "body" and pair.new.is_function and _key(
-                    pair.old.node.body, _LEAVES) != _key(pair.new.node.body, _LEAVES):
-                if top is None or pair.new.node.name in _RUN_AT_ONCE:
-                    names.add(top or pair.new.node.name)
+            elif pair.change == "body" and pair.new.is_function and (
+                    top is None or pair.new.node.name in _RUN_AT_ONCE) and (
+                    _key(pair.old.node.body, _nests_none) != _key(
+                        pair.new.node.body, _nests_none)):
+                names.add(top or pair.new.node.name)
     look(edit.pairs, None)
     return names
+
+
+def _nests_none(function):
+    return len(list(_functions_below(function))) == 1
 
 
 _RUN_AT_ONCE = {"__init_subclass__", "__new__", "__init__", "__set_name__", "__call__",
