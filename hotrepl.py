@@ -1585,15 +1585,17 @@ class Interrupts:
 
     def expect(self):
         """Get ready for an input: from here on a request is for what it evaluates."""
-        self._state = self.DUE
-        self._settle()
+        with self._lock:          # who asks just now has sent it by now
+            self._state = self.DUE
+            self._forget()
 
     def close(self):
         """Turn interrupts off, and forget those that have not arrived; can be repeated."""
         self._state = self.CLOSED
         self._evaluation += 1
         if self._is_asked:
-            self._settle()
+            with self._lock:
+                self._forget()
 
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
@@ -1609,8 +1611,9 @@ class Interrupts:
 
     def withdraw(self):
         """Take back a request that has not arrived: Ctrl+Z after a Ctrl+C that changed nothing."""
-        self._evaluation += 1
-        self._settle()
+        with self._lock:
+            self._evaluation += 1
+            self._forget()
 
     def run(self, function, *args):
         """Return what `function` returns, called with interrupts on. They are off afterwards."""
@@ -1622,7 +1625,8 @@ class Interrupts:
                 value = function(*args)
                 self._state = self.DUE    # one input can be evaluated in several parts
                 if self._is_asked:
-                    self._take_back()
+                    with self._lock:
+                        self._cancel()
                 return value
             except BaseException:
                 self.close()
@@ -1701,21 +1705,19 @@ class Interrupts:
         if kept is not None:
             raise kept
 
-    def _settle(self):
-        """Forget what was asked for, and what was kept of it."""
-        self._take_back(self._kept.clear)
+    def _forget(self):
+        """Take back what was sent and has not arrived, or was kept; the lock is held."""
+        self._kept.clear()
+        if self._is_asked:
+            self._cancel()
 
-    def _take_back(self, forget=int):
-        """Take back what was sent and has not arrived; then call `forget`."""
-        with self._lock:          # who asks just now has sent it by now
-            forget()
-            if self._is_asked:
-                self._is_asked, self._sent_s = False, -ARRIVAL_S
-                _cancel(self.ident)
-                _free_import_lock()
+    def _cancel(self):
+        self._is_asked, self._sent_s = False, -ARRIVAL_S
+        _cancel(self.ident)
+        _free_import_lock()
 
     OURS = {each.__code__ for each in (
-        close, run, shield, _pop, _raise_kept, _settle, _take_back)}
+        expect, close, run, shield, _pop, _raise_kept, _forget, _cancel)}
 
 
 # === 6. Consoles =============================================================
@@ -9316,9 +9318,8 @@ class FirstBytes:
     def __init__(self, is_control=False):
         self.is_over = False
         self._is_control = is_control
-        self._has_begun = False   # the first line is past; then _text begins with a newline
         self._room = HEADER_LIMIT_BYTES
-        self._text = b""          # the line that is being received; of a long one, both ends
+        self._text = b""          # the line that is being received, behind the newline before it
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -9328,23 +9329,27 @@ class FirstBytes:
             self.is_over = True
             known = foreign_greeting(received) or "not a control message"
             return None if received[:1] == IAC else known
+        self._room -= len(received)
+        if self._text == b"\n" and _NO_HEADERS.match(received):
+            self.is_over = self._room < 0
+            return None
         # As the session will read it: without telnet's commands, and blank lines before the first.
         text = re.sub(_TELNET, b"", self._text + received)
-        if not self._has_begun:
+        is_later = self._text.startswith(b"\n")
+        if not is_later:
             text = text[re.match(_BLANK, text).end():]
-        self._room -= len(received)
         blank = re.search(rb"\n\r?\n", text)
         is_ours = text.startswith(BEGIN)          # our client's secret
         head = text[:blank.end()] if blank else text
-        foreign = None if is_ours else foreign_greeting(head, self._has_begun)
+        foreign = None if is_ours else foreign_greeting(head, is_later)
         self.is_over = bool(is_ours or foreign or blank or text and self._room < 0)
-        self._has_begun = b"\n" in text
         text = text[max(text.rfind(b"\n"), 0):]   # what is past need not be looked at again
         # A web page can make the URL in its request as long as it likes.
         self._text = text if len(text) <= 2048 else text[:1023] + b"~" + text[-1024:]
         return foreign
 
 
+_NO_HEADERS = re.compile(rb"(?:[^\s:\xff][^\n:\xff]*\n)+\Z")       # nor a blank line
 _TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
 _BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
 
@@ -9728,7 +9733,8 @@ class Connection:
             self.put_mark(NO_ECHO)
         if prompt:
             self.put(_Kept(prompt.encode("utf-8", "backslashreplace")), "prompt")
-        self.put_mark(GO_AHEAD)
+        if self.has_marks:
+            self._outbox.append(_Kept(GO_AHEAD))
 
     def send_note(self, text):
         """Send lines of no evaluation; a client with marks shows them above its prompt."""
@@ -9931,7 +9937,7 @@ class Session:
         It raises the interpreter's own audit event too (3.8, PEP 578): an audit hook forbids by
         raising; then `text` must not run.
         """
-        if audit_log.isEnabledFor(20):
+        if "logging" in sys.modules and audit_log.isEnabledFor(20):   # else nobody listens
             self.audit(event, source=text)
         if _audit is not None:
             _audit("hotrepl.exec", text, self.number)
@@ -10276,6 +10282,7 @@ class Evaluator(Job):
         self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
+        self._unsent = None       # the text of a value, which goes out with the next prompt
         self._undo = ExitStack()  # what takes this session's share out of the process
         stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
         stderr = SessionStream("stderr", session.connection, self.interrupts,
@@ -10346,11 +10353,7 @@ class Evaluator(Job):
                 self._take_back(namespace, lent)
             if prompts != (_of_sys("ps1"), _of_sys("ps2")):
                 _restore_prompts(prompts, self.console.source)
-        if text is not None:
-            with session.connection.lock:
-                if not self.is_detached:
-                    session.connection.collect(self.flush)
-                    session.connection.put(text.encode("utf-8"), "value")
+        self._unsent = text
 
     def _evaluate(self, code_object, namespace, use, runcode):
         run, context = self.interrupts.run, self.context
@@ -10429,6 +10432,9 @@ class Evaluator(Job):
     def flush(self):
         """Have all that was printed sent, or put where the connection is corked."""
         self.streams["stdout"].text.flush()       # stderr holds nothing back
+        text, self._unsent = self._unsent, None
+        if text is not None:
+            self.session.connection.put(text.encode("utf-8"), "value")
 
     def push_out(self):
         """Send all that was printed, as far as the client takes it at once."""
@@ -10500,6 +10506,7 @@ class Evaluator(Job):
             with Placed(source, **place) as placed:
                 for each in placed.code_objects():
                     self.run_code(each, vars(placed.module))
+                    self.flush()
         except SystemExit:
             raise
         except BaseException:
@@ -10691,11 +10698,13 @@ def _display(value):
 
 
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
+_PLAIN = {int, float, str, bool, bytes, type(None)}
 
 
 def _drop(values):
-    """Let go of the user's values; a warning of what is never awaited does not name this file."""
-    eval(_CLEAR, {"values": values})
+    """Let go of a user's value; a warning of what is never awaited does not name this file."""
+    if type(values[0]) not in _PLAIN:
+        eval(_CLEAR, {"values": values})
 
 
 def prompt_text(name, default):
@@ -10727,7 +10736,7 @@ def _put_back(owner, name, value, ours=_MISSING):
 
 
 _PLUMBING = {method.__code__ for method in (
-    Interrupts._raise_kept, Interrupts._settle, SessionInput.readline, SessionStream.write,
+    Interrupts._raise_kept, Interrupts._forget, SessionInput.readline, SessionStream.write,
     SessionStream._write_first)}
 
 
