@@ -8728,14 +8728,20 @@ GUESTS = Guests()
 
 
 # === 10. Access ==============================================================
-# Who may come in. The server shows each connection to its Door before a byte is read or sent.
+# Who may come in. The server shows each connection to its Door before a byte is read or sent:
+#
+#     who is at the other end                      may come in
+#     our user, root, one of allow_uids            at once
+#     another user of this machine, nobody         never
+#     can't be known (another machine or system)   with the token, or a client certificate
+#
 # On one machine the kernel says whose socket is at the other end, so the owner needs no password
-# and nobody else can have one. Where it can't say (another system, another machine), a token or
-# a client certificate does. FirstBytes turns away what passes the door with the owner's uid: the
-# requests of web pages in the owner's browser. Every doubt is a refusal. Nothing here keeps a
-# thread or a descriptor; any thread may call it, also after a fork. The server lends its
-# netlink socket: beside a thread that computes, to make and close one takes 10 ms. Uses 2 and 3.
-# Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), getpeereid(3).
+# and nobody else can have one. FirstBytes turns away what passes the door with the owner's uid:
+# the requests of web pages in the owner's browser. Every doubt is a refusal. The client asks the
+# same questions about its server. Nothing here keeps a thread or a descriptor; any thread may call
+# it, also after a fork. The server lends its netlink socket: beside a thread that computes, to
+# make and close one takes 10 ms. Below are files for our eyes only, and TLS. Uses 2 and 3.
+# Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), sys/ucred.h.
 
 ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
 ADMISSION_LIMIT = 16              # connections that may be proving themselves at once
@@ -8768,13 +8774,17 @@ class Door:
         self.token = _checked_token(token)    # bytes; None while nobody needs one
         self.insecure = insecure              # everybody comes in
         self.ssl_context = ssl_context        # None: plain text
-        # Peer.who -> wrong guesses; -> (when a refusal was logged, how many were not since then).
-        # Any thread writes both, in single steps; a lost count does no harm.
-        self._guesses, self._refusals = collections.OrderedDict(), collections.OrderedDict()
+        # TLS lets only holders of a client certificate through.
+        self.wants_certificate = (ssl_context is not None
+                                  and ssl_context.verify_mode.name == "CERT_REQUIRED")
+        self.tell = None                      # called with a line for people about who is refused
+        self._lock = threading.Lock()         # for the next two
+        self._guesses = collections.OrderedDict()         # Peer.who -> wrong guesses
+        # Peer.who -> (when a refusal of it was logged, how many were left out since then)
+        self._refusals = collections.OrderedDict()
         if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
             raise ValueError("allow_names takes a list of names, and an ssl_context with "
                              "verify_mode CERT_REQUIRED")
-        self.tell = None                      # called with a line for people about who is refused
         if not all(type(uid) is int for uid in self.allow_uids):
             raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
                             % shorten(allow_uids))
@@ -8801,22 +8811,16 @@ class Door:
         log.warning("insecure=True: whoever can connect to %s runs code in this process",
                     " or ".join(places))
 
-    @property
-    def wants_certificate(self):
-        """Whether TLS lets only holders of a client certificate through."""
-        if self.ssl_context is None:
-            return False
-        import ssl
-        return self.ssl_context.verify_mode == ssl.CERT_REQUIRED
-
     def check_peer(self, sock, netlink=None):
         """Return the Peer at the other end of `sock`, or raise Refused. Does not block."""
-        if self.insecure:
-            peer = Peer(_address(_peer_name(sock)))
-            with suppress(Refused):       # only for the audit, and for who may pair
-                peer = identify(sock, netlink)
+        try:
+            peer = identify(sock, netlink)
+        except Refused as exc:
+            if not self.insecure or exc.peer.address == "unknown":
+                raise
+            peer = exc.peer
+        if self.insecure:         # who it is matters for the audit, and for who may pair
             return peer
-        peer = identify(sock, netlink)
         if peer.uid is None:
             peer.needs_token = self.token is not None
             if not (peer.needs_token or self.wants_certificate):
@@ -8846,33 +8850,33 @@ class Door:
     def ask_token(self, sock, peer, is_control, check=None, timeout_s=ADMISSION_TIMEOUT_S):
         """Ask for the token; return the bytes that came after the right one. Blocks.
 
-        `check(candidate)` may know another proof. Refused: three wrong ones, a foreign greeting,
-        1 KB or `timeout_s` in all.
+        The REPL channel asks in words, and each line is an attempt, so that netcat will do; on the
+        control channel the first request must be Authenticate. `check(candidate)` may know another
+        proof. Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
         """
-        asker, rest = (_TokenMessages if is_control else _TokenLines)(), b""
-        first_bytes = FirstBytes(is_control)
-        deadline, room = time.monotonic() + timeout_s, TOKEN_LIMIT_BYTES
+        take, first_bytes = (_take_message if is_control else _take_line), FirstBytes(is_control)
+        deadline, room, data = time.monotonic() + timeout_s, TOKEN_LIMIT_BYTES, b""
         try:
             for _ in range(TOKEN_ATTEMPTS):
-                candidate = None
-                sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                sock.sendall(asker.question)
+                sock.sendall(b"" if is_control else TOKEN_PROMPT)
+                candidate, data = take(data)
                 while candidate is None:
-                    if not rest:  # the deadline again each time: a byte now and then buys nothing
-                        sock.settimeout(max(deadline - time.monotonic(), 0.001))
-                        rest = sock.recv(room) if room else b""
-                        room -= len(rest)
-                        refusal = (first_bytes.feed(rest) if rest else "%d bytes instead of a token"
-                                   % (TOKEN_LIMIT_BYTES - room))
-                        if refusal:
-                            raise Refused(refusal, peer)
-                    candidate, rest = asker.take(rest)
-                is_right = self.check_guess(
-                    peer, "wrong token", check or self.check_token, candidate)
-                sock.sendall(asker.answer(is_right))
+                    # The deadline again each time: a byte now and then buys nothing.
+                    sock.settimeout(max(deadline - time.monotonic(), 0.001))
+                    received = sock.recv(room) if room else b""
+                    room -= len(received)
+                    refusal = (first_bytes.feed(received) if received else
+                               "%d bytes instead of a token" % (TOKEN_LIMIT_BYTES - room))
+                    if refusal:
+                        raise Refused(refusal, peer)
+                    candidate, data = take(data + received)
+                is_right = self.check_guess(peer, "wrong token", check or self.check_token,
+                                            candidate)
+                if is_control:
+                    sock.sendall(encode_message(_TOKEN_REPLIES[is_right]))
                 if is_right:
                     sock.settimeout(None)
-                    return rest
+                    return data
         except (OSError, ProtocolError) as exc:
             raise Refused("no token: %s" % exc, peer) from exc
         raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS, peer)
@@ -8887,10 +8891,12 @@ class Door:
         if wrong >= FREE_GUESSES:
             time.sleep(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
         is_right = check(*args)
-        if is_right:
-            self._guesses.pop(peer.who, None)
-        else:
-            _remember(self._guesses, peer.who, self._guesses.get(peer.who, 0) + 1)
+        with self._lock:
+            wrong = self._guesses.pop(peer.who, 0)
+            if not is_right:
+                self._guesses[peer.who] = wrong + 1
+                _forget_oldest(self._guesses)
+        if not is_right:
             self.refuse(peer, reason)
         return is_right
 
@@ -8899,22 +8905,40 @@ class Door:
 
         Or one of the `proofs` that stand for it.
         """
-        import hmac
         if isinstance(candidate, str):
             candidate = candidate.encode("utf-8", "replace")
         known = [self.token, *proofs] if self.token is not None else []
         return isinstance(candidate, bytes) and any(
-            [hmac.compare_digest(candidate, each) for each in known])
+            [compare_digest(candidate, each) for each in known])
 
     def refuse(self, peer, reason, **facts):
-        """Have a refusal on record; of many of one peer one line a second, with a count."""
-        logged, left_out = self._refusals.get(peer.who, (None, 0))
-        if logged is not None and time.monotonic() - logged < 1 / REFUSALS_PER_S:
-            return _remember(self._refusals, peer.who, (logged, left_out + 1))
-        _remember(self._refusals, peer.who, (time.monotonic(), 0))
-        if left_out:
-            facts["left_out"] = left_out
-        self.audit("refused", peer=peer, reason=reason, **facts)
+        """Have a refusal on record; of many of one peer only one line a second.
+
+        Its `left_out` says how many were left out since the line before it. Those that nothing
+        comes after have a line when the peer is forgotten or the server stops.
+        """
+        now = time.monotonic()
+        with self._lock:
+            logged, left_out = self._refusals.pop(peer.who, (-1e9, 0))
+            is_due = now - logged >= 1 / REFUSALS_PER_S
+            self._refusals[peer.who] = (now, 0) if is_due else (logged, left_out + 1)
+            gone = _forget_oldest(self._refusals)
+        if is_due:
+            facts.update({"left_out": left_out} if left_out else {})
+            self.audit("refused", peer=peer, reason=reason, **facts)
+        self._count(gone)
+
+    def close(self):
+        """Put on record what `refuse` has left out; the server's last act."""
+        with self._lock:
+            gone = list(self._refusals.items())
+            self._refusals.clear()
+        self._count(gone)
+
+    def _count(self, refusals):
+        for (host, uid), (_, left_out) in refusals:
+            if left_out:
+                self.audit("refused", peer=Peer(host or "unix socket", uid), left_out=left_out)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
@@ -8928,11 +8952,9 @@ class Door:
             audit_log.log(level, "%s %s", event, text)
 
 
-def _remember(table, key, value):
-    table[key] = value
-    with suppress(KeyError):      # another thread may have done it
-        if len(table) > PEERS_REMEMBERED:
-            table.popitem(last=False)
+def _forget_oldest(table):
+    """Return the items that leave an OrderedDict of PEERS_REMEMBERED at most, a list."""
+    return [table.popitem(last=False) for _ in range(len(table) - PEERS_REMEMBERED)]
 
 
 # The extended key usage clientAuth, 1.3.6.1.5.5.7.3.2, as it stands in a certificate (RFC 5280).
@@ -8957,44 +8979,28 @@ def make_token():
     return os.urandom(32).hex().encode("ascii")
 
 
-class _TokenLines:
-    """How the REPL channel asks: in words, and each line is an attempt, so that netcat will do."""
-
-    question = TOKEN_PROMPT
-
-    def __init__(self):
-        self._line = b""
-
-    def take(self, received):
-        """Return (candidate or None, what came after it)."""
-        line, newline, rest = (self._line + received).partition(b"\n")
-        self._line = b"" if newline else line
-        return (line.rstrip(b"\r") if newline else None), rest
-
-    def answer(self, is_right):
-        return b""                # the next question says that it was wrong
+def _take_line(data):
+    """Return (the first line, or None while it lacks its end; what comes after it)."""
+    line, newline, rest = data.partition(b"\n")
+    return (line.rstrip(b"\r"), rest) if newline else (None, data)
 
 
-class _TokenMessages:
-    """How the control channel asks: the first request must be Authenticate."""
+def _take_message(data):
+    """Return (what the first message shows for the token, or None; what comes after it)."""
+    decoder = MessageDecoder()
+    for at in range(1, len(data) + 1):
+        for body in decoder.feed(data[at - 1:at]):
+            is_attempt = isinstance(body, dict) and body.get("command") == "Authenticate"
+            shown = is_attempt and (body.get("proof") or body.get("token"))
+            return shown or b"", data[at:]
+    return None, data
 
-    question = b""
 
-    def __init__(self):
-        self._decoder = MessageDecoder()
+_TOKEN_REPLIES = {True: {"status": "ok"}, False: {
+    "status": "failed", "reason": "expected Authenticate with the right token first"}}
 
-    def take(self, received):
-        for at in range(1, len(received) + 1):
-            for body in self._decoder.feed(received[at - 1:at]):
-                is_attempt = isinstance(body, dict) and body.get("command") == "Authenticate"
-                shown = is_attempt and (body.get("proof") or body.get("token"))
-                return shown or b"", received[at:]
-        return None, b""
 
-    def answer(self, is_right):
-        return encode_message({"status": "ok"} if is_right else {
-            "status": "failed", "reason": "expected Authenticate with the right token first"})
-
+# --- Peers: who is at the other end ---
 
 class Peer:
     """Who is at the other end of a connection."""
@@ -9033,35 +9039,63 @@ def identify(sock, netlink=None):
     shows as uid 0, inode 0; a local address whose socket this network namespace doesn't have.
     `netlink` is what open_netlink() returns, where many are asked about.
     """
-    theirs = _peer_name(sock)
-    address = _address(theirs)
+    peer = Peer("unknown")
     try:
-        if address == "unix socket":
-            return Peer(address, *_unix_owner(sock))
-        ours = sock.getsockname()
-        uid, inode = tcp_owner(theirs, ours, netlink)
+        theirs = sock.getpeername()
+        if not isinstance(theirs, tuple):
+            return Peer("unix socket", *_unix_owner(sock))
+        peer.address = _address(theirs)
+        uid, inode = tcp_owner(theirs, sock.getsockname(), netlink)
         sock.getpeername()        # fails after a reset: the address may have been another's by now
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
-        raise Refused("%s was gone before it was identified" % address, Peer(address)) from exc
+        raise Refused("%s was gone before it was identified" % peer.address, peer) from exc
     if inode == 0 and (uid is not None or is_local(theirs)):
-        raise Refused("%s belongs to no process that can be seen from here" % address,
-                      Peer(address))
-    return Peer(address, None if _is_ambiguous(uid) else uid)
+        raise Refused("%s belongs to no process that can be seen from here" % peer.address, peer)
+    peer.uid = uid
+    return peer
 
 
-def _peer_name(sock):
+def server_owner(sock):
+    """Return the uid of the server at the other end of a socket that we connected; None: unknown.
+
+    It may not have accepted yet: then the listener counts, which has the connection in its queue.
+    PermissionError: it is at an address of this machine, and no process that can be seen has it.
+    """
+    theirs, ours = sock.getpeername(), sock.getsockname()
+    if not isinstance(theirs, tuple):
+        return _unix_owner(sock)[0]
+    uid, inode = tcp_owner(theirs, ours)
+    if inode == 0:
+        if not is_local(theirs):      # a listener of this machine says nothing about another one
+            return None
+        uid, _ = tcp_owner(theirs, (_ANYBODY[len(_packed(theirs[0]))], 0))
+        again, inode = tcp_owner(theirs, ours)
+        if inode:                     # accepted meanwhile, and the listener may be gone
+            uid = again
+        if uid is None:
+            raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
+                                  % _address(theirs))
+    return uid
+
+
+def knows_local_peers():
+    """Find out by a socket of our own whether this system tells whose a socket is.
+
+    It listens only: that is in the same tables, and to connect to it would take longer.
+    """
     try:
-        return sock.getpeername()
-    except OSError as exc:
-        raise Refused("it was gone at once", Peer("unknown")) from exc
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+            return tcp_owner(listener.getsockname(), (_ANYBODY[4], 0))[0] is not None
+    except OSError:
+        return False
 
 
 def _address(name):
-    """Return what getpeername() says as one short text."""
-    if not isinstance(name, tuple):
-        return "unix socket"
+    """Return what getpeername() says of a TCP socket as one short text."""
     return ("[%s]:%d" if ":" in name[0] else "%s:%d") % name[:2]
 
 
@@ -9070,58 +9104,22 @@ def _unix_owner(sock):
     if sys.platform.startswith("linux"):
         option = getattr(socket, "SO_PEERCRED", 17)       # PyPy 7.3 has no name for it
         pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, option, 12))
-        return (None if _is_ambiguous(uid) else uid), pid
-    import ctypes                 # macOS, BSD: one function for all, their socket options differ
-    uid, gid = ctypes.c_uint32(), ctypes.c_uint32()
-    try:
-        failed = ctypes.CDLL(None).getpeereid(sock.fileno(), ctypes.byref(uid), ctypes.byref(gid))
-    except (AttributeError, OSError, TypeError):
-        failed = True
-    return (None if failed else uid.value), None
+        return _certain(uid), pid
+    try:                          # macOS, FreeBSD: LOCAL_PEERCRED, a struct xucred
+        return struct.unpack_from("2I", sock.getsockopt(0, 1, 76))[1], None
+    except (OSError, struct.error):
+        return None, None
 
 
-def _is_ambiguous(uid):
-    """Return whether `uid` is how a user namespace shows everyone whom it has no number for."""
+def _certain(uid):
+    """Return `uid`, or None for what a user namespace shows for all whom it has no number for."""
     if uid != 65534:
-        return False
+        return uid
     try:
         with open("/proc/self/uid_map") as table:
-            return table.read().split() != ["0", "0", "4294967295"]
+            return uid if table.read().split() == ["0", "0", "4294967295"] else None
     except OSError:
-        return True
-
-
-def tcp_owner(theirs, ours, netlink=None):
-    """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
-
-    A miss counts only in a table that lists our own end: a kernel without tcp_diag and the empty
-    /proc of a sandbox say "no such socket" to everything. It is final for an address of another
-    machine; a socket of this one can be bound to a device, and is found by asking for that.
-    """
-    answer = None, None
-    for look_up in _look_ups(theirs, netlink):
-        try:
-            owner = look_up(theirs, ours)
-            if owner:
-                return owner
-            if look_up(ours, theirs):
-                answer = None, 0
-                if not is_local(theirs):
-                    break
-        except (OSError, AttributeError) as exc:      # a sandbox, or not Linux
-            if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
-                raise             # this tells nothing about the peer
-    return answer
-
-
-def _look_ups(theirs, netlink):
-    """Yield the ways to find an owner, each only tried when the one before it has failed."""
-    yield functools.partial(owner_by_netlink, netlink=netlink)
-    if is_local(theirs):
-        with suppress(OSError, AttributeError):
-            for index, _ in socket.if_nameindex():
-                yield functools.partial(owner_by_netlink, netlink=netlink, interface=index)
-    yield owner_by_procfs
+        return None
 
 
 def is_local(address):
@@ -9139,10 +9137,115 @@ def is_local(address):
         return False
 
 
+def _is_loopback(host):
+    packed = _packed(host)
+    return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
+
+
+def _packed(host):
+    """Return a numeric address as 4 or 16 bytes; IPv4 in IPv6 clothes as 4."""
+    host = host.partition("%")[0]
+    if ":" not in host:
+        return socket.inet_pton(socket.AF_INET, host)
+    packed = socket.inet_pton(socket.AF_INET6, host)
+    return packed[12:] if packed.startswith(_MAPPED) else packed
+
+
+_MAPPED = b"\0" * 10 + b"\xff\xff"        # in front of an IPv4 address in IPv6 clothes
+
+
+# --- Owners: the kernel's tables of TCP sockets, asked by netlink or read as text ---
+
 # TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
 # sending half), CLOSE_WAIT, CLOSING. SYN_SENT is not: that would be somebody's next connection.
 _LIVE_STATES = (1, 4, 5, 8, 11)
-_MAPPED = b"\0" * 10 + b"\xff\xff"        # in front of an IPv4 address in IPv6 clothes
+_LISTENING = 10
+_ANYBODY = {4: "0.0.0.0", 16: "::"}       # with port 0: what a listener is connected to
+LOOPBACK = 1                      # the number of the device, always
+
+
+def tcp_owner(theirs, ours, netlink=None):
+    """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
+
+    Inode 0 is nobody. A miss counts only in a table that lists our own end: a kernel without
+    tcp_diag and the empty /proc of a sandbox say "no such socket" to everything. It is final for an
+    address of another machine; of this one the text may list a socket that is bound to a device.
+    """
+    answer = None, None
+    for look_up in functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs:
+        try:
+            owner = look_up(theirs, ours)
+            if owner:
+                return _certain(owner[0]), owner[1]
+            if look_up(ours, theirs):
+                answer = None, 0
+                if not is_local(theirs):
+                    break
+        except OSError as exc:    # a sandbox, or not Linux
+            if exc.errno in OUT_OF_DESCRIPTORS:
+                raise             # this tells nothing about the peer
+    return answer
+
+
+def owner_by_netlink(theirs, ours, netlink=None):
+    """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
+
+    Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer. It
+    is asked as for a packet that came by the loopback device, as all between two sockets of this
+    machine do: it finds what is bound to that device, and the listener that would get the packet,
+    whatever its family and address.
+    """
+    if netlink is None:
+        with open_netlink() as netlink:
+            return owner_by_netlink(theirs, ours, netlink)
+    ends, number = (_packed(theirs[0]), _packed(ours[0])), next(_queries) & 0xFFFFFFFF
+    netlink.sendto(struct.pack(
+        "=IHHII4BI4s16s16sIII",
+        72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
+        socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6, socket.IPPROTO_TCP, 0, 0,
+        0xFFFFFFFF, struct.pack("!HH", theirs[1], ours[1]), *ends,      # inet_diag_req_v2
+        (theirs + (0, 0))[3] or LOOPBACK, 0xFFFFFFFF, 0xFFFFFFFF), (0, 0))
+    answered, sender = None, None
+    while answered != number or sender != 0:      # others are to queries whose answer nobody took
+        answer, (sender, _) = netlink.recvfrom(512)
+        kind, answered, error = struct.unpack_from("=4xH2xI4xi", answer.ljust(20, b"\0"))
+    if kind == 2 and error == -errno.ENOENT:      # NLMSG_ERROR
+        return None
+    if kind != 20:
+        raise OSError("sock_diag answered with message %d, error %d" % (kind, error))
+    state, uid, inode = struct.unpack_from("=xB62xII", answer, 16)        # inet_diag_msg
+    # For want of the connection the kernel offers a listener on the peer's port: whoever comes
+    # from port 22 of another machine would be root.
+    if (state == _LISTENING) != (ours[1] == 0):
+        return None
+    return uid, inode if state in _LIVE_STATES else 0
+
+
+_queries = itertools.count(1)     # their numbers
+
+
+def owner_by_procfs(theirs, ours):
+    """Do what owner_by_netlink does by reading the kernel's tables as text, in milliseconds.
+
+    It finds a listener at that very address only.
+    """
+    names = _proc_names(theirs), _proc_names(ours)
+    for table in "/proc/net/tcp", "/proc/net/tcp6":
+        if os.path.exists(table) or not table.endswith("6"):      # no IPv6, no tcp6
+            with open(table) as rows:
+                for row in rows:
+                    _, source, target, state, _, _, _, uid, _, inode = row.split()[:10]
+                    if source in names[0] and target in names[1]:
+                        return int(uid), int(inode) if int(state, 16) in _LIVE_STATES else 0
+    return None
+
+
+def _proc_names(address):
+    """Return how the tables may write an address: 32-bit words in the machine's byte order."""
+    packed = _packed(address[0])
+    forms = [packed, _MAPPED + packed] if len(packed) == 4 else [packed]
+    return ["%s:%04X" % ("".join("%08X" % word for word in struct.unpack(
+        "=%dI" % (len(form) // 4), form)), address[1]) for form in forms]
 
 
 def open_netlink():
@@ -9154,156 +9257,7 @@ def open_netlink():
     return netlink
 
 
-def owner_by_netlink(theirs, ours, netlink=None, interface=0):
-    """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
-
-    Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer.
-    """
-    if netlink is None:
-        with open_netlink() as netlink:
-            return owner_by_netlink(theirs, ours, netlink, interface)
-    ports, ends = struct.pack("!HH", theirs[1], ours[1]), (_packed(theirs[0]), _packed(ours[0]))
-    family = socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6
-    number = next(_queries) & 0xFFFFFFFF
-    query = struct.pack("=IHHII4BI4s16s16sIII",
-                        72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
-                        family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF,   # inet_diag_req_v2
-                        ports, ends[0], ends[1], interface or (theirs + (0, 0))[3], 0xFFFFFFFF,
-                        0xFFFFFFFF)
-    netlink.sendto(query, (0, 0))
-    answer = _receive_answer(netlink, number)
-    kind, error = struct.unpack_from("=4xH10xi", answer)
-    if kind == 2 and error == -errno.ENOENT:      # NLMSG_ERROR
-        return None
-    if kind != 20:
-        raise OSError("sock_diag answered with message %d, error %d" % (kind, error))
-    family, state, their_ports, source, target, uid, inode = struct.unpack_from(
-        "=BB2x4s16s16s24xII", answer, 16)         # inet_diag_msg
-    # For want of the connection the kernel offers a listener on the peer's port: whoever comes
-    # from port 22 of another machine would be root.
-    if their_ports != ports or (_unmapped(source, family), _unmapped(target, family)) != ends:
-        return None
-    return uid, inode if state in _LIVE_STATES else 0
-
-
-_queries = itertools.count(1)     # their numbers
-
-
-def _receive_answer(netlink, number):
-    """Return the kernel's answer to the query of that number; skip answers that nobody took."""
-    while True:
-        answer, sender = netlink.recvfrom(512)
-        if sender[0] == 0 and struct.unpack_from("=8xI", answer.ljust(20, b"\0"))[0] == number:
-            return answer
-
-
-def owner_by_procfs(theirs, ours):
-    """Do what owner_by_netlink does by reading the kernel's tables as text, in milliseconds."""
-    ends = _packed(theirs[0]), _packed(ours[0])
-    for table, prefix in ("tcp", b""), ("tcp6", b"" if len(ends[0]) == 16 else _MAPPED):
-        wanted = " %s:%04X %s:%04X " % (_proc_hex(prefix + ends[0]), theirs[1],
-                                        _proc_hex(prefix + ends[1]), ours[1])
-        if os.path.exists("/proc/net/" + table) or table == "tcp":      # no IPv6, no tcp6
-            with open("/proc/net/" + table) as rows:
-                for row in rows:
-                    if wanted in row:
-                        _, _, _, state, _, _, _, uid, _, inode = row.split()[:10]
-                        return int(uid), int(inode) if int(state, 16) in _LIVE_STATES else 0
-    return None
-
-
-def _proc_hex(packed):
-    """Return an address as /proc/net/tcp writes it: 32-bit words in the machine's byte order."""
-    return "".join("%08X" % word for word in struct.unpack("=%dI" % (len(packed) // 4), packed))
-
-
-def _packed(host):
-    """Return a numeric address as 4 or 16 bytes; IPv4 in IPv6 clothes as 4."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return _unmapped(socket.inet_pton(family, host.partition("%")[0]), family)
-
-
-def _unmapped(packed, family):
-    if family == socket.AF_INET:
-        return packed[:4]
-    return packed[12:] if packed.startswith(_MAPPED) else packed
-
-
-def _is_loopback(host):
-    packed = _packed(host)
-    return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
-
-
-def server_owner(sock):
-    """Return the uid of the server at the other end of a socket that we connected; None: unknown.
-
-    It may not have accepted yet: then the listener counts, which has the connection in its queue.
-    PermissionError: it is at an address of this machine, and no process that can be seen has it.
-    """
-    theirs = sock.getpeername()
-    if _address(theirs) == "unix socket":
-        return _unix_owner(sock)[0]
-    ours = sock.getsockname()
-    uid, inode = tcp_owner(theirs, ours)
-    if inode == 0:
-        if not is_local(theirs):      # a listener of this machine says nothing about another one
-            return None
-        uid = _listener_owner(theirs)
-        again, inode = tcp_owner(theirs, ours)
-        if inode:                     # accepted meanwhile, and the listener may be gone
-            uid = again
-        if uid is None:
-            raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
-                                  % _address(theirs))
-    return None if _is_ambiguous(uid) else uid
-
-
-def _listener_owner(theirs):
-    """Return the uid of the listener to which the kernel gives connections to `theirs`, or None.
-
-    `theirs` is an address of this machine; connections to it come by the loopback device. The
-    kernel looks the listener up as it would for one: whatever family or device it is bound to.
-    """
-    packed = _packed(theirs[0])
-    # PyPy 7.3 does not know the numbers of devices; lo is the first.
-    loopback = getattr(socket, "if_nametoindex", {"lo": 1}.get)
-    with suppress(OSError, AttributeError):
-        with open_netlink() as netlink:
-            number = next(_queries) & 0xFFFFFFFF
-            netlink.sendto(struct.pack(
-                "=IHHII4BI4s16s16sIII", 72, 20, 1, number, 0,
-                socket.AF_INET if len(packed) == 4 else socket.AF_INET6, socket.IPPROTO_TCP, 0, 0,
-                0xFFFFFFFF, struct.pack("!HH", theirs[1], 0), packed, b"",
-                (theirs + (0, 0))[3] or loopback("lo"), 0xFFFFFFFF, 0xFFFFFFFF), (0, 0))
-            answer = _receive_answer(netlink, number)
-        kind, error = struct.unpack_from("=4xH10xi", answer)
-        if kind == 20:
-            state, ports, uid = struct.unpack_from("=xB2x4s56xI", answer, 16)
-            return uid if state == 10 else None       # TCP_LISTEN
-        if error == -errno.ENOENT:
-            return None
-    uids = set()      # by text: whoever listens on that port anywhere; they have to be one user
-    for table in "tcp", "tcp6":
-        with suppress(OSError), open("/proc/net/" + table) as rows:
-            uids.update(int(row.split()[7]) for row in list(rows)[1:]
-                        if row.split()[3] == "0A" and row.split()[1].endswith(":%04X" % theirs[1]))
-    return uids.pop() if len(uids) == 1 else None
-
-
-def knows_local_peers():
-    """Find out by a socket of our own whether this system tells whose a socket is.
-
-    It listens only: that is in the same tables, and to connect to it would take longer.
-    """
-    try:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen(1)
-            uid, _ = tcp_owner(listener.getsockname(), ("0.0.0.0", 0))
-            return not (uid is None or _is_ambiguous(uid))
-    except OSError:
-        return False
-
+# --- First bytes: another protocol than ours, as a web page in the owner's browser sends ---
 
 class FirstBytes:
     """Finds out from its first lines whether a connection speaks another protocol than ours.
@@ -9407,6 +9361,8 @@ def foreign_greeting(received, is_later=False):
     return next((name for name, pattern in rows if re.match(pattern, received)), None)
 
 
+# --- Private files: unix sockets, tokens, the runtime folder ---
+
 @contextmanager
 def unix_listener(path):
     """Listen at `path` for our uid alone, as a context; afterwards our file is gone.
@@ -9454,23 +9410,25 @@ def _remove_stale(path):
 
 
 def token_path(address):
-    """Return the path of the file that holds the token of the server at `address`, as in Server."""
+    """Return the path of the file that holds the token of the server at `address`, as in Server.
+
+    By port and network: a container may share our folder, and its ports are not ours.
+    """
     if isinstance(address, str):
         return address + TOKEN_SUFFIX
-    return os.path.join(runtime_folder(), _token_name(address))
+    return os.path.join(runtime_folder(), _token_name(address[1]))
 
 
 def stored_tokens(address):
     """Yield the tokens that servers of ours have left in files for who connects to `address`."""
     for path in ([token_path(address)] if isinstance(address, str)
-                 else runtime_files(_token_name(address))):
+                 else runtime_files(_token_name(address[1]))):
         with suppress(OSError, ValueError):
             yield read_private(path).decode("ascii").strip()
 
 
-def _token_name(address):
-    """By port and network: a container may share our folder, and its ports are not ours."""
-    return "-".join(["token-%d" % address[1]] + re.findall(r"net:\[(\d+)", str(namespaces())))
+def _token_name(port):
+    return "-".join(["token-%d" % port] + re.findall(r"net:\[(\d+)", str(namespaces())))
 
 
 def runtime_folder():
@@ -9479,11 +9437,9 @@ def runtime_folder():
     PermissionError: it is a link, another user's or open to others, who may have left something.
     """
     path = _runtime_folders()[0]
-    try:
+    with suppress(FileExistsError):
         os.mkdir(path, 0o700)
-    except FileExistsError:
-        pass
-    _check_private(path)
+    _check_folder(path)
     return path
 
 
@@ -9496,7 +9452,7 @@ def runtime_files(pattern):
     found = []
     for folder in _runtime_folders():
         with suppress(OSError):   # there is none, or it is a trap
-            _check_private(folder)
+            _check_folder(folder)
             found += [os.path.join(folder, name)
                       for name in fnmatch.filter(os.listdir(folder), pattern)]
     return found
@@ -9518,13 +9474,53 @@ def _runtime_folders():
     return [os.path.join(chosen, "hotrepl")] + [temporary] * (chosen.rstrip("/") == usual)
 
 
-def _check_private(path):
+def _check_folder(path):
     info = os.lstat(path)
-    is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
-    if not stat.S_ISDIR(info.st_mode) or (is_open and os.name == "posix"):
+    if not (stat.S_ISDIR(info.st_mode) and _is_private(info)):
         raise PermissionError(
             errno.EPERM, "%s is no folder that only we may open (mode %o, uid %d); remove it or "
             "set XDG_RUNTIME_DIR to a folder of your own" % (path, info.st_mode, info.st_uid))
+
+
+def _is_private(info):
+    """Return whether what `os.stat` says of a file or folder keeps all others out, but root."""
+    if os.name != "posix":        # there the folder of the user's profile does
+        return True
+    return info.st_uid == effective_uid() and not info.st_mode & 0o077
+
+
+def effective_uid():
+    """Return the effective uid of this process; 0 where the system has none."""
+    return getattr(os, "geteuid", int)()
+
+
+def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
+    """Return the bytes of the file `path`; OSError unless it is a small one that only we may open.
+
+    Whoever may write to its folder can put a link there to another file of ours, or a FIFO.
+    """
+    flags = os.O_RDONLY | sum(getattr(os, name, 0)
+                              for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    with open(os.open(path, flags), "rb") as file:
+        info = os.fstat(file.fileno())
+        if not (stat.S_ISREG(info.st_mode) and _is_private(info) and info.st_nlink == 1
+                and info.st_size <= limit_bytes):
+            raise PermissionError(errno.EPERM, "%s is no small file that only we may open" % path)
+        return file.read(limit_bytes)
+
+
+def write_private(path, content):
+    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all."""
+    new = "%s.%s" % (path, os.urandom(8).hex())
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(new, flags, 0o600), "wb") as file:
+            file.write(content)
+        os.replace(new, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+        raise
 
 
 def namespaces():
@@ -9544,58 +9540,55 @@ def process_mark(pid):
         return ""
 
 
-def effective_uid():
-    """Return the effective uid of this process; 0 where the system has none."""
-    return getattr(os, "geteuid", int)()
-
-
-def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
-    """Return the bytes of the file `path`; OSError unless it is a small one that only we may open.
-
-    Whoever may write to its folder can put a link there to another file of ours, or a FIFO.
-    """
-    flags = os.O_RDONLY | sum(getattr(os, name, 0)
-                              for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-    with open(os.open(path, flags), "rb") as file:
-        info = os.fstat(file.fileno())
-        is_open = info.st_uid != effective_uid() or info.st_mode & 0o077
-        if (not stat.S_ISREG(info.st_mode) or is_open and os.name == "posix"
-                or info.st_nlink > 1 or info.st_size > limit_bytes):
-            raise PermissionError(errno.EPERM, "%s is no small file that only we may open" % path)
-        return file.read(limit_bytes)
-
-
-def write_private(path, content):
-    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all."""
-    new = "%s.%s" % (path, os.urandom(8).hex())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with open(os.open(new, flags, 0o600), "wb") as file:
-            file.write(content)
-        os.replace(new, path)
-    except BaseException:
-        if os.path.lexists(new):
-            os.unlink(new)
-        raise
-
+# --- TLS: one thread carries the bytes between it and a plain socket ---
+# A TLS connection bears one thread at a time; what talks through the plain socket has several.
+# Each direction is a generator that yields what it has to wait for, a (socket, event), or None
+# once it has moved something: then it is the other one's turn.
 
 def carry(tls, inner):
     """Carry bytes between the TLS connection `tls` and the socket `inner` to the end; close both.
 
-    A TLS connection bears one thread at a time; what talks through the other end of `inner` has
-    several. Blocks; shutting down either socket ends it.
+    Blocks, until nothing more comes out of `inner`; shutting down either socket ends it.
     """
     with tls, inner:
         tls.setblocking(False)
         inner.setblocking(False)
-        ways = [_Way(tls, inner), _Way(inner, tls)]
-        while not ways[-1].is_over:
-            ways = [way for way in ways if not way.is_over]
-            waits = [way.step() for way in ways]
+        inward = _way(tls, inner)
+        for wait in _way(inner, tls):
+            waits = [wait, next(inward, wait)]
             if None not in waits:
                 _wait(waits)
         inner.close()
         drain(tls)
+
+
+def _way(source, target):
+    """Carry all that comes out of `source` to `target`, then its end."""
+    with suppress(OSError):
+        data = yield from _when_ready(source, selectors.EVENT_READ, source.recv, RECEIVE_BYTES)
+        while data:
+            sent = yield from _when_ready(target, selectors.EVENT_WRITE, target.send, data)
+            yield None
+            data = data[sent:] or (yield from _when_ready(
+                source, selectors.EVENT_READ, source.recv, RECEIVE_BYTES))
+    with suppress(OSError, ValueError):       # it has said goodbye and does not wait for the answer
+        if hasattr(target, "unwrap"):
+            target.unwrap()
+    shut_down(target, socket.SHUT_WR)
+
+
+def _when_ready(sock, event, call, argument):
+    """Return `call(argument)`, of that socket, once it does not block; TLS may want the other."""
+    import ssl
+    while True:
+        try:
+            return call(argument)
+        except ssl.SSLWantReadError:
+            yield sock, selectors.EVENT_READ
+        except ssl.SSLWantWriteError:
+            yield sock, selectors.EVENT_WRITE
+        except BlockingIOError:
+            yield sock, event
 
 
 def _wait(waits):
@@ -9608,62 +9601,18 @@ def _wait(waits):
 
 def drain(sock):
     """Wait a moment for a peer that was told goodbye: unread input would make that a reset."""
-    try:
+    with suppress(OSError):
         socket.socket.settimeout(sock, CLOSE_TIMEOUT_S)
         for _ in range(64):
             if not socket.socket.recv(sock, RECEIVE_BYTES):   # of TLS what it is does not matter
                 break
-    except OSError:
-        pass
-
-
-class _Way:
-    """One direction of `carry`."""
-
-    def __init__(self, source, target):
-        self.source = source
-        self.target = target
-        self.is_over = False
-        self._data = b""          # received and not sent yet
-
-    def step(self):
-        """Receive or send once; return None, or the (socket, event) to wait for."""
-        import ssl
-        tls = self.source if isinstance(self.source, ssl.SSLSocket) else self.target
-        try:
-            if self._data:
-                self._data = self._data[self.target.send(self._data):]
-            else:
-                self._data = self.source.recv(RECEIVE_BYTES)
-                if not self._data:
-                    self._end()
-        except ssl.SSLWantReadError:
-            return tls, selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            return tls, selectors.EVENT_WRITE
-        except BlockingIOError:
-            return ((self.target, selectors.EVENT_WRITE) if self._data
-                    else (self.source, selectors.EVENT_READ))
-        except OSError:
-            self._end()
-
-    def _end(self):
-        self.is_over, self._data = True, b""
-        try:
-            if hasattr(self.target, "unwrap"):
-                self.target.unwrap()
-        except (OSError, ValueError):
-            pass                  # it has said goodbye and does not wait for the answer
-        shut_down(self.target, socket.SHUT_WR)
 
 
 def shut_down(sock, how=socket.SHUT_RDWR):
     """Shut down a socket, from any thread; one that is gone already is as good."""
-    try:
+    with suppress(OSError):
         if is_own(sock):
             socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
-    except OSError:
-        pass
 
 
 # === 11. Sessions ============================================================
@@ -11174,6 +11123,8 @@ class Server:
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for each in [session.evaluator for session in sessions] + others:
             self._join(each, deadline - time.monotonic())
+        with suppress(Exception):     # a log handler's
+            self.door.close()
         if self.on_stop is not None:
             self.on_stop()
         for each in own:          # last, as it ends what runs in this thread
