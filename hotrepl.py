@@ -549,13 +549,14 @@ class InputDecoder:
 
 # === 4. Thread streams =======================================================
 # Each thread prints to its own session; a thread that has none prints where it always did.
-# While a session is open, sys.stdin, sys.stdout, sys.stderr and sys.displayhook are stand-ins.
+# Three rooms: what stands in sys, os and getpass while a session is open; a session's own streams
+# and the Flusher; and Followers, who see what the program's threads print.
+#     print() in a session     -> stand-in -> TextIOWrapper -> SessionStream -> Connection
+#     print() in other threads -> stand-in -> the stream that sys had before
 # A stand-in is a threading.local, because print() then finds the right `write` by a lookup
 # in C: for a host thread that is its own stream's method, and nothing of ours runs. A
 # session's stream is io.TextIOWrapper, also C; Python runs once for each CHUNK_BYTES. What
 # is printed less often than that is sent by the Flusher, one thread in a process.
-# The stand-ins are set when the first session opens, and leave with the last. Followers see,
-# while there are any, what the program's threads print.
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
 _here = threading.local()         # .evaluator: the one whose thread this is
@@ -672,18 +673,27 @@ def _forward(kind, name):
             lambda self: delattr(self.target, name)))
 
 
-class ThreadHook(StandIn):
-    """Stand for sys.displayhook: in a session's thread the session displays the value."""
+class ThreadFunction(StandIn):
+    """Stand for a function: in a session's thread `own(evaluator, default, ...)` is called instead.
+    """
 
-    def __init__(self, default):
+    def __init__(self, default, own):
         self.default = default
-        self.is_for_all = _is_of_program(default, sys.__displayhook__)
+        self._own = own
 
-    def __call__(self, value):
+    def __call__(self, *args, **options):
         evaluator = current_evaluator()
-        if evaluator is None or self.is_for_all:
-            return self.default(value)
-        return evaluator.display(value)
+        if evaluator is None:
+            return self.default(*args, **options)
+        return self._own(evaluator, self.default, *args, **options)
+
+
+def _displayhook(evaluator, default, value):
+    """The session displays the value, but for what the program's own hook shows to all."""
+    if _is_of_program(default, sys.__displayhook__):
+        default(value)
+    else:
+        evaluator.display(value)
 
 
 def _is_of_program(hook, plain):
@@ -692,75 +702,42 @@ def _is_of_program(hook, plain):
     return hook is not plain and not owner.__module__.startswith(("IPython.", "ipykernel."))
 
 
-class ThreadTerminalSize(StandIn):
-    """Stand for os.get_terminal_size, which shutil and rich ask: a session's is its client's."""
-
-    def __init__(self, default):
-        self.default = default
-
-    def __call__(self, *args):
-        session = current_session()
-        if session is None or not session.is_terminal:
-            return self.default(*args)
-        return os.terminal_size(session.terminal_size)
+def _terminal_size(evaluator, default, *args):
+    """A session's is that of its client; shutil and rich ask for it."""
+    session = evaluator.session
+    return os.terminal_size(session.terminal_size) if session.is_terminal else default(*args)
 
 
-class ThreadGetpass(StandIn):
-    """Stand for getpass.getpass, which asks /dev/tty: in a session's thread the client is asked."""
-
-    def __init__(self, default):
-        self.default = default
-
-    def __call__(self, prompt="Password: ", *args, **options):
-        evaluator = current_evaluator()
-        if evaluator is None:
-            return self.default(prompt, *args, **options)
-        return evaluator.ask_secret(prompt)
+def _getpass(evaluator, default, prompt="Password: ", *args, **options):
+    """The client is asked, not /dev/tty."""
+    return evaluator.ask_secret(prompt)
 
 
-class ThreadExit(StandIn):
-    """Stand for what ends the process, or replaces it: what a session printed goes out before."""
-
-    def __init__(self, default):
-        self.default = default
-
-    def __call__(self, *args, **options):
-        evaluator = current_evaluator()
-        if evaluator is not None:
-            evaluator.push_out()
-        return self.default(*args, **options)
+def _end_process(evaluator, default, *args, **options):
+    """What a session printed goes out before the process ends, or is replaced."""
+    evaluator.push_out()
+    return default(*args, **options)
 
 
-class ThreadSystem(ThreadExit):
-    """Stand for os.system: a session is told, once, where what it prints goes."""
-
-    def __call__(self, command):
-        evaluator = current_evaluator()
-        if evaluator is not None:
-            evaluator.hint_at_children()
-        return super().__call__(command)
+def _system(evaluator, default, command):
+    """A session is told, once, where what the child prints goes."""
+    evaluator.hint_at_children()
+    return _end_process(evaluator, default, command)
 
 
 RESEND_S = 0.01
 
 
-class ThreadUnraisable(StandIn):
-    """Stand for sys.unraisablehook: a session's interrupt that Python drops is sent once more.
-
-    It drops what arrives in a destructor, or in the callback of a weak reference.
+def _unraisablehook(evaluator, default, unraisable):
+    """An interrupt that Python drops is sent once more: in a destructor, or in the callback of a
+    weak reference. That is a moment later, when this call is over: else it is dropped again.
     """
-
-    def __init__(self, default):
-        self.default = default
-
-    def __call__(self, unraisable):
-        session = current_session()
-        if session is None or not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            return self.default(unraisable)
-        # A moment later, when this call is over: what arrives in here is dropped too.
-        timer = threading.Timer(RESEND_S, session.interrupt, (session.turn, True))
-        timer.daemon = True
-        timer.start()
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        return default(unraisable)
+    session = evaluator.session
+    timer = threading.Timer(RESEND_S, session.interrupt, (session.turn, True))
+    timer.daemon = True
+    timer.start()
 
 
 class Installed:
@@ -801,13 +778,13 @@ class Installed:
 class StreamRouter(Installed):
     """The stand-ins of this process, used by open sessions."""
 
-    MAKERS = (  # (module, name in it, what makes the stand-in)
-        ("sys", "stdin", thread_stream), ("sys", "stdout", thread_stream),
-        ("sys", "stderr", thread_stream), ("sys", "displayhook", ThreadHook),
-        ("os", "get_terminal_size", ThreadTerminalSize), ("getpass", "getpass", ThreadGetpass),
-        ("os", "_exit", ThreadExit), ("os", "abort", ThreadExit), ("os", "execv", ThreadExit),
-        ("os", "execve", ThreadExit), ("os", "system", ThreadSystem),
-        *([("sys", "unraisablehook", ThreadUnraisable)] if sys.version_info >= (3, 8) else []))
+    PLACES = (                    # (module, name in it, what a session does then; None: a stream)
+        ("sys", "stdin", None), ("sys", "stdout", None), ("sys", "stderr", None),
+        ("sys", "displayhook", _displayhook), ("os", "get_terminal_size", _terminal_size),
+        ("getpass", "getpass", _getpass), ("os", "_exit", _end_process),
+        ("os", "abort", _end_process), ("os", "execv", _end_process),
+        ("os", "execve", _end_process), ("os", "system", _system),
+        *([("sys", "unraisablehook", _unraisablehook)] if sys.version_info >= (3, 8) else []))
 
     def __init__(self):
         super().__init__()
@@ -862,29 +839,36 @@ class StreamRouter(Installed):
         except AttributeError:    # somebody has deleted one
             return False
 
-    def shows_for_all(self):
-        """Return whether the program's own displayhook shows values, those of sessions too."""
-        return self._ours["displayhook"].is_for_all
+    def shows_values(self):
+        """Return whether a session's values are shown by none but the session itself."""
+        return self.is_bound() and sys.displayhook.default is sys.__displayhook__
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
         value = _standing(sys, name)
-        while getattr(type(value), "is_thread_stream", False):
-            value = value.default
+        for each in _stand_ins(value):
+            value = each.default
         return value
 
     def _install(self):
-        for module, name, make in self.MAKERS:
+        for module, name, own in self.PLACES:
             module = __import__(module)
             value = _without_retired(_standing(module, name))
             if self._ours.get(name) not in _stand_ins(value):
                 if name in self._ours:
-                    self._ours[name].retire()     # it may come back, as of a redirection
-                    self._kept.append((name, self._ours[name]))
-                self._ours[name] = self._revive(name, value) or make(value)
+                    self._retire(name)    # it may come back, as of a redirection
+                ours = self._revive(name, value)
+                if ours is None:
+                    ours = ThreadFunction(value, own) if own else thread_stream(value)
+                self._ours[name] = ours
                 setattr(module, name, self._ours[name])
 
+    def _retire(self, name):
+        self._ours[name].retire()
+        self._kept.append((name, self._ours.pop(name)))
+
     def _revive(self, name, default):
+        """Return the stand-in that stood for `default` before, if one did."""
         for each in self._kept:
             if each[0] == name and each[1].default is default:
                 self._kept.remove(each)
@@ -893,13 +877,12 @@ class StreamRouter(Installed):
         return None
 
     def _uninstall(self):
-        for name, stand_in in self._ours.items():
-            stand_in.retire()
-            self._kept.append((name, stand_in))
-        self._ours = {}
-        for module, name in [(sys.modules[module], name) for module, name, _ in self.MAKERS
-                             if module in sys.modules]:
-            setattr(module, name, _without_retired(_standing(module, name)))
+        for name in list(self._ours):
+            self._retire(name)
+        for module, name, _ in self.PLACES:
+            module = sys.modules.get(module)
+            if module is not None:
+                setattr(module, name, _without_retired(_standing(module, name)))
         FLUSHER.stop()
 
 
@@ -924,27 +907,32 @@ def _stand_ins(value):
     return chain
 
 
+# --- A session's own streams ---
+
 class SessionStream(io.BufferedIOBase):
     """The bytes end of a session's stdout or stderr: encoded text comes in, `sink` takes it on.
 
     `text` is the text stream over it. The thread that prints is the session's own; the Flusher
     may flush meanwhile. `sink.send(data)` blocks while the client is slow; `sink.tick(flush)`
     calls `flush` and sends what it can without blocking.
+        stdout   the first write of an evaluation (`_write_first`) has the Flusher watch it; the
+                 next ones run in C; the end of the evaluation sends the rest (`rearm`)
+        stderr   each write is sent at once, behind what was printed to stdout (`earlier`)
     """
 
-    def __init__(self, kind, sink, guard, errors, flusher=None):
+    def __init__(self, kind, sink, guard, flusher=None, earlier=None):
         super().__init__()
-        self.kind = kind          # "stdout" or "stderr"
-        self._name = kind
+        self.kind = kind          # "stdout" or "stderr", "value" or "traceback" for a while
+        self._name = "<%s>" % kind
         self.sink = sink          # replaced when an evaluation goes to the background
         self._guard = guard       # Interrupts of the thread that prints
-        self._flusher = flusher   # None: send at each write, as stderr does
+        self._flusher = flusher   # None: send at each write
         self.count = 0            # bytes so far
         self._is_begun = False    # something was printed, and the Flusher visits us
-        self._earlier = None      # a stream whose text goes out before ours
+        self._earlier = earlier   # a stream whose text goes out before ours
         self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
-        self.text = io.TextIOWrapper(self, "utf-8", errors, newline="\n",
-                                     write_through=flusher is None)
+        self.text = io.TextIOWrapper(self, "utf-8", "strict" if flusher else "backslashreplace",
+                                     newline="\n", write_through=flusher is None)
         self.text._CHUNK_SIZE = CHUNK_BYTES
 
     def bind(self, slots):
@@ -953,10 +941,6 @@ class SessionStream(io.BufferedIOBase):
         slots["close"] = _no_close
         self._is_begun = True
         self.rearm()
-
-    def precede_by(self, stream):
-        """Send what was printed to `stream` before what is printed here, as it happened."""
-        self._earlier = stream
 
     def rearm(self):
         """Stop the Flusher's visits until the next text is printed."""
@@ -1020,13 +1004,13 @@ class SessionStream(io.BufferedIOBase):
 
     @property
     def name(self):
-        return "<%s>" % self._name
+        return self._name
 
     def writable(self):
         return True
 
     def fileno(self):
-        _refuse_descriptor(self._name)
+        _refuse_descriptor(self._name.strip("<>"))
 
     def close(self):
         """Do nothing: a session's streams live as long as the session."""
@@ -1103,26 +1087,21 @@ class SessionInput(io.TextIOBase):
 class Flusher:
     """Send what was printed and not sent, a moment later: one thread, asleep when nobody prints.
 
-    A stream is watched from its first write in an evaluation to the evaluation's end. The thread
-    stays awake for a while after that: waking it costs more than a short evaluation.
+    A stream is watched from its first write in an evaluation to the evaluation's end.
     """
-
-    IDLE_TICKS = 12
 
     def __init__(self):
         self._watched = set()     # streams to visit at each tick
-        self._is_asleep = False   # written by the thread, read by `watch`
         self._lock = threading.Lock()     # guards _thread
-        self._wake = threading.Semaphore(0)
+        self._wake = Wake()
         self._thread = None
 
     def watch(self, stream):
         """Begin to call `stream.tick()` every FLUSH_INTERVAL_S; from any thread, does not block."""
         self._watched.add(stream)
-        if self._is_asleep:
-            self._wake.release()
-        elif self._thread is None:
+        if self._thread is None:
             self._start()
+        self._wake.set()
 
     def unwatch(self, stream):
         """Stop visiting `stream`."""
@@ -1132,7 +1111,7 @@ class Flusher:
         """End the thread; the next `watch` starts another."""
         with self._lock:
             thread, self._thread = self._thread, None
-            self._wake.release()
+        self._wake.set()
         if thread is not None:
             thread.join(STOP_TIMEOUT_S)
 
@@ -1143,30 +1122,42 @@ class Flusher:
     def _start(self):
         with self._lock:
             if self._thread is None:
-                self._wake = threading.Semaphore(0)
                 self._thread = threading.Thread(target=self._run, name="hotrepl flusher",
-                                                args=(self._wake,), daemon=True)
+                                                daemon=True)
                 try:
                     self._thread.start()
                 except RuntimeError:      # no more threads, or the program is ending
                     self._thread = None   # the next write tries again; the evaluation's end flushes
 
-    def _run(self, wake):
-        idle_ticks = 0
-        while self._thread is threading.current_thread():
-            time.sleep(FLUSH_INTERVAL_S)
-            for stream in list(self._watched):
-                stream.tick()
-            idle_ticks = 0 if self._watched else idle_ticks + 1
-            if idle_ticks > self.IDLE_TICKS:
-                self._is_asleep = True
-                if not self._watched:     # else it came just before the line above
-                    wake.acquire()
-                self._is_asleep = False
-                idle_ticks = 0
+    def _run(self):
+        me = threading.current_thread()
+        while self._thread is me:
+            self._wake.wait()
+            while self._watched and self._thread is me:
+                time.sleep(FLUSH_INTERVAL_S)
+                for stream in list(self._watched):
+                    stream.tick()
 
 
-# What follows carries text from threads that must never wait to one that may: no lock but bare
+class Wake:
+    """Wakes a thread; what is set while that is awake counts for its next `wait`."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self):
+        """Wake it; from any thread, and in a signal handler."""
+        with suppress(RuntimeError):      # it is set
+            self._lock.release()
+
+    def wait(self):
+        """Wait for the next `set`, or since the last one."""
+        self._lock.acquire()
+
+
+# --- Followers ---
+# They carry text from threads that must never wait to one that may: no lock but bare
 # ones, since the writer may be a signal handler in the middle of another write, and no more text
 # than BACKLOG_LIMIT characters, since the reader may be as slow as its client.
 
@@ -1236,7 +1227,7 @@ class Follower:
         self._send = send
         self._backlog = Backlog()
         self._begun = {}          # thread ident -> the line that it has not ended yet
-        self._wake = threading.Lock()     # released when there is something to send
+        self._wake = Wake()       # there is something to send
         self._is_open = True
         threading.Thread(target=self._run, name="hotrepl follower", daemon=True).start()
 
@@ -1249,23 +1240,16 @@ class Follower:
         if newline:
             lines = [line.rstrip("\r").rpartition("\r")[2] for line in head.split("\n")]
             self._backlog.put("stdout", "\n".join(lines) + "\n")
-            self._wake_up()
+            self._wake.set()
 
     def close(self):
         """Send nothing more; from any thread."""
         self._is_open = False
-        self._wake_up()
-
-    def _wake_up(self):
-        try:
-            self._wake.release()
-        except RuntimeError:      # it is awake
-            pass
+        self._wake.set()
 
     def _run(self):
-        self._wake.acquire()
         while True:
-            self._wake.acquire()
+            self._wake.wait()
             if not self._is_open:
                 return
             time.sleep(FLUSH_INTERVAL_S)
@@ -10233,10 +10217,8 @@ class Evaluator(Job):
         self._last_only = None    # a list: values are to be kept in it, not displayed
         self._unsent = None       # the text of a value, which goes out with the next prompt
         self._undo = ExitStack()  # what takes this session's share out of the process
-        stdout = SessionStream("stdout", session.connection, self.interrupts, "strict", FLUSHER)
-        stderr = SessionStream("stderr", session.connection, self.interrupts,
-                               "backslashreplace")
-        stderr.precede_by(stdout)
+        stdout = SessionStream("stdout", session.connection, self.interrupts, flusher=FLUSHER)
+        stderr = SessionStream("stderr", session.connection, self.interrupts, earlier=stdout)
         self.streams = {"stdin": SessionInput(self._ask), "stdout": stdout, "stderr": stderr}
 
     def run(self):
@@ -10518,7 +10500,7 @@ class Evaluator(Job):
 
     def _show(self, value):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
-        if self._last_only is not None or not ROUTER.is_bound() or ROUTER.shows_for_all():
+        if self._last_only is not None or not ROUTER.shows_values():
             return _display(value)
         text = self._text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:
