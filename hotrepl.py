@@ -4352,12 +4352,12 @@ def _is_same_content(now, before):
     return len(now) == len(before) and all(a is b for a, b in zip(now, before))
 
 
-def _gained(before, after):
-    """Return (the items that a list has gained, those that it had)."""
-    left, news, olds = collections.Counter(map(id, before)), [], []
+def _gained(before, after, key=id):
+    """Return (the items that a list has gained, those that it had); `key` tells them apart."""
+    left, news, olds = collections.Counter(map(key, before)), [], []
     for item in after:
-        (olds if left[id(item)] > 0 else news).append(item)
-        left[id(item)] -= 1
+        (olds if left[key(item)] > 0 else news).append(item)
+        left[key(item)] -= 1
     return news, olds
 
 
@@ -4438,7 +4438,6 @@ class _Apply:
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
         self.ordered = []               # the edits in the order in which they were applied
-        self.namespaces = None          # ids of those of all modules: no registries
         self.own_code = None            # ids of what has other code of its own; see the report
         self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
@@ -5727,7 +5726,7 @@ class _Apply:
     def _fill_instances(self):
         """Give live instances of dataclasses and the like the new fields that have a default."""
         for cls, name, factory in self.fills:
-            for instance in _instances(*[c for c in _all_classes() if issubclass(c, cls)]):
+            for instance in _instances_of(cls):
                 if not hasattr(instance, name) and callable(factory):
                     self.put(_attribute(instance, name), factory())
                 elif not hasattr(instance, name):
@@ -5739,8 +5738,7 @@ class _Apply:
         for cls, old, new in self.inits:
             olds = _attributes_set(old)
             news = {name: node for name, node in _attributes_set(new).items() if name not in olds}
-            classes = [each for each in _all_classes() if issubclass(each, cls)] if news else []
-            for instance in _instances(*classes):
+            for instance in _instances_of(cls) if news else ():
                 fields = _get_dict(instance)
                 for name, node in news.items():
                     name = _mangled(name, cls.__name__)
@@ -6390,296 +6388,180 @@ def _annotation_names(node):
 
 
 # --- Registrations: the entries that a definition made in lists and dicts ---
+# `@route` puts a function, or what it made of it, into a list or dict of somebody. When it is
+# called again for b:
+#     routes before             [a, b, c]       what leads to b is taken out
+#     while the decorator runs  [a, c, b2]      what came is b2
+#     afterwards                [a, b2, c]      it gets the place; where nothing came, b returns
+# Where b and b2 are plain instances, b stays in the list and takes the content of b2: others may
+# hold it. An entry is (key, value) of a dict, (id, item) of a list, deque or set.
 
 class _Registrations:
     """What a definition that runs again had put into containers, and what it puts there now."""
 
     def __init__(self, apply, reached, targets):
-        self._apply, self._targets = apply, targets
-        self._special = [_REGISTRARS[kind](apply, each, targets) for each in reached
-                         for kind in _type_names(each) if kind in _REGISTRARS]
-        reached = list({id(each): each for each in itertools.chain(
-            reached, *[special.reached for special in self._special])}.values())
-        if apply.namespaces is None:
-            apply.namespaces = {id(_space_of(each)) for each in list(sys.modules.values())}
-        spaces = apply.namespaces.union(
-            id(_get_dict(each)) for each in reached if not _container_kind(each))
-        self._places = [each for each in reached if _is(each, (dict, set) + _SEQUENCES)
-                        and id(each) not in spaces]
-        self._befores = {}      # id -> content before all
-        self._bases = {}        # id -> content after the old entries were taken out
-        self.taken = []         # (container, [(index or key, entry), ...]) of the old entries
+        self._apply = apply
+        self._targets = targets         # ids of what the definition had made
+        self._flasks = [_Flask(apply, app, targets) for app in _flask_apps(reached)]
+        reached = reached + apply.keep_reached([each.app for each in self._flasks])
+        spaces = {id(_get_dict(each)) for each in reached if not _container_kind(each)}
+        places = {id(each): each for each in reached if _is(each, _REGISTRIES)
+                  and id(each) not in spaces and not _is_namespace(each)}
+        self._places = list(places.values())
+        self._befores = {}              # id -> entries before all
+        self._bases = {}                # id -> entries after the old ones were taken out
+        self.taken = []                 # the containers that had old ones
 
     def renew(self, make):
         """Take the old entries out, call `make`, put what it registered in their places."""
-        self._befores = {id(each): _content(each) for each in self._places}
-        for each in self._places if self._targets else ():
-            hits = self._hits(each)
-            if hits:
-                self.taken.append((each, hits))
-                _without(each, hits)
-        self._bases = {id(each): _content(each) for each in self._places}
-        for special in self._special:
-            special.open()
+        self._befores = {id(each): _entries(each) for each in self._places}
+        self._take_out()
+        self._bases = {id(each): _entries(each) for each in self._places}
+        for each in self._flasks:
+            each.open()
         result = make()
-        for special in self._special:
-            special.close()
-        if self._targets:
-            for container, hits in self.taken:
-                self._settle(container, hits)
+        for each in self._flasks:
+            each.close()
+        for container in self.taken:
+            self._settle(container)
         return result
 
     def drop(self):
         """Take the old entries out for good; tell whether there were any."""
-        hits = [(each, self._hits(each)) for each in self._places]
-        for each, found in hits:
-            _without(each, found)
-        for special in self._special:
-            special.open()
-            special.close()
-        return any(found for _, found in hits)
+        self._take_out()
+        for each in self._flasks:
+            each.open()
+            each.close()
+        return bool(self.taken)
 
-    def _hits(self, container):
-        content = _content(container)
-        items = content.items() if type(content) is dict else enumerate(content)
-        return [(key, entry) for key, entry in items
-                if not _container_kind(entry) and _leads_to(entry, self._targets)
-                or type(content) is dict and id(key) in self._targets]
+    def _take_out(self):
+        for container in self._places if self._targets else ():
+            entries = _entries(container)
+            kept = [(key, value) for key, value in entries if id(key) not in self._targets
+                    and (_container_kind(value) or not _leads_to(value, self._targets))]
+            if len(kept) < len(entries):
+                self.taken.append(container)
+                _put_entries(container, kept)
 
-    def _settle(self, container, hits):
+    def _settle(self, container):
         """Give new entries the places of the old ones; where nothing came, the old ones return."""
-        base, now = self._bases[id(container)], _content(container)
-        if type(now) is dict:
-            news = [key for key in now if key not in base or now[key] is not base[key]]
-        else:
-            news, _ = _gained(base, now)
-        if not news:
-            if not self._is_below_a_new_key(container):
-                _restore_entries(container, self._befores[id(container)], hits)
-            return
-        if type(now) is dict:
-            self._settle_dict(container, hits, news, now)
-        elif type(now) is list:
-            _, rest = _gained(base, now)
-            if rest == now[:len(rest)]:     # appended: else it stands where it was put
-                for (i, old), new in zip(hits, news):
-                    rest.insert(min(i, len(rest)), self._folded_entry(old, new))
-                _replace_items(container, rest + news[len(hits):])
+        before, now = self._befores[id(container)], _entries(container)
+        news, rest = _gained(self._bases[id(container)], now, _key_of)
+        if not _is(container, set) and rest != now[:len(rest)]:
+            return                      # they stand where the decorator put them
+        olds = {key for key, _ in _gained(rest, before, _key_of)[0]}
+        returns = not news and not self._has_moved(container)
+        kept, result = dict(rest), []
+        for key, value in before:
+            partner = _take_partner(key, olds, news) if key in olds else None
+            if partner is not None:
+                result.append((partner[0], self._folded_entry(value, partner[1])))
+            elif key in olds and returns:
+                result.append((key, value))
+            elif key in kept:
+                result.append((key, kept[key]))
+        _put_entries(container, result + news)
 
-    def _settle_dict(self, container, hits, news, now):
-        keys = [key for key, _ in hits]
-        partners = {key: key for key in keys if key in news}
-        free = [key for key in news if key not in partners.values()]
-        partners.update(zip([key for key in keys if key not in partners], free))
-        olds, ordered = dict(hits), {}
-        for key in self._befores[id(container)]:
-            if key in partners:
-                ordered[partners[key]] = self._folded_entry(olds[key], now[partners[key]])
-            elif key in now:
-                ordered[key] = now[key]
-        ordered.update((key, value) for key, value in now.items() if key not in ordered)
-        _restore_container(container, ordered)
-
-    def _is_below_a_new_key(self, container):
-        """Tell whether a dict that it is a value of got the entry under another key."""
+    def _has_moved(self, container):
+        """Tell whether a dict that holds this container got the entry under another key."""
         for each in self._places:
-            now = _content(each)
-            if type(now) is dict and any(value is container for value in now.values()) and any(
-                    key not in self._befores[id(each)] or self._has_gained(value)
-                    for key, value in now.items()):
+            content = _entries(each) if _is(each, dict) else ()
+            if any(value is container for _, value in content) and any(
+                    key not in dict(self._befores[id(each)])
+                    or id(value) in self._bases
+                    and len(_entries(value)) > len(self._bases[id(value)])
+                    for key, value in content):
                 return True
         return False
 
-    def _has_gained(self, value):
-        base = self._bases.get(id(value))
-        return base is not None and len(_content(value)) > len(base)
-
     def _folded_entry(self, old, new):
         """The old object of an entry goes on, with the content of the new one."""
-        if old is new or not _is_plain_instance(new) or not _is_plain_instance(old) or (
-                _is(new, (type, tuple, types.FunctionType)) or _container_kind(new)) or (
-                type(old) is not type(new) and not (
-                    _is_class_pair(type(old), type(new))
-                    and id(type(new)) not in (self._apply.known or {}))):
+        if old is new or not _is_plain_instance(old) or not _is_plain_instance(new) or (
+                _is(new, tuple) or _container_kind(new)):
             return new
-        apply = self._apply
-        if type(old) is not type(new):      # each has its own class, such as Celery's tasks
-            apply.fold_class(type(old), type(new))
-        for name in set(vars(old)) | set(vars(new)):
-            before, value = vars(old).get(name, _MISSING), vars(new).get(name, _MISSING)
-            if not _is_filled_later(before, value):
-                apply.put(_entry(vars(old), name), value)
-        apply.folded[id(new)] = (new, old)
-        return old
+        olds, news = type(old), type(new)
+        if olds is not news:            # each has its own class, such as Celery's tasks
+            if not _is_class_pair(olds, news) or id(news) in self._apply.known:
+                return new
+            self._apply.fold_class(olds, news)
+        return self._apply.fold_instance(old, new)
 
     def put_before(self, later):
         """What a new definition has registered goes in front of what stands below it made."""
         for container in self._places if later else ():
-            before, now = self._befores[id(container)], _content(container)
-            if type(now) is dict:
-                keys = [key for key in now if key in before and _leads_to(now[key], later)]
-                news = [key for key in now if key not in before]
-                if keys and news:
-                    ordered = {}
-                    for key in list(before):
-                        if key is keys[0]:
-                            ordered.update((new, now[new]) for new in news)
-                        ordered[key] = now[key]
-                    _restore_container(container, ordered)
-            elif (type(now) is list and len(now) > len(before)
-                  and _is_same_content(now[:len(before)], before)):
-                at = next((i for i, each in enumerate(before) if _leads_to(each, later)), None)
-                if at is not None:
-                    _replace_items(container, before[:at] + now[len(before):] + before[at:])
+            before, now = self._befores[id(container)], _entries(container)
+            news, rest = _gained(before, now, _key_of)
+            at = next((i for i, (key, value) in enumerate(rest) if _leads_to(value, later)), None)
+            if news and at is not None and rest == now[:len(rest)]:
+                _put_entries(container, rest[:at] + news + rest[at:])
 
 
-def _without(container, hits):
+def _take_partner(key, olds, news):
+    """Take from `news` the entry that comes for an old one: of its key, or of one that is new."""
+    found = next((i for i, entry in enumerate(news) if entry[0] == key), None)
+    if found is None:
+        found = next((i for i, entry in enumerate(news) if entry[0] not in olds), None)
+    return None if found is None else news.pop(found)
+
+
+def _entries(container):
     content = _content(container)
-    if type(content) is dict:
-        for key, _ in hits:
-            _put_item(container, key, _MISSING)
-    elif type(content) is set:
-        set.difference_update(container, [entry for _, entry in hits])
-    elif hits:
-        gone = {i for i, _ in hits}
-        _replace_items(container, [each for i, each in enumerate(content) if i not in gone])
+    return list(content.items()) if type(content) is dict else [
+        (id(item), item) for item in content]
 
 
-def _restore_entries(container, before, hits):
-    """Put old entries back where they stood."""
+def _put_entries(container, entries):
     content = _content(container)
-    if type(content) is dict:
-        entries = dict(hits)
-        ordered = {key: content.get(key, entries.get(key)) for key in before
-                   if key in content or key in entries}
-        ordered.update((key, value) for key, value in content.items() if key not in ordered)
-        _restore_container(container, ordered)
-    elif type(content) is set:
-        set.update(container, [entry for _, entry in hits])
+    _restore_container(container, dict(entries) if type(content) is dict else type(content)(
+        item for _, item in entries))
+
+
+def _key_of(entry):
+    return entry[0]
+
+
+def _is_namespace(mapping):
+    """Tell whether a dict holds the names of a module."""
+    return _is(mapping, dict) and "__name__" in mapping and "__spec__" in mapping
+
+
+def _leads_to(value, targets, depth=3):
+    """Tell whether an entry holds one of some objects, given by id, by itself or in a wrapper."""
+    if id(value) in targets:
+        return True
+    if depth == 0 or _is(value, types.ModuleType) or _container_kind(value):
+        return False
+    if _is(value, tuple):
+        inners = list(tuple.__iter__(value))
+    elif _is(value, weakref.ref):
+        inners = [value()]
+    elif type(value) is types.MethodType:
+        inners = [value.__func__, value.__self__]
+    elif _is(value, _WRAPPERS):
+        inners = list(_wrapped_by(value))
+    elif type(value).__flags__ & _HEAP_TYPE:
+        inners = _leads_of(value, targets)
+        depth = min(depth, 2)
     else:
-        for i, entry in hits:
-            content.insert(min(i, len(content)), entry)
-        _replace_items(container, content)
+        return False
+    return any(_leads_to(each, targets, depth - 1) for each in inners)
 
 
-class _FlaskApp:
-    """Flask registers nothing after its first request, and its URLs lead to names, not to views."""
-
-    def __init__(self, apply, app, targets):
-        self.reached = []
-        self._apply, self._app = apply, app
-        self._has_started = app._got_first_request
-        self._gone = {name for name, view in app.view_functions.items() if _leads_to(view, targets)}
-
-    def open(self):
-        self._apply.put(_entry(vars(self._app), "_got_first_request"), False)
-        urls = self._app.url_map
-        if self._gone:
-            rules = {name: each for name, each in urls._rules_by_endpoint.items()
-                     if name not in self._gone}
-            matcher = type(urls._matcher)(urls._matcher.merge_slashes)
-            for rule in itertools.chain(*rules.values()):
-                if not rule.build_only:
-                    matcher.add(rule)
-            for name, value in (("_rules_by_endpoint", rules), ("_matcher", matcher),
-                                ("_remap", True)):
-                self._apply.put(_entry(vars(urls), name), value)
-
-    def close(self):
-        self._apply.put(_entry(vars(self._app), "_got_first_request"), self._has_started)
-
-
-class _FlaskBlueprint:
-    """What a blueprint has got was copied into the apps that registered it."""
-
-    COPIED = ("before_request_funcs", "after_request_funcs", "teardown_request_funcs",
-              "template_context_processors", "url_value_preprocessors", "url_default_functions",
-              "error_handler_spec")
-
-    def __init__(self, apply, blueprint, targets):
-        self._apply, self._blueprint = apply, blueprint
-        self._apps = [(app, name) for app in _instances(*_classes_named("flask.app.Flask"))
-                      for name, each in app.blueprints.items() if each is blueprint]
-        self.reached = apply.keep_reached([app for app, _ in self._apps])
-        self._special = [_FlaskApp(apply, app, targets) for app, _ in self._apps]
-        self._known = list(blueprint.deferred_functions)
-        self._options = [self._options_of(*each) for each in self._apps]
-
-    def _options_of(self, app, name):
-        """Return what the app registered it with, as far as its URLs show it."""
-        for function in self._known:
-            found = dict(zip(function.__code__.co_freevars,
-                             map(_cell_value, function.__closure__ or ())))
-            path, view = found.get("rule"), found.get("view_func")
-            end = found.get("endpoint") or getattr(view, "__name__", None)
-            rules = app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ())
-            for rule in rules if path else ():
-                if rule.rule.endswith(path):
-                    return {"url_prefix": rule.rule[:-len(path)] or None, "name": name}
-        return {"name": name}
-
-    def open(self):
-        for special in self._special:
-            special.open()
-        self._apply.put(_entry(vars(self._blueprint), "_got_registered_once"), False)
-
-    def close(self):
-        self._apply.put(_entry(vars(self._blueprint), "_got_registered_once"), True)
-        for (app, name), options in zip(self._apps, self._options):
-            state = self._blueprint.make_setup_state(app, options, True)
-            for function in self._blueprint.deferred_functions:
-                if not any(function is each for each in self._known):
-                    function(state)
-            for each in self.COPIED:
-                getattr(app, each).pop(name, None)
-            self._blueprint._merge_blueprint_funcs(app, name)
-        for special in self._special:
-            special.close()
-
-
-def _forget_django_urls():
-    """Django looks for views in caches, and in what included files had when they were read."""
-    sys.modules["django.urls"].clear_url_caches()
-    for each in _instances(*_classes_named("django.urls.resolvers.URLResolver")):
-        for name in ("url_patterns", "urlconf_module"):
-            vars(each).pop(name, None)
-        each._populated = False
-
-
-def _forget_fastapi_routes():
-    """FastAPI keeps its schema, and the routes of the routers that it includes."""
-    for each in _instances(*_classes_named("fastapi.routing.APIRouter")):
-        getattr(each, "_mark_routes_changed", int)()
-    for each in _instances(*_classes_named("fastapi.applications.FastAPI")):
-        each.openapi_schema = None
-
-
-# What a framework's registry needs besides lists and dicts, by its class; what is cached elsewhere.
-_REGISTRARS = {"flask.app.Flask": _FlaskApp, "flask.blueprints.Blueprint": _FlaskBlueprint}
-_CACHES = {"django.urls.resolvers": _forget_django_urls, "fastapi.routing": _forget_fastapi_routes}
-
-
-def _type_names(value):
-    return ["%s.%s" % (cls.__module__, cls.__qualname__) for cls in type(value).__mro__]
-
-
-def _classes_named(name):
-    """Return the class `module.Class` and those derived from it, where that module is loaded."""
-    module, _, name = name.rpartition(".")
-    found = [getattr(sys.modules.get(module), name, None)]
-    for cls in found if found[0] else ():
-        found += type.__subclasses__(cls)
-    return found if found[0] else []
+def _leads_of(value, targets):
+    """Return what in an instance may lead to a function: not the objects that it works with."""
+    cls = type(value)
+    fields = list((_get_dict(value) or {}).values())
+    fields += [_attribute(value, member.__name__)[0]() for base in cls.__mro__
+               for member in vars(base).values() if type(member) is types.MemberDescriptorType]
+    return [cls] + [each for each in fields + _taken_in(cls)
+                    if id(each) in targets or _is(each, _WRAPPERS + (type,))]
 
 
 def _taken_in(cls):
     """Return the functions of a class that were defined outside of it, such as Celery's `run`."""
-    return [function for function in map(_unwrapped, vars(cls).values())
-            if type(function) is types.FunctionType and "." not in function.__qualname__]
-
-
-def _unwrapped(value):
-    return value.__func__ if _is(value, (staticmethod, classmethod)) else value
+    functions = [getattr(each, "__func__", each) for each in vars(cls).values()]
+    return [each for each in functions if type(each) is types.FunctionType
+            and "." not in each.__qualname__]
 
 
 def _is_filled_later(before, value):
@@ -6687,32 +6569,95 @@ def _is_filled_later(before, value):
     return type(before) is type(value) and _container_kind(value) and before and not value
 
 
-def _leads_to(value, targets, depth=3):
-    """Tell whether an entry holds one of some objects, given by id, by itself or in a wrapper."""
-    if id(value) in targets:
-        return True
-    if depth == 0 or _is(value, (type, types.ModuleType)) or _container_kind(value):
-        return False
-    if _is(value, tuple):
-        inners = list(tuple.__iter__(value))
-    elif type(value) is weakref.ref or type(value) is weakref.KeyedRef:
-        inners = [value()]
-    elif type(value) is types.MethodType:
-        inners = [value.__func__, value.__self__]
-    elif _is(value, _WRAPPERS):
-        inners = list(_wrapped_by(value))
-    elif type(value).__flags__ & _HEAP_TYPE:
-        if id(type(value)) in targets:
-            return True
-        inners = [each for each in (_get_dict(value) or {}).values()
-                  if id(each) in targets or _is(each, _WRAPPERS + (type,))]
-        inners += [_attribute(value, member.__name__)[0]() for base in type(value).__mro__
-                   for member in vars(base).values() if type(member) is types.MemberDescriptorType]
-        inners += _taken_in(type(value))
-        depth = min(depth, 2)
-    else:
-        return False
-    return any(_leads_to(each, targets, depth - 1) for each in inners)
+# What frameworks need besides lists and dicts.
+
+class _Flask:
+    """An app registers nothing after its first request, finds views by name, copies blueprints."""
+
+    COPIED = ("before_request_funcs", "after_request_funcs", "teardown_request_funcs",
+              "template_context_processors", "url_value_preprocessors", "url_default_functions",
+              "error_handler_spec")
+
+    def __init__(self, apply, app, targets):
+        self.app = app
+        self._apply = apply
+        self._has_started = app._got_first_request
+        self._gone = {name for name, view in app.view_functions.items() if _leads_to(view, targets)}
+        self._known = {name: (list(each.deferred_functions), _prefix_of(app, name, each))
+                       for name, each in app.blueprints.items()}
+
+    def open(self):
+        """Let it register, and forget the URLs of the views that are defined again."""
+        self._put(self.app, _got_first_request=False)
+        for blueprint in self.app.blueprints.values():
+            self._put(blueprint, _got_registered_once=False)
+        urls = self.app.url_map
+        if self._gone:
+            rules = {name: each for name, each in urls._rules_by_endpoint.items()
+                     if name not in self._gone}
+            matcher = type(urls._matcher)(urls._matcher.merge_slashes)
+            for rule in itertools.chain(*rules.values()):
+                if not rule.build_only:
+                    matcher.add(rule)
+            self._put(urls, _rules_by_endpoint=rules, _matcher=matcher, _remap=True)
+
+    def close(self):
+        """Register what the blueprints have got meanwhile."""
+        for name, (known, prefix) in self._known.items():
+            blueprint = self.app.blueprints[name]
+            state = blueprint.make_setup_state(self.app, {"url_prefix": prefix, "name": name}, True)
+            for function in _gained(known, blueprint.deferred_functions)[0]:
+                function(state)
+            for each in self.COPIED:
+                getattr(self.app, each).pop(name, None)
+            blueprint._merge_blueprint_funcs(self.app, name)
+            self._put(blueprint, _got_registered_once=True)
+        self._put(self.app, _got_first_request=self._has_started)
+
+    def _put(self, obj, **fields):
+        for name, value in fields.items():
+            self._apply.put(_entry(vars(obj), name), value)
+
+
+def _flask_apps(reached):
+    """Return the Flask apps that were reached, and those of the blueprints that were."""
+    flask = sys.modules.get("flask")
+    kinds = (getattr(flask, "Flask", None), getattr(flask, "Blueprint", None))
+    found = {id(each) for each in reached if None not in kinds and _is(each, kinds)}
+    return [app for app in _instances_of(kinds[0]) if id(app) in found or any(
+        id(each) in found for each in app.blueprints.values())] if found else []
+
+
+def _prefix_of(app, name, blueprint):
+    """Return the URL prefix that an app gave a blueprint, as far as its rules show it, or None."""
+    for function in blueprint.deferred_functions:
+        found = dict(zip(function.__code__.co_freevars,
+                         map(_cell_value, function.__closure__ or ())))
+        end = found.get("endpoint") or getattr(found.get("view_func"), "__name__", None)
+        for rule in app.url_map._rules_by_endpoint.get("%s.%s" % (name, end), ()):
+            if found.get("rule") and rule.rule.endswith(found["rule"]):
+                return rule.rule[:-len(found["rule"])] or None
+    return None
+
+
+def _forget_django_urls():
+    """Django looks for views in caches, and in what included files had when they were read."""
+    sys.modules["django.urls"].clear_url_caches()
+    for each in _instances_of(sys.modules["django.urls.resolvers"].URLResolver):
+        for name in ("url_patterns", "urlconf_module"):
+            vars(each).pop(name, None)
+        each._populated = False
+
+
+def _forget_fastapi_routes():
+    """FastAPI keeps its schema, and the routes of the routers that it includes."""
+    for each in _instances_of(sys.modules["fastapi.routing"].APIRouter):
+        getattr(each, "_mark_routes_changed", int)()
+    for each in _instances_of(sys.modules["fastapi"].FastAPI):
+        each.openapi_schema = None
+
+
+_CACHES = {"django.urls.resolvers": _forget_django_urls, "fastapi.routing": _forget_fastapi_routes}
 
 
 # --- Kinds: tables ---
@@ -6782,6 +6727,7 @@ _CLASS_SKIPS = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "_abc_regis
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
 _IS_PYPY = sys.implementation.name == "pypy"
 _SEQUENCES = (list, collections.deque)
+_REGISTRIES = (dict, set) + _SEQUENCES
 _CONTENTS = {  # by the type's own methods: what a subclass makes of them is not asked
     collections.OrderedDict: lambda each: dict(collections.OrderedDict.items(each)),
     dict: dict.copy,
@@ -7406,25 +7352,20 @@ def _is_python_function(value):
 
 def _functions_in(value, depth=4):
     """Yield the Python functions which a class, a wrapper or a function consists of."""
-    if depth == 0:
-        return
     if _is_python_function(value):
         yield value
-    if _is(value, type):
-        inners = [inner for inner in vars(value).values() if not _is(inner, type)
-                  or inner.__qualname__.startswith(value.__qualname__ + ".")]
-    elif _is(value, _WRAPPERS):
-        inners = [inner for inner in _wrapped_by(value) if not _is(inner, type)]
-    else:
-        inners = ()
-    for inner in inners:
-        yield from _functions_in(inner, depth - 1)
+    is_class = _is(value, type)
+    inners = list(vars(value).values()) if is_class else _wrapped_by(value)
+    for inner in inners if depth else ():
+        if not _is(inner, type) or is_class and (
+                inner.__qualname__.startswith(value.__qualname__ + ".")):
+            yield from _functions_in(inner, depth - 1)
 
 
 def _holds(new, old, depth=3):
     """Tell whether a wrapper is made around `old`: folding it into `old` would never end."""
-    inners = [] if isinstance(new, type) else list(_wrapped_by(new))
-    return depth > 0 and any(inner is old or _holds(inner, old, depth - 1) for inner in inners)
+    return depth > 0 and any(inner is old or _holds(inner, old, depth - 1)
+                             for inner in _wrapped_by(new))
 
 
 def _is_plain_instance(value):
@@ -7454,25 +7395,27 @@ def _members(cls):
             if type(value) is types.MemberDescriptorType]
 
 
-def _all_classes():
-    """Return every class that has been made, from the tree of subclasses."""
-    found, todo = {}, [object]
+def _all_classes(base=object):
+    """Return a class and every one that has been derived from it; without one, all there are."""
+    found, todo = {id(base): base}, [base]
     while todo:
         for cls in type.__subclasses__(todo.pop()):
             if id(cls) not in found:
                 found[id(cls)] = cls
                 todo.append(cls)
-    return found.values()
+    return list(found.values())
+
+
+def _instances_of(cls):
+    """Return the live objects of a class and of those derived from it."""
+    return _instances(*_all_classes(cls))
 
 
 def _instances(*classes):
     """Return the live objects whose class is exactly one of `classes`."""
-    if not classes:
-        return []
-    if sys.version_info >= (3, 9) and not _IS_PYPY and len(classes) < 20:
-        found = gc.get_referrers(*classes)      # in C; instances refer to their class from 3.9 on
-    else:
-        found = gc.get_objects()
+    # Before 3.9 the collector does not know that instances refer to their class.
+    is_known = sys.version_info >= (3, 9) or not classes
+    found = _may_refer_to(classes) if is_known else gc.get_objects()
     ids = set(map(id, classes))
     return [obj for obj in found if id(type(obj)) in ids]
 
@@ -7492,6 +7435,8 @@ def _forget_subclasses():
 
 
 # --- Namespaces and containers ---
+# A container is what _CONTENTS names: its content is read and written by that type's own methods,
+# so no code of a subclass runs.
 
 def _container_kind(value):
     return next((kind for kind in _CONTENTS if _is(value, kind)), None)
@@ -7499,8 +7444,6 @@ def _container_kind(value):
 
 def _content(container):
     """Return a copy of what a container holds: a dict, list, set, bytearray or class."""
-    if _is(container, type):
-        return dict(vars(container))
     return _CONTENTS[_container_kind(container)](container)  # type: ignore[operator]
 
 
@@ -7541,6 +7484,15 @@ def _put_item(container, key, value):
         _container_kind(container).__setitem__(container, key, value)
 
 
+def _replace_items(items, others):
+    kind = _container_kind(items)
+    if kind is collections.deque:
+        kind.clear(items)
+        kind.extend(items, others)
+    else:
+        kind.__setitem__(items, slice(None), others)  # at once: nobody sees it without them
+
+
 def _modules_named(space, names):
     """Return the modules that names in a namespace lead to, as in `package.module`."""
     found, todo = {}, [space]
@@ -7556,51 +7508,48 @@ def _values_of(space, names):
     return [space[name] for name in names if name in space]
 
 
-def _replace_items(items, others):
-    kind = _container_kind(items)
-    if kind is collections.deque:
-        kind.clear(items)
-        kind.extend(items, others)
-    else:
-        kind.__setitem__(items, slice(None), others)  # at once: nobody sees it without them
-
-
 def _reachable(values):
     """Yield the containers, instances, classes and functions that code with `values` may use."""
     todo = collections.deque(values)
     seen = {}
     while todo and len(seen) < _REACH:
         value = todo.popleft()
-        if type(value) in _PLAIN_TYPES or id(value) in seen:
-            continue
-        seen[id(value)] = value
-        kind = _container_kind(value)
-        if kind or _is(value, (tuple, frozenset)):
-            todo.extend(itertools.islice(_items(value, kind), _REACH))
-        if _is_python_function(value):
-            todo.extend((vars(value), value.__defaults__, value.__kwdefaults__))
-            todo.extend(_cell_value(cell) for cell in value.__closure__ or ())
-            if not _is_library(value.__code__.co_filename):
-                yield value
-                todo.extend(_read_by(value.__code__, value.__globals__))
-        elif _is(value, type):
-            own = _own_bases(value) + _own_bases(type(value))
+        if type(value) not in _PLAIN_TYPES and id(value) not in seen:
+            seen[id(value)] = value
+            own, inners = _reached_from(value)
             yield from own
-            todo.extend(inner for cls in own for inner in vars(cls).values())
-        elif _is(value, _WRAPPERS + (types.BuiltinMethodType,)):
-            todo.extend(_wrapped_by(value))
-            todo.extend(getattr(value, name, None) for name in ("__self__", "args", "keywords"))
-        elif kind in (type(value), type(os.environ)):
-            yield value
-        elif kind or _is_data(value):
-            yield value
-            todo.extend((_get_dict(value), type(value)))
+            todo.extend(itertools.islice(inners, _REACH))
+
+
+def _reached_from(value):
+    """Return ([what of a value may change], what it leads to)."""
+    kind = _container_kind(value)
+    if _is_python_function(value):
+        inners = [vars(value), value.__defaults__, value.__kwdefaults__]
+        inners += map(_cell_value, value.__closure__ or ())
+        if _is_library(value.__code__.co_filename):
+            return [], inners
+        return [value], inners + list(_read_by(value.__code__, value.__globals__))
+    if kind is type:
+        own = _own_bases(value) + _own_bases(type(value))
+        return own, [inner for cls in [value] + own for inner in vars(cls).values()]
+    if _is(value, _WRAPPERS + (types.BuiltinMethodType,)):
+        return [], list(_wrapped_by(value)) + [
+            getattr(value, name, None) for name in ("__self__", "args", "keywords")]
+    inners = _items(value, kind)
+    if kind in (type(value), type(os.environ)):
+        return [value], inners
+    if kind or _is_data(value):
+        return [value], itertools.chain(inners, (_get_dict(value), type(value)))
+    return [], inners
 
 
 def _items(value, kind):
-    if kind is None:
-        return (tuple if _is(value, tuple) else frozenset).__iter__(value)
-    content = () if kind is bytearray else _content(value)
+    """Return what is in a container, a tuple or a frozenset."""
+    for each in (tuple, frozenset):
+        if _is(value, each):
+            return each.__iter__(value)
+    content = _content(value) if kind not in (None, bytearray) else ()
     return content.values() if type(content) is dict else content
 
 
@@ -7655,16 +7604,7 @@ def _code_of_expression(node):
     return compile(ast.Expression(body=node), "<expression>", "eval")
 
 
-def _referrers(sources):
-    """Yield what refers to one of `sources`."""
-    if sources and _IS_PYPY:  # where one pass in Python costs less than one call of get_referrers
-        ids = set(map(id, sources))
-        yield from (obj for obj in gc.get_objects()
-                    if not ids.isdisjoint(map(id, gc.get_referents(obj))))
-    else:  # each reference in the heap is compared with each argument: fifty at a time
-        for start in range(0, len(sources), 50):
-            yield from gc.get_referrers(*sources[start:start + 50])
-
+# --- References: who holds an object that another one has taken the place of ---
 
 def _held_elsewhere(pairs):
     """Return the pairs whose first object something else may hold too."""
@@ -7680,24 +7620,29 @@ def _redirect_holder(journal, holder, moves):
     """Replace in one holder what was moved; `moves` is {id: (object, its successor)}."""
     if type(holder).__name__ == "cell":
         value = _cell_value(holder)
-        if id(value) in moves:
-            journal.put(_cell(holder), moves[id(value)][1])
-    elif type(holder) in _SEQUENCES:
-        journal.on_undo(functools.partial(_restore_container, holder, holder.copy()))
-        others = [item for item in holder if id(item) not in moves]
-        _replace_items(holder, [
-            moves.get(id(item), (0, item))[1] for item in list(holder)
-            if id(item) not in moves or not _is_in(moves[id(item)][1], others)])
-    elif _is(holder, set):
-        for item in [item for item in holder if id(item) in moves]:
-            holder.discard(item)
-            holder.add(moves[id(item)][1])
-            journal.on_undo(functools.partial(holder.add, item))
-    elif _is(holder, dict):
-        _redirect_dict(journal, holder, moves)
-    elif not _is(holder, (type, types.FunctionType, types.FrameType)) and (
-            type(getattr(holder, "__dict__", None)) is dict):
-        _redirect_dict(journal, vars(holder), moves)
+        journal.put(_cell(holder), moves.get(id(value), (0, value))[1])
+        return
+    if not _container_kind(holder):
+        holder = _get_dict(holder)              # the attributes of an instance
+    is_of_a_class = type(holder) is dict and "__module__" in holder and "__dict__" in holder
+    if _is(holder, _REGISTRIES) and not is_of_a_class:      # a class is changed by its own methods
+        before = _content(holder)
+        after = _redirected(before, moves)
+        _restore_container(holder, after)
+        journal.on_undo(functools.partial(_restore_container, holder, before, after))
+
+
+def _redirected(content, moves):
+    """Return a content with successors in the place of what was moved; in a list each once."""
+    def now(value):
+        return moves.get(id(value), (0, value))[1]
+    if type(content) is dict:
+        return {now(key): now(value) for key, value in content.items()}
+    if type(content) is set:
+        return set(map(now, content))
+    others = [item for item in content if id(item) not in moves]
+    return [now(item) for item in content
+            if id(item) not in moves or not _is_in(now(item), others)]
 
 
 def _is_in(item, others):
@@ -7705,27 +7650,29 @@ def _is_in(item, others):
                for other in others)
 
 
-def _redirect_dict(journal, holder, moves):
-    if "__module__" in holder and "__dict__" in holder:
-        return  # a class's own; changed only through the class
-    for key, value in list(holder.items()):
-        if id(key) in moves:
-            journal.put(_entry(holder, key), _MISSING)
-        if id(key) in moves or id(value) in moves:
-            journal.put(_entry(holder, moves.get(id(key), (0, key))[1]),
-                        moves.get(id(value), (0, value))[1])
-
-
 # --- Live code ---
+
+def _may_refer_to(values):
+    """Return the objects that may refer to some values: those that do, or all there are."""
+    # get_referrers is a pass in C, five times as fast as one in Python; but not in PyPy, and each
+    # reference in the heap is compared with each argument.
+    if values and len(values) <= 8 and not _IS_PYPY:
+        return gc.get_referrers(*values)
+    return gc.get_objects() if values else []
+
+
+def _referrers(values):
+    """Return what refers to one of `values`."""
+    ids = set(map(id, values))
+    return [obj for obj in _may_refer_to(values)
+            if not ids.isdisjoint(map(id, gc.get_referents(obj)))]
+
 
 def _functions_of(spaces):
     """Return every live function whose globals are one of some namespaces."""
-    # get_referrers: a pass in C, five times as fast as one in Python; but not in PyPy, and each
-    # reference in the heap is compared with each argument.
-    is_c = spaces and not _IS_PYPY and len(spaces) <= 8
-    found = gc.get_referrers(*spaces) if is_c else gc.get_objects() if spaces else ()
     ids = set(map(id, spaces))
-    return [obj for obj in found if type(obj) is types.FunctionType and id(obj.__globals__) in ids]
+    return [obj for obj in _may_refer_to(spaces)
+            if type(obj) is types.FunctionType and id(obj.__globals__) in ids]
 
 
 def _top_frames(module):
@@ -7941,14 +7888,12 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     generator the one that makes it.
     """
     calls = Calls(function, count, when, seconds)
-    if quiet:
-        calls.start(lambda: calls.extend(calls.wanted()))
-        return calls
     try:
-        calls.start()
-        return calls.show()
+        calls.start(quiet)
+        return calls if quiet else calls.show()
     finally:
-        calls.stop()
+        if not quiet:
+            calls.stop()
 
 
 def follow(is_wanted=True):
@@ -8300,11 +8245,11 @@ def _await_chain(coroutine):
 # The function gets code that calls a copy of it and notes the call in a queue: that is all that
 # the program's threads do. Who looks at the calls, asks `when` and makes reprs, either of which
 # may hang, is the session's thread, or with quiet=True one of their own. The keeper, a thread too,
-# gives the function that code and takes it off again, whatever hangs.
+# gives the function its own code back once it is over, whatever hangs.
 
-WATCH_BACKLOG = 1000              # calls that wait to be looked at; the oldest go first
+WATCH_BACKLOG = 5000              # calls that wait to be looked at; the oldest go first
 WATCH_LINES_PER_S = 100
-WATCH_LOOK_S = 0.1                # how often the keeper looks whether it is over
+WATCH_LOOK_S = 0.05               # how often is looked whether a call has come, or it is over
 _watched = {}                     # function -> the Calls of it; guarded by nothing but the GIL
 
 
@@ -8363,29 +8308,45 @@ class Calls(list):
         self._session = current_session()
         self._numbers = itertools.count(1)        # of calls that were noted
         self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
-        self._came = threading.Lock()     # released when there is one: a signal handler's call too
-        self._has_begun = threading.Event()
         self._is_over = threading.Event()
-        self._threads = []        # the keeper, and with quiet=True the one that looks; Jobs
+        self._problem = ""        # what `when` raised, with quiet=True; written by its thread
         self._noting, self._original = _noting(self.function, self)
         self._code = _forwarder(self.function, self._noting)[0]   # what the function gets
 
-    def start(self, *others):
-        """Begin to watch, and let `others` run in threads meanwhile."""
-        for work in (self._keep,) + others:
-            self._threads.append(Job(work))
-            self._threads[-1].name = "hotrepl watch of " + self.function.__qualname__
-            self._threads[-1].start()
-        while not self._has_begun.wait(WATCH_LOOK_S):     # Ctrl+C comes between two
+    def start(self, is_quiet):
+        """Begin to watch; with `is_quiet` a thread looks at the calls."""
+        if _watched.setdefault(self.function, self) is not self:
+            raise RuntimeError("%s is watched already" % self.function.__qualname__)
+        looker = self._begin(self._look) if is_quiet else None
+        self._begin(self._keep, looker)
+        with _hot.lock:
+            vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
+            _assign_code(self.function, self._code)
+
+    def _begin(self, work, *args):
+        thread = Job(work, *args)         # which keeps what it ends with to itself
+        thread.name = "hotrepl watch of " + self.function.__qualname__
+        thread.start()
+        return thread
+
+    def _keep(self, looker):
+        """Wait until it is over, and take it off."""
+        while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
+                   or self._session is not None and self._session.connection.is_left()):
             pass
-        if self._is_over.is_set():
-            self.stop()           # raises why it can't be watched
+        self.stop()
+        if looker is not None:
+            looker.join(2 * WATCH_LOOK_S)
+            with suppress(ValueError):    # it has ended
+                async_raise(looker, SystemExit)
 
     def stop(self):
-        """Watch no more; return once the function is as it was."""
+        """Watch no more: the function is as it was."""
         self._is_over.set()
-        self._threads[0].join()
-        self._threads[0].outcome()
+        with _hot.lock:
+            self._take_off()
+            if _watched.get(self.function) is self:
+                del _watched[self.function]
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
@@ -8394,56 +8355,35 @@ class Calls(list):
         else:
             call.number = next(self._numbers)
             self._queue.append(call)
-            if self._came.locked():
-                with suppress(RuntimeError):  # another thread was quicker
-                    self._came.release()
 
     def show(self):
         """Print the calls that are wanted, until it is over."""
-        for shown, call in enumerate(self.wanted(), 1):
+        for shown, call in enumerate(self._wanted(), 1):
             print(call)
             if shown % WATCH_LINES_PER_S == 0:
                 self._is_over.wait(1.0)
 
-    def wanted(self):
+    def _look(self):
+        """Keep the calls that are wanted in this list, until it is over."""
+        try:
+            self.extend(self._wanted())
+        except Exception as exc:
+            self._problem = ": `when` raised " + _brief(exc)
+        finally:
+            self._is_over.set()
+
+    def _wanted(self):
         """Yield the calls that are wanted as they come, until it is over."""
         left = self._count
         while left > 0 and not self._is_over.is_set():
             if not self._queue:
-                self._came.acquire(True, WATCH_LOOK_S)
+                self._is_over.wait(WATCH_LOOK_S)
                 continue
             call = self._queue.popleft()
             call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
             if self._when is None or self._when(call):
                 left -= 1
                 yield call
-
-    def _keep(self):
-        """Give the function the code that notes, wait until it is over, and take it off."""
-        if _watched.setdefault(self.function, self) is not self:
-            self._is_over.set()
-            self._has_begun.set()
-            raise RuntimeError("%s is watched already" % self.function.__qualname__)
-        try:
-            with _hot.lock:
-                vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
-                _assign_code(self.function, self._code)
-            self._has_begun.set()
-            while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
-                       or self._session is not None and self._session.connection.is_left()
-                       or self._threads[-1].ended):
-                pass
-        finally:
-            self._is_over.set()
-            self._has_begun.set()
-            with _hot.lock:
-                self._take_off()
-            del _watched[self.function]
-            self._queue.clear()
-            for thread in self._threads[1:]:
-                thread.join(2 * WATCH_LOOK_S)
-                with suppress(ValueError):    # it has ended
-                    async_raise(thread, SystemExit)
 
     def _take_off(self):
         """Give the function what the copy has, which a reload may have changed meanwhile.
@@ -8460,20 +8400,14 @@ class Calls(list):
 
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
-        for thread in self._threads[1:]:
-            if isinstance(thread.exception, Exception):
-                state = "is over: `when` raised " + _brief(thread.exception)
-        return "\n".join(list(map(repr, self)) + ["<watch of %s, %d calls, %s>" % (
-            self.function.__qualname__, len(self), state)])
+        return "\n".join(list(map(repr, self)) + ["<watch of %s, %d calls, %s%s>" % (
+            self.function.__qualname__, len(self), state, self._problem)])
 
 
 def _noting(function, calls):
     """Return a function that calls a copy of `function`, and notes it in `calls`; and that copy."""
     import inspect
-    original = types.FunctionType(function.__code__, function.__globals__, function.__name__,
-                                  function.__defaults__, function.__closure__)
-    original.__kwdefaults__ = function.__kwdefaults__
-    functools.update_wrapper(original, function).__dict__ = dict(vars(function))
+    original = _function_like(function, function.__code__, function.__closure__ or ())
     flags = function.__code__.co_flags
     if flags & inspect.CO_COROUTINE:
         async def noting(*args, **kwargs):
@@ -8496,110 +8430,110 @@ def _noting(function, calls):
 # --- Code that an editor sends ---
 
 class Placed:
-    """Code that stands in a module's file; a context manager while it runs there.
+    """Code that stands in a module's file.
 
     What it defines and the module has already goes to patch(): a function without its decorators,
     which have run, a class with them.
     """
 
-    NAME = "__hotrepl_patch__"    # this object, in the module while the code runs
+    RUN = compile("run()", _THIS_FILE, "eval")      # for a session to evaluate; its frame is ours
 
     def __init__(self, source, module=None, file=None, line=1, within=""):
-        self.module = _module_of(module, file)
+        self._module = _module_of(module, file)
         self._source = source.rstrip() + "\n"
         self._line = line         # where the source begins
         self._path = within.split(".") if within else []    # of the class around it
-        self._scope = functools.reduce(_own_class, self._path, self.module)
-        self._before = {}         # names that the class statement binds -> what they were bound to
-        self._pairs = []          # (old, new) of a class, until its new functions are complete
-        own = vars(self.module).get("__file__")
+        self._scope = functools.reduce(_own_class, self._path, self._module)
+        own = vars(self._module).get("__file__")
         is_own = own and (not file or os.path.realpath(own) == os.path.realpath(file))
-        self._filename = own if is_own else file or "<%s>" % self.module.__name__
+        self._filename = own if is_own else file or "<%s>" % self._module.__name__
 
-    def __enter__(self):
-        space = vars(self.module)
-        self._before = {name: space.get(name, _MISSING) for name in [self.NAME] + self._path[-1:]}
-        space[self.NAME] = self
-        return self
-
-    def __exit__(self, *exc_info):
-        for name, value in self._before.items():
-            if value is not _MISSING:
-                vars(self.module)[name] = value
-            else:
-                vars(self.module).pop(name, None)
-
-    def code_objects(self):
-        """Return the code to run: all but a last expression, then that.
-
-        Indented code keeps its columns: the line above it becomes the head of what it stands in.
-        """
+    def run(self):
+        """Run it in its module; return the value of the last expression."""
         import __future__
         import ast
-        head = "".join("class %s(metaclass=%s):\n" % (name, self.NAME) for name in self._path[-1:])
+        flags = sum({each.compiler_flag for each in vars(self._module).values()
+                     if type(each) is __future__._Feature})
+        tree = compile(self._whole_source(), self._filename, "exec",
+                       flags | ast.PyCF_ONLY_AST, True)
+        olds = self._find_olds((tree.body[0] if self._path else tree).body, ast)
+        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+        code = compile(tree, self._filename, "exec", flags, True)
+        for name in self._path[-1:]:
+            code = next(each for each in _nested_codes(code) if each.co_name == name)
+        space = _PlacedSpace(self._module.__name__, self._scope, olds)
+        exec(code, vars(self._module), space)
+        space.close()
+        if last is not None:
+            return eval(compile(ast.Expression(last.value), self._filename, "eval", flags, True),
+                        vars(self._module), space)
+
+    def _whole_source(self):
+        """Return the source at its lines; the line above it is the head of what it stands in."""
+        head = "".join("class %s:\n" % name for name in self._path[-1:])
         if self._source[:1] in " \t" and not head:
             if re.match(r"\s*(@|(async\s+)?def\b|class\b)", self._source):
                 raise ValueError("an indented definition needs the name of the class around it")
             head = "if True:\n"
-        flags = sum({each.compiler_flag for each in vars(self.module).values()
-                     if type(each) is __future__._Feature})
-        above = "\n" * (self._line - 1 - bool(head)) + head
-        tree = compile(above + self._source, self._filename, "exec",
-                       flags | ast.PyCF_ONLY_AST, True)
-        for node in (tree.body[0] if self._path else tree).body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                self._adapt(node, ast)
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        trees = [(tree, "exec")] * bool(tree.body)
-        trees += [] if last is None else [(ast.Expression(last.value), "eval")]
-        return [compile(ast.fix_missing_locations(each), self._filename, mode, flags, True)
-                for each, mode in trees]
+        return "\n" * (self._line - 1 - bool(head)) + head + self._source
 
-    def _adapt(self, node, ast):
-        """Have a definition come to `_take`, if there is one of its name already."""
-        live, is_class = vars(self._scope).get(node.name), isinstance(node, ast.ClassDef)
-        words = [each.attr for each in node.decorator_list if isinstance(each, ast.Attribute)]
-        old = _function_in(live, node.name, words)
-        if is_class:
-            old = live if isinstance(live, type) else None
+    def _find_olds(self, nodes, ast):
+        """Return {name: [what each definition of it is to patch, or None]}; take decorators off."""
+        olds = collections.defaultdict(list)
+        for node in nodes:
+            name = _mangled(getattr(node, "name", ""), "".join(self._path[-1:]))
+            live = vars(self._scope).get(name)
+            if isinstance(node, ast.ClassDef):
+                olds[name].append(live if isinstance(live, type) else None)
+            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                olds[name].append(_function_in(live, node))
+                if olds[name][-1] and node.decorator_list:
+                    nothing = ast.parse("lambda function: function", mode="eval").body
+                    node.decorator_list = [ast.copy_location(nothing, node.decorator_list[0])]
+        return olds
+
+
+class _PlacedSpace(_ClassSpace):
+    """The names of a module or a class while such code runs: what it defines goes to patch()."""
+
+    def __init__(self, title, scope, olds):
+        super().__init__(scope)
+        self._title = title
+        self._olds = olds         # as of _find_olds; each is taken out when its definition has run
+        self._pairs = []          # (old, new) of a class, until its new functions are complete
+
+    def __missing__(self, name):
+        return super().__missing__(name) if isinstance(self._cls, type) else vars(self._cls)[name]
+
+    def __setitem__(self, name, value):
+        old = self._olds[name].pop(0) if self._olds.get(name) else None
         if old is not None:
-            name = "take_%d" % node.lineno
-            setattr(self, name, functools.partial(self._take, live, old))
-            first = (node.decorator_list or [node])[0]
-            take = ast.Attribute(ast.Name(self.NAME, ast.Load()), name, ast.Load())
-            node.decorator_list = [ast.copy_location(take, first)] + (
-                node.decorator_list if is_class else [])
-
-    def _take(self, live, old, new):
-        """Stand as the decorator of a definition; return what its name is bound to already."""
-        if self._path:
-            self._pairs.append((old, new))
+            self._pairs.append((old, value))
+        elif isinstance(self._cls, type):
+            super().__setitem__(name, value)
         else:
-            self._patch(old, new)
-        return live
+            vars(self._cls)[name] = value
+        if not isinstance(self._cls, type):
+            self.close()
 
-    def __prepare__(self, name, bases):
-        """Stand as the metaclass of the class statement around what was sent."""
-        return _ClassSpace(self._scope)
+    def __delitem__(self, name):
+        delattr(self._cls, name)
 
-    def __call__(self, name, bases, space):
-        """Return what that statement binds: the class there is, with what is new."""
-        for each, value in (("__classcell__", self._scope),
-                            ("__classdictcell__", dict(vars(self._scope)))):    # 3.14: annotations
-            if each in space:
-                _set_cell(space.pop(each), value)
-        for old, new in self._pairs:
-            self._patch(old, new)
-        before = dict(vars(self._scope))
-        for name, value in space.items():
-            if not (name in _MADE_BY_CLASS or name in _ANNOTATIONS or before.get(name) is value):
-                setattr(self._scope, name, value)
-                print("set %s.%s.%s" % (self.module.__name__, ".".join(self._path), name))
-        return self._scope if len(self._path) == 1 else self
-
-    def _patch(self, old, new):
-        patch(old, new)
-        print("patched %s.%s" % (self.module.__name__, old.__qualname__))
+    def close(self):
+        """Patch what was defined anew, and give the class what is new."""
+        for name, value in (("__classcell__", self._cls),
+                            ("__classdictcell__", dict(vars(self._cls)))):  # 3.14: annotations
+            if name in self:
+                _set_cell(self.pop(name), value)
+        while self._pairs:
+            old, new = self._pairs.pop(0)
+            patch(old, new)
+            print("patched %s.%s" % (self._title, old.__qualname__))
+        for name, value in self.items():
+            if not (name in _MADE_BY_CLASS or name in _ANNOTATIONS
+                    or vars(self._cls).get(name) is value):
+                setattr(self._cls, name, value)
+                print("set %s.%s.%s" % (self._title, self._cls.__qualname__, name))
 
 
 def _module_of(name, path):
@@ -8619,14 +8553,13 @@ def _own_class(scope, name):
     return found
 
 
-def _function_in(live, name, words):
-    """Return the function of that name that `live` is or was made of, or None.
-
-    `words` of its decorators tell which one of a property it is.
-    """
-    if isinstance(live, property):
-        live = live.fset if "setter" in words else live.fdel if "deleter" in words else live.fget
-    return next((each for each in _functions_in(live) if each.__code__.co_name == name),
+def _function_in(live, node):
+    """Return the function of a `def` that `live` is or was made of, or None."""
+    if isinstance(live, property):        # its decorator tells which one it is
+        words = [getattr(each, "attr", "") for each in node.decorator_list]
+        live = next((each for word, each in (("setter", live.fset), ("deleter", live.fdel))
+                     if word in words), live.fget)
+    return next((each for each in _functions_in(live) if each.__code__.co_name == node.name),
                 live if isinstance(live, types.FunctionType) else None)
 
 
@@ -10434,10 +10367,7 @@ class Evaluator(Job):
     def _run_placed(self, source, place):
         """Run `source` as lines of the file of a module, and in that module."""
         try:
-            with Placed(source, **place) as placed:
-                for each in placed.code_objects():
-                    self.run_code(each, vars(placed.module))
-                    self.flush()
+            self.run_code(Placed.RUN, {"run": Placed(source, **place).run})
         except SystemExit:
             raise
         except BaseException:
