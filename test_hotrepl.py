@@ -2928,7 +2928,7 @@ class Halt(Case):
 
     def test_halt_ends_serve(self):
         folder = self.folder()
-        program = folder.start("hotrepl.py", "serve", "--port", "0", "--control-port", "0")
+        program = folder.start(*serve_words())
         line = program.err.until("\n")
         self.assertRegex(line, r"127\.0\.0\.1:(\d+) \(REPL\)")
         port = int(re.search(r"127\.0\.0\.1:(\d+) \(REPL\)", line).group(1))
@@ -3510,7 +3510,7 @@ class OddSurroundings(Case):
     def test_children_of_serve_end_by_signals_as_ever(self):
         if not hasattr(os, "fork"):
             lack("os.fork")
-        program = self.folder().start("hotrepl.py", "serve", "--port", "0", "--control-port", "0")
+        program = self.folder().start(*serve_words())
         port = int(re.search(r":(\d+) \(REPL\)", program.err.until("\n")).group(1))
         wire = self.wire(("127.0.0.1", port))
         wire.send("import multiprocessing, time, warnings; warnings.simplefilter('ignore')\n"
@@ -3522,7 +3522,7 @@ class OddSurroundings(Case):
         self.assertEqual(program.end()[0], 0)
 
     def test_a_refused_peer_is_told_by_serve(self):
-        served = self.folder().start("hotrepl.py", "serve", "--port", "0", "--control-port", "0")
+        served = self.folder().start(*serve_words())
         port = int(re.search(r":(\d+) \(REPL\)", served.err.until("\n")).group(1))
         wire = Wire(("127.0.0.1", port))
         self.keep(wire).send(b"POST / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -8459,7 +8459,7 @@ class Exposure(AccessCase):
         self.assertIn("42!", self.visit(served.server.address, "print('4' + '2!')\n"))
 
     def test_the_command_line_says_what_to_do(self):
-        program = self.folder().start("hotrepl.py", "serve", "--bind", "0.0.0.0", "--port", "0")
+        program = self.folder().start("-m", "hotrepl", "serve", "--bind", "0.0.0.0", "--port", "0")
         code, _, said = program.end()
         self.assertEqual(code, 2)
         self.assertIn("hotrepl: other machines can reach 0.0.0.0; pass token=True", said)
@@ -8544,13 +8544,13 @@ class UnixSockets(AccessCase):
 
     def test_where_it_can_not_listen_the_path_is_named(self):
         path = os.path.join(os.path.dirname(self.path), "missing", "socket")
-        program = self.folder().start("hotrepl.py", "serve", "--unix", path)
+        program = self.folder().start("-m", "hotrepl", "serve", "--unix", path)
         code, _, said = program.end()
         self.assertEqual(code, 1)
         self.assertIn("can't listen at %s: No such file" % path, said)
 
     def test_serve_takes_a_path_and_says_how_to_connect(self):
-        program = self.folder().start("hotrepl.py", "serve", "--unix", self.path)
+        program = self.folder().start("-m", "hotrepl", "serve", "--unix", self.path)
         program.err.until("connect with: python hotrepl.py connect unix:%s\n" % self.path)
         self.assertEqual(self.wire(self.path).ask("6*7"), "42\n")
 
@@ -8851,7 +8851,7 @@ class Limits(AccessCase):
         folder = self.folder()
         folder.write("script.py", "import sys; print(6*7); sys.exit(3)")
         for words, ended in ((["script.py"], [3, "42\n"]), (["--keep", "script.py"], [3, "42\n"]), ([], [0, ""])):
-            program = folder.start("hotrepl.py", "serve", *words, HOTREPL_DISABLE="1")
+            program = folder.start("-m", "hotrepl", "serve", *words, HOTREPL_DISABLE="1")
             code, out, said = program.end()
             self.assertEqual([code, out], ended)
             self.assertIn("hotrepl: HOTREPL_DISABLE is set: no server is started\n", said)
@@ -10266,8 +10266,8 @@ class Audit(AccessCase):
 # === 15. Command line: programs, exec, finding ===============================
 
 def serve_words(*words):
-    """Return the words of `hotrepl.py serve` on free ports, for Folder.start."""
-    return ("hotrepl.py", "serve", "--port", "0", "--control-port", "0") + words
+    """Return the words of `hotrepl serve` on free ports, for Folder.start."""
+    return ("-m", "hotrepl", "serve", "--port", "0", "--control-port", "0") + words
 
 
 class Programs(Case):
@@ -10285,7 +10285,7 @@ class Programs(Case):
     def assert_like_python(self, folder, *words):
         """Check that the program prints and exits under `serve` as without it."""
         plain = folder.start(*words).end()
-        code, out, err = folder.start(*serve_words(*words)).end()
+        code, out, err = folder.start("hotrepl.py", *serve_words(*words)[2:]).end()
         self.assertEqual((code, out), tuple(plain[:2]))
         self.assertIn("listening on", err)
 
