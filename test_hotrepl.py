@@ -11232,6 +11232,7 @@ class Finding(NotesCase):
                          [(each.process.pid, each.address, word) for each, word in zip(programs, "ab")])
 
     @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
+    @once("slow")
     def test_exec_in_all_names_one_that_is_stopped_and_goes_on(self):
         programs = self.programs("a", "b")
         programs[0].process.send_signal(signal.SIGSTOP)
@@ -15576,12 +15577,16 @@ class RealPrograms(Workspace):
         self.assertEqual(9 in (m.f()[0], m.Svc().m()), "return 1" in before.replace(old, new), again)
 
     def test_edit_of_an_unknown_text_is_applied_or_named_and_keeps_what_lives(self):
-        for has_cache in (False, True):
-            for edit in self.EDITS:
-                with self.subTest(edit[1], cache=has_cache):
-                    sys.dont_write_bytecode = not has_cache
-                    self.check_unknown(*edit)
-                    sys.dont_write_bytecode = False
+        for edit in self.EDITS:
+            with self.subTest(edit[1]):
+                self.check_unknown(*edit)
+
+    @once("slow")
+    def test_edit_of_an_unknown_text_where_no_bytecode_is_written(self):
+        sys.dont_write_bytecode = True
+        for edit in self.EDITS:
+            with self.subTest(edit[1]):
+                self.check_unknown(*edit)
 
     def test_release_symlink_that_was_switched_is_followed(self):
         output = self.run_script("""
@@ -18691,11 +18696,13 @@ class Promises(Case):
                11: [3, 4, 5, 6, 7, 8, 9, 10], 12: [3, 5, 6, 10, 11], 13: [4, 7, 9, 10, 11, 12], 14: [2, 3, 10],
                15: [10, 13, 14]}
 
-    def banners(self):
+    @classmethod
+    def banners(cls):
         """Return [(number, title, line)] of the sections."""
-        return [(int(match.group(1)), match.group(2).strip(), self.source[:match.start()].count("\n") + 1)
-                for match in re.finditer(r"^# === (\d+)\. ([^=\n]*) =+$", self.source, re.M)]
+        return [(int(match.group(1)), match.group(2).strip(), cls.source[:match.start()].count("\n") + 1)
+                for match in re.finditer(r"^# === (\d+)\. ([^=\n]*) =+$", cls.source, re.M)]
 
+    @once("slow")
     def test_no_class_or_function_takes_the_name_of_another(self):
         for path in (SOURCE_PATH, SELF_PATH):
             with open(path, encoding="utf-8") as file:
@@ -18754,6 +18761,7 @@ class Promises(Case):
             """)
         self.assertEqual(program.end(), [0, "True\n", ""])
 
+    @once("slow")
     def test_banners_are_of_one_form_and_in_order(self):
         banners = self.banners()
         numbers = [number for number, _, _ in banners]
@@ -18765,6 +18773,7 @@ class Promises(Case):
             self.assertTrue(lines[line].startswith("# "), title)
         self.assertEqual(len(re.findall(r"^# ===", self.source, re.M)), len(banners))
 
+    @once("slow")
     def test_the_header_lists_the_sections(self):
         header = ast.get_docstring(self.tree)
         listed = re.findall(r"^ *(\d+)\.? +([A-Z][^\n]*?)(?:  .*)?$", header, re.M)
@@ -18772,11 +18781,13 @@ class Promises(Case):
             self.assertTrue(any(int(each) == number and text.startswith(title.split(":")[0])
                                 for each, text in listed), "%d. %s" % (number, title))
 
-    def uses(self):
+    @classmethod
+    @functools.lru_cache(maxsize=None)
+    def uses(cls):
         """Return {(section, name, section of the name)} of all uses of another section's names."""
-        starts = [(line, number) for number, _, line in self.banners()]
+        starts = [(line, number) for number, _, line in cls.banners()]
         home, used = {}, set()
-        for node in self.tree.body:
+        for node in cls.tree.body:
             section = max([number for line, number in starts if line <= node.lineno], default=0)
             module = ast.parse("")
             module.body = [node]
@@ -18786,9 +18797,11 @@ class Promises(Case):
                 home.setdefault(name, section)
         return {(section, name, home[name]) for section, name in used if home.get(name, section) != section}
 
+    @once("slow")
     def test_no_section_uses_a_lower_one(self):
         self.assertEqual([each for each in sorted(self.uses()) if each[2] > each[0]], [])
 
+    @once("slow")
     def test_no_section_uses_one_that_the_floor_plan_does_not_allow(self):
         self.assertEqual([each for each in sorted(self.uses())
                           if each[2] not in [1, 2] + self.MAY_USE[each[0]]], [])
@@ -18797,6 +18810,7 @@ class Promises(Case):
         self.assertIn("Permission is hereby granted, free of charge", self.source)
         self.assertIn("SPDX-License-Identifier: MIT", self.source)
 
+    @once("slow")
     def test_the_source_is_python_of_3_6(self):
         if sys.version_info >= (3, 8):
             ast.parse(self.source, feature_version=(3, 6))
