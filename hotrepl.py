@@ -3421,7 +3421,6 @@ class _Edit:
         self.before = {}        # the namespace before; set when the edit is applied
         self.held = {}          # what statements bound and other threads shall not see yet
         self.annotated = {}     # 3.14: id of a statement that ran -> numbers of its annotations
-        self.successors = None  # _Successors; set when the edit is applied
         self.subs = {}          # id of the _Statement of a class -> the pairs of its body
         self.told = []          # old text unknown: _Found, what can't be told
         self.gone = []          # the same: (path of a class, name) of what the text has no more
@@ -4465,10 +4464,7 @@ class _Apply:
             if self.moves:
                 raise TypeError("can't patch %r in place: %s; define a new class instead"
                                 % (old.__qualname__, self.moves[0][2]))
-            self._fill_instances()
-            self._redirect()
-            for function in self.afterwards:
-                function()
+            self._reach_what_lives()
         except BaseException:
             self.journal.undo()
             raise
@@ -4477,12 +4473,13 @@ class _Apply:
     def foretell(self):
         """Fill the report with what a commit would do, and with what is in no file."""
         for edit in self.edits:
-            self._report_names(edit)
-            runs = [pair.new for pair in edit.pairs if pair.new and pair.change in _VALUES
-                    and not self._is_kept_out(edit, pair.new)]
-            self._report_readers(edit, _bound_by(runs))
             self.report.add("unsaved", edit.name, _unsaved(edit))
             self.report.unsaved.sort()
+            edit.pairs = _with_lost(edit)
+            self._report_names(edit)
+            self._report_readers(edit, _bound_by(
+                pair.new for pair in edit.pairs if pair.new and pair.change in _VALUES
+                and not self._is_kept_out(edit, pair.new)))
             self._report_removed(edit)
         self._report_stuck()
 
@@ -4490,7 +4487,10 @@ class _Apply:
         """Do it all; after an exception everything is as before and ReloadError is raised."""
         import linecache
         modules = dict(sys.modules)
-        lines = {edit.path: linecache.cache.pop(edit.path, None) for edit in self.edits}
+        for edit in self.edits:         # or a traceback would show lines of the old file
+            read, write, _ = _entry(linecache.cache, edit.path)
+            self.journal.on_undo(functools.partial(write, read()))
+            write(_MISSING)
         self.journal.keep_content(os.environ)
         self.journal.keep_content(sys.path)
         try:
@@ -4499,7 +4499,6 @@ class _Apply:
         except BaseException as exc:
             errors = self.journal.undo()
             _forget_new_modules(modules)
-            linecache.cache.update((path, entry) for path, entry in lines.items() if entry)
             if not isinstance(exc, (Exception, SystemExit)):
                 raise
             raise ReloadError("%s: %s; everything was put back%s%s" % (
@@ -4508,9 +4507,10 @@ class _Apply:
                 if self.called else "")) from exc
         for edit in self.edits:
             linecache.cache.pop(edit.path, None)
+            put_back = _entry(_hot.known, edit.name)[1]
+            self.journal.on_undo(functools.partial(put_back, edit.was or _MISSING))
             _hot.known[edit.name] = _Known(
                 weakref.ref(edit.module), edit.path, edit.text, edit.stamp)
-            self.journal.on_undo(functools.partial(_know_again, edit))
         self.journal.seal()
 
     # The order.
@@ -4542,26 +4542,24 @@ class _Apply:
             yield from _imports_of_unchanged(name)
 
     def _apply(self, edit):
-        edit.before = dict(edit.space)
+        """Bring a module up to date; yield the modules that it imports, each at its place."""
+        edit.before, edit.pairs = dict(edit.space), _with_lost(edit)
         scope = _Scope(edit)
-        edit.successors = _Successors(edit)
         later = self._swap(edit)
-        held = edit.held
         for name in _ANNOTATIONS:
             self.journal.keep(_entry(edit.space, name))
         if "__annotate__" in edit.space:
             edit.space.pop("__annotations__", None)     # only what somebody has read
         for pair in edit.pairs:
-            if pair.new is None:
-                continue
-            if len(self.edits) > 1 and pair.new.kind in _IMPORTERS:
-                yield from _imported_by(pair.new.node, edit.space)
-            self._apply_pair(scope, pair)
-        edit.space.update((name, held[name]) for name in held if name not in edit.space)
+            if pair.new is not None:
+                if len(self.edits) > 1:
+                    yield from _imported_by(pair.new.node, edit.space)
+                self._apply_pair(scope, pair)
+        edit.space.update((name, edit.held[name]) for name in edit.held if name not in edit.space)
         self._annotate(edit)
         for function, found in later:
-            self._swap_function(edit, function, found)
-        self._run_for_closures(scope)
+            self._swap_function(function, found)
+        self._run_for_closures(scope, edit.pairs)
         self._retire_gone(scope, edit.pairs)
         self._follow(edit)
         self.ordered.append(edit)
@@ -4572,49 +4570,40 @@ class _Apply:
         Those that ran have left the numbers of what they came to, from 0 on; the others are
         those that the module had come to, counted in its old text.
         """
-        if sys.version_info < (3, 14):
-            return
-        maker = _annotation_maker(edit.new.code)
+        maker = _annotation_maker(edit.new.code) if sys.version_info >= (3, 14) else None
         for name in _ANNOTATIONS[0 if maker else 1:3]:
             edit.space.pop(name, None)
         if maker is None:
             return
-        olds = _annotation_numbers(edit.old.statements) if edit.old else []
-        places = {id(each): k for k, each in enumerate(edit.old.statements if edit.old else ())}
+        statements = edit.old.statements if edit.old else []
+        olds = dict(zip(map(id, statements), _annotation_numbers(statements)))
         before, found = edit.before.get("__conditional_annotations__", ()), set()
-        pairs = {id(pair.new): pair for pair in edit.pairs}
-        for each, numbers in zip(edit.new.statements, _annotation_numbers(edit.new.statements)):
-            pair = pairs[id(each)]
-            came_to = edit.annotated.get(id(each), range(len(numbers)) if pair.old else ())
-            if id(each) not in edit.annotated and pair.old is not None and olds:
-                came_to = [k for k, old in enumerate(olds[places[id(pair.old)]]) if old in before]
+        for pair, numbers in zip(edit.pairs, _annotation_numbers(edit.new.statements)):
+            came_to = edit.annotated.get(id(pair.new))
+            if came_to is None:
+                came_to = [k for k, old in enumerate(olds.get(id(pair.old), ())) if old in before]
             found.update(numbers[k] for k in came_to if k < len(numbers))
         edit.space.update(__annotate__=types.FunctionType(maker, edit.space),
                           __conditional_annotations__=found)
 
     def _apply_pair(self, scope, pair):
         """Do with one statement what its change asks for."""
-        change = pair.change
-        if change in _LEFT_ALONE:
-            if self.everything and scope.cls is None:
-                self._run(scope, pair)
-            elif self._is_deleted(scope, pair):
-                self._bring_back(scope, pair)
-            else:
-                self._note_body(scope, pair)
-                if self.refielded and pair.new.is_definition:
-                    self._follow_fields(scope, pair)
-        elif scope.cls is None and self._is_kept_out(scope.edit, pair.new):
+        new, is_left = pair.new, pair.change in _LEFT_ALONE
+        runs = not is_left or self.everything and scope.cls is None
+        if runs and scope.cls is None and self._is_kept_out(scope.edit, new):
             return
-        elif change == "live":
-            self._define(scope, pair)
-        elif pair.new.is_function and scope.cls is not None and scope.count(
-                pair.new.node.name) > 1:
-            self._run_group(scope, pair.new.node.name)
-        elif change == "def":
-            self._apply_def(scope, pair)
-        elif change == "class":
+        if is_left and runs:
+            self._run(scope, pair)
+        elif new.kind == "ClassDef" and pair.change in ("moved", "body", "class"):
             self._apply_class(scope, pair)
+        elif is_left:
+            self._note_body(scope, pair)
+        elif pair.change == "live":
+            self._define(scope, pair)
+        elif new.is_function and scope.cls is not None and scope.count(new.node.name) > 1:
+            self._run_group(scope, new.node.name)
+        elif pair.change == "def":
+            self._apply_def(scope, pair)
         else:
             self._run(scope, pair)
 
@@ -4630,21 +4619,21 @@ class _Apply:
 
         Their new code names a global that the module will have only when its statements have run.
         """
-        if not edit.successors.has_work:
-            return []
+        successors, later = _Successors(edit), []
+        if not successors.has_work:
+            return later
         absent = _bound_by(edit.new.statements).difference(edit.space)
-        later = []
-        named = edit.successors.named_functions() if len(self.edits) == 1 else None
+        named = successors.named_functions() if len(self.edits) == 1 else None
         for function in self._live_functions(edit) if named is None else named:
-            found = edit.successors.of(function)
-            if found is not None and found.code is None:
-                if found.reason:
-                    self.stuck[found.path, found.reason] += 1
-            elif found is not None:
-                if absent and absent & _names_in(found.code):
-                    later.append((function, found))
-                else:
-                    self._swap_function(edit, function, found)
+            found = successors.of(function)
+            if found is None:
+                continue
+            if found.code is None:
+                self.stuck[found.path, found.reason] += 1
+            elif absent and absent & _names_in(found.code):
+                later.append((function, found))
+            else:
+                self._swap_function(function, found)
         return later
 
     def _live_functions(self, edit):
@@ -4655,7 +4644,8 @@ class _Apply:
                 self.functions[id(each.__globals__)].append(each)
         return self.functions[id(edit.space)]
 
-    def _swap_function(self, edit, function, found):
+    def _swap_function(self, function, found):
+        """Give a function the code that the new file has for it, as far as its cells allow."""
         old, new = function.__code__, found.code
         if old is new:
             return
@@ -4671,17 +4661,14 @@ class _Apply:
                 self.put(_attribute(function, "__doc__"), _doc_of(new))
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
             if found.is_changed:
-                self._clear_caches(edit, function, found.path)
+                self._clear_caches(function, found.path)
         elif set(new.co_freevars) <= set(old.co_freevars):
             cells = dict(zip(old.co_freevars, function.__closure__))
-            self._forward_to(function, _function_like(
+            self.forward(function, _function_like(
                 function, new, [cells[name] for name in new.co_freevars]))
-        elif new.co_freevars == ("__class__",) and not old.co_freevars and self._add_super(
-                edit, function, new):
-            pass
         else:
-            self.closures[id(function)] = edit, function, found.path, "the variables of the " \
-                "closure changed from (%s) to (%s)" % (
+            self.closures[id(function)] = function, found.path, "the variables of the closure " \
+                "changed from (%s) to (%s)" % (
                     ", ".join(old.co_freevars), ", ".join(new.co_freevars))
 
     def _put_code(self, function, state, path=None, is_changed=True):
@@ -4692,58 +4679,29 @@ class _Apply:
                              (id(function), "__code__"))
         _swap(function, *state)
 
-    def _forward_to(self, old, new):
-        """Let an old function call a new one that has what it can't have."""
-        self.put(_attribute(old, "__dict__"), dict(vars(old), __wrapped__=new))
-        self._put_code(old, _forwarder(old, new))
-
-    def _add_super(self, edit, function, code):
-        """A method names __class__ now: a new function has the cell, the old one forwards to it."""
-        *outer, name = function.__qualname__.split(".")
-        cls = _at_path(edit.space, outer)
-        if not _is(cls, type) or not outer:
-            return False
-        new = _function_like(function, code, (lambda: cls).__closure__)
-        name = _mangled(name, cls.__name__)
-        value = vars(cls).get(name)
-        if value is function:
-            self.put(_attribute(cls, name), new)
-        elif _is(value, (staticmethod, classmethod)) and value.__func__ is function:
-            self.put(_attribute(cls, name), type(value)(new))
-        elif type(value) is property:
-            self.put(_attribute(cls, name), property(*[  # type: ignore[arg-type]
-                new if each is function else each
-                for each in (value.fget, value.fset, value.fdel)], doc=value.__doc__))
-        self._forward_to(function, new)
-        return True
-
-    def _clear_caches(self, edit, function, path):
+    def _clear_caches(self, function, path):
         """An lru_cache around a changed function forgets its results."""
-        if "." not in path:
-            value = edit.space.get(path)
-        else:
-            cls = _at_path(edit.space, path.split(".")[:-1])
-            value = vars(cls).get(path.split(".")[-1]) if _is(cls, type) else None
-        if _is(value, (staticmethod, classmethod)):
-            value = getattr(value, "__func__", value)
-        is_cache = type(value) in (types.FunctionType, _LRU_CACHE) and hasattr(value, "cache_clear")
-        if is_cache and getattr(value, "__wrapped__", None) is function:
+        value = _unwrapped(_at_path(function.__globals__, path.split(".")))
+        if type(value) in (types.FunctionType, _LRU_CACHE) and hasattr(value, "cache_clear") and (
+                getattr(value, "__wrapped__", None) is function):
             self.afterwards.append(value.cache_clear)
 
-    def _run_for_closures(self, scope):
-        """Run the statements that made closures which can't take their new code."""
-        edit = scope.edit
-        mine = [entry for entry in self.closures.values() if entry[0] is edit]
-        for pair in edit.pairs if mine else ():
-            if pair.new is not None and pair.change in _LEFT_ALONE and pair.new.kind in (
-                    _FUNCTIONS + ("Assign",)):
-                for name in pair.new.binds:
-                    held = {id(each) for each in _functions_in(edit.space.get(name))}
-                    if held & set(self.closures) and _is_made_here(edit, pair.new):
-                        self._redecorate(scope, pair) if pair.new.is_function else self._run(
-                            scope, pair)
-                        for key in held:
-                            self.closures.pop(key, None)
+    def _run_for_closures(self, scope, pairs):
+        """Run the statements that made functions which can't take their new code.
+
+        Such as the call of a factory, or a method that uses super() for the first time.
+        """
+        for pair in pairs if self.closures else ():
+            inner = pair.new and scope.of_class(pair)
+            if inner:
+                self._run_for_closures(inner, scope.edit.sub_pairs(pair))
+            elif pair.change in _LEFT_ALONE and _makes_functions(pair.new, scope):
+                held = {id(each) for name in pair.new.binds
+                        for each in _functions_in(scope.get(name))} & set(self.closures)
+                if held:
+                    self._apply_pair(scope, pair._replace(change="again"))
+                for key in held:
+                    del self.closures[key]
 
     # Definitions.
 
@@ -4752,9 +4710,7 @@ class _Apply:
         old, new = pair.old.node, pair.new.node
         if _is_overload(new):
             return
-        if scope.cls is not None and scope.count(new.name) > 1:
-            self._run_group(scope, new.name)
-        elif pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
+        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
             self._define(scope, pair)
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)
@@ -4764,36 +4720,26 @@ class _Apply:
     def _define(self, scope, pair):
         """Give the old function what changed in its head; no decorator is called."""
         raw = self._raw(scope, pair)
-        if raw is None:
-            self._run(scope, pair)
-            return
         self.snapshot(scope.edit, pair.new)
-        new = scope.evaluate(pair.new.node, self._kept_parameters(pair, raw))
-        if new.__code__.co_freevars != raw.__code__.co_freevars:
+        new = raw and self._evaluate(scope, pair, raw)
+        if new is None or new.__code__.co_freevars != raw.__code__.co_freevars:
             self._run(scope, pair)
             return
-        self._fold_definition(scope, pair, raw, new)
+        new.__dict__.update(vars(raw))
+        self.fold_function(raw, new)
         self._note_init(scope, pair)
-        self._note_signature(pair, raw)
-        self._clear_caches(scope.edit, raw, scope.prefix + pair.new.node.name)
-
-    def _note_signature(self, pair, function):
-        """Who looks at parameters when it is defined, such as FastAPI, follows."""
+        self._clear_caches(raw, scope.prefix + pair.new.node.name)
         if pair.old is not None and (
                 _key(pair.old.node.args, False) != _key(pair.new.node.args, False)):
-            self.refielded[id(function)] = function
+            self.refielded[id(raw)] = raw       # such as a dependency of FastAPI's handlers
 
-    def _fold_definition(self, scope, pair, raw, new):
-        """Give a function code, defaults and the rest of one that was evaluated anew."""
-        live, values = _live_defaults(raw), _live_defaults(new)
-        values.update((name, live[name]) for name in self._kept_parameters(pair, raw))
-        defaults = _as_defaults(new.__code__, values)
-        for name in ("__doc__", "__type_params__"):
-            if hasattr(new, name) and getattr(raw, name) != getattr(new, name):
-                self.put(_attribute(raw, name), getattr(new, name))
-        self.put(_annotations(raw), _annotations(new)[0]())
-        self.olds.add(id(raw))
-        self._put_code(raw, (new.__code__,) + defaults, raw.__qualname__)
+    def _evaluate(self, scope, pair, raw):
+        """Make the function of a `def` anew, without decorators, with the defaults that stay."""
+        kept, live = self._kept_parameters(pair, raw), _live_defaults(raw)
+        new = scope.evaluate(pair.new.node, kept)
+        values = dict(_live_defaults(new), **{name: live[name] for name in kept})
+        new.__defaults__, new.__kwdefaults__ = _as_defaults(new.__code__, values)
+        return new
 
     def _kept_parameters(self, pair, raw):
         """Return the parameters whose default has the same text, or may well be what it was."""
@@ -4808,15 +4754,15 @@ class _Apply:
 
     def _raw(self, scope, pair):
         """Return the live function of a `def`, below whatever its decorators have made of it."""
-        name, value = pair.new.node.name, scope.get(pair.new.node.name)
-        is_only = scope.count(name) == 1
-        for source in (_functions_in(value), _functions_of([scope.edit.space])):
+        name, space = pair.new.node.name, scope.edit.space
+        value, line = scope.get(name), (pair.old or pair.new).start + 1
+        if value is _MISSING:
+            return None
+        for source in (_functions_in(value), self._live_functions(scope.edit)):
             found = [each for each in source if each.__code__.co_name == name
-                     and each.__globals__ is scope.edit.space
-                     and each.__qualname__ == scope.prefix + name] if value is not _MISSING else []
-            line = (pair.old or pair.new).start + 1
+                     and each.__globals__ is space and each.__qualname__ == scope.prefix + name]
             exact = [each for each in found if each.__code__.co_firstlineno == line]
-            if exact or found and is_only:
+            if exact or found and scope.count(name) == 1:
                 return (exact or found)[0]
         return None
 
@@ -4831,9 +4777,7 @@ class _Apply:
         reached = self.snapshot(scope.edit, pair.new, pair.old)
 
         def decorate():
-            new = scope.evaluate(node, self._kept_parameters(pair, raw))
-            self._fold_definition(scope, pair, raw, new)
-            self.put(_attribute(raw, "__dict__"), {})
+            self.fold_function(raw, self._evaluate(scope, pair, raw))
             value = scope.decorate(node, raw)
             _evaluated(value)
             return value
@@ -4875,31 +4819,37 @@ class _Apply:
 
     def _apply_class(self, scope, pair):
         """A class changed: its statements one by one, or all at once where its kind needs that."""
-        cls = scope.get(pair.new.node.name)
-        path = scope.prefix + pair.new.node.name
-        if not _is(cls, type) or cls.__qualname__ != path or not _is_of(cls, scope.edit.name):
+        inner, is_changed = scope.of_class(pair), pair.change == "class"
+        if inner is None:
+            if is_changed:
+                self._run(scope, pair)
+            return
+        cls, pairs = inner.cls, scope.edit.sub_pairs(pair)
+        if is_changed and (pair.old is not None and _class_head(pair.old) != _class_head(pair.new)
+                           or _needs_its_statement(cls, pairs)):
             self._run(scope, pair)
             return
-        pairs = scope.edit.sub_pairs(pair)
-        is_head_same = pair.old is None or (
-            pair.old.decorator_dump == pair.new.decorator_dump
-            and _key([pair.old.node.bases, pair.old.node.keywords], False)
-            == _key([pair.new.node.bases, pair.new.node.keywords], False))
-        if not is_head_same or _needs_its_statement(cls, pairs):
-            self._run(scope, pair)
-            return
-        inner, before = _Scope(scope.edit, cls, path, pair), dict(vars(cls))
-        self._touch_class(scope.edit, cls, pair)
+        self._put_place(scope.edit, cls, pair)
+        if pair.change != "moved":
+            self.classes[id(cls)] = cls
+        before = dict(vars(cls))
         for each in pairs:
             if each.new is not None:
                 self._apply_pair(inner, each)
-        self._retire_gone(inner, pairs)
+        if is_changed:
+            self._finish_class(inner, pairs, before)
+
+    def _finish_class(self, scope, pairs, before):
+        """See to what a class statement does besides its body, and to who reads its attributes."""
+        cls, edit = scope.cls, scope.edit
+        self._forget_subclasses_afterwards()
+        self._retire_gone(scope, pairs)
         names = _bound_by(each.new for each in pairs if each.new and each.change in _VALUES)
-        self._follow_pure(scope.edit, inner.statements, cls, dict(scope.edit.space, **before),
-                          dict(scope.edit.space, **vars(cls)), names)
-        if any(each.change not in _LEFT_ALONE and "AnnAssign" in (
-                (each.new or each.old).kind, (each.old or each.new).kind) for each in pairs):
-            inner.annotate(self)
+        self._follow_pure(edit, scope.statements, cls, dict(edit.space, **before),
+                          dict(edit.space, **vars(cls)), names)
+        active = [each for each in pairs if each.change not in _LEFT_ALONE]
+        if any(each and each.kind == "AnnAssign" for pair in active for each in pair[:2]):
+            scope.annotate(self)
         if hasattr(cls, "__abstractmethods__"):
             self.afterwards.append(functools.partial(self._update_abstract, cls))
         base = next((base for base in cls.__mro__[1:-1] if "__init_subclass__" in vars(base)), None)
@@ -4907,15 +4857,12 @@ class _Apply:
                 base.__module__ != "typing" and any(
                     each.change in ("new", "gone") for each in pairs)):
             self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
-                scope.title(pair.new.node.name), base.__qualname__))
+                scope.title(""), base.__qualname__))
 
-    def _touch_class(self, edit, cls, pair):
-        self.classes[id(cls)] = cls
-        self.olds.add(id(cls))
+    def _forget_subclasses_afterwards(self):
         if _forget_subclasses not in self.afterwards:
             self.afterwards.append(_forget_subclasses)
             self.journal.on_undo(_forget_subclasses)
-        self._put_place(edit, cls, pair)
 
     def _put_place(self, edit, cls, pair):
         """3.13: a class knows its line, and the attributes that its methods set on self."""
@@ -4925,70 +4872,60 @@ class _Apply:
             self.put(_attribute(cls, "__static_attributes__"), _static_attributes(code))
 
     def _note_body(self, scope, pair):
-        """Only bodies changed, or lines moved: nothing runs, but who has hooks must know."""
-        if pair.new.kind == "ClassDef" and pair.old is not None and pair.change != "same":
-            cls = scope.get(pair.new.node.name)
-            if _is(cls, type) and cls.__qualname__ == scope.prefix + pair.new.node.name:
-                self._put_place(scope.edit, cls, pair)
-                if pair.change == "body":
-                    self.classes[id(cls)] = cls
-                inner = _Scope(scope.edit, cls, cls.__qualname__, pair)
-                for each in scope.edit.sub_pairs(pair):
-                    if each.new is not None:
-                        self._note_body(inner, each)
-        elif pair.change == "body" and pair.new.is_function:
+        """Only a function's body changed: nothing runs, unless it was patched or typed over."""
+        if pair.change == "body" and pair.new.is_function:
             value = scope.get(pair.new.node.name)
             if type(value) is types.FunctionType and not pair.new.node.decorator_list and (
                     not _is_in_file(value.__code__, scope.edit.new)) and (
                     scope.cls is None or _is_from_console(value)):
-                self._run(scope, pair)      # it was patched, or typed over
+                self._run(scope, pair)
             self._note_init(scope, pair)
 
     def _note_init(self, scope, pair):
         if scope.cls is not None and pair.new.node.name == "__init__" and pair.old is not None:
             self.inits.append((scope.cls, pair.old.node, pair.new.node))
 
-    def _follow_fields_elsewhere(self):
-        """Do the same in modules that are not edited, and in what follows those."""
-        done = set(self.by_name)
-        while True:
-            found = [(name, known) for name, known in list(_hot.known.items())
-                     if name not in done and known.text is not None and any(
-                         id(each) in self.refielded
-                         for value in list((_space_of(known.module()) or {}).values())
-                         for each in (value.__mro__ if _is(value, type) else (value,)))]
-            if not found:
-                break
-            for name, known in found:
-                done.add(name)
-                source = self._parsed(name, known)
-                edit = source and _Edit(name, known.module(), known.path, known.stamp, known.text)
-                if edit:
-                    edit.compare()
-                    scope = _Scope(edit)
-                    for pair in edit.pairs:
-                        if pair.new.is_definition:
-                            self._follow_fields(scope, pair)
-                    edit.space.update(edit.held)
+    def _follow_fields(self):
+        """Run again what copied the fields or the signature of something that has others now.
 
-    def _follow_fields(self, scope, pair):
-        """A class or handler that copies the fields of a class which has others now runs again."""
-        self._rebuild_models()
-        node = pair.new.node
-        value = scope.get(node.name)
-        if pair.new.kind == "ClassDef":
-            copies = _is(value, type) and _has_fields(value) and (
-                any(id(base) in self.refielded for base in value.__mro__[1:])
-                or any(id(scope.edit.space.get(name)) in self.refielded
-                       for name in _annotation_names(node)))
-            if copies:
-                self._run(scope, pair)
-                self.report.add("followed", scope.edit.name, [scope.prefix + node.name])
-        elif node.decorator_list and not _is_transparent(node) and any(
-                id(scope.edit.space.get(name)) in self.refielded
-                for name in pair.new.names.reads - pair.new.names.heads):
-            self._redecorate(scope, pair)
-            self.report.add("followed", scope.edit.name, [scope.prefix + node.name])
+        Such as dataclasses below it, models with fields of its type, and handlers that take it, in
+        all modules of the program.
+        """
+        edits, done, size = {edit.name: edit for edit in self.ordered}, set(), 0
+        while size < len(self.refielded):
+            size = len(self.refielded)
+            for name, known in list(_hot.known.items()):
+                if name not in edits and known.text is not None and self._parsed(name, known):
+                    uses = list((_space_of(known.module()) or {}).values())
+                    if self._are_refielded(uses):
+                        edits[name] = _unedited(name, known)
+            for edit in list(edits.values()):
+                for pair in edit.pairs:
+                    if pair.change in _LEFT_ALONE and id(pair.new) not in done and (
+                            self._copies_fields(edit, pair.new)):
+                        done.add(id(pair.new))
+                        self._rebuild_models()
+                        self.report.add("followed", edit.name, [pair.new.node.name])
+                        (self._redecorate if pair.new.is_function else self._run)(
+                            _Scope(edit), pair)
+
+    def _copies_fields(self, edit, statement):
+        """Tell whether a definition has copied what it reads."""
+        if not statement.is_definition:
+            return False
+        names, node = statement.names, statement.node
+        value = edit.space.get(node.name)
+        if statement.is_function:
+            reads = names.reads - names.heads
+            return not _is_transparent(node) and self._are_refielded(
+                _values_of(edit.space, reads))
+        return _is(value, type) and _has_fields(value) and self._are_refielded(
+            _values_of(edit.space, names.reads) + list(value.__mro__[1:]))
+
+    def _are_refielded(self, values):
+        """Tell whether one of some values, or a base of it, is among `refielded`."""
+        return any(id(each) in self.refielded for value in values
+                   for each in (value.__mro__ if _is(value, type) else (value,)))
 
     # Statements that run.
 
@@ -5000,33 +4937,25 @@ class _Apply:
             return
         if _is_overload(statement.node) and scope.last_binder(statement.node.name) is not statement:
             return
-        if scope.cls is None and self.everything and self._is_kept_out(edit, statement):
-            return
         if any(_is_mapped(scope.cls, name) for name in statement.binds):
             self._note_mapped(scope, statement.binds)
             return
         self._learn()
+        if pair.change == "lost" and self._bring_back(scope, statement):
+            return
         reached = self.snapshot(edit, statement, pair.old)
-        targets = self._targets(scope, pair)
         before = {name: scope.get(name) for name in statement.binds}
-        places = _Registrations(self, reached, targets)
+        places = _Registrations(self, reached, self._targets(scope, pair))
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
             self.called.append(statement.title)
-        if scope.cls is not None and statement.kind == "AnnAssign":
-            for value in bound.values():
-                _give_column_its_type(scope, statement.node, value)
-        if not statement.is_harmless and not _INDIRECT.isdisjoint(statement.code.co_names):
-            names = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
-            if pair.old is not None and scope.cls is None and names:
-                self.report.notes.append("%s: what it had bound before and binds no more is still "
-                                         "there: which of %s, can't be told" % (
-                                             statement.title, ", ".join(names)))
+        for value in bound.values() if scope.cls is not None else ():
+            _give_column_its_type(scope, statement.node, value)
         if statement.is_definition and pair.change == "new":
             places.put_before(self._later_values(scope, statement))
         for name in sorted(statement.binds):
-            self._settle(scope, statement, name, before.get(name, _MISSING),
+            self._settle(scope, statement, name, before[name],
                          bound.pop(name, bound.pop(scope.name_of(name), _MISSING)))
         for name, value in bound.items() if scope.cls is not None else ():
             self._bind(scope, name, value, statement)
@@ -5040,27 +4969,19 @@ class _Apply:
         """Return the ids of what a definition that runs again had registered."""
         if not pair.new.is_definition or pair.old is None and pair.change != "again":
             return set()
-        value = scope.get(pair.new.node.name)
-        return set() if value is _MISSING else {id(value)} | {
-            id(each) for each in (_functions_in(value) if not _is(value, type) else ())
-            if each.__code__.co_name == pair.new.node.name}
+        return _ids_of(scope.get(pair.new.node.name), pair.new.node.name)
 
     def _later_values(self, scope, statement):
         """Return the ids of what the definitions below a statement have made."""
-        ids = set()
-        for each in scope.statements:
-            if each.start > statement.start and each.is_definition and each.node.decorator_list:
-                value = scope.get(each.node.name)
-                ids |= {id(value)} | {id(inner) for inner in _functions_in(value)
-                                      if inner.__code__.co_name == each.node.name}
-        return ids - {id(_MISSING)}
+        return set().union(*[
+            _ids_of(scope.get(each.node.name), each.node.name) for each in scope.statements
+            if each.start > statement.start and each.is_definition and each.node.decorator_list])
 
     def _put_docstring(self, scope, statement):
         if statement is scope.statements[0]:
-            bound = scope.execute([statement.node], self)
-            doc = bound.get("__doc__", scope.edit.space.get("__doc__"))
-            self.put(_entry(scope.edit.space, "__doc__") if scope.cls is None else _attribute(
-                scope.cls, "__doc__"), doc)
+            space = {}
+            exec(scope.edit.new.compile([statement.node]), space)
+            scope.put(self, "__doc__", space.get("__doc__"))
 
     def _settle(self, scope, statement, name, old, new):
         """Give the name the object it had before, with the behaviour of the new one."""
@@ -5069,10 +4990,10 @@ class _Apply:
             return
         if last is not statement and not scope.runs(last):
             new = old           # a later statement, which does not run again, has the last word
-        elif last is not statement and scope.runs(last) and scope.cls is None:
+        elif last is not statement and scope.cls is None:
             scope.held[name] = new      # it will be settled then
             return
-        elif old is not _MISSING and new is not _MISSING:
+        elif old is not _MISSING:
             new = self.fold(old, new, statement)
         self._bind(scope, name, new, statement)
 
@@ -5085,33 +5006,19 @@ class _Apply:
         scope.held.pop(name, None)
         scope.put(self, name, value)
 
-    def _is_deleted(self, scope, pair):
-        """Tell whether somebody took the definition away that a statement had made."""
-        statement, edit = pair.new, scope.edit
-        return scope.cls is None and statement.is_definition and (
-            statement.node.name not in edit.space and edit.name in self.by_name
-            and sum(statement.node.name in each.binds for each in edit.new.statements) == 1
-            and not edit.may_drop(statement.node.name)
-            and not edit.is_not_reached(statement))
-
-    def _bring_back(self, scope, pair):
-        edit, name = scope.edit, pair.new.node.name
-        value = self._lost(edit, name, pair.new.kind == "ClassDef")
-        if value is _MISSING:
-            self._run(scope, pair)
-            if pair.new.names.heads:
-                self._report_readers(edit, {name})
-        else:
-            self.put(_entry(edit.space, name), value)
-
-    def _lost(self, edit, name, is_class):
-        """Return the one function or class that had a name which was taken away, if it is alive."""
-        self._learn()
+    def _bring_back(self, scope, statement):
+        """Bind what was lost, if one such is alive; else name what was made with it."""
+        name, is_class = statement.node.name, statement.kind == "ClassDef"
         found = [each for each in self.known.values() if each.__qualname__ == name
                  and isinstance(each, type) == is_class
-                 and each.__module__ == edit.name and not _has_console_code(each)
-                 and all(function.__globals__ is edit.space for function in _functions_in(each))]
-        return found[0] if len(found) == 1 else _MISSING
+                 and each.__module__ == scope.edit.name and not _has_console_code(each)
+                 and all(function.__globals__ is scope.edit.space
+                         for function in _functions_in(each))]
+        if len(found) == 1:
+            scope.put(self, name, found[0])
+        elif statement.names.heads:
+            self._report_readers(scope.edit, {name})
+        return len(found) == 1
 
     def _learn(self):
         """Note the functions and classes that are alive: what is none of them was made here."""
@@ -5663,8 +5570,7 @@ class _Apply:
 
     def _finish(self):
         """Reach closures, references, instances; take names away; tell the hooks."""
-        if self.refielded:
-            self._follow_fields_elsewhere()
+        self._follow_fields()
         for edit in self.edits:
             for name in edit.names_gone():
                 self.put(_entry(edit.space, name), None if name == "__doc__" else _MISSING)
@@ -5673,13 +5579,9 @@ class _Apply:
         for edit in self.ordered:
             if edit.names_gone(is_done=True):
                 self._follow(edit)
-        for _, function, path, reason in self.closures.values():
+        for _, path, reason in self.closures.values():
             self.stuck[path, reason] += 1
-        self._move_classes()
-        self._fill_instances()
-        self._redirect()
-        for function in self.afterwards:
-            function()
+        self._reach_what_lives()
         for name, forget in _CACHES.items():
             if name in sys.modules and self.known is not None:
                 forget()
@@ -5703,7 +5605,7 @@ class _Apply:
             self.stuck[getattr(old, "__qualname__", "?"), reason] += stuck
         discarded = {new: old for new, old in self.folded.values()
                      if isinstance(new, type) and new is not old}
-        if discarded:
+        if discarded and not self.is_patch:
             self._move_instances(discarded)
 
     def _move_instances(self, moves):
@@ -5722,6 +5624,14 @@ class _Apply:
             self.put(_attribute(sub, "__bases__"), bases)
         except TypeError as exc:
             self.stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
+
+    def _reach_what_lives(self):
+        """Move and complete instances; replace what was discarded; do what was put off."""
+        self._move_classes()
+        self._fill_instances()
+        self._redirect()
+        for function in self.afterwards:
+            function()
 
     def _fill_instances(self):
         """Give live instances of dataclasses and the like the new fields that have a default."""
@@ -5869,25 +5779,19 @@ class _Apply:
     # --- Tell ---
 
     def _report_names(self, edit):
-        known = set(edit.before or edit.space) | (edit.old.names if edit.old else set())
         for pair in edit.pairs:
             new = pair.new
-            is_deleted = pair.change in _LEFT_ALONE and not edit.before and new is not None and (
-                self._is_deleted(_Scope(edit), pair))
-            is_back = edit.before and new is not None and pair.change in _LEFT_ALONE and (
-                new.is_definition and new.node.name not in edit.before
-                and new.node.name in edit.space)
-            if is_deleted or is_back:
-                self.report.add("added", edit.name, [new.node.name])
-            elif new is None or pair.change in ("same", "moved") and not self.everything or (
+            if new is None or pair.change in ("same", "moved") and not self.everything or (
                     self._is_kept_out(edit, new)):
                 continue
-            else:
-                names = sorted(new.binds - {"*"} - new.names.deletes)
-                if not names and new.acts_without_a_name or "*" in new.binds:
-                    self.report.add("changed", edit.name, [new.title])
-                self.report.add("changed", edit.name, [name for name in names if name in known])
-                self.report.add("added", edit.name, [name for name in names if name not in known])
+            known = set(edit.before or edit.space)
+            if edit.old and pair.change != "lost":
+                known |= edit.old.names
+            names = sorted(new.binds - {"*"} - new.names.deletes)
+            if not names and new.acts_without_a_name or "*" in new.binds:
+                self.report.add("changed", edit.name, [new.title])
+            self.report.add("changed", edit.name, [name for name in names if name in known])
+            self.report.add("added", edit.name, [name for name in names if name not in known])
         for found in edit.told:
             text = "%s.%s" % (edit.name, found.text) if self.report._is_qualified else found.text
             if text not in self.report.cant_tell:
@@ -5909,6 +5813,13 @@ class _Apply:
         for each in self._removed_statements(edit):
             if not each.changes or not each.changes <= bound:
                 self.stuck[each.title, "the statement was taken away; what it did stays"] += 0
+        unseen = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
+        for pair in edit.pairs if unseen else ():
+            if pair.change == "value" and not pair.new.is_harmless and (
+                    not _INDIRECT.isdisjoint(pair.new.code.co_names)):
+                self.report.notes.append("%s: what it had bound before and binds no more is still "
+                                         "there: which of %s, can't be told" % (
+                                             pair.new.title, ", ".join(unseen)))
 
     def _report_stuck(self):
         self.report.stale += [Stale(name, reason, count)
@@ -5950,15 +5861,24 @@ class _Apply:
             for edit in self.edits)
 
 
+def _with_lost(edit):
+    """Return the pairs, with "lost" for definitions that somebody took away, as by `del m.f`."""
+    counts = collections.Counter(name for each in edit.new.statements for name in each.binds)
+
+    def is_lost(pair):
+        return pair.old is not None and pair.change in _LEFT_ALONE and pair.new.is_definition and (
+            pair.new.node.name not in edit.space and counts[pair.new.node.name] == 1
+            and not edit.may_drop(pair.new.node.name) and not edit.is_not_reached(pair.new))
+    return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
+
+
+def _ids_of(value, name):
+    """Return the ids of what a definition made: the value of its name, and the function in it."""
+    functions = _functions_in(value) if not _is(value, type) else ()
+    return {id(value)} | {id(each) for each in functions if each.__code__.co_name == name}
+
+
 _VALUES = ("value", "again", "new")
-_IMPORTERS = ("Import", "ImportFrom", "If", "Try", "With")
-
-
-def _know_again(edit):
-    if edit.was is None:
-        _hot.known.pop(edit.name, None)
-    else:
-        _hot.known[edit.name] = edit.was
 
 
 class _Scope:
@@ -5975,7 +5895,7 @@ class _Scope:
         return name if self.cls is None else _mangled(name, self.cls.__name__)
 
     def title(self, name):
-        return "%s.%s%s" % (self.edit.name, self.prefix, name)
+        return ("%s.%s%s" % (self.edit.name, self.prefix, name)).rstrip(".")
 
     def get(self, name):
         if self.cls is None:
@@ -5984,6 +5904,16 @@ class _Scope:
 
     def get_raw(self, name):
         return vars(self.cls).get(name, _MISSING)
+
+    def of_class(self, pair):
+        """Return the scope of the live class that a statement made, or None."""
+        path = self.prefix + getattr(pair.new.node, "name", "")
+        cls = self.get(pair.new.node.name) if pair.new.kind == "ClassDef" else None
+        is_paired = pair.old is not None or id(pair.new) in self.edit.subs
+        if is_paired and _is(cls, type) and cls.__qualname__ == path and (
+                _is_of(cls, self.edit.name)):
+            return _Scope(self.edit, cls, path, pair)
+        return None
 
     def put(self, apply, name, value):
         if self.cls is None:
@@ -6006,28 +5936,25 @@ class _Scope:
 
     def execute(self, nodes, apply, statement=None):
         """Run statements; return what they bound that is not bound yet."""
-        edit = self.edit
+        edit, held = self.edit, self.held
         if self.cls is not None:
-            return self._in_class(nodes)
+            return self.in_class(nodes)
         code = edit.new.compile(nodes)
-        held = edit.held
-        if statement is not None and not statement.binds_at_its_end:
-            for name in held:       # others may look at the module
-                edit.space[name] = held[name]
+        if statement.binds_at_its_end:
+            space = dict(edit.lost_values(statement), **held)
+            exec(code, edit.space, space)
+        else:
+            space = edit.space
+            space.update(held)      # others may look at the module
             held.clear()
-            apply.keep_names(statement, edit.space)
-            edit.space.pop("__conditional_annotations__", None)
-            exec(code, edit.space)
-            edit.annotated[id(statement)] = edit.space.get("__conditional_annotations__", ())
-            names = edit.space if "*" in statement.binds else statement.binds
-            return {name: edit.space.get(name, _MISSING) for name in names}
-        lost = edit.lost_values(statement) if statement is not None else {}
-        space = dict(lost, **held)
-        exec(code, edit.space, space)
-        names = statement.binds if statement is not None else set(space).difference(lost, held)
+            apply.keep_names(statement, space)
+            space.pop("__conditional_annotations__", None)
+            exec(code, space)
+            edit.annotated[id(statement)] = space.get("__conditional_annotations__", ())
+        names = space if "*" in statement.binds else statement.binds
         return {name: space[name] for name in names if name in space}
 
-    def _in_class(self, nodes):
+    def in_class(self, nodes):
         """Run statements in the class's scope; `super()` in what they define means the class."""
         import ast
         parts = self.path.split(".")
@@ -6051,27 +5978,20 @@ class _Scope:
     def evaluate(self, node, kept):
         """Return the function of a `def`, without decorators; `kept` defaults are not evaluated."""
         import ast
-        bare = type(node)(**{name: getattr(node, name, None) for name in node._fields})
-        bare.decorator_list = []
-        bare.args = type(node.args)(**{name: getattr(node.args, name, None)
-                                       for name in node.args._fields})
-        nodes = _default_nodes(node)
+        import copy
+        bare, nodes = copy.copy(node), _default_nodes(node)
+        bare.decorator_list, bare.args = [], copy.copy(node.args)
         nothing = {id(nodes[name]): ast.copy_location(ast.parse("None").body[0].value, nodes[name])
                    for name in kept}
         for field in ("defaults", "kw_defaults"):
             setattr(bare.args, field, [nothing.get(id(each), each)
                                        for each in getattr(node.args, field)])
-        ast.copy_location(bare, node)
         if self.cls is None:
             space = {}
-            tree = ast.parse("")
-            tree.body = [bare]
-            exec(compile(tree, self.edit.path, "exec", self.edit.new.flags, True),
-                 self.edit.space, space)
-            function = space[node.name]
+            exec(self.edit.new.compile([bare]), self.edit.space, space)
         else:
-            function = self._in_class([bare])[self.name_of(node.name)]
-        code = self.edit.new.code_of(node)
+            space = self.in_class([bare])
+        function, code = space[self.name_of(node.name)], self.edit.new.code_of(node)
         if code is not None and code.co_freevars == function.__code__.co_freevars:
             function.__code__ = code
         return function
@@ -6090,20 +6010,14 @@ class _Scope:
 
     def annotate(self, apply):
         """Give the class the annotations that its statements have now."""
-        import ast
-        nodes = []
-        for each in self.statements:
-            if each.kind == "AnnAssign":
-                bare = type(each.node)(**{name: getattr(each.node, name, None)
-                                          for name in each.node._fields})
-                bare.value = None
-                nodes.append(ast.copy_location(bare, each.node))
-        found = self._in_class(nodes) if nodes else {}
-        for name in ("__annotations__", "__annotate_func__"):
+        import copy
+        nodes = [copy.copy(each.node) for each in self.statements if each.kind == "AnnAssign"]
+        for each in nodes:
+            each.value = None
+        found = self.in_class(nodes) if nodes else {}
+        for name in ("__annotations__", "__annotate_func__", "__annotations_cache__"):
             if name in found or name in vars(self.cls):
                 apply.put(_attribute(self.cls, name), found.get(name, _MISSING))
-        if "__annotations_cache__" in vars(self.cls):
-            apply.put(_attribute(self.cls, "__annotations_cache__"), _MISSING)
 
 
 _MADE_BY_CLASS = {"__module__", "__qualname__", "__firstlineno__", "__static_attributes__",
@@ -6148,19 +6062,15 @@ def _is_mapped(cls, name):
 def _give_column_its_type(scope, node, value):
     """SQLAlchemy reads a column's annotation where it scans a class: let it scan another."""
     orm = sys.modules.get("sqlalchemy.orm")
-    if orm is None or type(value) is not orm.MappedColumn or "__mapper__" not in vars(scope.cls):
+    if orm is None or type(value) is not orm.MappedColumn or type(node).__name__ != "AnnAssign" or (
+            "__mapper__" not in vars(scope.cls)):
         return
-    import ast
-    space, cls = scope.edit.space, scope.cls
-    code = compile(ast.Expression(body=node.value), scope.edit.path, "eval",
-                   scope.edit.new.flags, True)
+    name, types_of = scope.edit.name, scope.cls.registry.type_annotation_map
     base = type("Base", (orm.DeclarativeBase,), {
-        "type_annotation_map": cls.registry.type_annotation_map, "__module__": scope.edit.name})
-    annotation = compile(ast.Expression(body=node.annotation), scope.edit.path, "eval", 0, True)
-    made = type(base)("Scan", (base,), {
-        "__module__": scope.edit.name, "__tablename__": "scan", node.target.id: eval(code, space),
-        "__annotations__": {node.target.id: eval(annotation, space)},
-        "hotrepl_key": orm.mapped_column(sys.modules["sqlalchemy"].Integer, primary_key=True)})
+        "type_annotation_map": types_of, "__module__": name})
+    key = orm.mapped_column(sys.modules["sqlalchemy"].Integer, primary_key=True)
+    made = type(base)("Scan", (base,), dict(
+        scope.in_class([node]), __module__=name, __tablename__="scan", hotrepl_key=key))
     column = made.__table__.c[node.target.id]
     value.column.type, value.column.nullable = column.type, column.nullable
 
@@ -6248,7 +6158,7 @@ class _Successors:
             is_unclear = where in self._left[id(pair)]
             reason = ("which of several in the new source it is can't be told" if is_unclear
                       else "the new source has no such function") if is_inner else ""
-            return _Next(None, where, reason, True, is_inner, old, new)
+            return _Next(None, where, reason, True, is_inner, old, new) if is_inner else None
         is_changed = _key(old, False) != _key(new, False)
         if not is_inner and _shell(old) != _shell(new):
             return None         # its head changed: defined anew when its turn comes
@@ -6304,20 +6214,19 @@ def _is_foreign(value):
 
 
 def _at_path(space, parts):
-    """Return the class at a path in a namespace, or _MISSING."""
+    """Return what stands at a path of classes in a namespace, or _MISSING."""
     value = _MISSING
     for part in parts:
         value = space.get(part, _MISSING)
-        if not _is(value, type):
-            return _MISSING
-        space = vars(value)
+        space = vars(value) if _is(value, type) else {}
     return value
 
 
-def _is_made_here(edit, statement):
+def _makes_functions(statement, scope):
+    """Tell whether a statement may be run again for the functions that it made."""
     return not statement.is_main_guard and (
-        statement.kind == "Assign" and bool(statement.names.calls)
-        or bool(getattr(statement.node, "decorator_list", None)))
+        statement.is_function and (scope.cls is not None or bool(statement.node.decorator_list))
+        or statement.kind == "Assign" and bool(statement.names.calls))
 
 
 def _decorator_name(node):
@@ -6362,6 +6271,11 @@ _WHOLE_KINDS = (
 _LIBRARY_FIELDS = ("attrs", "pydantic", "a metaclass with a constructor")
 
 
+def _class_head(statement):
+    node = statement.node
+    return _key([node.decorator_list, node.bases, node.keywords], False)
+
+
 def _needs_its_statement(cls, pairs):
     """Tell whether a class statement must run as a whole for what changed in it."""
     active = [pair for pair in pairs if pair.change not in _LEFT_ALONE]
@@ -6379,12 +6293,11 @@ def _has_fields(cls):
     return any(fits(cls) for name, fits in _WHOLE_KINDS[2:5])
 
 
-def _annotation_names(node):
-    names = set()
-    for each in node.body:
-        if type(each).__name__ == "AnnAssign":
-            names |= _Names([each.annotation]).reads
-    return names
+def _unedited(name, known):
+    """Return an edit of a module whose text is the one that runs."""
+    edit = _Edit(name, known.module(), known.path, known.stamp, known.text)
+    edit.compare()
+    return edit
 
 
 # --- Registrations: the entries that a definition made in lists and dicts ---
