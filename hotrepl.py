@@ -8608,10 +8608,10 @@ class Door:
         self.wants_certificate = (ssl_context is not None
                                   and ssl_context.verify_mode.name == "CERT_REQUIRED")
         self.tell = None                      # called with a line for people about who is refused
-        self._lock = threading.Lock()         # for the next two
-        self._guesses = collections.OrderedDict()         # Peer.who -> wrong guesses
+        self._guesses = {}        # Peer.who -> wrong guesses; any thread, a lost count does no harm
         # Peer.who -> (when a refusal of it was logged, how many were left out since then)
-        self._refusals = collections.OrderedDict()
+        self._refusals = {}       # guarded by _lock
+        self._lock = threading.Lock()
         if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
             raise ValueError("allow_names takes a list of names, and an ssl_context with "
                              "verify_mode CERT_REQUIRED")
@@ -8721,12 +8721,12 @@ class Door:
         if wrong >= FREE_GUESSES:
             time.sleep(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
         is_right = check(*args)
-        with self._lock:
-            wrong = self._guesses.pop(peer.who, 0)
-            if not is_right:
-                self._guesses[peer.who] = wrong + 1
-                _forget_oldest(self._guesses)
-        if not is_right:
+        if is_right:
+            self._guesses.pop(peer.who, None)
+        else:
+            if len(self._guesses) >= PEERS_REMEMBERED:
+                self._guesses.clear()
+            self._guesses[peer.who] = self._guesses.get(peer.who, 0) + 1
             self.refuse(peer, reason)
         return is_right
 
@@ -8744,29 +8744,24 @@ class Door:
     def refuse(self, peer, reason, **facts):
         """Have a refusal on record; of many of one peer only one line a second.
 
-        Its `left_out` says how many were left out since the line before it. Those that nothing
-        comes after have a line when the peer is forgotten or the server stops.
+        Its `left_out` says how many there were since the line before it.
         """
+        if len(self._refusals) > PEERS_REMEMBERED:
+            self.write_left_out()
         now = time.monotonic()
         with self._lock:
-            logged, left_out = self._refusals.pop(peer.who, (-1e9, 0))
+            logged, left_out = self._refusals.get(peer.who, (-1e9, 0))
             is_due = now - logged >= 1 / REFUSALS_PER_S
             self._refusals[peer.who] = (now, 0) if is_due else (logged, left_out + 1)
-            gone = _forget_oldest(self._refusals)
         if is_due:
             facts.update({"left_out": left_out} if left_out else {})
             self.audit("refused", peer=peer, reason=reason, **facts)
-        self._count(gone)
 
-    def close(self):
-        """Put on record what `refuse` has left out; the server's last act."""
+    def write_left_out(self):
+        """Have on record how many refusals no line came after; forget who they were."""
         with self._lock:
-            gone = list(self._refusals.items())
-            self._refusals.clear()
-        self._count(gone)
-
-    def _count(self, refusals):
-        for (host, uid), (_, left_out) in refusals:
+            refusals, self._refusals = self._refusals, {}
+        for (host, uid), (_, left_out) in refusals.items():
             if left_out:
                 self.audit("refused", peer=Peer(host or "unix socket", uid), left_out=left_out)
 
@@ -8780,11 +8775,6 @@ class Door:
             if self.token is not None:
                 text = text.replace(self.token.decode(), "[token]")
             audit_log.log(level, "%s %s", event, text)
-
-
-def _forget_oldest(table):
-    """Return the items that leave an OrderedDict of PEERS_REMEMBERED at most, a list."""
-    return [table.popitem(last=False) for _ in range(len(table) - PEERS_REMEMBERED)]
 
 
 # The extended key usage clientAuth, 1.3.6.1.5.5.7.3.2, as it stands in a certificate (RFC 5280).
@@ -9103,7 +9093,8 @@ class FirstBytes:
         self.is_over = False
         self._is_control = is_control
         self._room = HEADER_LIMIT_BYTES
-        self._text = b""          # the line that is being received, behind the newline before it
+        self._is_first = True     # the first line that isn't blank is not past
+        self._text = b"\n"        # a newline, and the line that is being received
 
     def feed(self, received):
         """Return what the connection speaks, as a text for the log, or None."""
@@ -9113,27 +9104,31 @@ class FirstBytes:
             self.is_over = True
             known = foreign_greeting(received) or "not a control message"
             return None if received[:1] == IAC else known
-        self._room -= len(received)
-        if self._text == b"\n" and _NO_HEADERS.match(received):
-            self.is_over = self._room < 0
-            return None
+        text = self._text + received
         # As the session will read it: without telnet's commands, and blank lines before the first.
-        text = re.sub(_TELNET, b"", self._text + received)
-        is_later = self._text.startswith(b"\n")
-        if not is_later:
-            text = text[re.match(_BLANK, text).end():]
-        blank = re.search(rb"\n\r?\n", text)
-        is_ours = text.startswith(BEGIN)          # our client's secret
-        head = text[:blank.end()] if blank else text
-        foreign = None if is_ours else foreign_greeting(head, is_later)
-        self.is_over = bool(is_ours or foreign or blank or text and self._room < 0)
-        text = text[max(text.rfind(b"\n"), 0):]   # what is past need not be looked at again
+        if text.find(IAC) >= 0:           # quicker than `in`
+            text = re.sub(_TELNET, b"", text)
+        if self._is_first:
+            text = b"\n" + text[re.match(_BLANK, text).end():]
+        is_ours = text.startswith(BEGIN, 1)       # our client's secret
+        foreign = foreign_greeting(text[1:]) if self._is_first and not is_ours else None
+        end = _HEADER_END.search(text)
+        if end and end.group("host") and not is_ours:
+            foreign = foreign or "an HTTP request"
+        self._room -= len(received)
+        self.is_over = bool(is_ours or foreign or end or text != b"\n" and self._room < 0)
+        begin = text.rfind(b"\n")         # what is past need not be looked at again
+        self._is_first &= begin == 0
+        text = text[begin:]
         # A web page can make the URL in its request as long as it likes.
         self._text = text if len(text) <= 2048 else text[:1023] + b"~" + text[-1024:]
         return foreign
 
 
-_NO_HEADERS = re.compile(rb"(?:[^\s:\xff][^\n:\xff]*\n)+\Z")       # nor a blank line
+_HEADER_END = re.compile(
+    # A blank line, or a Host: before it. `host: str` in front of a bare LF is an annotation.
+    rb"\n(?:\r?\n|(?P<host>(?i:host):(?:[^\n=#]*|[ \t]*[^\s\"#]*[ \t]*)\r\n"
+    rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))")
 _TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
 _BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
 
@@ -9177,18 +9172,12 @@ _GREETINGS = (
      rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)" + _GAP + rb"HTTP/\d\.\d\r\n"),
     # A header, of LSP or DAP too. A name without a hyphen could be annotated, as in `host: str`.
     ("a message with a header", _NO_KEYWORD + rb"[A-Za-z]\w*(?:-\w+)+:[ \t]*\S"),
-    ("an HTTP request", rb"(?:[^\n]*\n)*?(?:(?i:host):(?:[^\n=#]*|[ \t]*[^\s\"#]*[ \t]*)\r\n"
-     rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=])"),
 )
 
 
-def foreign_greeting(received, is_later=False):
-    """Return the name of the protocol that bytes from a connection's start belong to, or None.
-
-    `is_later`: they are behind its first line, where only the last row above is to be looked for.
-    """
-    rows = _GREETINGS[-1:] if is_later else _GREETINGS
-    return next((name for name, pattern in rows if re.match(pattern, received)), None)
+def foreign_greeting(received):
+    """Return the name of the protocol that bytes from a connection's start belong to, or None."""
+    return next((name for name, pattern in _GREETINGS if re.match(pattern, received)), None)
 
 
 # --- Private files: unix sockets, tokens, the runtime folder ---
@@ -10949,7 +10938,7 @@ class Server:
         for each in [session.evaluator for session in sessions] + others:
             self._join(each, deadline - time.monotonic())
         with suppress(Exception):     # a log handler's
-            self.door.close()
+            self.door.write_left_out()
         if self.on_stop is not None:
             self.on_stop()
         for each in own:          # last, as it ends what runs in this thread

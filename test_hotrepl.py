@@ -10237,11 +10237,11 @@ class Audit(AccessCase):
     def test_refusals_of_a_peer_that_is_forgotten_are_counted_too(self):
         hotrepl.REFUSALS_PER_S, door = 0.001, hotrepl.Door()
         for peer in [hotrepl.Peer("10.0.0.1:5")] * 3 + [
-                hotrepl.Peer("10.0.1.%d:5" % uid, uid) for uid in range(hotrepl.PEERS_REMEMBERED)]:
+                hotrepl.Peer("10.0.1.%d:5" % uid, uid) for uid in range(hotrepl.PEERS_REMEMBERED + 1)]:
             door.refuse(peer, "some reason")
         lines = self.refusals()
-        self.assertEqual(len(lines), 2 + hotrepl.PEERS_REMEMBERED)
-        self.assertEqual(lines[-1], "refused peer='10.0.0.1 uid unknown' left_out=2")
+        self.assertEqual(len(lines), 3 + hotrepl.PEERS_REMEMBERED)
+        self.assertEqual(lines[-2], "refused peer='10.0.0.1 uid unknown' left_out=2")
 
     def refusals(self):
         return [each for each in self.records if each.startswith("refused")]
