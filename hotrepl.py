@@ -11491,7 +11491,6 @@ class Left(Exception):
 
 SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something ...
 ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for any reply
-LOOK_AGAIN_S = 0.03               # plain input() is made to look for signals this often
 PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
 HALF_LINE_S = 0.02                # a line whose end does not come for so long is shown
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
@@ -11513,93 +11512,95 @@ class Link:
     def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
         self.sock = sock          # the REPL channel
         self.control = None       # the control channel, once `meet` had the server name it
-        self._number = 0          # of the session; all three set by `meet`
-        self._line = b""          # the server's first
-        self._secret = os.urandom(16).hex()       # shows that both channels are ours
+        self.hello = b""          # the server's first line, from `meet`
         self.limit_s = limit_s    # how long a reply may take
         self.events = collections.deque()
         self.is_closed = False    # the server closed the REPL channel
         self.loss = ""            # why there is no control channel any more
         self._marks = MarkDecoder()
         self._messages = MessageDecoder()
+        self._woken, self._wake = socket.socketpair()     # a byte for each `wake`
         self._unsent = collections.deque()    # (request, what takes its reply); also from handlers
         self._owed = collections.deque()  # what takes the replies that are still to come, in order
-        self._is_posting = False  # a handler that interrupts this leaves its request to it
+        for each in (self._woken, self._wake):
+            each.setblocking(False)
 
-    def meet(self, call_control, is_known=False):
+    def meet(self, call_control, is_known=False, streams=False):
         """Have the server name its control channel, and connect to it: `call_control(port)` does.
 
         The second connection goes where the first says, and never carries the token: where one
-        was shown (`is_known`), a proof is. ServerGone, or OSError: it does not work out.
+        was shown (`is_known`), a proof is. From then on the server marks its turns, and `streams`.
+        ServerGone, ProtocolError or OSError: it does not work out.
         """
-        self.send(BEGIN + SECRET_KIND + self._secret.encode("ascii") + END)
-        self.send(BEGIN + CONTROL_KIND + END)
-        address = self._receive_hello()
+        secret = os.urandom(16).hex()     # shows that both channels are ours
+        self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END + BEGIN + CONTROL_KIND + END)
+        number, address = self._receive_hello()
         found = re.match(rb"(\d{1,5}) ([\w-]{16,99})\Z", address) or _gone(
             "it names no control channel: %s" % shorten(address))
         self.control = call_control(int(found.group(1)))
-        self.control.setblocking(False)   # a handler may have taken what a select() saw
+        self.control.settimeout(self.limit_s)
         if (hasattr(socket, "TCP_USER_TIMEOUT")
                 and self.control.family in (socket.AF_INET, socket.AF_INET6)):
             self.control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
         self.sock.settimeout(None)
         if is_known:
             self.ask("Authenticate", proof=found.group(2).decode("ascii"))
-        self.ask("PairWithSession", id=self._number, secret=self._secret)
-
-    def open(self, *requests):
-        """Make `requests`, (command, fields); return the server's first line."""
-        for command, fields in requests:
-            self.ask(command, **fields)
-        return self._line
+        self.ask("PairWithSession", id=number, secret=secret)
+        self.ask("TurnMarks", kinds=True, streams=streams)
 
     def _receive_hello(self):
-        """Take the first lines; return where the control channel is. What follows is an event."""
-        text, address, later = b"", None, []
-        while address is None:
+        """Return the session's number, and where the control channel is; the rest are events."""
+        text, address, match, later = b"", None, None, []
+        while not (match and address is not None):
             if not select.select([self.sock], [], [], self.limit_s)[0]:
                 raise socket.timeout("timed out")
             self._receive()
             for kind, data in take_all(self.events):
                 if kind == "control":
                     address = data
-                elif kind == "data" and address is None:
+                elif kind == "data":
                     text += data
                 else:
                     later.append((kind, data))
-            line, newline, rest = text.partition(b"\n")
-            match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\Z", line)
-            if not match and (newline or address is not None or len(line) > RECEIVE_BYTES):
-                _gone("its first line is %s, expected 'REPL session N connected.'" % shorten(line))
+            match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\n", text)
+            if not match and (b"\n" in text or address is not None or len(text) > RECEIVE_BYTES):
+                _gone("its first line is %s, expected 'REPL session N connected.'"
+                      % shorten(text.partition(b"\n")[0]))
             if self.is_closed:
                 _gone("it closed the connection at once")
-        self._number, self._line = int(match.group(1)), line + newline
-        self.events.extend([("data", rest)] + later)
-        return address
+        self.hello = match.group()
+        self.events.extend([("data", text[match.end():])] + later)
+        return int(match.group(1)), address
 
     def close(self):
         """Close both connections."""
-        self.sock.close()
-        if self.control is not None:
-            self.control.close()
+        for each in (self.sock, self.control, self._woken, self._wake):
+            if each is not None:
+                each.close()
 
     def send(self, data):
         """Send bytes on the REPL channel; blocks while the server is slow."""
         with suppress(OSError):   # it is gone: the next event tells
             self.sock.sendall(data)
 
-    def post(self, command, use, **fields):
-        """Send a request, and have `use` called with its reply, {} where there is none.
+    def post(self, command, use=lambda reply: None, **fields):
+        """Have `wait` send a request, and call `use` with its reply, {} where there is none.
 
-        Does not wait; a signal's handler may call it.
+        A signal's handler may call it.
         """
         self._unsent.append((encode_message(dict(fields, command=command)), use))
-        self._send_requests()
+        self.wake()
+
+    def wake(self):
+        """Have `wait` return; also from a signal's handler."""
+        with suppress(OSError):   # so many were not seen yet
+            self._wake.send(b"!")
 
     def ask(self, command, limit_s=None, **fields):
         """Return the reply to a request. ProtocolError: it is refused. ServerGone: none came."""
         replies, end = [], time.monotonic() + (limit_s or self.limit_s)
         self.post(command, replies.append, **fields)
+        self._send_requests()
         while not replies and time.monotonic() < end:
             if select.select([self.control], [], [], max(0.0, end - time.monotonic()))[0]:
                 self._receive_replies()
@@ -11613,19 +11614,21 @@ class Link:
             raise ServerGone("its reply to %s makes no sense" % command)
         return replies[0]
 
-    def wait(self, timeout_s=None, *others):
-        """Take in what comes within that time; return which sockets were ready, `others` too."""
+    def wait(self, timeout_s=None):
+        """Send requests, and take in what comes within that time, or until `wake`."""
         self._send_requests()
-        ready = select.select(self.sockets() + list(others), [], [], timeout_s)[0]
+        ready = select.select(self.sockets(), [], [], timeout_s)[0]
+        if self._woken in ready:
+            self._woken.recv(RECEIVE_BYTES)
         if self.sock in ready:
             self._receive()
         if self.control in ready:
             self._receive_replies()
-        return ready
 
     def sockets(self):
-        """Return those that something can still come from."""
-        return [self.sock] * (not self.is_closed) + [self.control] * (not self.loss)
+        """Return those that `wait` has to look after."""
+        return ([self._woken] + [self.sock] * (not self.is_closed)
+                + [self.control] * (not self.loss))
 
     def _receive(self):
         try:
@@ -11641,35 +11644,24 @@ class Link:
             self.events.append(("closed", b""))
 
     def _send_requests(self):
-        if self._is_posting:
-            return
-        self._is_posting = True
-        try:
-            for request, use in take_all(self._unsent):
-                self._owed.append(use)
-                while request and not self.loss:
-                    if not select.select([], [self.control], [], self.limit_s)[1]:
-                        raise ServerGone("it takes no requests")
-                    request = request[self.control.send(request):]
-        except (OSError, ServerGone) as exc:
-            self.loss = str(exc)
-        finally:
-            self._is_posting = False
-        if self.loss:
-            self._give_up()
+        for request, use in take_all(self._unsent):
+            self._owed.append(use)
+            try:
+                self.control.sendall(request)
+            except OSError as exc:
+                self._give_up(exc)
 
     def _receive_replies(self):
         try:
             data = self.control.recv(RECEIVE_BYTES) or _gone("the control connection was closed")
             for reply in self._messages.feed(data):
                 self._owed.popleft()(reply if isinstance(reply, dict) else {})
-        except BlockingIOError:
-            pass
         except (OSError, ServerGone, ProtocolError, IndexError) as exc:
-            self.loss = str(exc)
-            self._give_up()
+            self._give_up(exc)
 
-    def _give_up(self):
+    def _give_up(self, why):
+        self.loss = self.loss or str(why)
+        self.control.close()
         for use in take_all(self._owed):
             use({})
 
@@ -11699,8 +11691,6 @@ class Conversation:
     what it does, and says so; no answer means in vain, output still on its way: flooded.
     """
 
-    INTERRUPTED = object()        # an answer
-
     def __init__(self, link):
         self.link = link
         self.terminal = Terminal(self)
@@ -11719,8 +11709,9 @@ class Conversation:
         """Talk until the user leaves or the server is gone; return the exit code."""
         with self.terminal:
             try:
-                self.terminal.write(self.link.open(*self.terminal.facts(),
-                                                   ("TurnMarks", {"kinds": True})))
+                for command, fields in self.terminal.facts():
+                    self.link.ask(command, **fields)
+                self.terminal.show(self.link.hello)
                 self.terminal.begin()
                 while True:
                     self._answer(self._show_until_turn())
@@ -11737,38 +11728,37 @@ class Conversation:
         word = "primary"
         while True:
             for kind, data in take_all(self.link.events):
-                if kind == "data" and self._state != "dropping":
-                    self.terminal.show(data)
-                elif kind == "kind":
-                    word, self._state = data.decode("ascii", "replace"), "at work"
-                    self.terminal.begin_prompt()
-                elif kind == "turn":
+                if kind == "turn":
                     return word
+                if kind == "kind":
+                    word, self._state = data.decode("ascii", "replace"), "at work"
+                elif kind == "data" and self._state != "dropping":
+                    self.terminal.show(data)
+                elif kind == "closed":
+                    self.terminal.end_line()
+                    raise ServerGone("it closed the connection")
                 else:
-                    self._take_other(kind, data)
+                    self._take_aside(kind, data)
             self._show_notes()
-            ready = self.link.wait(self._patience_s(), self.terminal.woken)
-            if self.terminal.woken in ready:
-                self.terminal.woken.recv(RECEIVE_BYTES)
-            if not ready:
-                self.terminal.show_half()
+            self.link.wait(self._patience_s())
+            if not self.link.events:
+                self.terminal.show_held()
             if self._explain_at is not None and time.monotonic() >= self._explain_at:
                 self._ask_why()
 
-    def _take_other(self, kind, data):
+    def _patience_s(self):
+        """Return how long nothing can be due but what comes; None: for ever."""
+        if self.terminal.holds_back():
+            return HALF_LINE_S
+        return self._explain_at and max(0.0, self._explain_at - time.monotonic())
+
+    def _take_aside(self, kind, data):
+        """Keep what is no part of the text; return whether it was that."""
         if kind == "note":
             self._notes.append(data)
         elif kind == "eof":
             self._is_ended = True
-        elif kind == "closed":
-            self.terminal.end_line()
-            raise ServerGone("it closed the connection")
-
-    def _patience_s(self):
-        waits = [HALF_LINE_S] * self.terminal.holds_back()
-        if self._explain_at is not None:
-            waits.append(max(0.0, self._explain_at - time.monotonic()))
-        return min(waits, default=None)
+        return kind in ("note", "eof")
 
     def _ask_why(self):
         """Find out why Ctrl+C had no effect yet."""
@@ -11839,40 +11829,40 @@ class Conversation:
     def on_ready(self):
         """While a line is edited: take in what came; ServerGone ends it."""
         self.link.wait(0.0)
-        events = self.link.events
-        self._notes += [data for kind, data in events if kind == "note"]
-        self._is_ended = self._is_ended or ("eof", b"") in events
+        events = self.link.events     # what else comes is for later: another's interrupt, say
+        events.extend([each for each in list(take_all(events)) if not self._take_aside(*each)])
         if self.link.is_closed:
             raise ServerGone("it closed the connection")
-        for _ in range(len(events)):      # what else comes is for later: another's interrupt, say
-            if events[0][0] == "note":
-                events.popleft()
-            else:
-                events.rotate(-1)
         self._show_notes()
 
     def on_interrupt(self):
-        """Deal with Ctrl+C, pressed however often; a signal's handler."""
+        """Deal with Ctrl+C, pressed however often; return whether it answers what is asked.
+
+        A signal's handler.
+        """
         if self._state in ("leaving", "in vain"):
             self._state = "at work"       # the next press finds us on the way out
             raise Left
         self._ahead.clear()
-        self._answers.append(self.INTERRUPTED)  # type: ignore[arg-type]
-        if self._answers == [self.INTERRUPTED]:
+        self._answers.append(INTERRUPT)
+        is_answer = len(self._answers) == 1
+        if is_answer:
             self.link.send(INTERRUPT)
+            self.link.wake()
         elif self._turn:
             self._request("KeyboardInterrupt", self._on_heard, turn=self._turn, answered=True)
         self._state = "dropping" if self._state in ("flooded", "dropping") else "urged"
         self._explain_at = time.monotonic() + STUCK_AFTER_S
+        return is_answer
 
     def on_suspend(self):
         """Deal with Ctrl+Z at work; a signal's handler."""
-        self._request("Background", lambda reply: None, turn=self._turn)
+        self.link.post("Background", turn=self._turn)
 
     def on_resize(self):
         """Tell the server the size of the terminal; a signal's handler."""
         for command, fields in self.terminal.facts():
-            self.link.post(command, lambda reply: None, **fields)
+            self.link.post(command, **fields)
 
     def complete(self, line):
         """Return the reply to Complete, {} where there is none."""
@@ -11881,7 +11871,7 @@ class Conversation:
                                  cursor=len(line))
         except (ProtocolError, ServerGone) as exc:
             if self.link.loss:
-                self._tell_loss(exc)
+                self._tell_loss()
             else:
                 self._say("no completions: %s" % exc)
             self._show_notes()
@@ -11894,14 +11884,15 @@ class Conversation:
     def _on_heard(self, reply):
         self._is_heard = bool(reply)
         if not reply:
-            self._tell_loss(self.link.loss)
+            self._tell_loss()
             if self._state == "urged":
                 self._explain_at = time.monotonic()
 
-    def _tell_loss(self, why):
-        if self.link.loss and not self._is_loss_told and not self.link.is_closed:
+    def _tell_loss(self):
+        if not self._is_loss_told and not self.link.is_closed:
             self._is_loss_told = True
-            self._say("the control connection is lost, and with it Tab and interrupts: %s" % why)
+            self._say("the control connection is lost, and with it Tab and interrupts: %s"
+                      % self.link.loss)
 
     def _say(self, text):
         self._notes.append(("\nhotrepl: %s\n" % text).encode("utf-8", "replace"))
@@ -11938,49 +11929,38 @@ def _indentation(block):
 class Terminal:
     """What a person sees and types. A context manager: afterwards all is as it was before.
 
-    A line is read in one of two ways. GNU readline gets its keys from `_next_key`, in which signals
-    and sockets are dealt with. Any other reading (PyPy's and libedit's input(), getpass) is made to
-    look by a thread that sends SIGURG again and again: a signal that comes just before a wait
-    for a key does not end that wait.
+    The client waits for a person in `_next_bytes` alone, there for signals and sockets too. GNU
+    readline asks it for each key, by its own hook; so does PyPy's editor, by its console. Where
+    there is neither, and for a secret, the terminal edits the line, and we get it whole. Only
+    libedit's, Windows' and a pipe's input() wait by themselves: nothing but Ctrl+C ends that.
     """
 
     def __init__(self, owner):
         self.owner = owner        # a Conversation, for its on_... methods
-        self.woken, self._wake = socket.socketpair()      # a byte for each signal
         self._undo = ExitStack()
         self._stdout = getattr(sys.stdout, "buffer", None)
+        self._edit = self._read_cooked if _has_modes() else self._read_alone
         self._history = None      # a _History where there is readline
         self._library = None      # the C library of GNU readline, where that can be had
-        self._callback = None     # `_next_key` for it
-        self._reading = ""        # "keys" or "plain" while a line is read
-        self._ending = None       # the exception that ends the reading of keys
+        self._give_key = None     # what it calls, to be kept
+        self._is_reading = False  # a line is read; `_next_bytes` or input() waits
+        self._ending = None       # the exception that ends the reading
         self._prompt = ""         # of the line that is read
         self._is_secret = False   # which is not to be shown
-        self._begun = ""          # the beginning of the next line, where it came with a paste
         self._typed = b""         # what was read and belongs to the next line
-        self._line = b""          # what came since the last newline, ...
-        self._shown = 0           # ... how much of it is on the screen, ...
-        self._is_long = False     # ... and whether there was more of it, which is
-        self._is_line_open = False    # Ctrl+C ended a line here: what comes next begins a new one
+        self._line = b""          # the end of what is shown since the last newline, ...
+        self._held = b""          # ... and what has come behind it
+        self._is_line_open = False    # Ctrl+C ended a line there: what comes next begins a new one
         self._takes_pastes = False    # a paste of several lines is read as one string
         self._marks_pastes = False    # the terminal can be told to mark where one begins and ends
-        self._ends_line_at_eof = False    # reading goes to a new line on Ctrl+D ...
-        self._ends_line_at_interrupt = False      # ... and on Ctrl+C
 
     def __enter__(self):
-        for each in (self.woken, self._wake):
-            self._undo.callback(each.close)
-            each.setblocking(False)
         self._undo.enter_context(_kept_modes())
         self._undo.enter_context(self._signals())     # before it is shown that we are connected
         return self
 
     def __exit__(self, *exc_info):
         self._undo.close()
-
-    def begin(self):
-        """Get ready to edit lines."""
-        self._undo.enter_context(self._line_editor())
 
     def facts(self):
         """Return the requests that tell a server what terminal this is."""
@@ -11991,7 +11971,7 @@ class Terminal:
         has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         return [("Terminal", {"columns": columns, "lines": lines, "colours": has_colours})]
 
-    # Output. The last line is held back for a moment: it may be a prompt, which the editor writes.
+    # Output.
 
     def write(self, data):
         """Write bytes. A terminal that is gone is the end of the client."""
@@ -12005,72 +11985,77 @@ class Terminal:
             raise Left from exc
 
     def show(self, data):
-        """Write the complete lines of what comes, and hold back the rest."""
-        if self._is_line_open:
-            self._is_line_open = False
-            self.write(b"\n" * (not data.startswith(b"\n")))
-        head, newline, rest = data.rpartition(b"\n")
-        if newline:
-            self.write(self._line[self._shown:] + head + newline)
-            self._line, self._shown, self._is_long = rest, 0, False
-        else:
-            self._line += data
-        if len(self._line) > PROMPT_LIMIT_BYTES:
-            self.show_half()
-            self._line, self._shown, self._is_long = b"", 0, True
+        """Write the lines that come, and hold back a last one that is begun: it may be a prompt."""
+        head, newline, self._held = (self._held + data).rpartition(b"\n")
+        self._show_now(head + newline)
+        if len(self._held) > PROMPT_LIMIT_BYTES:
+            self.show_held()
+
+    def show_held(self):
+        """Write what is held back: its end does not come."""
+        held, self._held = self._held, b""
+        self._show_now(held)
 
     def holds_back(self):
-        """Return whether there is something that `show_half` would write."""
-        return self._shown < len(self._line)
+        """Return whether there is something that `show_held` would write."""
+        return bool(self._held)
 
-    def show_half(self):
-        """Write what is held back: its end does not come."""
-        self.write(self._line[self._shown:])
-        self._shown = len(self._line)
+    def _show_now(self, data):
+        if data and self._is_line_open and not data.startswith(b"\n"):
+            data = b"\n" + data
+        if data:
+            self._is_line_open = False
+            self.write(data)
+            line = (self._line + data).rpartition(b"\n")[2]
+            self._line = line[-PROMPT_LIMIT_BYTES - 1:]
 
     def end_line(self):
         """Begin a new line, if one is begun."""
-        self.show_half()
-        if self._line or self._is_long or self._is_line_open:
+        self.show_held()
+        if self._line or self._is_line_open:
             self.write(b"\n")
-        self._line, self._shown, self._is_long, self._is_line_open = b"", 0, False, False
-
-    def begin_prompt(self):
-        """Get ready for a prompt: where the line is long it begins a new one."""
-        if self._is_long or self._is_line_open:
-            self.end_line()
+        self._line, self._is_line_open = b"", False
 
     def take_prompt(self):
-        """Return what came since the last newline, for `read` to write."""
-        self.begin_prompt()
-        if self._shown:
-            self.write(b"\r")
-        line, self._line, self._shown = self._line, b"", 0
+        """Return what came since the last newline, for `read` to write: the prompt.
+
+        A line that is long it does not stand behind. From here on Ctrl+C ends the reading.
+        """
+        self._ending = None
+        prompt, self._held = self._held, b""
+        if self._is_line_open or len(self._line) > PROMPT_LIMIT_BYTES:
+            self.end_line()
+        if self._line:
+            self.write(b"\r")     # it is written again
+        line, self._line = self._line + prompt, b""
         return line.rpartition(b"\r")[2].decode("utf-8", "replace")
 
     def show_note(self, data):
         """Write lines above the one that is edited, or before what comes next."""
-        if self._reading:
-            is_erased = not self._is_secret and self._call("rl_clear_visible_line",
-                                                           ("fflush", None))
-            self.show_above(data.decode("utf-8", "replace"), "" if is_erased else "\r\033[K")
-        else:
-            self.show_half()
-            self.write(b"\n" * (bool(self._line) and not data.startswith(b"\n")) + data)
-            self._shown = 0
+        if self._is_reading:
+            is_erased = self._call("rl_clear_visible_line", ("fflush", None))
+            return self.show_above(data, b"" if is_erased else b"\r\033[K")
+        if self._line and not data.startswith(b"\n"):
+            data = b"\n" + data
+        self.write(data + self._line)
 
-    def show_above(self, text, begin="\n"):
-        """Write `text` above the line that is edited, and that line again."""
-        sys.stdout.write((begin + text).replace("\n", "\r\n"))   # the terminal may be raw
-        sys.stdout.flush()
-        if not self._is_secret and self._call("rl_on_new_line", "rl_redisplay"):
+    def show_above(self, data, begin=b"\n"):
+        """Write lines above the one that is edited, and that line again."""
+        self.write((begin + data).replace(b"\n", b"\r\n"))    # the terminal may be raw
+        if self._call("rl_on_new_line", "rl_redisplay"):
             return
-        line = ""                 # of a secret
+        line = ""
         with suppress(Exception):     # there is no readline; PyPy's on a terminal it can't use
             line = "" if self._is_secret else sys.modules["readline"].get_line_buffer()
-        line = line.decode("utf-8", "replace") if isinstance(line, bytes) else line   # PyPy
-        sys.stdout.write(self._prompt + line)
-        sys.stdout.flush()
+        line = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
+        self.write(self._prompt.encode("utf-8", "surrogateescape") + line)
+
+    def _show_tall(self, text):
+        """Show a block that fills the screen again: readline leaves out the lines in its middle."""
+        import shutil
+        columns, lines = shutil.get_terminal_size()
+        if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
+            self.write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
 
     # Input.
 
@@ -12080,162 +12065,129 @@ class Terminal:
         EOFError after Ctrl+D, KeyboardInterrupt after Ctrl+C, and what `owner.on_ready` raises.
         """
         self._prompt, self._is_secret = prompt, is_secret
-        if self._library is None:     # PyPy's draws it key by key, and is slow to hear Ctrl+C
-            begun = ""
-        begun, self._begun = self._begun or begun, ""
-        if b"\n" in self._typed:
-            line, _, self._typed = self._typed.partition(b"\n")
-            self.write(prompt.encode("utf-8", "surrogateescape") + line * (not is_secret) + b"\n")
-            return line.decode("utf-8", "surrogateescape")
+        edit = self._edit
+        if is_secret:
+            self._mark_pastes(False)
+            edit = self._read_cooked if _has_modes() else self._read_alone
         try:
             with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
-                if is_secret:     # `_kept_modes` shows again what is typed
-                    self._mark_pastes(False)
-                    return self._read_secret(prompt)
-                text = (self._read_plain(_input, _hide_escapes(prompt), begun)
-                        if self._library is None else self._read_keys(_hide_escapes(prompt), begun))
-        except EOFError:
-            self.write(b"" if self._ends_line_at_eof and not is_secret else b"\n")
-            raise
+                self._is_reading = True
+                text = edit(prompt, begun)
+                if not (is_secret or self._takes_pastes or edit == self._read_alone):
+                    text += self._rest_of_paste()
+            if self._ending is not None:
+                raise self._ending
         except KeyboardInterrupt:
-            self._is_line_open = is_secret or not self._ends_line_at_interrupt
+            self._is_line_open = True
             raise
-        except ServerGone:
+        except (EOFError, ServerGone):
             self.write(b"\n")
             raise
         finally:
+            self._is_reading = False
             self._mark_pastes(True)       # also what is pasted before the next prompt is one unit
-        if not self._takes_pastes:
-            more, self._begun = _rest_of_paste()
-            # PyPy's line editor keeps the NUL that Linux makes of a Ctrl+D typed ahead.
-            text = text.replace("\0", "") + more
-        self._show_tall((prompt + text).rstrip("\n"))
+        if not is_secret:
+            self._show_tall((prompt + text).rstrip("\n"))
         return text
 
-    def remember(self, text, is_longer=False):
+    def remember(self, text, is_longer):
         """Keep what was typed at a prompt; `is_longer`: in place of the last, its beginning."""
         if self._history is not None:
             self._history.add(text, is_longer)
 
-    def _read_keys(self, prompt, begun):
-        """Return what is typed into GNU readline, which gets its keys from us."""
+    def _read_gnu(self, prompt, begun):
+        """Return what is typed into GNU readline, which calls `_give_key`."""
         import ctypes
         import readline
-        self._ending, self._reading = None, "keys"
         readline.set_startup_hook((lambda: readline.insert_text(begun)) if begun else None)
         try:
-            line = self._library.readline(prompt.encode("utf-8", "surrogateescape"))
+            line = self._library.readline(_hide_escapes(prompt).encode("utf-8", "surrogateescape"))
         finally:
-            self._reading = ""
             readline.set_startup_hook(None)
-        text = None if not line else ctypes.string_at(line)
+        text = ctypes.string_at(line) if line else b""
         self._library.free(ctypes.c_void_p(line))
-        if self._ending is not None:
-            raise self._ending
-        if text is None:
-            raise EOFError
         return text.decode("utf-8", "surrogateescape")
 
-    def _next_key(self, _):
-        """Return the next byte that is typed, -1 at the end; readline calls it."""
+    def _read_pypy(self, prompt, begun):
+        """Return what is typed into PyPy's line editor, which draws key by key what is begun."""
+        # It keeps the NUL that Linux makes of a Ctrl+D typed ahead.
+        return input(_hide_escapes(prompt)).replace("\0", "")
+
+    def _read_cooked(self, prompt, begun):
+        """Return a line as the terminal itself has it edited; as getpass, where it is secret."""
+        import termios
+        if self._is_secret:
+            modes = termios.tcgetattr(0)
+            modes[3] &= ~termios.ECHO
+            termios.tcsetattr(0, termios.TCSADRAIN, modes)
+        self.write(prompt.encode("utf-8", "surrogateescape"))
+        line = b""
+        while b"\n" not in line and self._ending is None:
+            line += self._next_bytes(RECEIVE_BYTES, misses=1)
+        if self._ending is not None:
+            return ""
+        if self._is_secret:
+            self.write(b"\n")
+        line, _, self._typed = line.partition(b"\n")
+        return line.decode("utf-8", "surrogateescape")
+
+    def _read_alone(self, prompt, begun):
+        """Return a line from a reader that waits by itself; Ctrl+C raises an exception in it."""
+        import getpass
+        return getpass.getpass(prompt) if self._is_secret else input(_hide_escapes(prompt))
+
+    def _next_bytes(self, count, misses=5):
+        """Return what is typed; b"": `_ending` says why nothing comes.
+
+        Nothing to read where select() says there is, so often in a row, means that the terminal is
+        gone: once it may be that Ctrl+Z has dropped it.
+        """
+        data, self._typed = self._typed[:count], self._typed[count:]
+        try:
+            while not data and self._ending is None:
+                ready = select.select([0] + self.owner.link.sockets(), [], [])[0]
+                if ready != [0]:
+                    self.owner.on_ready()
+                # Ctrl+C drops what was typed, also between these two lines.
+                data = os.read(0, count) if 0 in ready and self._ending is None else b""
+                misses -= 1 if ready == [0] and not data else 0
+                if misses == 0:
+                    self._ending = EOFError()
+        except BaseException as exc:      # our caller can be readline, which is C
+            self._ending = exc
+        if self._ending is not None:      # what was read was typed behind Ctrl+C
+            data, self._typed = b"", self._typed + data
+        return data
+
+    def _next_key(self):
+        """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
         _read_without_waiting()
         key = self._next_bytes(1)
         if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
-            self._ending = EOFError()
-        elif key:
-            return key[0]
-        done = self._variable("rl_done")
-        if self._ending is None or done.value:    # in the middle of a paste, which ends so
-            return -1
-        done.value = 1
-        return 0
+            self._ending, key = EOFError(), b""
+        return key
 
-    def _read_secret(self, prompt):
-        """As getpass.getpass, which drops what is typed behind Ctrl+C."""
-        import getpass
-        if os.name != "posix" or not os.isatty(0):
-            return self._read_plain(getpass.getpass, prompt)
-        import termios
-        modes = termios.tcgetattr(0)
-        modes[3] &= ~termios.ECHO
-        termios.tcsetattr(0, termios.TCSADRAIN, modes)
-        self._ending, self._reading = None, "keys"        # before Ctrl+C can answer what is asked
-        self.write(prompt.encode("utf-8", "surrogateescape"))
-        line = self._next_bytes(RECEIVE_BYTES)    # the terminal gives whole lines
-        self._reading = ""
-        if self._ending is not None or not line:
-            raise self._ending or EOFError
-        self.write(b"\n")
-        return line.decode("utf-8", "surrogateescape").rstrip("\n")
+    def _rest_of_paste(self):
+        """Return the lines that come right behind the one just read; what is begun is kept.
 
-    def _next_bytes(self, count):
-        """Return what is typed; b"": it is at its end, or `_ending` says what ended it."""
-        data, self._typed = self._typed[:count], self._typed[count:]
-        if data:
-            return data
-        try:
-            misses = 0
-            while self._ending is None and misses < (1 if self._is_secret else 5):
-                ready = select.select([0, self.woken] + self.owner.link.sockets(), [], [])[0]
-                if ready != [0]:
-                    self._look()
-                # Ctrl+C drops what was typed, also between these two lines.
-                data = os.read(0, count) if 0 in ready and self._ending is None else b""
-                if data and self._ending is not None:     # it was typed behind Ctrl+C
-                    self._typed += data
-                elif data:
-                    return data
-                misses = misses + 1 if ready == [0] else 0
-        except BaseException as exc:      # our caller can be readline, which is C
-            self._ending = exc
-        return b""
-
-    def _look(self, *_):
-        """While a line is read, do what is due; SIGURG's handler."""
-        if self._reading:
-            with suppress(BlockingIOError):
-                self.woken.recv(RECEIVE_BYTES)
-            self.owner.on_ready()
-
-    def _read_plain(self, read, *args):
-        """Return `read(*args)`; Ctrl+C and the server's end are raised in here only."""
-        self._ending = None
-        over, end = socket.socketpair()
-        if hasattr(signal, "SIGURG") and signal.getsignal(signal.SIGURG) == self._look:
-            threading.Thread(target=self._make_look, args=(over,), name="hotrepl client watcher",
-                             daemon=True).start()
-        try:
-            try:
-                self._reading = "plain"
-                self._look()
-                return read(*args)
-            finally:
-                self._reading = ""
-        except (KeyboardInterrupt, SystemError):  # the latter where CPython's input() is about to
-            self._reading = ""    # raise and has another handler run; the line above may not have
-            raise self._ending or ServerGone("it closed the connection") from None    # run
-        finally:
-            end.close()
-
-    def _make_look(self, over):
-        """Have `_look` called in the main thread while it reads and something is due."""
-        with over:
-            while over not in select.select([over, self.woken] + self.owner.link.sockets(),
-                                            [], [])[0] and self._reading:
-                signal.pthread_kill(threading.main_thread().ident, signal.SIGURG)
-                time.sleep(LOOK_AGAIN_S)
+        For terminals that do not mark a paste. The lines are echoed here.
+        """
+        _read_without_waiting()
+        data = self._typed
+        while self._ending is None and select.select([0], [], [], PASTE_PAUSE_S)[0]:
+            piece = os.read(0, RECEIVE_BYTES)
+            if not piece:
+                break
+            data += piece
+        lines, newline, self._typed = data.replace(b"\r", b"\n").rpartition(b"\n")
+        self.write(lines + newline)
+        return (newline + lines).decode("utf-8", "surrogateescape")
 
     def _mark_pastes(self, is_on):
         """Tell the terminal, where that can be done, whether to mark what is pasted."""
         if self._marks_pastes:
-            self.write(b"\033[?2004h" if is_on else b"\033[?2004l")
-
-    def _show_tall(self, text):
-        """Show a block that fills the screen again: readline leaves out the lines in its middle."""
-        import shutil
-        columns, lines = shutil.get_terminal_size()
-        if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
-            self.write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
+            with suppress(Left):
+                self.write(b"\033[?2004h" if is_on else b"\033[?2004l")
 
     # Signals.
 
@@ -12246,31 +12198,29 @@ class Terminal:
             yield                 # signals are the main thread's; connect() works without
             return
         handlers = {"SIGINT": self._on_interrupt, "SIGTSTP": self._on_suspend,
-                    "SIGWINCH": self._on_resize, "SIGURG": self._look}
+                    "SIGWINCH": self._on_resize}
         before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
                   for name, handler in handlers.items() if hasattr(signal, name)]
-        wakeup = signal.set_wakeup_fd(self._wake.fileno())
         try:
             yield
         finally:
-            signal.set_wakeup_fd(wakeup)
             for number, handler in before:
                 signal.signal(number, handler)
 
     def _on_interrupt(self, signum, frame):
-        self.owner.on_interrupt()
-        if self._reading:
+        self._typed = b""
+        if self.owner.on_interrupt():
             self._ending = KeyboardInterrupt()
-        if self._reading == "plain":
-            raise self._ending
+            if self._is_reading and self._edit == self._read_alone:
+                raise self._ending
 
     def _on_resize(self, signum, frame):
         self.owner.on_resize()
-        if self._reading == "keys" and not self._is_secret:
+        if self._is_reading:
             self._call("rl_resize_terminal")
 
     def _on_suspend(self, signum, frame):
-        if self._reading:
+        if self._is_reading:
             self._suspend()
         else:
             self.owner.on_suspend()
@@ -12283,93 +12233,100 @@ class Terminal:
         import termios
         if self._is_secret:       # else what follows reads it, and shows it
             termios.tcflush(0, termios.TCIFLUSH)
-        mode, cooked = termios.tcgetattr(0), termios.tcgetattr(0)
-        cooked[0] |= termios.ICRNL
-        cooked[3] |= termios.ICANON | termios.ECHO
-        termios.tcsetattr(0, termios.TCSADRAIN, cooked)
-        before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        self._mark_pastes(False)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
-        signal.signal(signal.SIGTSTP, before)
-        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        with _kept_modes():
+            cooked = termios.tcgetattr(0)
+            cooked[0] |= termios.ICRNL
+            cooked[3] |= termios.ICANON | termios.ECHO
+            termios.tcsetattr(0, termios.TCSADRAIN, cooked)
+            before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            self._mark_pastes(False)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
+            signal.signal(signal.SIGTSTP, before)
         self._mark_pastes(True)           # shells end that
-        self.show_above("", begin="")
+        self.show_above(b"", begin=b"")
 
-    # GNU readline and its likes.
+    # The line editors.
 
-    @contextmanager
-    def _line_editor(self):
-        """Set up readline, and put it back; plain input() where there is none."""
+    def begin(self):
+        """Set up readline, and have it ask us for keys; both until the end."""
         try:
             import readline
         except ImportError:
-            yield
             return
-        completer, delimiters = readline.get_completer(), readline.get_completer_delims()
-        with _History(readline) as self._history, suppress(Left):
-            readline.set_completer(_RemoteCompleter(self, readline).complete)
-            readline.set_completer_delims("")     # the word is the whole line: any replacement fits
-            if _is_libedit(readline):
-                readline.parse_and_bind("bind ^I rl_complete")
-            else:
-                self._set_up_readline(readline)
-            try:
-                with self._own_keys(readline):
-                    yield
-            finally:
-                self._mark_pastes(False)
-                if not IS_PYPY or sys.pypy_version_info >= (8,):
-                    readline.set_pre_input_hook(None)
-                readline.set_completer(completer)
-                readline.set_completer_delims(delimiters)
+        self._undo.callback(readline.set_completer, readline.get_completer())
+        self._undo.callback(readline.set_completer_delims, readline.get_completer_delims())
+        self._undo.callback(self._mark_pastes, False)
+        self._history = self._undo.enter_context(_History(readline))
+        readline.set_completer(_RemoteCompleter(self, readline).complete)
+        readline.set_completer_delims("")     # the word is the whole line: any replacement fits
+        is_terminal = _has_modes() and os.isatty(1)
+        if "libedit" in (readline.__doc__ or ""):
+            readline.parse_and_bind("bind ^I rl_complete")
+            self._edit = self._read_alone
+        elif IS_PYPY and is_terminal:
+            self._feed_pypy()
+        elif not IS_PYPY:
+            for setting in ("tab: complete", "set enable-bracketed-paste on",
+                            "set show-all-if-ambiguous on"):
+                readline.parse_and_bind(setting)
+            self._takes_pastes = getattr(readline, "_READLINE_VERSION", 0) >= 0x0700
+            self._marks_pastes = (self._takes_pastes and is_terminal
+                                  and os.environ.get("TERM") != "dumb")
+            self._edit = self._read_alone
+            if is_terminal:
+                self._feed_gnu(readline)
 
-    def _set_up_readline(self, readline):
-        version = getattr(readline, "_READLINE_VERSION", 0)
-        is_pyrepl = sys.implementation.name == "pypy"
-        is_dumb = os.environ.get("TERM") == "dumb"
-        for setting in ("tab: complete", "set enable-bracketed-paste on",
-                        "set show-all-if-ambiguous on"):
-            readline.parse_and_bind(setting)
-        self._takes_pastes = version >= 0x0700
-        self._marks_pastes = self._takes_pastes and not is_dumb and sys.stdout.isatty()
-        if is_pyrepl and sys.pypy_version_info >= (8,) and not is_dumb and sys.stdout.isatty():
-            # PyPy 8's has pastes marked, and drops all but their first line. PyPy 7 has no hook.
-            readline.set_pre_input_hook(lambda: self.write(b"\033[?2004l"))
-        self._ends_line_at_eof = not is_dumb and is_pyrepl
-        # PyPy 8's leaves Ctrl+C to the signal.
-        self._ends_line_at_interrupt = (
-            not is_dumb and is_pyrepl and sys.pypy_version_info < (8,))
-
-    @contextmanager
-    def _own_keys(self, readline):
-        """Have GNU readline ask us for keys, where its C library and a terminal can be had."""
+    def _feed_gnu(self, readline):
+        """Have GNU readline ask us for keys, where its C library can be had."""
         try:
             import ctypes
             library = ctypes.CDLL(readline.__file__)
             source = ctypes.c_void_p.in_dll(library, "rl_getc_function")
-            library.readline.restype, library.free.restype = ctypes.c_void_p, None
-        except (ImportError, AttributeError, OSError, ValueError, TypeError):
-            yield                 # PyPy's, and some builds
-            return
-        if _is_libedit(readline) or not (os.isatty(0) and os.isatty(1)):
-            yield
-            return
-        self._callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self._next_key)
-        before, self._library = source.value, library
-        source.value = ctypes.cast(self._callback, ctypes.c_void_p).value
+        except (ImportError, AttributeError, OSError, ValueError):
+            return                # some builds of Python
+        library.readline.restype, library.free.restype = ctypes.c_void_p, None
+        self._give_key = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self._key_for_gnu)
+        self._undo.callback(setattr, source, "value", source.value)
+        source.value = ctypes.cast(self._give_key, ctypes.c_void_p).value
+        self._library, self._edit = library, self._read_gnu
         self._variable("rl_catch_signals").value = 0      # as Python's input() has it
+
+    def _key_for_gnu(self, stream):
+        key = self._next_key()
+        if key:
+            return key[0]
+        done = self._variable("rl_done")
+        was_done, done.value = done.value, 1
+        return -1 if was_done else 0      # -1: in the middle of a paste, which ends so
+
+    def _feed_pypy(self):
+        """Have PyPy's line editor ask us for keys, where it can use the terminal."""
         try:
-            yield
-        finally:
-            source.value, self._library = before, None
+            console = sys.modules["pyrepl.readline"]._wrapper.get_reader().console
+        except Exception:         # it has one of its own for that
+            return
+        events = console.event_queue
+
+        def get_event(block=True):
+            while events.empty():
+                key = self._next_key()
+                if not key:
+                    raise self._ending
+                events.push(key)
+            return events.get()
+        console.get_event = get_event
+        self._undo.callback(vars(console).pop, "get_event")
+        # PyPy 8 has pastes marked, and drops all but their first line.
+        console._UnixConsole__enable_bracketed_paste = lambda: None
+        self._edit = self._read_pypy
 
     def _variable(self, name):
         import ctypes
         return ctypes.c_int.in_dll(self._library, name)
 
     def _call(self, *calls):
-        """Call functions of GNU readline, names or (name, argument); False: it is not in use."""
-        if self._library is None:
+        """Call functions of GNU readline, names or (name, argument); False: it edits no line."""
+        if self._library is None or self._is_secret:
             return False
         for call in calls:
             name, *arguments = (call,) if isinstance(call, str) else call
@@ -12378,10 +12335,15 @@ class Terminal:
         return True
 
 
+def _has_modes():
+    """Return whether stdin is a terminal whose modes can be set."""
+    return os.name == "posix" and os.isatty(0)
+
+
 @contextmanager
 def _kept_modes():
     """Afterwards the terminal is as it was before."""
-    if os.name != "posix" or not os.isatty(0):
+    if not _has_modes():
         yield
         return
     import termios
@@ -12394,35 +12356,47 @@ def _kept_modes():
 
 
 def _read_without_waiting():
-    """Have a read of the terminal, which readline has set up, return nothing where nothing is.
+    """Have a read of the terminal return what was typed, be it nothing, and Ctrl+C be a signal.
 
-    Else Ctrl+C, which drops what was typed, could do so between our looking and reading.
+    A line editor has set it up nearly so. But Ctrl+C, which drops what was typed, can come between
+    our looking and reading; and PyPy 7 would have it as a key.
     """
     import termios
-    modes = termios.tcgetattr(0)
-    if modes[6][termios.VMIN] != 0:
-        modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0
+    before, modes = termios.tcgetattr(0), termios.tcgetattr(0)
+    modes[3] = modes[3] & ~(termios.ICANON | termios.ECHO) | termios.ISIG
+    modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0
+    if modes != before:
         termios.tcsetattr(0, termios.TCSANOW, modes)
 
 
 class Execution:
-    """A session for a program: it runs pieces of code, each of which ends with an exit code.
+    """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
 
-    `output` gets what the code prints, see PlainOutput. Ctrl+C and a timeout interrupt the code;
-    what does not end after that, by a second Ctrl+C or GRACE_S, is left behind.
+    A context manager. It connects for the first, and again where the session before is over.
+    `server` has the arguments of `connect`. `output` gets what the code prints, see PlainOutput;
+    what we say ourselves begins with `label`. Ctrl+C and a timeout interrupt the code; what does
+    not end after that, by a second Ctrl+C or GRACE_S, is left behind.
     """
 
     GRACE_S = 2.0
 
-    def __init__(self, link, output):
-        self._link = link
+    def __init__(self, output, server, label=""):
         self._output = output
-        self.is_over = False      # it can run nothing more: the session ended, or was left
+        self._server = server
+        self._label = label
+        self._link = None         # None: there is no session
+        self._undo = ExitStack()  # ends it
         self._deadline = None     # when the code is to be interrupted
         self._turn = 0            # how many go-aheads came
         self._stream = "stdout"   # what the data belongs to that comes
         self._is_late = False     # the deadline has passed
         self._is_interrupted = False      # Ctrl+C was pressed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self._undo.close()
 
     def run(self, source, place=None, timeout_s=None):
         """Run `source`, bytes, and return the exit code: as of a script, 130 or 124.
@@ -12432,42 +12406,55 @@ class Execution:
         outcome, code = {}, 1
         self._is_late = self._is_interrupted = False
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            outcome = self._follow(source, place)
+            if self._link is None:
+                self._connect(timeout_s)
+            outcome = self._evaluate(source, place)
             code = 124 if self._is_late else _exit_code(outcome)
         except Left:
             code = self._leave()
-        except ProtocolError as exc:
-            print("hotrepl: %s" % exc, file=sys.stderr)
-            outcome, code = {"exception": describe_exception(exc)}, 2
+        except ProtocolError as exc:      # it can't stand in that place
+            outcome, code = self._say(exc, exc), 2
+        except socket.timeout as exc:
+            outcome, code = self._say("no answer in time", exc), 124
         except (OSError, ServerGone) as exc:
-            self.is_over = True
+            self._end()
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._is_late, code = True, self._leave()
             else:
-                print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
-        finally:
-            signal.signal(signal.SIGINT, before)
+                outcome = self._say("the server is gone: %s" % exc if isinstance(exc, ServerGone)
+                                    else exc.strerror or exc, exc)
         with suppress(OSError):
             self._output.finish(outcome, code)
         return code
 
-    def _follow(self, source, place):
+    def _connect(self, timeout_s):
+        limit_s = None if timeout_s is None else timeout_s + self.GRACE_S
+        link = self._undo.enter_context(_channels(*self._server, timeout_s=limit_s, streams=True))
+        self._link, self._turn, self._stream = link, 0, "stdout"
+
+    def _end(self):
+        self._link = None
+        self._undo.close()
+
+    def _evaluate(self, source, place):
         """Run `source` to its end and return what the server says of that."""
-        if not self._turn:
-            self._link.open(("TurnMarks", {"kinds": True, "streams": True}))
-            self._pass_on_until_turn(is_shown=False)      # the banner and the first prompt
-        if place:
-            self._link.ask("Place", **place)
-        self._link.send(BEGIN + BLOCK_KIND + source + END)
-        while self._pass_on_until_turn() in IN_EVALUATION:
-            self._link.send(END_OF_FILE)      # there is nobody who could answer
-        outcome = _checked_outcome(self._link.ask("Outcome")["outcome"])
-        self.is_over = self._link.is_closed
-        if self.is_over and "exit" not in outcome:
-            raise ServerGone("it closed the connection")
-        return outcome
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            if not self._turn:    # the banner and the first prompt
+                self._pass_on_until_turn(is_shown=False)
+            if place:
+                self._link.ask("Place", **place)
+            self._link.send(BEGIN + BLOCK_KIND + source + END)
+            while self._pass_on_until_turn() in IN_EVALUATION:
+                self._link.send(END_OF_FILE)      # there is nobody who could answer
+            outcome = _ask_outcome(self._link)
+            if self._link.is_closed:
+                self._end()
+                return outcome if "exit" in outcome else _gone("it closed the connection")
+            return outcome
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def _pass_on_until_turn(self, is_shown=True):
         """Pass on what comes until the server waits for us; return for what, or "" at the end."""
@@ -12506,10 +12493,15 @@ class Execution:
             raise Left from exc
 
     def _interrupt(self):
-        self._link.post("KeyboardInterrupt", lambda reply: None, turn=self._turn, answered=True)
+        self._link.post("KeyboardInterrupt", turn=self._turn, answered=True)
+
+    def _say(self, text, exc):
+        """Say what went wrong; return it as an outcome."""
+        print("hotrepl: %s%s" % (self._label, text), file=sys.stderr)
+        return {"exception": describe_exception(exc)}
 
     def _leave(self):
-        self.is_over = True
+        self._end()
         if self._is_late or self._is_interrupted:
             print("hotrepl: it has not ended; left it running there", file=sys.stderr)
         return 124 if self._is_late else 130 if self._is_interrupted else 1
@@ -12529,7 +12521,11 @@ def describe_exception(exc):
     return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
 
 
-def _checked_outcome(outcome):
+def _ask_outcome(link):
+    try:
+        outcome = link.ask("Outcome")["outcome"]
+    except ProtocolError as exc:
+        raise ServerGone(str(exc)) from exc
     exception = outcome.get("exception", {"type": "", "message": "", "traceback": ""})
     if not (type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
             and isinstance(exception, dict)
@@ -12586,25 +12582,27 @@ class JsonOutput:
     def __init__(self, max_chars=None, **fields):
         self._max_chars = sys.maxsize if max_chars is None else max_chars
         self._fields = fields
-        self._begin()
+        self._begin()             # all else; see there
 
     def _begin(self):
-        self._begun = {"stdout": b"", "stderr": b""}      # the first bytes of a character
+        import codecs
+        decoder = codecs.getincrementaldecoder("utf-8")   # characters may come in pieces
+        self._printed = {"stdout": decoder(), "stderr": decoder()}
         self._whole = {"value": bytearray(), "traceback": bytearray(), "prompt": bytearray()}
-        self._left = dict.fromkeys(self._begun, self._max_chars)  # characters; -1: it was cut
+        # Characters that may still be printed; None: a text was cut.
+        self._left = dict.fromkeys(self._printed, self._max_chars)
 
     def write(self, kind, data):
         """Print `data`, bytes of that kind. OSError: nobody reads it."""
         if kind in self._whole:
             self._whole[kind] += data
         else:
-            self._put_chunk(kind, self._begun[kind] + data)
+            self._put_chunk(kind, data)
 
     def finish(self, outcome, code):
         """Print the value or the exception, and the exit code; the next execution may begin."""
-        for name, rest in self._begun.items():
-            if rest:
-                self._put_chunk(name, rest, is_last=True)
+        for name in self._printed:
+            self._put_chunk(name, b"", is_last=True)
         texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
         if "value" in outcome:    # in full where it was displayed, else it may be cut
             self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
@@ -12620,21 +12618,21 @@ class JsonOutput:
                   **{"truncated": True} if cut != texts else {})
 
     def _put_chunk(self, name, data, is_last=False):
+        decoder, left = self._printed[name], self._left[name]
+        begun = decoder.getstate()[0]
         try:
-            text, self._begun[name] = data.decode("utf-8"), b""
-        except UnicodeDecodeError as exc:
-            if exc.end < len(data) or len(data) - exc.start > 3 or is_last:
-                import base64
-                self._begun[name] = b""
-                return self._put(stream=name, base64=base64.b64encode(data).decode("ascii"))
-            text, self._begun[name] = data[:exc.start].decode("utf-8"), data[exc.start:]
-        left = self._left[name]
-        if len(text) > left >= 0:
-            self._left[name] = -1
-            self._put(stream=name, text=text[:left], truncated=True)
-        elif text and left >= 0:
-            self._left[name] -= len(text)
-            self._put(stream=name, text=text)
+            text = decoder.decode(data, is_last)
+        except UnicodeDecodeError:
+            import base64
+            decoder.reset()
+            return self._put(stream=name, base64=base64.b64encode(begun + data).decode("ascii"))
+        if not text or left is None:
+            return
+        if len(text) > left:
+            self._left[name] = None
+            return self._put(stream=name, text=text[:left], truncated=True)
+        self._left[name] -= len(text)
+        self._put(stream=name, text=text)
 
     def _put(self, **fields):
         import json
@@ -12655,17 +12653,6 @@ def _write_out(name, data):
         raise
 
 
-@contextmanager
-def execution(output, *server, timeout_s=None):
-    """Yield an Execution in a session with a server, the arguments of which are as in `connect`.
-
-    socket.timeout: it did not even greet us in time.
-    """
-    limit_s = None if timeout_s is None else timeout_s + Execution.GRACE_S
-    with _channels(*server, timeout_s=limit_s) as link:
-        yield Execution(link, output)
-
-
 def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=None,
             token=None, is_plain=False):
     """Run the client in this terminal against a server; return an exit code, 0 or 1.
@@ -12681,7 +12668,8 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=
 
 
 @contextmanager
-def _channels(host, port, control_port, ssl_context, token, is_plain, timeout_s=None):
+def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=False,
+              timeout_s=None, streams=False):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
     with _reach(host, port, control_port) as (address, locate_control), ExitStack() as undo:
@@ -12692,7 +12680,7 @@ def _channels(host, port, control_port, ssl_context, token, is_plain, timeout_s=
         try:
             token = _show_token(sock, _tokens(address, token, is_ours))
             link.meet(lambda port: _dial(locate_control(port), ssl_context, is_plain)[0],
-                      is_known=token is not None)
+                      token is not None, streams)
         except socket.timeout as exc:
             if timeout_s is not None:
                 raise
@@ -13008,7 +12996,7 @@ class _RemoteCompleter:
         reply = self._terminal.owner.complete(line)
         self._start = min(max(reply.get("start", 0), 0), len(line))
         if reply.get("hint"):
-            self._terminal.show_above(printable(reply["hint"]) + "\n")
+            self._terminal.show_above(("%s\n" % printable(reply["hint"])).encode())
         return [line[:self._start] + match for match in reply.get("matches", ())
                 if isinstance(match, str) and match.isprintable()]
 
@@ -13022,7 +13010,7 @@ class _RemoteCompleter:
                 for index in range(0, len(words), per_line)]
         if len(matches) > self.SHOWN:
             rows.append("... and %d more" % (len(matches) - self.SHOWN))
-        self._terminal.show_above("\n".join(rows) + "\n")
+        self._terminal.show_above(("\n".join(rows) + "\n").encode())
 
 
 class _History:
@@ -13099,60 +13087,6 @@ class _History:
                 if not later.startswith(entry + "\n")]
 
 
-def _rest_of_paste():
-    """Return (the lines that wait behind the one just read, the beginning of a further one).
-
-    For terminals without bracketed paste. The lines are echoed here.
-    """
-    if os.name != "posix" or not sys.stdin.isatty():
-        return "", ""
-    import termios
-    before = termios.tcgetattr(0)
-    pieces = [_read_ahead()]
-    try:
-        quiet = termios.tcgetattr(0)
-        quiet[3] &= ~(termios.ICANON | termios.ECHO)
-        termios.tcsetattr(0, termios.TCSANOW, quiet)
-        while select.select([0], [], [], PASTE_PAUSE_S)[0]:
-            pieces.append(os.read(0, RECEIVE_BYTES))
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, before)
-    if any(b"\3" in piece for piece in pieces):
-        os.kill(os.getpid(), signal.SIGINT)   # PyPy's line editor has Ctrl+C come as a byte
-        return "", ""
-    text = b"".join(pieces).decode("utf-8", "replace").replace("\r", "\n")
-    lines, newline, begun = text.rpartition("\n")
-    sys.stdout.write(lines + newline)
-    return newline + lines, begun
-
-
-def _read_ahead():
-    """PyPy 8: take what its line editor has read behind the line that it returned."""
-    try:
-        console = sys.modules["pyrepl.readline"]._get_reader().console
-        rest = console.input_buffer[console.input_buffer_pos:]
-        console.input_buffer, console.input_buffer_pos = b"", 0
-    except Exception:             # another line editor; or this one has no terminal
-        return b""
-    return rest
-
-
-def _input(prompt, begun):
-    """As input(prompt), where `begun` of the line was typed before."""
-    readline = sys.modules.get("readline")
-    if not begun or readline is None or _is_libedit(readline):    # that forgets what is inserted
-        return begun + input(prompt + begun)
-    readline.set_startup_hook(lambda: readline.insert_text(begun))
-    try:
-        return input(prompt)
-    finally:
-        readline.set_startup_hook(None)
-
-
-def _is_libedit(readline):
-    return "libedit" in (readline.__doc__ or "")
-
-
 def _hide_escapes(prompt):
     """Tell readline which parts of a prompt have no width (its manual, \\001 and \\002)."""
     return re.sub(r"(\x1b\[[0-9;?]*[A-Za-z])", "\001\\1\002", prompt)
@@ -13187,7 +13121,8 @@ def _parser():
         prog="hotrepl.py", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Talk to a running Python process, and change it.", epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version="hotrepl " + __version__)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    # With `prog` argparse does not format the usage, for which it imports shutil with bz2 and lzma.
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog=parser.prog)
     commands.required = True      # 3.6 has no such argument
     by_name = {}
     for name, run, usage, purpose, description in (
@@ -13496,8 +13431,8 @@ def _connect(options):
     place = _find_server(options, options.host)
     if sys.stdin is None or sys.stdin.isatty():
         return connect(*place, *_credentials(options))
-    options.timeout = None
-    return _exec_at(options, sys.stdin.buffer.read(), PlainOutput(), place)
+    with Execution(PlainOutput(), place + _credentials(options)) as session:
+        return session.run(sys.stdin.buffer.read())
 
 
 def _credentials(options):
@@ -13539,15 +13474,13 @@ def _exec(options):
                        "found also %r" % words[-1])
     if options.stream and (not options.json or path != "-" or is_for_all):
         return _misuse("--stream goes with --json and -, without --all and --match")
-    if options.stream:
-        return _exec_stream(options, _find_server(options, words[0] if words else None))
-    source = _encode_argument(codes[0]) if codes else _read_source(path)
-    source, place = _placed(options, path, source)
+    source, place = b"", {}
+    if not options.stream:
+        source = _encode_argument(codes[0]) if codes else _read_source(path)
+        source, place = _placed(options, path, source)
     if is_for_all:
         return _exec_in_all(options, source, place)
-    output = JsonOutput(options.max_chars) if options.json else PlainOutput()
-    return _exec_at(options, source, output, _find_server(options, words[0] if words else None),
-                    place)
+    return _exec_in(_find_server(options, words[0] if words else None), options, source, place)
 
 
 def _placed(options, path, source):
@@ -13582,25 +13515,6 @@ def _definition_at(source, line):
     return found
 
 
-def _exec_stream(options, server):
-    """Run the requests that come on stdin, one after the other."""
-    import json
-    output, session = JsonOutput(options.max_chars), None
-    with ExitStack() as undo:
-        for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
-            try:
-                request = json.loads(line.decode())
-                source, timeout_s = request.pop("code").encode(), request.pop("timeout", None)
-                if session is None or session.is_over:
-                    undo.close()
-                    session = undo.enter_context(execution(output, *server, *_credentials(options)))
-                session.run(source, request, timeout_s or options.timeout)
-            except (OSError, ValueError, TypeError, LookupError, AttributeError) as exc:
-                output.finish({"exception": describe_exception(exc)},
-                              1 if isinstance(exc, OSError) else 2)
-    return 0
-
-
 def _encode_argument(text):
     """Return a word of the command line as it was typed, in UTF-8, whatever the locale is."""
     try:
@@ -13609,28 +13523,29 @@ def _encode_argument(text):
         return os.fsencode(text)
 
 
-def _exec_at(options, source, output, server, place=None, label=""):
-    try:
-        with execution(output, *server, *_credentials(options), timeout_s=options.timeout) as one:
-            return one.run(source, place, options.timeout)
-    except socket.timeout:
-        _say(label + "no answer in time")
-        code = 124
-    except OSError as exc:
-        _say(label + (exc.strerror or str(exc)))
-        code = 1
-    output.finish({}, code)
-    return code
+def _exec_in(server, options, source, place, label="", **fields):
+    """Run code in one server, or with --stream what is asked for; return the exit code."""
+    output = (JsonOutput(options.max_chars, **fields) if options.json else PlainOutput(label))
+    with Execution(output, server + _credentials(options), label) as session:
+        if not options.stream:
+            return session.run(source, place, options.timeout)
+        import json
+        for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
+            try:
+                request = json.loads(line.decode())
+                source, timeout_s = request.pop("code").encode(), request.pop("timeout", None)
+                session.run(source, request, timeout_s or options.timeout)
+            except (ValueError, TypeError, LookupError, AttributeError) as exc:
+                output.finish({"exception": describe_exception(exc)}, 2)
+    return 0
 
 
 def _exec_in_all(options, source, place):
     codes = []
     for note in noted_servers():
         if (options.match or "") in _command(note) and 130 not in codes:
-            label = "%d: " % note["pid"]
-            output = (JsonOutput(options.max_chars, pid=note["pid"]) if options.json
-                      else PlainOutput(label))
-            codes.append(_exec_at(options, source, output, _place_of_note(note), place, label))
+            codes.append(_exec_in(_place_of_note(note), options, source, place,
+                                  "%d: " % note["pid"], pid=note["pid"]))
     if not codes:
         _say("there is no such server; 'list' shows those there are")
     code = 130 if 130 in codes else int(any(codes) or not codes)
