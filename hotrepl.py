@@ -6947,19 +6947,20 @@ _RUN_AT_ONCE = {"__init_subclass__", "__new__", "__init__", "__set_name__", "__c
 
 
 # --- History, patch and hooks ---
+# A reload, a patch and an unpatch each leave a _Change, whose journal takes it back. Changes are
+# numbered and may be taken back in any order, unless they touched the same places.
 
 class _Change:
     """One transaction that is over: what it did, and what takes it back."""
 
-    def __init__(self, kind, names, journal, target=None):
-        self.kind, self.names, self.journal = kind, names, journal
-        self.number = 0                 # set when it is remembered
+    def __init__(self, number, kind, names, journal, target):
+        self.number, self.kind, self.names, self.journal = number, kind, names, journal
         self.target = target            # of a patch: the function or class
         self.when = time.time()
         self.who = threading.current_thread().name
 
     def __repr__(self):
-        names = ", ".join(self.names[:8]) + ", ..." * (len(self.names) > 8)
+        names = ", ".join(self.names[:8] + ["..."] if len(self.names) > 8 else self.names)
         return "%3d  %s  %s  %s %s" % (self.number, time.strftime(
             "%H:%M:%S", time.localtime(self.when)), self.who, self.kind, names)
 
@@ -6978,9 +6979,8 @@ def _hot_remember(kind, names, journal, target=None):
     """Put a transaction on record; called under the lock."""
     if not journal.touched:
         return None
-    change = _Change(kind, names, journal, target)
     _hot.count += 1
-    change.number = _hot.count
+    change = _Change(_hot.count, kind, names, journal, target)
     _hot.changes.append(change)
     del _hot.changes[:-_HISTORY]
     return change
@@ -7067,38 +7067,29 @@ def _bring_files_version(typed):
     """Bind the names of a function that was typed over one of a file to that of the file."""
     for name, module, path in _own_modules():
         space = _space_of(module)
-        for key in [key for key, value in list(space.items()) if value is typed]:
-            found = _statement_of(module, key)
-            if found is None or not found[1].is_function or _is_in_file(
-                    typed.__code__, found[0]):
-                continue
-            source, statement = found
-            line = statement.start + 1
-            alive = [each for each in _functions_of([space]) if each is not typed
-                     and each.__code__.co_name == key and each.__code__.co_firstlineno == line
-                     and _is_in_file(each.__code__, source)]
-            bound = {key: alive[0]} if alive and not statement.node.decorator_list else {}
-            if not bound:
-                exec(source.compile([statement.node]), space, bound)
-            journal = _Journal()
-            journal.put(_entry(space, key), bound[key])
-            _hot_remember("unpatch", ["%s.%s" % (name, key)], journal)
-            return True
+        keys = [key for key, value in list(space.items()) if value is typed]
+        found = _statement_of(module, keys[0]) if keys else None
+        if found is None or not found[1].is_function or _is_in_file(typed.__code__, found[0]):
+            continue
+        (source, statement), journal = found, _Journal()
+        bound = {keys[0]: each for each in _functions_of([space])
+                 if each.__code__.co_name == keys[0] and _is_in_file(each.__code__, source)
+                 and each.__code__.co_firstlineno == statement.start + 1}
+        if not bound or statement.node.decorator_list:
+            exec(source.compile([statement.node]), space, bound)
+        journal.put(_entry(space, keys[0]), bound[keys[0]])
+        _hot_remember("unpatch", ["%s.%s" % (name, keys[0])], journal)
+        return True
     return False
 
 
 def _patch_target(value):
     """Return the function or class that a patch of `value` changes."""
-    if _is(value, (types.MethodType, staticmethod, classmethod)):
-        value = value.__func__
-    elif isinstance(value, property) and value.fget is not None:
-        value = value.fget
-    elif type(value) is _LRU_CACHE and hasattr(value, "__wrapped__"):
-        value = value.__wrapped__
-    if type(value) is types.FunctionType:
-        return value
-    if _is(value, type) and value.__flags__ & _HEAP_TYPE:
-        return value
+    found = value
+    if _is(value, _WRAPPERS) and not _is(value, functools.partial):
+        found = next(_functions_in(value), None)
+    if type(found) is types.FunctionType or _is(found, type) and found.__flags__ & _HEAP_TYPE:
+        return found
     raise TypeError("expected a Python function, method or class, not %r, which is built in or "
                     "no definition; to replace it, bind its name anew" % (value,))
 
@@ -7149,14 +7140,11 @@ def _new_defaults(found, function):
     import ast
     if found.old is None:
         return function.__defaults__, function.__kwdefaults__
-    olds, news = _default_nodes(found.old), _default_nodes(found.new)
-    live, values = _live_defaults(function), {}
-    for name, node in news.items():
-        if name in live and name in olds and _key(olds[name], False) == _key(node, False):
-            values[name] = live[name]
-        else:
-            values[name] = ast.literal_eval(node)
-    return _as_defaults(found.code, values)
+    olds, live = _default_nodes(found.old), _live_defaults(function)
+    return _as_defaults(found.code, {
+        name: live[name] if name in live and name in olds and (
+            _key(olds[name], False) == _key(node, False)) else ast.literal_eval(node)
+        for name, node in _default_nodes(found.new).items()})
 
 
 def _with_consts(code, consts):
@@ -7596,13 +7584,17 @@ def _top_frames(module):
 
 
 def _running_frames():
-    frames = []
-    for frame in sys._current_frames().values():
-        with suppress(SystemError):       # PyPy 7.3, of a thread that goes on computing meanwhile
-            while frame is not None:
-                frames.append(frame)
-                frame = frame.f_back
-    return frames
+    return [frame for each in sys._current_frames().values() for frame in _outwards(each)]
+
+
+def _outwards(frame):
+    """Return the frames of a stack, the outermost first."""
+    stack = []
+    with suppress(SystemError):           # PyPy 7.3, of a thread that goes on computing meanwhile
+        while frame is not None:
+            stack.append(frame)
+            frame = frame.f_back
+    return stack[::-1]
 
 
 def _suspended_frames(codes, running):
@@ -7754,7 +7746,8 @@ def stacks(locals=False):
     """
     for title, stack in _stacks():
         _print_stack(title, stack, locals)
-    _print_stack(_thread_title(threading.current_thread()), _outwards(sys._getframe()), locals)
+    thread = threading.current_thread()
+    _print_stack(_thread_title(thread, thread.ident), _outwards(sys._getframe()), locals)
 
 
 def frames():
@@ -7842,11 +7835,10 @@ class SessionHelp:
         return pydoc.Helper(sys.stdin, output)(*args, **kwargs)  # type: ignore[arg-type]
 
 
-class _Pages(io.TextIOBase):
-    """Shows on stdout what is written, each text page by page."""
+class _Pages:
+    """What pydoc writes to: it shows on stdout each text page by page."""
 
     def __init__(self, height):
-        super().__init__()
         self._height = max(height - 1, 2)     # the last line of the terminal is for our question
 
     def write(self, text):
@@ -7855,13 +7847,11 @@ class _Pages(io.TextIOBase):
             if at and self._is_enough():
                 break
             sys.stdout.write("".join(lines[at:at + self._height]))
-        return len(text)
 
     def _is_enough(self):
-        try:
+        with suppress(EOFError):
             return input("-- Enter: more, q: enough -- ").strip().lower().startswith("q")
-        except EOFError:
-            return True
+        return True
 
 
 def _headline(obj):
@@ -8062,43 +8052,23 @@ def _stacks():
     session = current_session()
     loops = [] if session is None else session.loops()
     for ident in [each for each in known if each in running] + list(set(running) - set(known)):
-        stack = _outwards(running.pop(ident))
-        loops.extend(filter(None, map(_loop_run_by, stack)))
-        if not _is_all_ours(known.get(ident), stack):
-            yield (_thread_title(known[ident]) if ident in known
-                   else "unknown to threading, ident %d" % ident), stack
-    for task in sorted(set(itertools.chain.from_iterable(map(_tasks, loops))), key=_task_title):
+        stack, thread = _outwards(running.pop(ident)), known.get(ident)
+        loops += [_variables(each)["self"] for each in stack if each.f_code.co_name == "run_forever"
+                  and "asyncio" in each.f_code.co_filename]
+        if not _is_ours(thread) or any(_is_own_code(each.f_code) for each in stack):
+            yield _thread_title(thread, ident), stack
+    tasks = set()
+    for loop in loops:
+        asyncio = sys.modules["asyncio"]
+        tasks |= (asyncio if hasattr(asyncio, "all_tasks") else asyncio.Task).all_tasks(loop)  # 3.6
+    for task in sorted(tasks, key=_task_title):
         yield _task_title(task), _await_chain(getattr(task, "get_coro", lambda: task._coro)())
 
 
-def _is_all_ours(thread, stack):
-    """Return whether it is a thread of ours that runs nothing of the user's now."""
-    if thread is None or isinstance(thread, Job) and thread.number:
-        return False
-    library = os.path.dirname(os.__file__)
-    return thread.name.startswith("hotrepl ") and all(
-        path == _THIS_FILE or os.path.dirname(path).startswith(library)
-        and "site-packages" not in path for path in (each.f_code.co_filename for each in stack))
-
-
-def _outwards(frame):
-    """Return the frames of a stack, the outermost first."""
-    stack = []
-    while frame is not None:
-        stack.append(frame)
-        frame = frame.f_back
-    return stack[::-1]
-
-
-def _loop_run_by(frame):
-    """Return the asyncio loop that a frame runs, or None."""
-    is_running = frame.f_code.co_name == "run_forever" and "asyncio" in frame.f_code.co_filename
-    return _variables(frame).get("self") if is_running else None
-
-
-def _tasks(loop):
-    asyncio = sys.modules["asyncio"]
-    return (asyncio if hasattr(asyncio, "all_tasks") else asyncio.Task).all_tasks(loop)   # 3.6
+def _is_ours(thread):
+    """Tell whether a thread is one of hotrepl's, and not a job of the user's."""
+    return thread is not None and thread.name.startswith("hotrepl ") and not (
+        isinstance(thread, Job) and thread.number)
 
 
 def _print_stack(title, stack, with_variables):
@@ -8132,9 +8102,11 @@ def _brief(value, width=60):
         return "<%s, its repr raises %s>" % (type(value).__name__, type(exc).__name__)
 
 
-def _thread_title(thread):
+def _thread_title(thread, ident):
+    if thread is None:
+        return "unknown to threading, ident %d" % ident
     kind = ", daemon" if thread.daemon else ""
-    return "thread %s%s, ident %d" % (thread.name, kind, thread.ident)
+    return "thread %s%s, ident %d" % (thread.name, kind, ident)
 
 
 def _task_title(task):
