@@ -8855,20 +8855,15 @@ def server_owner(sock):
     It may not have accepted yet: then the listener counts, which has the connection in its queue.
     PermissionError: it is at an address of this machine, and no process that can be seen has it.
     """
-    theirs, ours = sock.getpeername(), sock.getsockname()
-    if not isinstance(theirs, tuple):
-        return _unix_owner(sock)[0]
-    uid, inode = tcp_owner(theirs, ours)
-    if inode == 0:
-        if not is_local(theirs):      # a listener of this machine says nothing about another one
-            return None
-        uid, _ = tcp_owner(theirs, (_ANYBODY[len(_packed(theirs[0]))], 0))
-        again, inode = tcp_owner(theirs, ours)
-        if inode:                     # accepted meanwhile, and the listener may be gone
-            uid = again
-        if uid is None:
-            raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
-                                  % _address(theirs))
+    with suppress(Refused):
+        return identify(sock).uid
+    theirs = sock.getpeername()
+    uid, _ = tcp_owner(theirs, (_ANYBODY[len(_packed(theirs[0]))], 0))
+    with suppress(Refused):       # accepted meanwhile, and the listener may be gone
+        return identify(sock).uid
+    if uid is None:
+        raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
+                              % _address(theirs))
     return uid
 
 
@@ -9117,18 +9112,17 @@ _GAP = rb"[^\S\n]+"
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
+    ("an rsync or VNC banner", rb"@RSYNCD: |RFB \d{3}\.\d{3}"),
     ("a PROXY header", rb"PROXY (?:TCP[46] |UNKNOWN)"),
     ("an SMTP, FTP, POP3 or IRC command", rb"(?i:EHLO|HELO|LHLO|USER|PASS|NICK) +" + _NO_KEYWORD
-     + rb"(?:\w|\[\d+\.\d+\.|\[IPv6:\S*:\S*:)[^\n]*\n"),
-    ("an SMTP or IRC command", rb"(?i:MAIL FROM:)|CAP (?:LS|REQ|LIST|END)\s"),
+     + rb"(?:\w|\[\d+\.\d+\.|\[IPv6:\S*:\S*:)[^\n]*\n"
+     rb"|(?i:MAIL FROM:)|CAP (?:LS|REQ|LIST|END)\s"),
     ("an IMAP command", rb"\w*\d (?:CAPABILITY|LOGIN|AUTHENTICATE|STARTTLS|NOOP|ID)\s"),
     ("an XML stream", rb"<\?xml|<stream:stream"),
-    ("an rsync banner", rb"@RSYNCD: "),
-    ("a VNC banner", rb"RFB \d{3}\.\d{3}"),
     ("a DICT command", rb"CLIENT libcurl \d"),
     ("a Redis command", rb"\*\d+\r\n"),
-    ("a memcached command", rb"(?:set|add|replace|append|prepend|cas) [^\s#'\"]+ \d+ \d+ \d"),
-    ("a beanstalkd command", rb"put \d+ \d+ \d"),
+    ("a memcached or beanstalkd command",
+     rb"(?:(?:set|add|replace|append|prepend|cas) [^\s#'\"]+|put) \d+ \d+ \d"),
     ("a SOCKS request", rb"\x04[\x01\x02]|\x05[\x01-\x08][\x00-\x02]"),
     # AMQP, MQTT, PostgreSQL, RDP, STUN, ...; but CR NUL is telnet's Return, in character mode
     ("a binary protocol", rb"(?:[^\n\r\0]|\r(?!\0))*\0"),
