@@ -6472,9 +6472,12 @@ def _leads_of(value, targets):
 
 def _taken_in(cls):
     """Return the functions of a class that were defined outside of it, such as Celery's `run`."""
-    functions = [getattr(each, "__func__", each) for each in vars(cls).values()]
-    return [each for each in functions if type(each) is types.FunctionType
-            and "." not in each.__qualname__]
+    return [each for each in map(_unwrapped, vars(cls).values())
+            if type(each) is types.FunctionType and "." not in each.__qualname__]
+
+
+def _unwrapped(value):
+    return value.__func__ if _is(value, (staticmethod, classmethod)) else value
 
 
 def _is_filled_later(before, value):
@@ -6574,6 +6577,9 @@ _CACHES = {"django.urls.resolvers": _forget_django_urls, "fastapi.routing": _for
 
 
 # --- Kinds: tables ---
+# A new object's behaviour goes into the old one by the first row of _FOLD_RULES that fits the two;
+# a class of a special kind has more to be done, by the rows of _CLASS_KINDS that fit it. A kind
+# that is missing here is a row, and a method of _Apply.
 
 _LRU_CACHE = type(functools.lru_cache()(len))
 if _LRU_CACHE is types.FunctionType:
@@ -6638,7 +6644,6 @@ _ANNOTATIONS = ("__annotations__", "__annotate__", "__conditional_annotations__"
 _CLASS_SKIPS = {"__dict__", "__weakref__", "__slots__", "_abc_impl", "_abc_registry", "_abc_cache",
                 "_abc_negative_cache", "_abc_negative_cache_version"}
 _SLOT_TYPES = (types.MemberDescriptorType, types.GetSetDescriptorType)
-_IS_PYPY = sys.implementation.name == "pypy"
 _SEQUENCES = (list, collections.deque)
 _REGISTRIES = (dict, set) + _SEQUENCES
 _CONTENTS = {  # by the type's own methods: what a subclass makes of them is not asked
@@ -6682,11 +6687,9 @@ def _kept_class_names(found, new):
 
 
 def _dataclass_fields(cls):
-    """Return {name: field} of a dataclass, of another value an empty dict."""
-    if not _is(cls, type) or "__dataclass_fields__" not in vars(cls) or (
-            "dataclasses" not in sys.modules):
-        return {}
-    return {field.name: field for field in sys.modules["dataclasses"].fields(cls)}
+    """Return {name: field} of a dataclass, of another class an empty dict."""
+    found = sys.modules["dataclasses"].fields(cls) if "__dataclass_fields__" in vars(cls) else ()
+    return {field.name: field for field in found}
 
 
 def _same_payload(kept, member):
@@ -6736,12 +6739,11 @@ def _attributes_set(node):
     found = {}
     args = getattr(node.args, "posonlyargs", []) + node.args.args
     for each in ast.walk(node) if args else ():
-        targets = each.targets if type(each).__name__ == "Assign" else (
-            [each.target] if type(each).__name__ == "AnnAssign" and each.value else [])
-        for target in targets:
-            if type(target).__name__ == "Attribute" and getattr(
-                    target.value, "id", None) == args[0].arg:
-                found[target.attr] = each.value
+        if isinstance(each, (ast.Assign, ast.AnnAssign)) and each.value:
+            for target in getattr(each, "targets", None) or [each.target]:
+                if isinstance(target, ast.Attribute) and (
+                        getattr(target.value, "id", None) == args[0].arg):
+                    found[target.attr] = each.value
     return found
 
 
@@ -7095,6 +7097,9 @@ def _patch_target(value):
 
 
 # --- Functions ---
+# An old function gets new code where it can: it is given the new version's code object. Where it
+# can't, as the variables of its closure are others, its code becomes that of a forwarder: it calls
+# the new function, which is a constant in it.
 
 def _function_like(function, code, cells):
     """Return a new function with other code and cells, and all else of an old one."""
@@ -7112,7 +7117,7 @@ def _function_like(function, code, cells):
 def _doc_of(code):
     """Return the docstring of a function's code."""
     first = code.co_consts[0] if code.co_consts else None
-    is_doc = sys.version_info < (3, 14) or _IS_PYPY or code.co_flags & 0x4000000
+    is_doc = sys.version_info < (3, 14) or IS_PYPY or code.co_flags & 0x4000000
     return first if type(first) is str and is_doc and code.co_name != "<lambda>" else None
 
 
@@ -7208,9 +7213,10 @@ _TARGET = "target of forward_call"
 @functools.lru_cache(maxsize=None)
 def _forwarder_template(closure_size, is_async):
     cells = ", ".join("cell%d" % i for i in range(closure_size))
-    source = ("def outer(%s):\n %sdef forward_call(*args, **kwargs):\n  if 0: (%s)\n"
-              "  target = %r\n  return %starget(*args, **kwargs)\n return forward_call\n" % (
-                  cells, "async " * is_async, cells or "0", _TARGET, "await " * is_async))
+    kind, target = ("async def", "await target") if is_async else ("def", "target")
+    source = ("def outer(%s):\n %s forward_call(*args, **kwargs):\n  if 0: (%s)\n"
+              "  target = %r\n  return %s(*args, **kwargs)\n return forward_call\n" % (
+                  cells, kind, cells or "0", _TARGET, target))
     space = {}
     exec(compile(source, "forward_call of " + __name__, "exec"), space)
     return space["outer"](*[None] * closure_size).__code__
@@ -7557,7 +7563,7 @@ def _may_refer_to(values):
     """Return the objects that may refer to some values: those that do, or all there are."""
     # get_referrers is a pass in C, five times as fast as one in Python; but not in PyPy, and each
     # reference in the heap is compared with each argument.
-    if values and len(values) <= 8 and not _IS_PYPY:
+    if values and len(values) <= 8 and not IS_PYPY:
         return gc.get_referrers(*values)
     return gc.get_objects() if values else []
 
@@ -8011,7 +8017,7 @@ def _set_variable(frame, name, value):
         frame.f_locals[name] = value
     elif name not in code.co_varnames + code.co_cellvars + code.co_freevars:
         return "it has no such variable"
-    elif sys.implementation.name == "pypy":
+    elif IS_PYPY:
         return "PyPy has no way to do that"
     elif sys.version_info >= (3, 13):
         frame.f_locals[name] = value
