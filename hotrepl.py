@@ -64,7 +64,6 @@ the README. SPDX-License-Identifier: MIT; the text is at the end.
 
 import _imp
 import atexit
-import bisect
 import builtins
 import collections
 import errno
@@ -75,7 +74,6 @@ import itertools
 import keyword
 import operator
 import os
-import re
 import select
 import selectors
 import signal
@@ -93,6 +91,21 @@ from contextlib import ExitStack, contextmanager, suppress
 __version__ = "0.1.0"
 __all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "changes", "undo",
            "on_reload", "ReloadReport", "ReloadError", "async_raise", "Job"]
+
+
+class Lazy:
+    """Stands for what `make()` returns, which is called when something of it is first used."""
+
+    def __init__(self, make):
+        self._make = make
+
+    def __getattr__(self, name):
+        value = getattr(self._make(), name)
+        setattr(self, name, value)
+        return value
+
+
+re = Lazy(lambda: __import__("re"))       # its import takes as long as half of ours
 
 
 class Logger:
@@ -152,6 +165,30 @@ TOKEN_PROMPT = b"token: "         # instead of the first line, where the server 
 
 
 _MISSING = type("_MISSING", (), {"__repr__": lambda self: "<missing>"})()  # None is a value
+
+
+class Record(tuple):
+    """A tuple with names for its items; `record` makes such classes."""
+
+    __slots__ = ()
+    names = ()
+
+    def __new__(cls, *values):
+        return tuple.__new__(cls, values)
+
+    def __getnewargs__(self):
+        return tuple(self)
+
+    def __repr__(self):
+        items = ", ".join("%s=%r" % each for each in zip(self.names, self))
+        return "%s(%s)" % (type(self).__name__, items)
+
+
+def record(name, names):
+    """Return a class as of collections.namedtuple, which compiles code for each, at import."""
+    names = names.split()
+    fields = {each: property(operator.itemgetter(at)) for at, each in enumerate(names)}
+    return type(name, (Record,), dict(fields, names=names, __slots__=()))
 
 
 class ProtocolError(Exception):
@@ -247,7 +284,7 @@ IN_EVALUATION = ("input", "secret", "debugger")
 STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
                 "value": b"v", "traceback": b"t"}     # what is displayed, not printed
 
-Command = collections.namedtuple("Command", "name fields doc")
+Command = record("Command", "name fields doc")
 
 COMMANDS = [  # fields: name -> (types, is it required)
     Command("DescribeServer", {}, "What the server is: its prompts, version and commands."),
@@ -299,7 +336,7 @@ def encode_message(message):
 class MessageDecoder:
     """Control messages out of a stream of bytes."""
 
-    HEADER = re.compile(rb"\xffv01l([0-9]{1,19});")
+    HEADER = Lazy(lambda: re.compile(rb"\xffv01l([0-9]{1,19});"))
     HEADER_BYTES = 24             # no header lacks its end that is longer
 
     def __init__(self):
@@ -384,10 +421,11 @@ class MarkDecoder:
     SIMPLE = {0xF9: "turn", 0xEC: "eof", 0xF4: "interrupt"}
     NEGOTIATION = range(0xFB, 0xFF)   # WILL, WONT, DO, DONT: one more byte follows, ...
     # ... an option that telnet clients know, or this is UTF-16 or Latin-1 and no telnet.
-    OPTION = re.compile(rb"\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27])")
+    OPTION = Lazy(lambda: re.compile(
+        rb"\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27])"))
     NEGOTIATED = {NO_ECHO: "no echo",
                   b"\xff\xfd\x06": "timing"}   # DO TIMING-MARK (RFC 860): telnet waits
-    TEXT = re.compile(rb"(?:[^\xff]+|\xff\xff)+")
+    TEXT = Lazy(lambda: re.compile(rb"(?:[^\xff]+|\xff\xff)+"))
 
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
         self._limit_bytes = limit_bytes
@@ -2053,7 +2091,7 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 #     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
 # What stands before the last "." is found without a call (`_value`), and its attributes are listed.
 
-Completions = collections.namedtuple("Completions", "start matches hint")
+Completions = record("Completions", "start matches hint")
 
 _TOKEN = r"""(?sx)
     (?P<comment> \#[^\n]* )
@@ -3116,7 +3154,7 @@ def reload(module=None, *, everything=False, dry_run=False):
         return report
 
 
-Stale = collections.namedtuple("Stale", "name reason count")
+Stale = record("Stale", "name reason count")
 
 
 class ReloadReport:
@@ -3180,7 +3218,7 @@ def _collector_off():
 
 # --- Know: which modules are the program's, and what text runs in them ---
 
-_Known = collections.namedtuple("_Known", "module path text stamp")   # text None: unknown
+_Known = record("_Known", "module path text stamp")   # text None: unknown
 
 
 def note_sources(modules=None):
@@ -3501,7 +3539,7 @@ class _Edit:
 # change: same; moved (other lines or comments); body (only inside functions); def, class, value
 # (by kind); again (unchanged, but must be executed); new; gone; live (the old text is unknown, and
 # what lives is otherwise)
-_Pair = collections.namedtuple("_Pair", "old new change")
+_Pair = record("_Pair", "old new change")
 _LEFT_ALONE = ("same", "moved", "body")
 _FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
 
@@ -3591,8 +3629,8 @@ def _with_uncovered(pairs, olds, news):
                 runs.update(map(id, before))
             elif any(id(other) in runs and not other.is_definition for other in before):
                 runs.add(id(each))
-    return [pair._replace(change="again") if id(pair.new) in runs and pair.change in _LEFT_ALONE
-            else pair for pair in pairs]
+    return [_Pair(pair.old, pair.new, "again")
+            if id(pair.new) in runs and pair.change in _LEFT_ALONE else pair for pair in pairs]
 
 
 def _last_binders(statements):
@@ -4058,7 +4096,7 @@ def _mangled(name, class_name):
 
 # --- Unknown text: what lives is compared with the file ---
 
-_Found = collections.namedtuple("_Found", "path text")   # text: how it is otherwise
+_Found = record("_Found", "path text")   # text: how it is otherwise
 
 
 def _fits(module, text, path):
@@ -6075,7 +6113,7 @@ def _give_column_its_type(scope, node, value):
     value.column.type, value.column.nullable = column.type, column.nullable
 
 
-_Next = collections.namedtuple("_Next", "code path reason is_changed is_inner old new")
+_Next = record("_Next", "code path reason is_changed is_inner old new")
 
 
 class _Successors:
@@ -6125,6 +6163,7 @@ class _Successors:
             return None
         if self.edit.old is None:
             return self._by_path(function, code)
+        import bisect
         i = bisect.bisect(self._starts, code.co_firstlineno) - 1
         if i < 0:
             return None
@@ -6757,7 +6796,7 @@ def _fresh_literal(node):
 
 # --- Who imports whom ---
 
-class _Follower(collections.namedtuple("_Follower", "name space")):
+class _Follower(record("_Follower", "name space")):
     """A module that is not edited, where an edit is expected."""
 
     def runs(self, statement):
@@ -6799,8 +6838,9 @@ def _imported_by(node, space):
             yield from ["%s.%s" % (base, alias.name)] if base else _with_parents(alias.name)
 
 
-_IMPORT = re.compile(rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
-                     rb"(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]*))", re.M)
+_IMPORT = Lazy(lambda: re.compile(
+    rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
+    rb"(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]*))", re.M))
 
 
 def _imports_in(text, space):
@@ -7932,7 +7972,7 @@ def show_source(obj):
 
 _listed = threading.local()       # .marks: what frames() listed last in this thread
 # What finds a frame again, and holds none.
-_FrameMark = collections.namedtuple("_FrameMark", "frame_id code title text")
+_FrameMark = record("_FrameMark", "frame_id code title text")
 
 
 class Frame:
@@ -9098,10 +9138,10 @@ class FirstBytes:
         return foreign
 
 
-_HEADER_END = re.compile(
+_HEADER_END = Lazy(lambda: re.compile(
     # A blank line, or a Host: before it. `host: str` in front of a bare LF is an annotation.
     rb"\n(?:\r?\n|(?P<host>(?i:host):(?:[^\n=#]*|[ \t]*[^\s\"#]*[ \t]*)\r\n"
-    rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))")
+    rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))"))
 _TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
 _BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
 
@@ -9595,7 +9635,7 @@ class _Kept(bytes):
 
 
 # What continues a character, or an IAC that may be the first half of a doubled one.
-_WITHIN = re.compile(rb"[\x80-\xbf\xff]*")
+_WITHIN = Lazy(lambda: re.compile(rb"[\x80-\xbf\xff]*"))
 
 
 def _pieces(data):
@@ -9951,8 +9991,8 @@ _audit = getattr(sys, "audit", None)
 
 LIBRARY = [name for name, is_needed in (
     ("ctypes", not IS_PYPY), ("_contextvars", sys.version_info >= (3, 7)), ("code", True),
-    ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True), ("copy", True),
-    ("getpass", True), ("json", True)) if is_needed]
+    ("re", True), ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True),
+    ("copy", True), ("getpass", True), ("json", True)) if is_needed]
 LOADING = threading.Lock()        # held in an import, as a child forked then could never make it
 LOADING_DELAY_S = 0.05            # how long a server waits with that; start() has returned by then
 
