@@ -179,6 +179,9 @@ class Record(tuple):
     def __getnewargs__(self):
         return tuple(self)
 
+    def _replace(self, **items):
+        return type(self)(*[items.get(name, value) for name, value in zip(self.names, self)])
+
     def __repr__(self):
         items = ", ".join("%s=%r" % each for each in zip(self.names, self))
         return "%s(%s)" % (type(self).__name__, items)
