@@ -7147,7 +7147,7 @@ def _patch_target(value):
 def _function_like(function, code, cells):
     """Return a new function with other code and cells, and all else of an old one."""
     new = types.FunctionType(code, function.__globals__, function.__name__,
-                             function.__defaults__, tuple(cells))
+                             function.__defaults__, tuple(cells) or None)   # (): PyPy refuses it
     new.__kwdefaults__ = function.__kwdefaults__
     new.__dict__.update(vars(function))
     for name in ("__qualname__", "__module__", "__doc__", "__type_params__"):
