@@ -4478,19 +4478,17 @@ class _Apply:
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
         self.ordered = []               # the edits in the order in which they were applied
-        self.own_code = None            # ids of what has other code of its own; see the report
         self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
         self.olds = set()               # ids of the functions and classes that were folded into
         self.moves = []                 # (old class, new class, reason): instances go over
-        self.fills = []                 # (class, attribute, factory): what its instances lack
+        self.fills = []                 # (class, attribute, what makes a value, reason if none)
         self.afterwards = []            # callables for the end of a success
         self.old_codes = {}             # id of a code that was replaced -> (path, code)
         self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
         self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
-        self.inits = []                 # (class, old node, new node) of changed __init__
         self.classes = {}               # id -> class that changed, for the hooks
         self.import_index = None        # {module: those that import from it}; made when needed
         self.sources = {}               # name -> _Source of a module that is not edited
@@ -4923,8 +4921,15 @@ class _Apply:
             self._note_init(scope, pair)
 
     def _note_init(self, scope, pair):
-        if scope.cls is not None and pair.new.node.name == "__init__" and pair.old is not None:
-            self.inits.append((scope.cls, pair.old.node, pair.new.node))
+        """Live instances get the literals that a new __init__ sets; the rest is named."""
+        if scope.cls is None or pair.new.node.name != "__init__" or pair.old is None:
+            return
+        olds = _attributes_set(pair.old.node)
+        for name, node in _attributes_set(pair.new.node).items():
+            if name not in olds:
+                name = scope.name_of(name)
+                self.fills.append((scope.cls, name, functools.partial(_fresh_literal, node), (
+                    "existing instances lack %s, which __init__ sets now" % name)))
 
     def _follow_fields(self):
         """Run again what copied the fields or the signature of something that has others now.
@@ -4936,7 +4941,7 @@ class _Apply:
         while size < len(self.refielded):
             size = len(self.refielded)
             for name, known in list(_hot.known.items()):
-                if name not in edits and known.text is not None and self._parsed(name, known):
+                if name not in edits and self._source_of(name):
                     uses = list((_space_of(known.module()) or {}).values())
                     if self._are_refielded(uses):
                         edits[name] = _unedited(name, known)
@@ -5357,31 +5362,15 @@ class _Apply:
             if count:
                 self.stuck[old.__qualname__, "existing tuples keep their old fields"] += count
 
-    def fold_dataclass(self, old, new):
-        fields = _dataclass_fields(new)
+    def fold_fields(self, old, new, fields):
+        """Note what fields a class has gained; `fields` returns {name: what makes a value}."""
         self.refielded[id(old)] = old
-        for name in set(fields).difference(_dataclass_fields(old)):
-            self.fills.append((old, name, fields[name].default_factory))
-
-    def fold_attrs(self, old, new):
-        self.refielded[id(old)] = old
-        names = {field.name for field in vars(old).get("__attrs_attrs__", ())}
-        nothing = getattr(sys.modules.get("attr"), "NOTHING", None)
-        for field in vars(new)["__attrs_attrs__"]:
-            if field.name not in names:
-                default, factory = field.default, getattr(field.default, "factory", None)
-                takes_self = getattr(field.default, "takes_self", False)
-                make = factory if factory is not None and not takes_self else (
-                    None if default is nothing or takes_self else lambda default=default: default)
-                self.fills.append((old, field.name, make))
+        olds = fields(old)
+        self.fills += [(old, name, make, "existing instances lack the new field %r, which has no "
+                        "default" % name) for name, make in fields(new).items() if name not in olds]
 
     def fold_pydantic(self, old, new):
-        self.refielded[id(old)] = old
-        olds = set(getattr(old, "__pydantic_fields__", ()) or ())
-        for name, field in dict(getattr(new, "__pydantic_fields__", {}) or {}).items():
-            if name not in olds:
-                self.fills.append((old, name, None if field.is_required() else functools.partial(
-                    field.get_default, call_default_factory=True)))
+        self.fold_fields(old, new, _pydantic_fields)
         self.unbuilt.append(old)
         self.afterwards.append(self._rebuild_models)
 
@@ -5441,7 +5430,7 @@ class _Apply:
         while todo and rounds < 100:
             follower, source, before = todo.pop()
             rounds += 1
-            values = self._values_of(follower, source, before)
+            values = self._values_of(follower, before)
             if values:
                 self._follow_pure(
                     follower, source.statements, None,
@@ -5454,7 +5443,7 @@ class _Apply:
             if changed:
                 todo += self._follow_imports(follower, before, changed)
 
-    def _values_of(self, edit, source, before):
+    def _values_of(self, edit, before):
         """Return {name: (old, new)} of plain values that changed."""
         found = {}
         for name, now in list(edit.space.items()):
@@ -5522,32 +5511,28 @@ class _Apply:
         """Bind in modules that imported a name what it is now; return them, to go on there."""
         followers = []
         for name in sorted(self._importers_of(edit.name)):
-            module = sys.modules.get(name)
-            known = _hot.known.get(name)
-            mine = self.by_name.get(name)
-            text = mine.text if mine is not None and name in self.started else known and known.text
-            space = _space_of(module)
-            if not space or text is None or space is edit.space:
+            space, source = _space_of(sys.modules.get(name)), self._source_of(name)
+            if source is None or space is edit.space:
                 continue
-            source = mine.new if mine is not None and name in self.started else self._parsed(
-                name, known)
-            values = source and _imported_values(source, space, edit, before, changed)
+            values, was = _imported_values(source, space, edit, before, changed), dict(space)
+            for each, value in values.items():
+                self.put(_entry(space, each), value)
             if values:
-                was = dict(space)
-                for each, value in values.items():
-                    self.put(_entry(space, each), value)
-                self.report.add("followed", name, [
-                    each for each in sorted(values) if each != "__all__"])
+                self.report.add("followed", name, sorted(set(values) - {"__all__"}))
                 followers.append((_Follower(name, space), source, was))
         return followers
 
-    def _parsed(self, name, known):
+    def _source_of(self, name):
+        """Return the _Source that a module runs at this moment, or None where it is unknown."""
+        if name in self.by_name and name in self.started:
+            return self.by_name[name].new
         if name not in self.sources:
+            known = _hot.known.get(name)
             try:
-                self.sources[name] = _Source(known.text, known.path)
+                self.sources[name] = known and known.text and _Source(known.text, known.path)
             except _COMPILE_ERRORS:
                 self.sources[name] = None       # it is just being edited
-        return self.sources[name]
+        return self.sources[name] or None
 
     def _importers_of(self, name):
         if self.import_index is None:
@@ -5566,29 +5551,25 @@ class _Apply:
         self.report.add("not_run_again", edit.name, [
             "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
 
-    def _report_not_run_again(self, edit):
+    def _report_not_run_again(self, edit, changed_code):
         """Name unchanged statements that called, or were made by, code that is another now."""
-        if self.own_code is None:       # of functions, and classes with methods that run at once
-            self.own_code = {id(each.space.get(name)) for each in self.edits
-                             for name in _own_code_changed(each)} - {id(_MISSING), id(None)}
-        changed = {name for name, value in edit.space.items() if id(value) in self.own_code}
-        changed |= {name for pair in edit.pairs if pair.change == "def" for name in pair.new.binds}
+        changed = {name for name, value in edit.space.items() if id(value) in changed_code}
+        changed |= _bound_by(pair.new for pair in edit.pairs if pair.change == "def")
         values = {name for name, (was, now) in self._values_of(
-            edit, edit.new, edit.before).items() if was is not _MISSING}
+            edit, edit.before).items() if was is not _MISSING}
         for pair in edit.pairs:
-            each = pair.new
-            if each is None or pair.change not in _LEFT_ALONE or each.is_main_guard or (
-                    each.kind in ("Import", "ImportFrom")):
+            each, is_left = pair.new, pair.change in _LEFT_ALONE
+            if each is None or each.is_main_guard and (is_left or edit.name != "__main__"):
                 continue
-            used = each.names.heads if each.is_definition else each.names.calls
-            reads = each.names.reads & values - each.binds if not each.is_definition else set()
-            if used & changed or reads and not (each.is_pure or each.is_definition):
-                self._report_not_run(edit, each, used & changed | reads)
+            if not is_left and self._is_kept_out(edit, each):
+                self.report.add("not_run_again", edit.name, [each.title])
+            if not is_left or each.kind in ("Import", "ImportFrom"):
+                continue
+            used = (each.names.heads if each.is_definition else each.names.calls) & changed
+            reads = set() if each.is_definition else each.names.reads & values - each.binds
+            if used or reads and not each.is_pure:
+                self._report_not_run(edit, each, used | reads)
         self._report_copied(edit)
-        for pair in edit.pairs:
-            if pair.new is not None and pair.change not in _LEFT_ALONE and self._is_kept_out(
-                    edit, pair.new) and (edit.name == "__main__" or not pair.new.is_main_guard):
-                self.report.add("not_run_again", edit.name, [pair.new.title])
 
     def _report_copied(self, edit):
         """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
@@ -5596,11 +5577,9 @@ class _Apply:
                  if pair.change not in _LEFT_ALONE and each.is_definition
                  for name in each.names.heads
                  if hasattr(type(edit.space.get(name)), "__iter__")}
-        sources = [(edit, edit.new)] + [
-            (_Follower(name, {}), self._parsed(name, _hot.known[name]))
-            for name in sorted(self._importers_of(edit.name) if heads else ())
-            if name in _hot.known and _hot.known[name].text is not None]
-        for follower, source in sources if heads else ():
+        importers = self._importers_of(edit.name) if heads else ()
+        for follower in [edit] + [_Follower(name, {}) for name in sorted(importers)]:
+            source = self._source_of(follower.name) if heads else None
             for each in source.statements if source else ():
                 if not each.is_definition and each.names.calls and each.kind != "For" and any(
                         name in each.names.reads - each.names.calls or "." + name in each.title
@@ -5626,11 +5605,12 @@ class _Apply:
         for name, forget in _CACHES.items():
             if name in sys.modules and self.known is not None:
                 forget()
-        self._fill_attributes()
         self._call_hooks()
+        changed_code = {id(edit.space[name]) for edit in self.edits
+                        for name in _own_code_changed(edit) if name in edit.space}
         for edit in self.ordered:
             self._report_names(edit)
-            self._report_not_run_again(edit)
+            self._report_not_run_again(edit, changed_code)
             self._report_removed(edit)
         self._report_sleepers()
         self._report_stuck()
@@ -5675,48 +5655,31 @@ class _Apply:
             function()
 
     def _fill_instances(self):
-        """Give live instances of dataclasses and the like the new fields that have a default."""
-        for cls, name, factory in self.fills:
-            for instance in _instances_of(cls):
-                if not hasattr(instance, name) and callable(factory):
-                    self.put(_attribute(instance, name), factory())
-                elif not hasattr(instance, name):
-                    self.stuck[cls.__qualname__, "existing instances lack the new field %r, "
-                               "which has no default" % name] += 1
-
-    def _fill_attributes(self):
-        """Give instances the literals that a new __init__ sets, name what else they lack."""
-        for cls, old, new in self.inits:
-            olds = _attributes_set(old)
-            news = {name: node for name, node in _attributes_set(new).items() if name not in olds}
-            for instance in _instances_of(cls) if news else ():
+        """Give live instances what new ones have, where its value is clear; else name it."""
+        instances_of = functools.lru_cache(maxsize=None)(_instances_below)
+        for cls, name, make, reason in self.fills:
+            for instance in instances_of(cls):
                 fields = _get_dict(instance)
-                for name, node in news.items():
-                    name = _mangled(name, cls.__name__)
-                    if fields is None or name in fields or hasattr(type(instance), name):
-                        continue
-                    value = _fresh_literal(node)
-                    if value is _MISSING:
-                        self.stuck[cls.__qualname__, "existing instances lack %s, which __init__ "
-                                   "sets now" % name] += 1
-                    else:
-                        self.put(_entry(fields, name), value)
+                if fields is None or name in fields or hasattr(type(instance), name):
+                    continue
+                value = make() if callable(make) else _MISSING
+                if value is _MISSING:
+                    self.stuck[cls.__qualname__, reason] += 1
+                else:
+                    self.put(_entry(fields, name), value)
 
     def _call_hooks(self):
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
-        for cls in self.classes.values():
-            functions = [f for base, f in list(_hot.hooks.items()) if base in cls.__mro__]
-            functions = [each for some in functions for each in some]
-            if functions or hasattr(cls, "__reload__"):
-                for sub in _all_classes():
-                    if issubclass(sub, cls) and hasattr(sub, "__reload__"):
-                        hook = type.__getattribute__(sub, "__reload__")
-                        hooked[id(sub)] = sub, functions + [hook]
-                    elif issubclass(sub, cls):
-                        hooked[id(sub)] = sub, functions
-        instances = _instances(*[cls for cls, _ in hooked.values()])
-        for instance in instances:
+        for cls in _all_classes() if self.classes else ():
+            if any(id(base) in self.classes for base in cls.__mro__):
+                functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
+                             for f in some]
+                if hasattr(cls, "__reload__"):
+                    functions.append(type.__getattribute__(cls, "__reload__"))
+                if functions:
+                    hooked[id(cls)] = cls, functions
+        for instance in _instances(*[cls for cls, _ in hooked.values()]):
             self.keep_reached([instance])
             for function in hooked[id(type(instance))][1]:
                 function(instance)
@@ -5868,26 +5831,26 @@ class _Apply:
 
     def _report_sleepers(self):
         """Count the running frames and suspended generators that finish on old code."""
-        codes = dict(self.old_codes)
+        codes = [code for _, code in self.old_codes.values()]
+        for edit in self.edits:
+            if edit.old is not None and any(pair.change == "gone" for pair in edit.pairs):
+                codes += [code for _, code in _code_paths(_nested_codes(edit.old.code))]
         running = _running_frames()
-        sleeping = _suspended_frames(
-            [code for _, code in codes.values()]
-            + [code for edit in self.edits if edit.old is not None and any(
-                pair.change == "gone" for pair in edit.pairs)
-               for _, code in _code_paths(_nested_codes(edit.old.code))], running)
-        for frames, reason in ((running, "a running frame finishes on the old code"),
-                               (sleeping, "a suspended generator or coroutine finishes on the "
-                                          "old code")):
+        for frames, reason in (
+                (running, "a running frame finishes on the old code"),
+                (_suspended_frames(codes, running),
+                 "a suspended generator or coroutine finishes on the old code")):
             alike = collections.defaultdict(list)     # a deep recursion has one code
             for frame in frames:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
                 if self._is_old(first):
-                    name = codes.get(id(first.f_code), (None,))[0] or self._path_of(first.f_code)
-                    self.stuck[name, reason] += 1 + len(more)
+                    self.stuck[self._path_of(first.f_code), reason] += 1 + len(more)
 
     def _path_of(self, code):
         """Return the path of a code that is no live function's any more."""
+        if id(code) in self.old_codes:
+            return self.old_codes[id(code)][0]
         for edit in self.edits if not hasattr(code, "co_qualname") else ():     # 3.6-3.10
             for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
                 if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
@@ -6675,8 +6638,10 @@ _FOLD_RULES = (     # (fits, what to do), the first that fits
 _CLASS_KINDS = (    # (fits, what is done beside the attributes), each that fits
     (lambda cls: hasattr(cls, "_member_map_"), _Apply.fold_enum),
     (lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields"), _Apply.fold_named_tuple),
-    (lambda cls: "__dataclass_fields__" in vars(cls), _Apply.fold_dataclass),
-    (lambda cls: "__attrs_attrs__" in vars(cls), _Apply.fold_attrs),
+    (lambda cls: "__dataclass_fields__" in vars(cls),
+     lambda apply, old, new: apply.fold_fields(old, new, _dataclass_fields)),
+    (lambda cls: "__attrs_attrs__" in vars(cls),
+     lambda apply, old, new: apply.fold_fields(old, new, _attrs_fields)),
     (lambda cls: "__pydantic_core_schema__" in vars(cls), _Apply.fold_pydantic),
 )
 
@@ -6729,9 +6694,25 @@ def _kept_class_names(found, new):
 
 
 def _dataclass_fields(cls):
-    """Return {name: field} of a dataclass, of another class an empty dict."""
+    """Return {name: what makes a value, if that can be called} of a dataclass's own fields."""
     found = sys.modules["dataclasses"].fields(cls) if "__dataclass_fields__" in vars(cls) else ()
-    return {field.name: field for field in found}
+    return {field.name: field.default_factory for field in found}
+
+
+def _attrs_fields(cls):
+    found = {}
+    for field in vars(cls).get("__attrs_attrs__", ()):
+        make = getattr(field.default, "factory", lambda field=field: field.default)
+        is_missing = field.default is sys.modules["attr"].NOTHING
+        takes_self = getattr(field.default, "takes_self", False)
+        found[field.name] = None if is_missing or takes_self else make
+    return found
+
+
+def _pydantic_fields(cls):
+    return {name: None if field.is_required() else functools.partial(
+        field.get_default, call_default_factory=True)
+        for name, field in dict(getattr(cls, "__pydantic_fields__", {}) or {}).items()}
 
 
 def _same_payload(kept, member):
@@ -7368,6 +7349,11 @@ def _instances(*classes):
     found = _may_refer_to(classes) if is_known else gc.get_objects()
     ids = set(map(id, classes))
     return [obj for obj in found if id(type(obj)) in ids]
+
+
+def _instances_below(cls):
+    """Return the live instances of a class and of all classes below it."""
+    return _instances(*[each for each in _all_classes() if cls in each.__mro__])
 
 
 def _forget_subclasses():
