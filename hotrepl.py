@@ -11406,13 +11406,14 @@ def _token_file(address, token):
 
 def _write_note(server):
     """Let the client find `server` by a note in the runtime folder; return its path, or None."""
-    note = {"pid": os.getpid(), "process": process_mark(os.getpid()), "started": time.time(),
-            "namespaces": namespaces(), "argv": getattr(sys, "argv", []), "address": server.address,
-            "control_address": server.control_address}
+    places = ["unix:" + each if isinstance(each, str) else "tcp:%s %d" % each[:2]
+              for each in (server.address, server.control_address)]
+    note = [os.getpid(), process_mark(os.getpid()), time.time(), " ".join(namespaces()), *places,
+            *getattr(sys, "argv", [])]
     try:
         name = NOTE_NAME % (os.getpid(), os.urandom(4).hex())
         path = os.path.join(runtime_folder(), name)
-        write_private(path, ascii(note).encode("ascii"))
+        write_private(path, "\0".join(map(str, note)).encode("utf-8", "surrogatepass"))
         return path
     except OSError as exc:        # no folder to write to: it can be reached nevertheless
         log.debug("no note of the server at %s: %s", _join_address(server.address), exc)
@@ -12045,10 +12046,9 @@ class Terminal:
         self.write((begin + data).replace(b"\n", b"\r\n"))    # the terminal may be raw
         if self._call("rl_on_new_line", "rl_redisplay"):
             return
-        line = ""
+        line = b""
         with suppress(Exception):     # there is no readline; PyPy's on a terminal it can't use
-            line = "" if self._is_secret else sys.modules["readline"].get_line_buffer()
-        line = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
+            line = b"" if self._is_secret else _line_buffer()
         self.write(self._prompt.encode("utf-8", "surrogateescape") + line)
 
     def _show_tall(self, text):
@@ -12164,7 +12164,7 @@ class Terminal:
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
         _read_without_waiting()
         key = self._next_bytes(1)
-        if key == CTRL_D and not sys.modules["readline"].get_line_buffer().strip():
+        if key == CTRL_D and not _line_buffer().strip():
             self._ending, key = EOFError(), b""
         return key
 
@@ -12354,6 +12354,11 @@ def _kept_modes():
     finally:
         if termios.tcgetattr(0) != before:
             termios.tcsetattr(0, termios.TCSANOW, before)
+
+
+def _line_buffer():
+    line = sys.modules["readline"].get_line_buffer()
+    return line if isinstance(line, bytes) else line.encode("utf-8", "replace")   # PyPy: bytes
 
 
 def _read_without_waiting():
@@ -12674,12 +12679,14 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
     with _reach(host, port, control_port) as (address, locate_control), ExitStack() as undo:
-        sock, is_ours = _dial(address, ssl_context, is_plain)
+        sock, owner = _dial(address, ssl_context, is_plain)
         link = Link(sock, limit_s)
         undo.callback(link.close)
         sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
+        is_ours, is_root = owner == effective_uid(), effective_uid() == 0
+        is_trusted = is_ours or is_root or owner is None or ssl_context is not None
         try:
-            token = _show_token(sock, _tokens(address, token, is_ours))
+            token = _show_token(sock, _tokens(address, token, is_ours, is_trusted))
             link.meet(lambda port: _dial(locate_control(port), ssl_context, is_plain)[0],
                       token is not None, streams)
         except socket.timeout as exc:
@@ -12787,9 +12794,11 @@ def _check_far_side(lines, target, place):
         owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
                   and (words[3] == b"0A" or words[9] != b"0")}
     others = b", ".join(sorted(owners.difference(user))).decode("ascii", "replace")
-    if others and user != [b"0"]:
-        raise PermissionError(errno.EACCES, "the server at %s is uid %s's over there, not that of "
-                              "whom ssh lets in, so nothing was sent" % (target, printable(others)))
+    is_told = any(words[:1] == [b"sl"] for words in lines)    # the table's header
+    if user != [b"0"] and (others or is_told and not owners):
+        whose = "is uid %s's" % printable(others) if others else "is nobody's"
+        raise PermissionError(errno.EACCES, "the server at %s %s over there, not that of "
+                              "whom ssh lets in, so nothing was sent" % (target, whose))
 
 
 # Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
@@ -12804,7 +12813,7 @@ exit $code"""
 
 
 def _dial(address, ssl_context=None, is_plain=False):
-    """Return a socket that is connected to a server, and whether that is this user's own.
+    """Return a socket that is connected to a server, and the uid of its owner; None: unknown.
 
     Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
     user's word, vouches for it.
@@ -12822,27 +12831,30 @@ def _dial(address, ssl_context=None, is_plain=False):
                       "'python hotrepl.py serve' or hotrepl.start()"
                       % (where, exc.strerror or exc)) from exc
     try:
-        is_ours = _check_owner(sock, where, ssl_context is not None or is_plain)
+        owner = _check_owner(sock, where, ssl_context is not None or is_plain)
     except BaseException:
         sock.close()
         raise
-    return sock if ssl_context is None else _encrypted(sock, ssl_context, where), is_ours
+    return sock if ssl_context is None else _encrypted(sock, ssl_context, where), owner
 
 
 def _connect_to(host, port):
     """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if host == "localhost":
         with suppress(ConnectionRefusedError):
-            return socket.create_connection(("127.0.0.1", port))
+            return socket.create_connection((b"127.0.0.1", port))
         host = "::1"
+    with suppress(UnicodeEncodeError):    # for text Python loads its tables of international names
+        host = host.encode("ascii")
     return socket.create_connection((host, port))
 
 
 def _check_owner(sock, where, is_vouched):
-    """Return whether the server is our user's; PermissionError if it isn't, and nobody vouches.
+    """Return the uid of a server's owner; PermissionError if it isn't ours, and nobody vouches.
 
     Root may visit another user's, as it may do all else, and is told so.
     """
+    ours = effective_uid()
     try:
         owner = server_owner(sock)
     except PermissionError:       # as behind a container's published port
@@ -12851,13 +12863,12 @@ def _check_owner(sock, where, is_vouched):
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
                               "nothing was sent; come by --tls or ssh, or pass --plain to send "
                               "all, a token too, in clear text" % where)
-    is_ours = owner is not None and owner == effective_uid()
-    if owner is not None and not is_ours:
-        if effective_uid() != 0 and not is_vouched:
-            raise PermissionError(errno.EACCES, "the server at %s is uid %d's, not yours, so "
-                                  "nothing was sent; 'list' shows yours" % (where, owner))
+    if owner not in (None, ours) and not (is_vouched or ours == 0):
+        raise PermissionError(errno.EACCES, "the server at %s is uid %d's, not yours, so "
+                              "nothing was sent; 'list' shows yours" % (where, owner))
+    if owner not in (None, ours):
         print("hotrepl: the server at %s is uid %d's" % (where, owner), file=sys.stderr)
-    return is_ours
+    return owner
 
 
 def _encrypted(sock, ssl_context, where):
@@ -12903,10 +12914,13 @@ def _show_token(sock, tokens):
         sock.sendall(token.encode("utf-8") + b"\n")
 
 
-def _tokens(address, token, is_ours):
-    """Yield what may be the token: as we were told, as a server of ours left it, as is typed."""
+def _tokens(address, token, is_ours, is_trusted):
+    """Yield what may be the token: as we were told, as a server of ours left it, as is typed.
+
+    What the environment says is for servers that are not known to be another user's.
+    """
     import getpass
-    token = token or os.environ.get("HOTREPL_TOKEN")
+    token = token or is_trusted and os.environ.get("HOTREPL_TOKEN")
     if token:
         yield token
     elif is_ours:
@@ -12922,8 +12936,7 @@ def noted_servers():
     """
     notes = []
     for path in runtime_files("server-*.note"):
-        # It stops just now, or is no note of this version.
-        with suppress(FileNotFoundError, ValueError, KeyError, SyntaxError, TypeError):
+        with suppress(FileNotFoundError, ValueError):     # it stops just now; no note of ours
             note = _read_note(path)
             if note["namespaces"] != namespaces():
                 continue
@@ -12935,16 +12948,21 @@ def noted_servers():
 
 
 def _read_note(path):
-    import ast
-    with open(path, "rb") as file:
-        note = ast.literal_eval(file.read().decode("ascii"))
-    places = [note["address"], note["control_address"]]
-    if not (isinstance(note["pid"], int) and 0 < note["started"] <= time.time() + 1e9
-            and all(isinstance(word, str) for word in note["argv"])
-            and all(isinstance(place, str) or list(map(type, place[:2])) == [str, int]
-                    for place in places)):
-        raise ValueError("no note of this version")
+    with open(path, encoding="utf-8", errors="surrogatepass", newline="") as file:
+        pid, process, started, spaces, address, control_address, *argv = file.read().split("\0")
+    note = {"pid": int(pid), "process": process, "started": float(started),
+            "namespaces": spaces.split(), "argv": argv, "address": _parse_place(address),
+            "control_address": _parse_place(control_address)}
+    if not 0 < note["started"] <= time.time() + 1e9:
+        raise ValueError("no time of this age")
     return note
+
+
+def _parse_place(text):
+    """Return the address that a note has, as in Server: a path or (host, port)."""
+    kind, _, place = text.partition(":")
+    host, _, port = place.rpartition(" ")
+    return place if kind == "unix" else (host, int(port))
 
 
 def _is_alive(note):
@@ -13118,12 +13136,15 @@ def main(argv=None):
 
 def _parser():
     import argparse
+    # To find the width out itself argparse imports shutil, and that bz2, lzma and more.
+    columns = os.environ.get("COLUMNS", "")
+    style = functools.partial(argparse.RawDescriptionHelpFormatter,
+                              width=int(columns) - 2 if columns.isdigit() else 78)
     parser = argparse.ArgumentParser(
-        prog="hotrepl.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="hotrepl.py", formatter_class=style,
         description="Talk to a running Python process, and change it.", epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version="hotrepl " + __version__)
-    # With `prog` argparse does not format the usage, for which it imports shutil with bz2 and lzma.
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog=parser.prog)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True      # 3.6 has no such argument
     by_name = {}
     for name, run, usage, purpose, description in (
@@ -13136,7 +13157,7 @@ def _parser():
             ("list", _list, "[options]", "show the running servers of this user", _LIST_HELP)):
         by_name[name] = commands.add_parser(
             name, help=purpose, usage="%(prog)s " + usage, description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter)
+            formatter_class=style)
         by_name[name].set_defaults(run=run)
     serve, client, execute = by_name["serve"], by_name["connect"], by_name["exec"]
     serve.add_argument("-m", dest="module", nargs=argparse.REMAINDER, metavar="MODULE ARG",

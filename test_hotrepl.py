@@ -8207,9 +8207,10 @@ class FalseServers(AccessCase):
         false_server = self.false_server(["127.0.0.1", free_port()])
         port = json.loads(false_server.process.args[-2])[1]
         self.as_user(OWNER, code="hotrepl.write_private(hotrepl.token_path(('', %d)), b'a-token-of-ours!')" % port).end()
-        code, out, said = self.ran("--plain", "127.0.0.1:%d" % port)
-        self.assertEqual((code, out), (1, ""))
-        self.assertIn("the server wants its token", said)
+        for env in ({}, {"HOTREPL_TOKEN": "a-token-of-ours!"}):
+            code, out, said = self.ran("--plain", "127.0.0.1:%d" % port, **env)
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("the server wants its token", said)
         self.assert_heard_nothing(false_server)
 
     def test_root_may_visit_and_is_told_whose_it_is(self):
@@ -8341,7 +8342,7 @@ class OddReplies(AccessCase):
 
     def assert_one_line(self, visitor):
         ended = visitor.end()
-        self.assertIn(ended[:2], ([1, ""], [2, ""]), ended)
+        self.assertEqual(ended[:2], [1, ""], ended)
         self.assertRegex(ended[2], r"\Ahotrepl: [^\n]*\n\Z")
         self.assertTrue(ended[2][:-1].isprintable(), ended)
 
@@ -9057,6 +9058,12 @@ class Ssh(AccessCase):
         said = self.refused()
         self.assertRegex(said, r"(?m)^hotrepl: the server at \S+ is uid 0's over there, .*nothing was sent$")
         self.assertEqual(self.served.server.sessions(), [])
+
+    def test_ports_where_nobody_listens_over_there_get_nothing(self):
+        tool("setpriv")
+        self.restart(self.AS_OWNER)
+        self.served.close()
+        self.assertRegex(self.refused(), r"(?m)^hotrepl: the server at \S+ is nobody's over there, .*nothing was sent$")
 
     def test_another_users_unix_socket_over_there_gets_nothing(self):
         tool("setpriv")
@@ -11157,22 +11164,22 @@ class Finding(NotesCase):
         self.serve()
         path = os.path.join(self.notes, os.listdir(self.notes)[0])
         with open(path, "r+") as file:
-            note = dict(ast.literal_eval(file.read()), process="1")
+            note = file.read().split("\0")
             file.seek(0)
             file.truncate()
-            file.write(ascii(note))
+            file.write("\0".join(note[:1] + ["1"] + note[2:]))
         self.assertEqual((self.pids(), os.listdir(self.notes)), ([], []))
 
     def test_what_is_no_note_is_left_alone(self):
         self.serve()
         path = os.path.join(self.notes, os.listdir(self.notes)[0])
         with open(path) as file:
-            note = ast.literal_eval(file.read())
-        for number, odd in enumerate([[], {}, 1, dict(note, argv=None), dict(note, argv=[1]), dict(note, address=1),
-                                      dict(note, address=("a", "b")), dict(note, control_address=None),
-                                      dict(note, started="now"), dict(note, started=1e30), dict(note, pid="1")]):
+            note = file.read().split("\0")
+        changes = [[""], ["{}"], note[:5]] + [note[:at] + [odd] + note[at + 1:] for at, odd in (
+            (0, "x"), (2, "now"), (2, "1e30"), (2, "nan"), (4, "1"), (4, "tcp:a b"), (5, ""))]
+        for number, odd in enumerate(changes):
             with open(os.path.join(self.notes, "server-1-%d.note" % number), "w") as file:
-                file.write(ascii(odd))
+                file.write("\0".join(odd))
         self.assertEqual(self.pids(), [os.getpid()])
         self.assertEqual(self.hotrepl("exec", str(os.getpid()), "-c", "6*7"), [0, "42\n", ""])
 
@@ -11184,6 +11191,21 @@ class Finding(NotesCase):
         program.send("\n")
         program.until("1\n")
         self.assertEqual((self.pids(), os.listdir(self.notes)), ([], []))
+
+    def test_a_note_keeps_every_argument_as_it_is(self):
+        words = ["a b", "", "c\nd", "\u20ac", "\udcff", "tcp:x"]
+        before, sys.argv = sys.argv, words
+        self.addCleanup(setattr, sys, "argv", before)
+        self.serve()
+        self.assertEqual(json.loads(self.hotrepl("list", "--json")[1])["argv"], words)
+
+    def test_exec_loads_no_module_that_it_can_do_without(self):
+        self.serve()
+        found = self.keep(Program([sys.executable, "-c", "import sys; sys.path[0] = %r; import hotrepl; before = set(sys.modules); "
+                                   "hotrepl.main(['exec', '-c', '6*7']); print(sorted({'ast', 'queue', 'encodings.idna', "
+                                   "'shutil', 'getpass', 'subprocess'} & set(sys.modules) - before))"
+                                   % os.path.dirname(SOURCE_PATH)])).end()
+        self.assertEqual(found[:2], [0, "42\n[]\n"])
 
     def test_list_is_no_visitor(self):
         served = self.serve()
