@@ -12842,11 +12842,12 @@ def _connect_to(host, port):
     """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if host == "localhost":
         with suppress(ConnectionRefusedError):
-            return socket.create_connection((b"127.0.0.1", port))
+            return socket.create_connection((DEFAULT_BIND, port))
         host = "::1"
+    name = host
     with suppress(UnicodeEncodeError):    # for text Python loads its tables of international names
-        host = host.encode("ascii")
-    return socket.create_connection((host, port))
+        name = host.encode("ascii")
+    return socket.create_connection((name, port))
 
 
 def _check_owner(sock, where, is_vouched):
