@@ -3835,17 +3835,8 @@ class _Statement:
 
     @property
     def changes(self):
-        """The names of what `H.append(f)` or `H[k] = f` changes; empty where that is unknown."""
-        value = self.node.value if self.kind == "Expr" else self.node
-        names = set()
-        for place in getattr(value, "targets", None) or [
-                getattr(value, "target", None) or getattr(value, "func", None)]:
-            if not hasattr(place, "value"):
-                return set()  # such as `setup(H)`
-            while hasattr(place, "value"):
-                place = place.value
-            names.add(getattr(place, "id", None))
-        return names if None not in names else set()
+        """The name of what `H.append(f)` or `H[k] = f` changes, in a set; else an empty one."""
+        return set(re.findall(r"^(\w+)[.\[]", self.title))
 
     @property
     def binds_at_its_end(self):
@@ -4453,17 +4444,16 @@ def _cell_value(cell):
 
 
 def _set_cell(cell, value):
-    def outer(content):
-        def setter(value):
-            nonlocal content
-            if value is _MISSING:
-                del content
-            else:
-                content = value
-        return setter
-    if _cell_value(cell) is not value:
-        # 3.6: cell_contents can't be assigned, but a function over the cell can write it.
-        types.FunctionType(outer(None).__code__, globals(), "setter", None, (cell,))(value)
+    if value is _MISSING:
+        del cell.cell_contents  # novm; 3.7: it can be assigned too, but not before
+        return
+    content = None
+
+    def setter(value):
+        nonlocal content
+        content = value
+    # 3.6: only a function over the cell can write it.
+    types.FunctionType(setter.__code__, globals(), "setter", None, (cell,))(value)
 
 
 # --- Apply: the order of the import system, one pair after the other ---
@@ -6906,23 +6896,23 @@ def _imported_values(source, space, edit, before, changed):
             now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
             if live is not was or now is was:
                 continue
-            if now is _MISSING:
-                if is_star and not _is_starred_elsewhere(source, space, edit, name):
-                    found[own] = now
-            elif name in changed and (is_star or was is not _MISSING):
+            if is_star and now is _MISSING:
+                now = _imported_elsewhere(source, space, edit, name)
+            elif now is _MISSING or name not in changed or was is _MISSING and not is_star:
+                continue
+            if now is not live:
                 found[own] = now
     return found
 
 
-def _is_starred_elsewhere(source, space, edit, name):
-    """Tell whether a module has a name also from another module than the edited one."""
+def _imported_elsewhere(source, space, edit, name):
+    """Return what a module imports by a name from another module than the edited one."""
     for module_name, alias in _imported_names(source, space):
         other = _space_of(sys.modules.get(module_name))
-        if other is not edit.space and name in other and (
-                name in _public(other) if alias.name == "*" else name == (
-                    alias.asname or alias.name)):
-            return True
-    return False
+        if other is not edit.space and name in (
+                _public(other) if alias.name == "*" else (alias.asname or alias.name,)):
+            return other.get(name if alias.name == "*" else alias.name, _MISSING)
+    return _MISSING
 
 
 def _pure_value(node, space):
