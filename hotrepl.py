@@ -3642,13 +3642,17 @@ def _last_binders(statements):
 
 
 class _once:
-    """A property that is computed when it is first asked for, and kept in the object."""
+    """An attribute that is computed when it is first asked for, and kept in the object."""
 
     def __init__(self, function):
         self.function = function
+        self.name = ""          # of the attribute; set when its class is made
+
+    def __set_name__(self, owner, name):
+        self.name = name
 
     def __get__(self, owner, kind=None):
-        value = vars(owner)[self.function.__name__] = self.function(owner)
+        value = vars(owner)[self.name] = self.function(owner)
         return value
 
 
@@ -3693,17 +3697,11 @@ class _Source:
         return [_Statement(node, self, start, max(stop, start + 1), counts[start] == 1)
                 for node, start, stop in zip(nodes, starts, starts[1:] + [end])]
 
-    @property
-    def names(self):
-        """The names that the statements bind, also by a docstring."""
-        return _bound_by(self.statements) | {
-            "__doc__" for each in self.statements[:1] if each.is_constant}
-
-    @_once
-    def code(self):
-        """The code object of the whole text."""
-        # Not from the nodes: 3.6 crashes where they are nested too deep.
-        return compile("\n".join(self.lines), self.path, "exec", 0, True)
+    # Not from the nodes: 3.6 crashes where they are nested too deep.
+    code = _once(lambda each: compile("\n".join(each.lines), each.path, "exec", 0, True))
+    # What the statements bind, also by a docstring.
+    names = _once(lambda each: _bound_by(each.statements).union(
+        ["__doc__"] if each.statements and each.statements[0].is_constant else []))
 
     @_once
     def codes(self):
@@ -3717,7 +3715,7 @@ class _Source:
     def has(self, code):
         """Tell whether some code in it does what `code` does."""
         return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
-                   for _, other in _code_paths(_nested_codes(self.code)))
+                   for others in self.codes.values() for other in others)
 
     @_once
     def flags(self):
@@ -3764,28 +3762,24 @@ class _Statement:
     def __init__(self, node, source, start, end, is_alone):
         self.node, self.source = node, source
         self.start, self.end = start, end       # its first line, from 0 on, and that behind it
+        self.is_alone = is_alone                # on its lines
         self.kind = type(node).__name__
         self.is_function = self.kind in _FUNCTIONS
         self.is_definition = self.is_function or self.kind == "ClassDef"
-        self.is_alone = is_alone                # on its lines
+        self.is_harmless = self.is_definition or self.kind in (     # defines, assigns, imports
+            "Import", "ImportFrom", "Assign", "AnnAssign")
+        self.binds_surely = self.is_harmless or self.kind == "AugAssign"
 
-    @_once
-    def names(self):
-        return _Names([self.node])
-
-    @_once
-    def code(self):
-        """The code of the statement alone, to look at its names."""
-        return self.source.compile_alone([self.node])
-
-    @_once
-    def binds(self):
-        return {self.node.name} if self.is_definition else self.names.binds
-
-    @property
-    def rebinds(self):
-        """The names that it binds from what they were."""
-        return set() if self.is_definition else self.binds & self.names.reads
+    names = _once(lambda each: _Names([each.node]))
+    binds = _once(lambda each: {each.node.name} if each.is_definition else each.names.binds)
+    # What it binds from what that was before, as `f = wrap(f)` does.
+    rebinds = _once(lambda each: set() if each.is_definition else each.binds & each.names.reads)
+    code = _once(lambda each: each.source.compile_alone([each.node]))   # to look at its names
+    body = _once(lambda each: each.source.statements_of(each.node.body, each.end))  # of a class
+    dump = _once(lambda each: _key(each.node))
+    shell = _once(lambda each: _shell(each.node))
+    decorator_dump = _once(
+        lambda each: (each.kind, _key(getattr(each.node, "decorator_list", []))))
 
     @_once
     def text_key(self):
@@ -3793,19 +3787,6 @@ class _Statement:
         if not self.is_alone or self.node.col_offset < 0:
             return self.dump
         return "\n".join(self.source.lines[self.start:self.end]).rstrip()
-
-    @_once
-    def dump(self):
-        return _key(self.node)
-
-    @_once
-    def shell(self):
-        """The tree with all function bodies emptied."""
-        return _shell(self.node)
-
-    @property
-    def decorator_dump(self):
-        return self.kind, _key(getattr(self.node, "decorator_list", []))
 
     def label(self, place):
         """What pairs it with its like in another text; `place`: behind which statement."""
@@ -3815,11 +3796,6 @@ class _Statement:
         elif self.kind == "ImportFrom":
             return self.node.module, self.node.level, "*" in self.binds
         return kind, tuple(sorted(self.binds)) or place
-
-    @_once
-    def body(self):
-        """The statements of a class body."""
-        return self.source.statements_of(self.node.body, self.end)
 
     @property
     def is_constant(self):
@@ -3847,15 +3823,6 @@ class _Statement:
     @property
     def has_definitions(self):
         return "Def'" in str(self.dump) or self.kind == "AnnAssign"
-
-    @property
-    def is_harmless(self):
-        """Nothing but definitions, assignments and imports."""
-        return self.is_definition or self.kind in ("Import", "ImportFrom", "Assign", "AnnAssign")
-
-    @property
-    def binds_surely(self):
-        return self.is_harmless or self.kind == "AugAssign"
 
     @property
     def is_main_guard(self):
