@@ -9100,7 +9100,7 @@ _GAP = rb"[^\S\n]+"
 # What no Python program starts with. A row decides at its last byte, so one that could also begin
 # an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
 # for long: the bytes are a stranger's. What a web page, or whoever was talked into fetching a URL,
-# can send is HTTP even where it is Python too: `GET / HTTP/1.1` divides, so does `get /x`.
+# can send is HTTP even where it is Python too: `GET / x` divides, so does `get /x`.
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
@@ -9125,7 +9125,7 @@ _GREETINGS = (
     # ICAP look the same. With HTTP/0.9 the line is over after that.
     ("an HTTP request", _WORD + _GAP + rb"(?:/+(?:[^\s=/\\]|[^\S\n]*[\n\0])"
      rb"|[/*]" + _GAP + rb"(?:HTTP|RTSP|SIP|ICAP)/\d|\w[\w+.-]*:\S)"),
-    ("an HTTP request", rb"[A-Z]+ /(?:\S+|[^\n]* HTTP/\d\.\d)\r?\n"),
+    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE)" + _GAP + rb"/"),
     ("an HTTP request",           # and one that is not valid
      rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)" + _GAP + rb"HTTP/\d\.\d\r\n"),
     # A header, of LSP or DAP too. A name without a hyphen could be annotated, as in `host: str`.

@@ -9818,6 +9818,7 @@ FOREIGN = (
     b"a001 CAPABILITY\r\n", b"1 LOGIN a b\r\n", b"<?xml version='1.0'?>", b"<stream:stream to='x'>",
     b"@RSYNCD: 31.0\n", b"RFB 003.008\n", b"put 0 0 60 25\r\n1+1\r\n",
     b"get /\r\n", b"get /x\r\n", b"foo /x/y\n", b"FOO //\r\n", b"PROPFIND /x;y z\r\n", b"M-SEARCH /x\r\n",    # a fetcher's
+    b"GET / HTTP\n", b"POST / x\n", b"DELETE / 1\n\nopen('x')\n", b"GET //= 1\r\n",
     b"it!_.~ http://x/\r\n", b"get http://x/a b\r\n", b"POST /a b\r\n", b"GET /=1\r\n", b"GET /= 1;x # HTTP/1.1\r\n",
     b"foo localhost:1337 HTTP\r\n", b"\xe9 /\xff\r\n", b"G\xffT /x\x01' HTTP/1.1\r\n", b"GET /\xe9'# HTTP/1.1\r\n",
     b"POST http://\xfe\xff/ HTTP/1.1\r\n", b"\xc3\xa9\x1b /\x7f' HTTP/1.1\r\n", b"GET\x0b/x\r\n", b"GET\x0c/'\x0cHTTP/1.1\r\n",
@@ -9829,8 +9830,8 @@ FOREIGN = (
 
 PYTHON = (
     b"1+1\n", b"\n", b"\r\n", b"", b"\n\n1+1\n", b"GET\n", b"GET \n", b"HEAD\r\n", b"POST = 1\n",
-    b"POST = HTTP/1.1\n", b"get(x)\n", b"GET(x)\n", b"GET / HTTP\n",
-    b"POST / x\n", b"DELETE / x / y\n", b"GET.x / HTTP.y\n", b"x = HTTP/1.1\n", b"x in HTTP/2\n",
+    b"POST = HTTP/1.1\n", b"get(x)\n", b"GET(x)\n", b"LIMIT / HTTP\n",
+    b"SUM / x\n", b"TOTAL / x / y\n", b"GET.x / HTTP.y\n", b"x = HTTP/1.1\n", b"x in HTTP/2\n",
     b"OPTIONS\n", b"* 2\n", b"*1\n", b"*1,\r\n", b"*a, b = c\r\n", b"*_, x = 1, 2\n",
     b"print('GET / HTTP/1.1')\n", b"'GET / HTTP/1.1'\r\n", b'"GET / HTTP/1.1"\r\n',
     b"# GET / HTTP/1.1\n", b"#about HTTP/1.1\n", b"# see HTTP/1.1\n",
@@ -9858,7 +9859,7 @@ PYTHON = (
     b"Content-Length\n", b"Content = 10\n", b"content: int\n", b"MAIL\n", b"CAP = 1\n", b"CAP.LS\n",
     b"a001\n", b"a001 = 1\n", b"x1 in CAPABILITY\n", b"@RSYNCD\n", b"@rsyncd\n", b"RFB = 3\n", b"put(0)\n",
     b"set #x 1 2 3\n", b"set ('''x 1 2 3\n", b"x < y\n", b"put = 0\n",
-    b"x /= 2\r\n", b"x /=2\r\n", b"x //= 2\r\n", b"TOTAL /= 2\r\n", b"x //=2\n", b"x // 2\r\n", b"10 /3\r\n", b"-1 /2\r\n", b".5 /x\n",
+    b"x /= 2\r\n", b"x /=2\r\n", b"x //= 2\r\n", b"TOTAL /= 2\r\n", b"TOTAL /=2\n", b"x //=2\n", b"x // 2\r\n", b"10 /3\r\n", b"-1 /2\r\n", b".5 /x\n",
     b"x /\\\r\n", b"lambda x:x\r\n", b"if x:y\r\n", b"lambda *a, /: a\n", b"x or lambda:1\r\n", b"1and x\r\n", b"x [1:2]\r\n",
     b"x [::1]\r\n", b"print x\r\n", b"improt os\r\n", b"x y z\r\n", b"while x:y\n", b"class A:x=1\n", b"match x:\r\n", b"def f(a, /):\r\n",
     b"host: str = 'x'  # of x\r\n", b"cookie: int\n", b"cookie = 1\r\n", b"if-x: y\r\n", b"while-x: y\n", b"a-b\r\n", b"x-y-z #: 1\n",
