@@ -3220,6 +3220,12 @@ def _collector_off():
 
 
 # --- Know: which modules are the program's, and what text runs in them ---
+# A module is the program's own where its file lies in no folder of a library. For each of them
+# note_sources() keeps the text that runs, in the background after start() and at each prompt. A
+# file that was written after the process began may be newer than what runs: its text is known
+# only where nothing that lives speaks against it, see "Unknown text". reload() asks each own file
+# for its stamp, and reads those whose stamp is another. No module's own code runs while it is
+# looked at: it may be lazy, a proxy or a liar.
 
 _Known = record("_Known", "module path text stamp")   # text None: unknown
 
@@ -3538,10 +3544,19 @@ class _Edit:
 
 
 # --- Diff: the statements of two texts, and what became of each; pure ---
-
-# change: same; moved (other lines or comments); body (only inside functions); def, class, value
-# (by kind); again (unchanged, but must be executed); new; gone; live (the old text is unknown, and
-# what lives is otherwise)
+# Each statement of the new text, of a module or of a class body, becomes a pair with its like in
+# the old one, and the pair says what changed:
+#   old text            new text            change
+#   A = 1               A = 1               same; "moved" where lines or comments are others
+#   def f(): return 1   def f(): return 2   body: all is alike but inside of functions
+#   def f(a): ...       def f(a=1): ...     def
+#   class C: x = 1      class C: x = 2      class; the pairs of its body tell more
+#   A = 1               A = 2               value, as for all other statements
+#   A = 1; A += 1       A = 1               again: it is unchanged, and must run; and A += 1: gone
+#                       B = 1               new
+#   (unknown)           def f(): ...        live: what f is now is not what this makes
+# Code is always taken from the new text as a whole, so that bytecode and lines are those of a
+# fresh process; the old text is only parsed.
 _Pair = record("_Pair", "old new change")
 _LEFT_ALONE = ("same", "moved", "body")
 _FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
@@ -4056,6 +4071,15 @@ def _mangled(name, class_name):
 
 
 # --- Unknown text: what lives is compared with the file ---
+# Where nobody knows what text ran, what it has made is there still. The same pairs come out:
+#   the file has            alive is                       so
+#   def f(): ...            other code, other defaults     live: f gets the file's code
+#   X = 1, import x, def f  no such name                   new: the statement runs
+#   LIMIT = 2               1                              can't tell: LIMIT is 1, the file says 2
+#   conn = connect()        anything                       same: state is never made anew
+#   no f                    a function f of this file      gone
+#   no X                    X = 1                          can't tell: X is not in the file
+# So also in classes. What is told and not done, a user who knows better does by hand.
 
 _Found = record("_Found", "path text")   # text: how it is otherwise
 
@@ -4271,6 +4295,11 @@ def _unsaved(edit):
 
 
 # --- Journal: the only thing that undoes ---
+# Whoever changes the program writes through it: journal.put(_entry(space, "RATE"), 3). Before code
+# of the program runs, what that may write to is kept: journal.keep(...), keep_content(a_list). A
+# failure calls undo(), and all is as before. A success calls seal(), which looks at what has become
+# of all that was kept; the journal then stays in the history, and its undo() leaves alone what
+# others have written meanwhile. The lock of transactions guards it.
 
 class _Journal:
     """Changes made in place, each with what takes it back."""
@@ -4359,7 +4388,8 @@ def _gained(before, after, key=id):
     return news, olds
 
 
-# A slot is a place for the journal: (read, write, key).
+# A slot is a place for the journal, (read, write, key): a name in a namespace, an attribute, the
+# cell of a closure. What is not there reads as _MISSING. Two changes with one key meet.
 
 def _entry(mapping, key):
     def write(value):
@@ -6736,6 +6766,10 @@ def _fresh_literal(node):
 
 
 # --- Who imports whom ---
+# Edits are applied in the order in which the import system would come to them, so the apply phase
+# asks where an import statement leads, also in modules that are not edited: those are not parsed,
+# as a thousand of them may lie between two edits. Afterwards it asks the other way: who holds a
+# value that was imported from what has changed?
 
 class _Follower(record("_Follower", "name space")):
     """A module that is not edited, where an edit is expected."""
