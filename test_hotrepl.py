@@ -5199,9 +5199,11 @@ class LongLines(Case):
         terminal.ask("6*7", "\n42")
 
     def test_ctrl_z_drops_it_too(self):
-        terminal = self.serve().terminal()
+        go = threading.Event()
+        terminal = self.serve({"go": go}).terminal()
         self.addCleanup(lambda: [hotrepl.JOBS.drop(each) for each in hotrepl.JOBS.all() if not each.join()])
-        terminal.type("print('x' * 200000000)\n")
+        self.addCleanup(go.set)
+        terminal.type("print('x' * 200000000); _ = go.wait()\n")     # with all dropped it still runs
         terminal.until("x" * 1000)
         terminal.press("^Z")
         self.assertLess(terminal.skim(b"fetches its value\n"), 100000000)
@@ -18713,6 +18715,10 @@ class Promises(Case):
         with open(SOURCE_PATH, encoding="utf-8") as file:
             cls.source = file.read()
         cls.tree = ast.parse(cls.source)
+
+    @classmethod
+    def tearDownClass(cls):
+        del cls.tree              # each reload of a later test would go through its hundred thousand objects
 
     MAY_USE = {0: [], 1: [], 2: [1], 3: [2], 4: [2], 5: [2], 6: [2], 7: [2, 4], 8: [2], 9: [4, 5, 6, 7, 8],
                10: [2, 3],
