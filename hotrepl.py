@@ -628,11 +628,11 @@ class StandIn:
 class ThreadStream(threading.local, StandIn):
     """Stand for a sys stream; every attribute is that of the calling thread's own stream.
 
-    Instances are made by `thread_stream`, which adds a property for each attribute.
+    Those of a text file are properties: a __getattr__ would make print() half as slow again.
     """
 
-    _FAST = ("write", "flush", "readline")    # found without a property, by a lookup in C
-    _OWN = _FAST + ("target", "default", "life")      # the rest of what a thread's slots hold
+    _FAST = ("write", "flush", "readline")    # found without a property, among a thread's slots
+    _OWN = _FAST + ("target", "default", "life")      # the rest of what these hold
 
     def __init__(self, default, life):
         self._use(default).update(default=default, life=life)     # runs in each thread
@@ -655,7 +655,7 @@ class ThreadStream(threading.local, StandIn):
 
     def __setattr__(self, name, value):
         setattr(self.target, name, value)
-        _forward(type(self), name)
+        _forward(name)
 
     def __iter__(self):
         return iter(self.target)
@@ -686,32 +686,39 @@ class _Nowhere:
 _NOWHERE = _Nowhere()
 
 
-def thread_stream(default):
-    """Return a stand-in for the stream `default`, which may be None."""
-    kind = _kinds.get(type(default))
-    if kind is None:              # making a class costs more than all else a session needs
-        kind = _kinds[type(default)] = _make_kind(default)
-    return kind(default, types.SimpleNamespace(is_retired=False))
+class OddThreadStream(ThreadStream):
+    """Stand for what is no plain text file, or has more attributes."""
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["target"], name)
 
 
-_kinds = {}                       # type of a stream -> the class of its stand-in
-
-
-def _make_kind(default):
-    kind = type("ThreadStream", (ThreadStream,), {})
-    for name in set(dir(io.TextIOWrapper)).union(dir(default)):
-        if not name.startswith("__"):
-            _forward(kind, name)
-    io.TextIOBase.register(kind)
-    return kind
-
-
-def _forward(kind, name):
-    if name not in ThreadStream._OWN and not hasattr(kind, name):
-        setattr(kind, name, property(
+def _forward(name):
+    """Have ThreadStreams answer for an attribute of what they stand for."""
+    if name not in ThreadStream._OWN and not hasattr(ThreadStream, name):
+        setattr(ThreadStream, name, property(
             lambda self: getattr(self.target, name),
             lambda self, value: setattr(self.target, name, value),
             lambda self: delattr(self.target, name)))
+
+
+io.TextIOBase.register(ThreadStream)
+_TEXT_NAMES = {"mode", *dir(io.TextIOWrapper)}
+for _name in _TEXT_NAMES:
+    if not _name.startswith("__"):
+        _forward(_name)
+
+
+def thread_stream(default):
+    """Return a stand-in for the stream `default`, which may be None."""
+    is_plain = type(default) is io.TextIOWrapper and _TEXT_NAMES.issuperset(dir(default))
+    return (ThreadStream if is_plain else OddThreadStream)(default, _Life())
+
+
+class _Life:
+    """What all threads know of a ThreadStream."""
+
+    is_retired = False
 
 
 class ThreadFunction(StandIn):
