@@ -848,7 +848,7 @@ class StreamRouter(Installed):
         is then what the other threads print to.
         """
         with self._lock:
-            if self._users:
+            if self._users and not self.is_bound():
                 self._install()
             for name in STREAM_NAMES:
                 for each in _stand_ins(_standing(sys, name)):
@@ -9665,6 +9665,7 @@ class Session:
 
     def start(self):
         """Begin the conversation in a thread of its own."""
+        self.server.door.audit("begin", session=self.number, peer=self.peer)
         self.evaluator = Evaluator(self)
         self.evaluator.start()
 
@@ -10003,13 +10004,17 @@ def _load_library(*modules):
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
                           % ", ".join(hiding))
-    try:
+    interval_s = sys.getswitchinterval()
+    try:                          # beside a thread that computes, each read of a file takes as long
+        sys.setswitchinterval(interval_s / 100)
         for name in LIBRARY:
             with LOADING:
                 __import__(name)
     except ImportError as exc:
         raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
                           "to call hotrepl.load_library() in between" % exc) from exc
+    finally:
+        sys.setswitchinterval(interval_s)
     _async_raiser()
 
 
@@ -10020,10 +10025,9 @@ def _hiding_file(name):
     else:                         # import it, and it runs: it may be the program's own script
         spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
         path = spec and spec.origin
-    own = os.path.join(os.path.dirname(os.__file__), name)
-    own = own + ".py" if os.path.isfile(own + ".py") else os.path.join(own, "__init__.py")
-    is_known = path is not None and os.path.isfile(path) and os.path.isfile(own)
-    return path if is_known and not os.path.samefile(path, own) else None
+    library = os.path.realpath(os.path.dirname(os.__file__)) + os.sep
+    is_other = path and os.path.isfile(path) and not os.path.realpath(path).startswith(library)
+    return path if is_other else None
 
 
 class Detached(BaseException):
@@ -10424,7 +10428,7 @@ class Evaluator(Job):
             for each in self.streams.values():
                 each.release()
             if not self.is_detached:      # last: from here on stop() does not wait for us
-                session.server.session_ended(session)
+                session.server.ended(session)
 
 
 def _evaluate_here(code, names, own, use):
@@ -10709,21 +10713,14 @@ class ControlConnection(threading.Thread):
         self._matches = []        # of the last TabComplete with state 0
 
     def run(self):
-        decoder, first_bytes = MessageDecoder(), FirstBytes(is_control=True)
         try:
-            for data in iter(self._receive, b""):
-                foreign = first_bytes.feed(data)
-                if foreign:
-                    return self.server.door.refuse(self.peer, foreign, channel="control")
-                for body in decoder.feed(data):
-                    self.sock.sendall(encode_message(self._reply(body)), NO_SIGNAL)
-        except ProtocolError as exc:
-            self._refuse(exc)
+            for reply in self._replies():
+                self.sock.sendall(encode_message(reply), NO_SIGNAL)
         except (OSError, ValueError) as exc:
             log.debug("control connection lost: %s", exc)
         finally:
             self.sock.close()
-            self.server.control_ended(self)
+            self.server.ended(self)
 
     def close(self):
         """End the connection, from any thread."""
@@ -10733,16 +10730,21 @@ class ControlConnection(threading.Thread):
         """In a forked child: close our copy of the socket, which leaves the parent's alone."""
         self.sock.close()
 
-    def _receive(self):
-        received, self._received = self._received, b""
-        return received or self.sock.recv(RECEIVE_BYTES)
-
-    def _refuse(self, exc):
-        log.debug("control connection closed: %s", exc)
-        try:
-            self.sock.sendall(encode_message({"status": "failed", "reason": str(exc)}), NO_SIGNAL)
-        except OSError:
-            pass
+    def _replies(self):
+        """Yield the reply to each request that comes, until there can be no more."""
+        decoder, first_bytes = MessageDecoder(), FirstBytes(is_control=True)
+        data = self._received or self.sock.recv(RECEIVE_BYTES)
+        while data:
+            foreign = first_bytes.feed(data)
+            if foreign:
+                return self.server.door.refuse(self.peer, foreign, channel="control")
+            try:
+                for body in decoder.feed(data):
+                    yield self._reply(body)
+            except ProtocolError as exc:      # what follows can't be told apart
+                yield {"status": "failed", "reason": str(exc)}
+                return
+            data = self.sock.recv(RECEIVE_BYTES)
 
     def _reply(self, body):
         """Return the reply to one request; never raises."""
@@ -10827,9 +10829,11 @@ class ControlConnection(threading.Thread):
 
 
 # === 13. Server ==============================================================
-# One daemon thread waits at the listeners and at a wake-up socket; it polls nothing. `start`
-# is a transaction: bind every socket first, touch what belongs to the process last, unwind
-# all on failure. `stop` undoes it in reverse and may be called twice, and by atexit.
+# One daemon thread waits at the listeners and at a wake-up socket; it polls nothing. What has come
+# in is a member: an Admission while it has to prove itself, then a Session or a
+# ControlConnection, each with a thread of its own; all have start, close and forget. `start` is a
+# transaction: bind every socket first, touch what belongs to the process last, unwind all on
+# failure. `stop` undoes it in reverse and may be called twice, and by atexit.
 
 class Server:
     """A running server: see `start`. Usable as a context manager, which stops it."""
@@ -10846,21 +10850,15 @@ class Server:
         self.banner = _default_banner() if banner is None else _with_newline(banner)
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
-        self._lock = threading.Lock()
-        self._sessions = {}       # number -> Session; guarded by _lock, as is all below
-        self.controls = set()
-        self._admissions = []     # the oldest first
-        self._last_number = 0
-        self._is_stopped = False
         self.on_stop = None       # called at the end of stop()
         self.error = None         # of what the program died; written by keep_error
+        self._lock = threading.RLock()
+        self._members = []        # the oldest first; guarded by _lock, as is all below
+        self._last_number = 0
+        self._is_stopped = False
         self._is_halting = False  # stop when the last session is gone
         self._is_short = False    # of descriptors; written by the server's thread
-        self._listeners = {}      # listening socket -> "repl" or "control"
-        self._waker = self._woken = None  # a byte sent into the first wakes the server's thread
-        self._selector = None     # what that waits at
-        self._netlink = None      # what that asks the kernel by; None: it can't
-        self._thread = None
+        self._sockets = []        # what a forked child has to close
         self._undo = ExitStack()
 
     def __enter__(self):
@@ -10870,49 +10868,32 @@ class Server:
         self.stop()
 
     def __repr__(self):
-        state = "stopped" if self._is_stopped else "%d sessions" % len(self._sessions)
+        state = "stopped" if self._is_stopped else "%d sessions" % len(self.sessions())
         return "<hotrepl server at %s: %s>" % (_join_address(self.address), state)
 
     def open(self, bind, port, control_port, unix=None):
         """Bind, listen and go; for `start`. Raises what that raises, with all undone."""
         with ExitStack() as undo:
-            if unix is not None:
-                path = os.path.abspath(os.fsdecode(unix))
-                repl = undo.enter_context(unix_listener(path))
-                control = undo.enter_context(unix_listener(path + CONTROL_SUFFIX))
-                if self.door.insecure:
-                    self.door.warn(path)
-            else:
-                repl = undo.enter_context(_listen_near(bind, port, "port", DEFAULT_PORT))
-                control = undo.enter_context(
-                    _listen_near(bind, control_port, "control_port", DEFAULT_CONTROL_PORT))
-                self.door.check_bind(*{each.getsockname()[0] for each in (repl, control)})
-                with suppress(OSError):   # identify() finds another way
-                    self._netlink = undo.enter_context(open_netlink())
+            listeners = [undo.enter_context(each)
+                         for each in _listeners(bind, port, control_port, unix)]
+            names = [each.getsockname() for each in listeners]
             self.address, self.control_address = [
-                name if isinstance(name, str) else name[:2]
-                for name in (repl.getsockname(), control.getsockname())]
-            self._listeners = {repl: "repl", control: "control"}
-            for each in self._listeners:      # a child that was forked just now holds it as well
+                name if isinstance(name, str) else name[:2] for name in names]
+            if unix is None:
+                self.door.check_bind(*{name[0] for name in names})
+            elif self.door.insecure:
+                self.door.warn(self.address)
+            for each in listeners:        # a child that was forked just now holds it as well
                 undo.callback(shut_down, each)
             if self.door.token is not None:
                 undo.enter_context(_token_file(self.address, self.door.token))
             undo.callback(_remove_note, _write_note(self))
-            self._waker, self._woken = [
-                undo.enter_context(OwnSocket.adopt(each)) for each in socket.socketpair()]
-            self._selector = undo.enter_context(_Selector())
-            for each in (self._woken, *self._listeners):
-                self._selector.register(each, selectors.EVENT_READ)
-            self._thread = threading.Thread(target=self._accept, name="hotrepl server", daemon=True)
-            self._thread.start()
-            undo.callback(self._join, self._thread)
-            undo.callback(self._wake)
-            MAIN.install()
-            undo.callback(MAIN.uninstall)
-            GUESTS.enter(self.namespace)
-            undo.callback(GUESTS.leave, self.namespace)
-            REGISTRY.add(self)
-            undo.callback(REGISTRY.remove, self)
+            self._begin_accepting(undo, listeners)
+            for enter, leave, *what in ((MAIN.install, MAIN.uninstall),
+                                        (GUESTS.enter, GUESTS.leave, self.namespace),
+                                        (REGISTRY.add, REGISTRY.remove, self)):
+                enter(*what)
+                undo.callback(leave, *what)
             self._undo = undo.pop_all()
         note_in_background()
 
@@ -10926,16 +10907,15 @@ class Server:
             if self._is_stopped:
                 return
             self._is_stopped = True
-            sessions = list(self._sessions.values())
-            others = list(self.controls) + list(self._admissions)
+            members = [(each, getattr(each, "evaluator", each)) for each in self._members]
         self._undo.close()
-        own = [each for each in sessions if each.evaluator is threading.current_thread()]
-        for each in sessions + others:
+        own = [each for each, thread in members if thread is threading.current_thread()]
+        for each, _ in members:
             if each not in own:
                 each.close()
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for each in [session.evaluator for session in sessions] + others:
-            self._join(each, deadline - time.monotonic())
+        for _, thread in members:
+            _join(thread, deadline - time.monotonic())
         with suppress(Exception):     # a log handler's
             self.door.write_left_out()
         if self.on_stop is not None:
@@ -10951,64 +10931,85 @@ class Server:
         """Let pdb.pm() in every session stand where the program died of `exc`."""
         with self._lock:
             self.error = exc
-            for session in self._sessions.values():
-                session.error = self.error
+            for session in self.sessions():
+                session.error = exc
 
     def sessions(self):
         """Return the open Sessions."""
         with self._lock:
-            return list(self._sessions.values())
+            return [each for each in self._members if isinstance(each, Session)]
 
     def find_session(self, number):
         """Return the open Session of that number, or None."""
-        with self._lock:
-            return self._sessions.get(number)
+        return next((each for each in self.sessions() if each.number == number), None)
 
     def check_proof(self, candidate):
         """Return whether `candidate` is the token, or what an open session was given for it."""
         return self.door.check_token(candidate, [each.proof for each in self.sessions()])
 
-    def session_ended(self, session):
-        """Forget `session`; called by its thread at its end."""
+    def take(self, channel, sock, peer, received=b""):
+        """Begin what a connection is for, now that it may come in; `received` came already."""
+        self.door.audit("accepted", channel=channel, peer=peer)
+        if channel == "control":
+            return self._start(self._enter(ControlConnection(self, sock, peer, received)))
         with self._lock:
-            self._sessions.pop(session.number, None)
-            is_last = self._is_halting and not self._sessions
+            if len(self.sessions()) >= self.max_sessions:
+                _say_goodbye(sock, "no more than %d sessions are let in at once"
+                             % self.max_sessions)
+                raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
+            self._last_number += 1
+            session = self._enter(
+                Session(self, self._last_number, Connection(sock, received), peer))
+        self._start(session)
+
+    def ended(self, member):
+        """Forget a session, an admission or a control connection; called by its thread."""
+        with self._lock:
+            self._members.remove(member)
+            is_last = self._is_halting and not self.sessions()
         try:
-            self.door.audit("end", session=session.number, peer=session.peer)
+            if isinstance(member, Session):
+                self.door.audit("end", session=member.number, peer=member.peer)
         finally:
             if is_last:
                 self.stop()
 
-    def control_ended(self, control):
-        """Forget a control connection; called by its thread at its end."""
-        with self._lock:
-            self.controls.discard(control)
-
-    def admission_ended(self, admission):
-        """Forget an admission; called by its thread at its end."""
-        with self._lock:
-            self._admissions.remove(admission)
-
-    def take(self, channel, sock, peer, received=b""):
-        """Begin what a connection is for, now that it may come in; `received` came already."""
-        self.door.audit("accepted", channel=channel, peer=peer)
-        (self._take_repl if channel == "repl" else self._take_control)(sock, peer, received)
-
     def forget(self):
         """In a forked child: close our copies of the sockets and leave; the parent's go on."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._is_stopped = True
-        for each in (self._selector, self._waker, self._woken, self._netlink, *self._listeners):
-            if each is not None:
-                each.close()      # and no more: the files of unix sockets are the parent's
-        for each in [*self.controls, *self._admissions, *self._sessions.values()]:
+        for each in self._sockets:
+            each.close()          # and no more: the files of unix sockets are the parent's
+        for each in self._members:
             each.forget()
         GUESTS.leave(self.namespace, is_copy=True)
 
-    def _accept(self):
+    def _begin_accepting(self, undo, listeners):
+        """Start the server's thread; `undo`, an ExitStack, ends it and closes what it uses."""
+        netlink = None
+        with suppress(OSError):   # check_peer() finds another way
+            netlink = undo.enter_context(open_netlink())
+        waker, woken = [undo.enter_context(OwnSocket.adopt(each)) for each in socket.socketpair()]
+        selector = undo.enter_context(_Selector())
+        for sock, channel in zip([*listeners, woken], ("repl", "control", None)):
+            selector.register(sock, selectors.EVENT_READ, channel)
+        self._sockets = [each for each in (selector, waker, woken, netlink, *listeners)
+                         if each is not None]
+        thread = threading.Thread(target=self._accept, args=(selector, netlink),
+                                  name="hotrepl server", daemon=True)
+        thread.start()
+        undo.callback(_join, thread)
+        undo.callback(self._wake, waker)
+
+    def _wake(self, waker):
+        self._is_stopped = True
+        if waker.is_own():
+            waker.send(b"!")
+
+    def _accept(self, selector, netlink):
         timeout_s = LOADING_DELAY_S
         while not self._is_stopped:
-            found = self._selector.select(timeout_s)
+            found = selector.select(timeout_s)
             if not found:         # nobody has come so far: get ready for a session
                 timeout_s = None
                 with suppress(Exception):     # a session tells its client
@@ -11017,23 +11018,21 @@ class Server:
                 if not key.fileobj.is_own():
                     return log.warning("the program has closed the sockets of the server at %s",
                                        _join_address(self.address))
-                if key.fileobj is not self._woken:
-                    try:
-                        self._accept_one(key.fileobj)
-                    except BaseException:     # a log handler's; without this thread nobody comes in
-                        with suppress(BaseException):
-                            sys.excepthook(*sys.exc_info())
+                try:
+                    if key.data is not None:
+                        self._accept_one(key.fileobj, key.data, netlink)
+                except BaseException:     # a log handler's; without this thread nobody comes in
+                    with suppress(BaseException):
+                        sys.excepthook(*sys.exc_info())
 
-    def _accept_one(self, listener):
-        channel = self._listeners[listener]
+    def _accept_one(self, listener, channel, netlink):
         try:
             sock = OwnSocket.adopt(listener.accept()[0])
         except OSError as exc:
             return self._pause(exc)
         try:
-            peer = self.door.check_peer(sock, self._netlink)
+            peer = self.door.check_peer(sock, netlink)
             sock.setblocking(True)
-            _tune(sock)
             if peer.needs_token or self.door.ssl_context is not None:
                 self._admit(channel, sock, peer)
             else:
@@ -11063,59 +11062,33 @@ class Server:
         """
         admission = Admission(self, channel, sock, peer)
         with self._lock:
-            if self._is_stopped:
-                raise RuntimeError("the server is stopping")
-            rivals = [each for each in self._admissions if each.is_pending]
-            self._admissions.append(admission)
+            rivals = [each for each in self._members
+                      if isinstance(each, Admission) and each.is_pending]
         if len(rivals) >= ADMISSION_LIMIT:
             hosts = [each.peer.host for each in rivals]
             max(rivals, key=lambda each: hosts.count(each.peer.host)).refuse(
                 "it took long while %d others came" % ADMISSION_LIMIT)
-        try:
-            admission.start()
-        except BaseException:     # no more threads, or an audit hook's
-            self.admission_ended(admission)
-            admission.sock.close()
-            raise
+        self._start(self._enter(admission))
 
-    def _take_repl(self, sock, peer, received):
+    def _enter(self, member):
         with self._lock:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
-            if len(self._sessions) >= self.max_sessions:
-                _say_goodbye(sock, "no more than %d sessions are let in at once"
-                             % self.max_sessions)
-                raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
-            self._last_number += 1
-            session = Session(self, self._last_number, Connection(sock, received), peer)
-            self._sessions[session.number] = session
+            self._members.append(member)
+            return member
+
+    def _start(self, member):
         try:
-            self.door.audit("begin", session=session.number, peer=peer)
-            session.start()
+            member.start()
         except BaseException:     # no more threads, or an audit hook's
-            self.session_ended(session)
+            self.ended(member)
+            member.forget()
             raise
 
-    def _take_control(self, sock, peer, received):
-        control = ControlConnection(self, sock, peer, received)
-        with self._lock:
-            if self._is_stopped:
-                raise RuntimeError("the server is stopping")
-            self.controls.add(control)
-        try:
-            control.start()
-        except BaseException:     # no more threads, or an audit hook's
-            self.control_ended(control)
-            raise
 
-    def _wake(self):
-        self._is_stopped = True
-        if self._waker.is_own():
-            self._waker.send(b"!")
-
-    def _join(self, thread, timeout_s=STOP_TIMEOUT_S):
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(max(timeout_s, 0.0))
+def _join(thread, timeout_s=STOP_TIMEOUT_S):
+    if thread is not None and thread is not threading.current_thread():
+        thread.join(max(timeout_s, 0.0))
 
 
 def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=None, console=None,
@@ -11226,7 +11199,7 @@ class Admission(threading.Thread):
             self.sock.close()
             raise
         finally:
-            self.server.admission_ended(self)
+            self.server.ended(self)
 
     def close(self):
         """End the connection, from any thread, where it is not another's by now."""
@@ -11279,45 +11252,46 @@ def stop():
         server.stop()
 
 
-class Registry:
+class Registry(Installed):
     """The servers of this process, and what they need of it: atexit and fork."""
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._servers = []        # guarded by _lock
+        super().__init__()
+        self._servers = []        # those that run
         self._is_hooked = False   # fork handlers can't be taken out again
 
     def add(self, server):
         """Enter a server that runs."""
-        with self._lock:
-            self._servers.append(server)
-            if len(self._servers) == 1:
-                atexit.register(stop)
-            if not self._is_hooked:
-                self._is_hooked = True
-                at_fork(self._forget, _pause_loading, _go_on_loading)
+        self._servers.append(server)
+        self.acquire()
 
     def remove(self, server):
         """Take out a server that stops."""
-        with self._lock:
-            self._servers.remove(server)
-            if not self._servers:
-                atexit.unregister(stop)
+        self._servers.remove(server)
+        self.release()
 
     def all(self):
         """Return the servers that run."""
-        with self._lock:
-            return list(self._servers)
+        return list(self._servers)
 
-    def _forget(self):
-        self._lock = threading.Lock()
+    def _install(self):
+        atexit.register(stop)
+        if not self._is_hooked:
+            self._is_hooked = True
+            at_fork(self._let_go, _pause_loading, _go_on_loading)
+
+    def _uninstall(self):
+        atexit.unregister(stop)
+
+    def _let_go(self):
+        """In a forked child: no server is here, nothing of ours, and none of our threads."""
         servers, self._servers = self._servers, []
         for server in servers:
             server.forget()
         _go_on_loading()
         MAIN.forget()
         FLUSHER.forget()
-        for each in Installed.ALL:
+        for each in self.ALL:
             each.forget()
 
 
@@ -11352,6 +11326,17 @@ def _plain_host(host):
         return host
 
 
+def _listeners(bind, port, control_port, unix):
+    """Yield the socket of the REPL channel, and then that of the control channel, as contexts."""
+    if unix is None:
+        yield _listen_near(bind, port, "port", DEFAULT_PORT)
+        yield _listen_near(bind, control_port, "control_port", DEFAULT_CONTROL_PORT)
+    else:
+        path = os.path.abspath(os.fsdecode(unix))
+        yield unix_listener(path)
+        yield unix_listener(path + CONTROL_SUFFIX)
+
+
 def _listen_near(bind, port, parameter, default):
     """As _listen; where `port` is None at `default`, or at a free one if that is taken."""
     try:
@@ -11378,6 +11363,7 @@ def _listen(bind, port, parameter):
         if os.name == "posix":
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        _tune(sock)               # which hands it on to what it accepts
         sock.listen(BACKLOG)
         sock.setblocking(False)
         return sock
