@@ -8255,8 +8255,10 @@ class Calls(list):
         self.stop()
         if looker is not None:
             looker.join(2 * WATCH_LOOK_S)
-            with suppress(ValueError):    # it has ended
-                async_raise(looker, SystemExit)
+            # Only where `when` hangs: one that has ended may have left its ident to another.
+            if looker.is_alive():
+                with suppress(ValueError):
+                    async_raise(looker, SystemExit)
 
     def stop(self):
         """Watch no more: the function is as it was."""
