@@ -7190,6 +7190,7 @@ def _names_in(code):
 
 
 def _is_in_file(code, source):
+    """Tell whether a function's code was compiled from a source's file, not by us."""
     return code.co_name not in ("forward_call", "<module>") and not _makes_annotations(code) and (
         code.co_filename == source.path or os.path.abspath(code.co_filename) == source.path
         or os.path.realpath(code.co_filename) == os.path.realpath(source.path))
@@ -7212,9 +7213,10 @@ def _swap(function, code, defaults, kwdefaults):
 
 
 def _assign_code(function, code):
+    """Set a function's code, also one of another kind, without the warning of that."""
     if sys.version_info >= (3, 13) and (function.__code__.co_flags ^ code.co_flags) & _CODE_KINDS:
         import warnings
-        with warnings.catch_warnings():  # 3.13 deprecates making a plain function async
+        with warnings.catch_warnings():  # 3.13 deprecates it
             warnings.simplefilter("ignore", DeprecationWarning)
             function.__code__ = code
     else:
@@ -7234,6 +7236,7 @@ _TARGET = "target of forward_call"
 
 @functools.lru_cache(maxsize=None)
 def _forwarder_template(closure_size, is_async):
+    """Return the code of a forwarder to _TARGET, for a function with so many cells."""
     cells = ", ".join("cell%d" % i for i in range(closure_size))
     kind, target = ("async def", "await target") if is_async else ("def", "target")
     source = ("def outer(%s):\n %s forward_call(*args, **kwargs):\n  if 0: (%s)\n"
@@ -7303,6 +7306,8 @@ def _is_plain_instance(value):
 
 
 # --- Classes ---
+# A class is asked by its own dict and by type's methods, never by getattr: a metaclass or a
+# descriptor of the program would run. The tree of subclasses leads to every class that is alive.
 
 def _slots(cls):
     """Return the names of the slots of a class, and whether its instances have a dict."""
@@ -7373,6 +7378,7 @@ def _forget_subclasses():
 # so no code of a subclass runs.
 
 def _container_kind(value):
+    """Return the type in _CONTENTS that a value is of, or None: it is no container."""
     return next((kind for kind in _CONTENTS if _is(value, kind)), None)
 
 
@@ -7419,6 +7425,7 @@ def _put_item(container, key, value):
 
 
 def _replace_items(items, others):
+    """Put others in the place of all items of a list, bytearray or deque."""
     kind = _container_kind(items)
     if kind is collections.deque:
         kind.clear(items)
@@ -7539,6 +7546,8 @@ def _code_of_expression(node):
 
 
 # --- References: who holds an object that another one has taken the place of ---
+# A registry that was filled anew has the new class or enum member, which was folded into the old
+# one: each list, dict, set, cell or instance that holds it gets the old one, in a list once.
 
 def _held_elsewhere(pairs):
     """Return the pairs whose first object something else may hold too."""
@@ -7584,7 +7593,7 @@ def _is_in(item, others):
                for other in others)
 
 
-# --- Live code ---
+# --- Live code: what the heap and the stacks hold, and what code does ---
 
 def _may_refer_to(values):
     """Return the objects that may refer to some values: those that do, or all there are."""
@@ -7642,6 +7651,7 @@ def _suspended_frames(codes, running):
 
 
 def _nested_codes(code):
+    """Return the code of the functions, classes and lambdas that code makes."""
     return [const for const in code.co_consts if isinstance(const, types.CodeType)]
 
 
@@ -7956,6 +7966,13 @@ def show_source(obj):
 
 
 # --- Stacks and frames: what runs, and its variables ---
+# A frame that somebody holds keeps all its variables alive. So frames() lists marks, which tell
+# where a frame was found; at() makes a Frame of one, and each use of that looks for the frame anew,
+# on the threads' stacks and, for a task that waits, along what it awaits.
+#                      reading a variable      setting one
+#     from 3.13 on     frame.f_locals          frame.f_locals, which writes through
+#     3.6 to 3.12      f_locals, a copy        PyFrame_LocalsToFast puts the copy back
+#     PyPy             f_locals, a copy        refused: there is no way
 
 _listed = threading.local()       # .marks: what frames() listed last in this thread
 # What finds a frame again, and holds none.
@@ -8348,13 +8365,16 @@ def _noting(function, calls):
 
 
 # --- Code that an editor sends ---
+# It comes with its file and line, at which it is compiled: tracebacks and inspect.getsource() are
+# right. It runs in the module of that file, and its names are bound by a _PlacedSpace:
+#     def step(x): ...     there is a step      patch(step, the new one), without the decorators:
+#                                               they have run
+#     class Till: ...      there is a Till      patch(Till, the new one), with the decorators
+#     RATE = 5, and what is new                 bound in the module, or set on the class
+# What stands in a class runs as the body of a class statement: super() means that class.
 
 class Placed:
-    """Code that stands in a module's file.
-
-    What it defines and the module has already goes to patch(): a function without its decorators,
-    which have run, a class with them.
-    """
+    """Code that stands in a module's file."""
 
     RUN = compile("run()", _THIS_FILE, "eval")      # for a session to evaluate; its frame is ours
 
