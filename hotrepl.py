@@ -6378,13 +6378,14 @@ class _Registrations:
         """Tell whether a dict that holds this container got the entry under another key."""
         for each in self._places:
             content = _entries(each) if _is(each, dict) else ()
-            if any(value is container for _, value in content) and any(
-                    key not in dict(self._befores[id(each)])
-                    or id(value) in self._bases
-                    and len(_entries(value)) > len(self._bases[id(value)])
-                    for key, value in content):
-                return True
+            if any(value is container for _, value in content):
+                old_keys = dict(self._befores[id(each)])
+                return any(key not in old_keys or self._has_gained(value) for key, value in content)
         return False
+
+    def _has_gained(self, value):
+        base = self._bases.get(id(value))
+        return base is not None and len(_entries(value)) > len(base)
 
     def _folded_entry(self, old, new):
         """The old object of an entry goes on, with the content of the new one."""
@@ -6434,7 +6435,8 @@ def _key_of(entry):
 
 def _is_namespace(mapping):
     """Tell whether a dict holds the names of a module."""
-    return _is(mapping, dict) and "__name__" in mapping and "__spec__" in mapping
+    return _is(mapping, dict) and all(
+        dict.__contains__(mapping, name) for name in ("__name__", "__spec__"))
 
 
 def _leads_to(value, targets, depth=3):
@@ -8252,17 +8254,13 @@ class Calls(list):
         """Begin to watch; with `is_quiet` a thread looks at the calls."""
         if _watched.setdefault(self.function, self) is not self:
             raise RuntimeError("%s is watched already" % self.function.__qualname__)
-        looker = self._begin(self._look) if is_quiet else None
-        self._begin(self._keep, looker)
+        looker = Job(self._look) if is_quiet else None
+        for thread in filter(None, (looker, Job(self._keep, looker))):
+            thread.name = "hotrepl watch of " + self.function.__qualname__
+            thread.start()
         with _hot.lock:
             vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
             _assign_code(self.function, self._code)
-
-    def _begin(self, work, *args):
-        thread = Job(work, *args)         # which keeps what it ends with to itself
-        thread.name = "hotrepl watch of " + self.function.__qualname__
-        thread.start()
-        return thread
 
     def _keep(self, looker):
         """Wait until it is over, and take it off."""
