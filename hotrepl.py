@@ -6380,7 +6380,8 @@ class _Registrations:
             content = _entries(each) if _is(each, dict) else ()
             if any(value is container for _, value in content):
                 old_keys = dict(self._befores[id(each)])
-                return any(key not in old_keys or self._has_gained(value) for key, value in content)
+                if any(key not in old_keys or self._has_gained(value) for key, value in content):
+                    return True
         return False
 
     def _has_gained(self, value):
