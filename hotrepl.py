@@ -5226,9 +5226,9 @@ class _Apply:
             for cell in function.__closure__ or ():
                 if _cell_value(cell) is new:  # the __class__ that super() means
                     self.put(_cell(cell), old)
-        for fits, update in _CLASS_KINDS:
-            if fits(new):
-                update(self, old, new)
+        for kind in _CLASS_KINDS:
+            if kind.fold and kind.fits(new):
+                kind.fold(self, old, new)
         self._fold_attributes(old, new)
         if hasattr(old, "__abstractmethods__"):
             self.afterwards.append(functools.partial(self._update_abstract, old))
@@ -6254,22 +6254,6 @@ def _evaluated(value):
     return value if method is None else method(value)
 
 
-# Kinds of classes whose fields are more than attributes: (test, what its metaclass makes of them).
-_WHOLE_KINDS = (
-    ("an enum", lambda cls: hasattr(type(cls), "__members__")),
-    ("a named tuple", lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields")),
-    ("a dataclass", lambda cls: "__dataclass_fields__" in vars(cls)),
-    ("attrs", lambda cls: "__attrs_attrs__" in vars(cls)),
-    ("pydantic", lambda cls: "__pydantic_core_schema__" in vars(cls)),
-    ("a metaclass with a constructor", lambda cls: (
-        type(cls).__setattr__ is type.__setattr__) and any(
-        "__new__" in vars(kind) or "__init__" in vars(kind)
-        for kind in type(cls).__mro__ if kind.__flags__ & _HEAP_TYPE
-        and kind.__module__ not in ("abc", "_py_abc"))),
-)
-_LIBRARY_FIELDS = ("attrs", "pydantic", "a metaclass with a constructor")
-
-
 def _class_head(statement):
     node = statement.node
     return _key([node.decorator_list, node.bases, node.keywords], False)
@@ -6282,14 +6266,14 @@ def _needs_its_statement(cls, pairs):
               if not each.is_definition and not each.is_constant and each.kind != "Pass"]
     if any("__slots__" in (pair.new or pair.old).binds for pair in values):
         return True
-    kind = next((name for name, fits in _WHOLE_KINDS if fits(cls)), None)
+    kind = next((each for each in _CLASS_KINDS if each.fits(cls)), None)
     unknown = [pair for pair in active if (pair.new or pair.old).is_function
                and not _is_transparent((pair.new or pair.old).node)]
-    return bool(kind and (values or unknown and kind in _LIBRARY_FIELDS))
+    return bool(kind and (values or unknown and kind.sees_functions))
 
 
 def _has_fields(cls):
-    return any(fits(cls) for name, fits in _WHOLE_KINDS[2:5])
+    return any(each.has_fields and each.fits(cls) for each in _CLASS_KINDS)
 
 
 def _unedited(name, known):
@@ -6632,14 +6616,22 @@ _FOLD_RULES = (     # (fits, what to do), the first that fits
     (lambda old, new: type(old) is type(new) and _is_plain_instance(new), _Apply.fold_instance),
     (lambda old, new: _is_definition(old) and callable(new), _Apply.replace),
 )
-_CLASS_KINDS = (    # (fits, what is done beside the attributes), each that fits
-    (lambda cls: hasattr(cls, "_member_map_"), _Apply.fold_enum),
-    (lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields"), _Apply.fold_named_tuple),
-    (lambda cls: "__dataclass_fields__" in vars(cls),
-     lambda apply, old, new: apply.fold_fields(old, new, _dataclass_fields)),
-    (lambda cls: "__attrs_attrs__" in vars(cls),
-     lambda apply, old, new: apply.fold_fields(old, new, _attrs_fields)),
-    (lambda cls: "__pydantic_core_schema__" in vars(cls), _Apply.fold_pydantic),
+# Of classes whose fields are more than attributes: what is done beside the attributes, whether
+# others copy the fields, and whether the metaclass looks at decorated functions too.
+_Kind = collections.namedtuple("_Kind", "fits fold has_fields sees_functions")
+_CLASS_KINDS = (
+    _Kind(lambda cls: hasattr(cls, "_member_map_"), _Apply.fold_enum, False, False),
+    _Kind(lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields"),
+          _Apply.fold_named_tuple, False, False),
+    _Kind(lambda cls: "__dataclass_fields__" in vars(cls),
+          lambda apply, old, new: apply.fold_fields(old, new, _dataclass_fields), True, False),
+    _Kind(lambda cls: "__attrs_attrs__" in vars(cls),
+          lambda apply, old, new: apply.fold_fields(old, new, _attrs_fields), True, True),
+    _Kind(lambda cls: "__pydantic_core_schema__" in vars(cls), _Apply.fold_pydantic, True, True),
+    _Kind(lambda cls: type(cls).__setattr__ is type.__setattr__ and any(    # of the program's own
+        "__new__" in vars(kind) or "__init__" in vars(kind) for kind in type(cls).__mro__
+        if kind.__flags__ & _HEAP_TYPE and kind.__module__ not in ("abc", "_py_abc")),
+        None, False, True),
 )
 
 # 3.14: what makes annotations, which of a module's it makes, what it has made of a class's.
