@@ -36,22 +36,49 @@ LIMITS. A blocking call in C is interrupted when it returns, not before. The fra
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
 a control message 1 MiB. On Windows there is no readline and no fork.
 
-CONTENTS
+CONTENTS, and where to look for what. A section uses only sections above it; 14 only 2, 3, 10.
      1. Imports, version, exports
      2. Constants and errors
-     3. Wire protocol                  bytes <-> checked messages and turn marks
-     4. Thread streams                 each thread prints to its own session
-     5. Interrupts                     raise in another thread, never at a wrong moment
-     6. Consoles                       choose and adapt a console; run a block; complete
-     7. Jobs                           background callables and their outcomes
-     8. Hot patching                   change old objects in place, or change nothing
-     9. Session tools                  the names a user finds at the prompt
-    10. Access                         who may come in, whose server this is; private files; audit
-    11. Sessions                       one console from hello to goodbye
-    12. Control channel                answer commands, one method each
-    13. Server                         listeners, start and stop as one transaction, fork
-    14. Client                         a terminal at one end, two sockets at the other
-    15. Command line                   argv -> exit code
+     3. Wire protocol         bytes <-> checked messages and turn marks; no socket, no thread
+     4. Thread streams        each thread prints to its own session; what stands in sys, os and
+                              getpass (StreamRouter.PLACES); follow()
+     5. Interrupts            raise in another thread, never at a wrong moment: Interrupts.request
+     6. Consoles              choose and adapt a console; a typed line is compiled in
+                              ConsoleMixin.run_line, a block in run_block; completion
+     7. Jobs                  background callables; calls in the main thread; await
+     8. Hot patching          know, diff, apply, tell; an old function is given its new code by
+                              _assign_code
+     9. Session tools         the names a user finds at the prompt; frames, watch, editors' code
+    10. Access                who may come in: Door.check_peer, ask_token; who may not:
+                              Door.refuse; private files; TLS
+    11. Sessions              one console from hello to goodbye; values and exceptions are shown
+                              by the Evaluator; pdb
+    12. Control channel       answer commands, one method each: Complete, KeyboardInterrupt, ...
+    13. Server                start and stop as one transaction; fork
+    14. Client                link, conversation, terminal; _kept_modes puts the terminal back,
+                              also after getpass
+    15. Command line          argv -> exit code
+
+WORDS. A *session* is one client's conversation; a *peer* the process at its other end. It has a
+*REPL channel*, text, and may have a *control channel*, messages; who has both has *paired* them.
+An *evaluator* is the thread of a session; its *console* compiles; all share one *namespace*. A
+*turn* is a wait for input, announced by a *mark* to who asked for marks; a *prompt* is its text.
+An *evaluation* is the run of one input, and has an *outcome*; with its thread it can become a
+*job*. An *errand* is a call that another thread makes for a session, which waits. A *stand-in* is
+what the process has in place of sys.stdout and the like while a session is open. To *reload* is
+to make the files on disk what runs, to *patch* to do so with one function; what can't follow is
+*stale*. The *program* is what hotrepl was imported into.
+
+LEFT OUT on purpose, so that nobody adds it unknowingly:
+  - Several files, dependencies, a pip package: who copies one file owns what runs in production.
+  - A thread or a timer for each session beside its own, polling: idle must cost nothing.
+  - A cache of completions or of modules' folders: a wrong list is worse than 10 ms.
+  - Completion that evaluates (properties, calls), as IPython's: it would run the program.
+  - Colours and history in the server: they are the client's, and netcat's user wants none.
+  - Access control within a session: who can run Python can undo it.
+  - Reload when a file is saved: half an edit would run; a person, or an editor, says when.
+  - An interrupt by signals, a trace function or bytecode: each changes what the program does.
+  - A pickled or binary protocol: it would run code before anybody is let in.
 
 Founded on the REPL server of unpythonic (Juha Jeronen), after Swank. Further sources are named in
 the README. SPDX-License-Identifier: MIT; the text is at the end.
