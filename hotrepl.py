@@ -984,7 +984,23 @@ def _stand_ins(value):
 
 # --- A session's own streams ---
 
-class SessionStream(io.BufferedIOBase):
+class OfSession:
+    """What the streams of a session have in common."""
+
+    def isatty(self):
+        session = current_session()
+        return session is not None and session.is_terminal
+
+    def fileno(self):
+        raise io.UnsupportedOperation(
+            "a session's %s has no descriptor that a process or faulthandler could use; "
+            "subprocess.getoutput() and stacks() show theirs here" % self.name.strip("<>"))
+
+    def close(self):
+        """Do nothing: site's exit() closes sys.stdin, and only the session is to end."""
+
+
+class SessionStream(OfSession, io.BufferedIOBase):
     """The bytes end of a session's stdout or stderr: encoded text comes in, `sink` takes it on.
 
     `text` is the text stream over it. The thread that prints is the session's own; the Flusher
@@ -998,7 +1014,7 @@ class SessionStream(io.BufferedIOBase):
     def __init__(self, kind, sink, guard, flusher=None, earlier=None):
         super().__init__()
         self.kind = kind          # "stdout" or "stderr", "value" or "traceback" for a while
-        self._name = "<%s>" % kind
+        self.name = "<%s>" % kind
         self.sink = sink          # replaced when an evaluation goes to the background
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write
@@ -1013,7 +1029,6 @@ class SessionStream(io.BufferedIOBase):
     def bind(self, slots):
         """Take over `slots`, the calling thread's part of a stand-in."""
         self._slots = slots
-        slots["close"] = _no_close
         self._is_begun = True
         self.rearm()
 
@@ -1077,39 +1092,11 @@ class SessionStream(io.BufferedIOBase):
             self.text.flush()
             self.kind = kind
 
-    @property
-    def name(self):
-        return self._name
-
     def writable(self):
         return True
 
-    def fileno(self):
-        _refuse_descriptor(self._name.strip("<>"))
 
-    def close(self):
-        """Do nothing: a session's streams live as long as the session."""
-
-    def isatty(self):
-        return _is_terminal()
-
-
-def _refuse_descriptor(name):
-    raise io.UnsupportedOperation(
-        "a session's %s has no descriptor that a process or faulthandler could use; "
-        "subprocess.getoutput() and stacks() show theirs here" % name)
-
-
-def _no_close():
-    """Stand for close() where a program would close the stream that its session talks through."""
-
-
-def _is_terminal():
-    session = current_session()
-    return session is not None and session.is_terminal
-
-
-class SessionInput(io.TextIOBase):
+class SessionInput(OfSession, io.TextIOBase):
     """A session's stdin: each line is asked from its client.
 
     `ask()` blocks and returns one line with its newline, or "" at end-of-file.
@@ -1128,8 +1115,7 @@ class SessionInput(io.TextIOBase):
         return self
 
     def bind(self, slots):
-        """Take over `slots`, the calling thread's part of a stand-in."""
-        slots["close"] = _no_close
+        """As a SessionStream's; nothing is to be done."""
 
     def release(self):
         """At the session's end: hold nothing that holds us; nothing more is asked."""
@@ -1148,15 +1134,6 @@ class SessionInput(io.TextIOBase):
         if size is not None and size >= 0:
             return self.readline(size)
         return "".join(iter(self.readline, ""))
-
-    def fileno(self):
-        _refuse_descriptor("stdin")
-
-    def close(self):
-        """Do nothing: site's exit() closes sys.stdin, and only the session is to end."""
-
-    def isatty(self):
-        return _is_terminal()
 
 
 class Flusher:
@@ -1265,10 +1242,10 @@ class Backlog:
         return items
 
 
-class Relay(io.TextIOBase):
+class Relay(OfSession, io.TextIOBase):
     """A text stream into a Backlog; back to the thread's own stream once `is_open()` is false."""
 
-    encoding, errors = "utf-8", "backslashreplace"
+    encoding, errors, name = "utf-8", "backslashreplace", "<output>"
 
     def __init__(self, kind, backlog, default, is_open):
         super().__init__()
@@ -1285,9 +1262,6 @@ class Relay(io.TextIOBase):
 
     def writable(self):
         return True
-
-    def isatty(self):
-        return _is_terminal()
 
 
 class Follower:
