@@ -12840,7 +12840,7 @@ def _connect_to(host, port):
     """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if host == "localhost":
         with suppress(ConnectionRefusedError):
-            return socket.create_connection((DEFAULT_BIND, port))
+            return _connect_to(DEFAULT_BIND, port)
         host = "::1"
     name = host
     with suppress(UnicodeEncodeError):    # for text Python loads its tables of international names
