@@ -448,14 +448,16 @@ class MarkDecoder:
     block over the limit, which was dropped). Other telnet negotiation is swallowed.
     """
 
-    SIMPLE = {0xF9: "turn", 0xEC: "eof", 0xF4: "interrupt"}
-    NEGOTIATION = range(0xFB, 0xFF)   # WILL, WONT, DO, DONT: one more byte follows, ...
-    # ... an option that telnet clients know, or this is UTF-16 or Latin-1 and no telnet.
-    OPTION = Lazy(lambda: re.compile(
-        rb"\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27])"))
-    NEGOTIATED = {NO_ECHO: "no echo",
-                  b"\xff\xfd\x06": "timing"}   # DO TIMING-MARK (RFC 860): telnet waits
-    TEXT = Lazy(lambda: re.compile(rb"(?:[^\xff]+|\xff\xff)+"))
+    MARK = re.compile(            # the first that fits
+        rb"(?P<data>(?:[^\xff]+|\xff\xff)+)"
+        rb"|(?P<unfinished>\xff[\xfb-\xfe]?\Z)"
+        rb"|(?P<begin>\xff\xfa)"
+        # WILL, WONT, DO, DONT, and an option that telnet clients know: else it is UTF-16 or Latin-1.
+        rb"|(?P<option>\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27]))"
+        rb"|(?P<command>\xff[\xec\xf0-\xfa])"
+        rb"|(?P<stray>\xff)")     # no telnet: a byte that is no text
+    NAMES = {GO_AHEAD: "turn", END_OF_FILE: "eof", INTERRUPT: "interrupt", NO_ECHO: "no echo",
+             b"\xff\xfd\x06": "timing"}  # DO TIMING-MARK (RFC 860): telnet waits
 
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
         self._limit_bytes = limit_bytes
@@ -482,30 +484,18 @@ class MarkDecoder:
         if data.find(IAC, at) < 0:
             events.append(("data", data[at:]))
             return len(data)
-        text = self.TEXT.match(data, at)
-        if text:
-            events.append(("data", text.group().replace(IAC + IAC, IAC)))
-            return text.end()
-        left = len(data) - at
-        if left < 2 or (data[at + 1] in self.NEGOTIATION and left < 3):
+        found = self.MARK.match(data, at)
+        kind, mark = found.lastgroup, found.group()
+        if kind == "unfinished":
             self._rest = data[at:]
             return len(data)
-        return self._take_mark(data, at, events)
-
-    def _take_mark(self, data, at, events):
-        kind, mark = data[at + 1], data[at:at + 3]
-        if kind in self.SIMPLE:
-            events.append((self.SIMPLE[kind], b""))
-        elif mark[:2] == BEGIN:
+        if kind in ("data", "stray"):
+            events.append(("data", mark.replace(IAC + IAC, IAC)))
+        elif kind == "begin":
             self._block, self._is_dropping = bytearray(), False
-        elif self.OPTION.match(mark):
-            if mark in self.NEGOTIATED:
-                events.append((self.NEGOTIATED[mark], b""))
-            return at + 3
-        elif kind < 0xF0 or kind in self.NEGOTIATION:     # no telnet: a byte that is no text
-            events.append(("data", IAC))
-            return at + 1
-        return at + 2
+        elif mark in self.NAMES:
+            events.append((self.NAMES[mark], b""))
+        return found.end()
 
     def _take_block(self, data, at, events):
         found = data.find(END, at)
@@ -12255,7 +12245,8 @@ class Terminal:
         self._undo.callback(readline.set_completer, readline.get_completer())
         self._undo.callback(readline.set_completer_delims, readline.get_completer_delims())
         self._undo.callback(self._mark_pastes, False)
-        self._history = self._undo.enter_context(_History(readline))
+        self._history = _History(readline)
+        self._undo.callback(self._history.close)
         readline.set_completer(_RemoteCompleter(self, readline).complete)
         readline.set_completer_delims("")     # the word is the whole line: any replacement fits
         is_terminal = _has_modes() and os.isatty(1)
@@ -12676,11 +12667,13 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
               timeout_s=None, streams=False):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
-    with _reach(host, port, control_port) as (address, locate_control), ExitStack() as undo:
+    with ExitStack() as undo:
+        address, locate_control, confirm = undo.enter_context(_reach(host, port, control_port))
         sock, owner = _dial(address, ssl_context, is_plain)
         link = Link(sock, limit_s)
         undo.callback(link.close)
         sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
+        confirm()
         is_ours, is_root = owner == effective_uid(), effective_uid() == 0
         is_trusted = is_ours or is_root or owner is None or ssl_context is not None
         try:
@@ -12700,26 +12693,29 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
 
 @contextmanager
 def _reach(host, port, control_port):
-    """Yield the REPL channel's address, and what returns the control channel's for its port there.
+    """Keep up what leads to a server; yield its address, and two functions.
 
-    Keeps up what leads there.
+    The first returns the control channel's address for its port there. The second, called once we
+    are connected, raises PermissionError where the server at a far end is not ours.
     """
     if host.startswith("unix:"):
-        yield host[len("unix:"):], lambda named: host[len("unix:"):] + CONTROL_SUFFIX
+        path = host[len("unix:"):]
+        yield path, lambda named: path + CONTROL_SUFFIX, bool
     elif host.startswith("ssh://") or "@" in host:
         forwarded = control_port or DEFAULT_CONTROL_PORT
-        with _tunnel(host, port, forwarded) as (address, control_address):
-            yield address, lambda named: control_address if named in (0, forwarded) else _gone(
-                "its control port is %d; pass --control-port %d" % (named, named))
+        with _tunnel(host, port, forwarded) as (path, confirm):
+            yield path, lambda named: path + CONTROL_SUFFIX if named in (0, forwarded) else _gone(
+                "its control port is %d; pass --control-port %d" % (named, named)), confirm
     else:
-        yield (host, port), lambda named: (host, control_port or named)
+        yield (host, port), lambda named: (host, control_port or named), bool
 
 
 @contextmanager
 def _tunnel(target, port, control_port, has_shell=True):
-    """Have the system's ssh forward both channels to private unix sockets; yield their paths.
+    """Have the system's ssh forward both channels to private unix sockets.
 
-    Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal.
+    Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal. Yields the
+    first one's path, and a function that looks whose server is over there.
     """
     import shlex
     import subprocess
@@ -12727,87 +12723,89 @@ def _tunnel(target, port, control_port, has_shell=True):
     match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
     if not match:
         raise ValueError("%r is no ssh address, expected ssh://USER@HOST:PORT" % target)
-    user, literal, name, ssh_port, path = match.groups()
-    remote = ([path, path + CONTROL_SUFFIX] if path else
-              ["127.0.0.1:%d" % each for each in (port, control_port)])
+    user, literal, name, ssh_port, far_path = match.groups()
+    far_ends = ([far_path, far_path + CONTROL_SUFFIX] if far_path else
+                ["127.0.0.1:%d" % each for each in (port, control_port)])
     with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
-        paths = os.path.join(folder, "repl"), os.path.join(folder, "repl" + CONTROL_SUFFIX)
-        words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"]
+        path = os.path.join(folder, "repl")
+        words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"] + ["-N"] * (not has_shell)
         words += ["-p", ssh_port] if ssh_port else []
-        for ends in zip(paths, remote):
+        for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
             words += ["-L", "%s:%s" % ends]
-        look = "stat -c%u " + " ".join(map(shlex.quote, remote)) if path else \
-            "cat /proc/net/tcp /proc/net/tcp6"
-        words += [] if has_shell else ["-N"]
-        words += ["--", user + (literal or name)] + [_FAR_SIDE % look] * has_shell
-        ssh = subprocess.Popen(["sh", "-c", _SSH, "sh"] + words, stdin=subprocess.PIPE,
+        say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
+                             "cat /proc/net/tcp /proc/net/tcp6")
+        words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
+        questions = os.path.join(folder, "questions")
+        os.mkfifo(questions)
+        asked = os.open(questions, os.O_RDWR)     # to write only would wait for a reader
+        ssh = subprocess.Popen(["sh", "-c", _SSH, questions] + words, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)
         try:
-            while not os.path.exists(paths[-1]):      # ssh makes the sockets in this order
+            while not os.path.exists(path + CONTROL_SUFFIX):  # ssh makes them in this order
                 if ssh.poll() is not None:
                     raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
                                           "with exit code %d" % (target, ssh.returncode))
                 time.sleep(0.02)
-            far_side = _read_far_side(ssh.stdout) if has_shell else [[b""]]
-            if not far_side:      # an account that may forward only: then there is no check
-                with _tunnel(target, port, control_port, has_shell=False) as addresses:
-                    yield addresses
-                return
-            _check_far_side(far_side, target, path or (port, control_port))
-            yield paths
+            confirm = functools.partial(_check_far_side, asked, ssh.stdout, target, far_path, port,
+                                        control_port)
+            if has_shell and not confirm():   # an account that may forward only: there is no check
+                with _tunnel(target, port, control_port, has_shell=False) as found:
+                    yield found
+            else:
+                yield path, confirm if has_shell else bool
         finally:
+            os.close(asked)
             ssh.stdin.close()
             ssh.wait()
             ssh.stdout.close()
-
-
-# What ssh runs over there: it says whose the servers are, and stays until the client goes.
-_FAR_SIDE = "echo; echo hotrepl `id -u`; %s 2>/dev/null; echo hotrepl end; cat >/dev/null"
-
-
-def _read_far_side(stream):
-    """Return the lines that _FAR_SIDE prints, as lists of words; [] where nothing runs for us."""
-    said = b""
-    while not said.endswith(b"hotrepl end\n"):
-        if not select.select([stream], [], [], ANSWER_LIMIT_S)[0]:
-            return [[b""]]
-        piece = os.read(stream.fileno(), RECEIVE_BYTES)
-        if not piece:
-            return []
-        said += piece
-    return [line.split() for line in said[said.index(b"hotrepl "):].splitlines()]
-
-
-def _check_far_side(lines, target, place):
-    """Raise PermissionError where the other machine says that the server there is another's.
-
-    Where it can't say, as one without /proc, there is no check.
-    """
-    user = lines[0][-1:]
-    if isinstance(place, str):
-        owners = {words[0] for words in lines if len(words) == 1}
-    else:
-        ends = [b":%04X" % port for port in place]
-        # Listeners, and connections that somebody has accepted.
-        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
-                  and (words[3] == b"0A" or words[9] != b"0")}
-    others = b", ".join(sorted(owners.difference(user))).decode("ascii", "replace")
-    is_told = any(words[:1] == [b"sl"] for words in lines)    # the table's header
-    if user != [b"0"] and (others or is_told and not owners):
-        whose = "is uid %s's" % printable(others) if others else "is nobody's"
-        raise PermissionError(errno.EACCES, "the server at %s %s over there, not that of "
-                              "whom ssh lets in, so nothing was sent" % (target, whose))
 
 
 # Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
 # is for the server, reaches all programs here: ssh is to ignore it. It can miss the first signal.
 _SSH = """trap "" INT
 exec 3<&0 </dev/null
-"$@" <&3 3<&- & ssh=$!
+"$@" <"$0" 3<&- & ssh=$!
 { read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!
 wait $ssh 2>/dev/null; code=$?
 kill $watch 2>/dev/null
 exit $code"""
+
+# What runs over there: it says for each line that it reads whose the servers are.
+_SAY_OWNERS = ("while read _; do echo; echo hotrepl `id -u`; %s 2>/dev/null; echo hotrepl end; "
+               "done")
+
+
+def _check_far_side(asked, answers, target, path, *ports):
+    """Raise PermissionError where the other machine says that the server there is another's.
+
+    False: it says nothing, as nothing may run there. One without /proc can't say: then it is True.
+    """
+    said = b""
+    with suppress(OSError):       # it has ended
+        os.write(asked, b"\n")
+    while not said.endswith(b"hotrepl end\n"):
+        if not select.select([answers], [], [], ANSWER_LIMIT_S)[0]:
+            return True
+        piece = os.read(answers.fileno(), RECEIVE_BYTES)
+        if not piece:
+            return False
+        said += piece
+    lines = [line.split() for line in said[said.index(b"hotrepl "):].splitlines()]
+    user = lines[0][-1:]
+    if path:
+        owners = {words[0] for words in lines if len(words) == 1}
+    else:
+        ends = [b":%04X" % port for port in ports]
+        # Listeners, and connections that somebody has accepted.
+        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
+                  and (words[3] == b"0A" or words[9] != b"0")}
+    others = b", ".join(sorted(owners.difference(user))).decode("ascii", "replace")
+    has_table = any(words[:1] == [b"sl"] for words in lines)
+    if user != [b"0"] and (others or has_table and not owners):
+        whose = "is uid %s's" % printable(others) if others else "is nobody's"
+        raise PermissionError(errno.EACCES, "the server at %s %s over there, not that of "
+                              "whom ssh lets in, so nothing was sent" % (target, whose))
+    return True
 
 
 def _dial(address, ssl_context=None, is_plain=False):
@@ -13034,7 +13032,8 @@ class _RemoteCompleter:
 class _History:
     """The lines typed at prompts, kept across sessions in one private file: JSON, an entry a line.
 
-    HOTREPL_HISTORY names another file; empty: none. Answers to input() are not kept.
+    HOTREPL_HISTORY names another file; empty: none. Answers to input() are not kept. A statement is
+    saved line by line, each time longer: a terminal that is closed ends us without a word.
     """
 
     LIMIT = 2000                  # entries that are read back
@@ -13042,20 +13041,19 @@ class _History:
     def __init__(self, readline):
         self._readline = readline
         self._path = os.environ.get("HOTREPL_HISTORY", os.path.expanduser("~/.hotrepl_history"))
-        self._last = None         # the entry of this session that was added last
+        self._last = ""           # the entry of this session that was added last
         self._error = None        # why one could not be saved
-
-    def __enter__(self):
-        if hasattr(self._readline, "set_auto_history"):
-            self._readline.set_auto_history(False)
+        self._is_ours = hasattr(readline, "set_auto_history")     # else input() adds each line
+        if self._is_ours:
+            readline.set_auto_history(False)
         with suppress(OSError):
             if os.path.isfile(self._path):        # an older one, or a copy
                 os.chmod(self._path, 0o600)
         for entry in self._read():
             self._offer(entry)
-        return self
 
-    def __exit__(self, *exc_info):
+    def close(self):
+        """Say what could not be saved."""
         if self._error is not None:
             print("hotrepl: history not saved: %s" % self._error, file=sys.stderr)
 
@@ -13069,7 +13067,7 @@ class _History:
             return
         self._last = entry
         self._save(entry)
-        if hasattr(self._readline, "set_auto_history"):
+        if self._is_ours:
             with suppress(Exception):
                 if is_longer:
                     at = self._readline.get_current_history_length() - 1
@@ -13082,7 +13080,6 @@ class _History:
             self._readline.add_history(entry)
 
     def _save(self, entry):
-        """Append it at once: a terminal that is closed ends the client without a word."""
         import json
         if not self._path:
             return
@@ -13100,7 +13097,6 @@ class _History:
                 entries = [str(json.loads(line)) for line in collections.deque(file, self.LIMIT)]
         except (OSError, ValueError):
             return []
-        # A statement was saved line by line, each time longer.
         return [entry for entry, later in zip(entries, entries[1:] + [""])
                 if not later.startswith(entry + "\n")]
 
