@@ -5198,6 +5198,7 @@ class LongLines(Case):
         self.assertLess(terminal.skim(b">>> "), 1000000)
         terminal.ask("6*7", "\n42")
 
+    @once("slow")
     def test_ctrl_z_drops_it_too(self):
         go = threading.Event()
         terminal = self.serve({"go": go}).terminal()
@@ -9890,6 +9891,7 @@ class FirstLine(AccessParts):
                 name = self.feed(greeting[:cut], greeting[cut:])
                 self.assertIsNotNone(name, (cut, greeting[:60]))
 
+    @once("slow")
     def test_python_lines_pass_however_they_are_split(self):
         for line in PYTHON:
             for cut in range(1, min(len(line), 60)):
@@ -9902,6 +9904,7 @@ class FirstLine(AccessParts):
                     name = self.feed(*[bytes([byte]) for byte in line])
                     self.assertEqual(is_foreign, name is not None, line)
 
+    @once("slow")
     def test_long_request_line_may_come_in_many_pieces(self):
         for line in (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\n", b"X" * 9000 + b" / HTTP/1.1\r\n"):
             pieces = [line[start:start + 7] for start in range(0, len(line), 7)]
@@ -9972,6 +9975,7 @@ class FirstLine(AccessParts):
             for pieces in ([data], [data[:at], data[at:]]):
                 self.assertEqual("an HTTP request", self.feed(*pieces), before)
 
+    @once("slow")
     def test_requests_by_the_grammar_are_known_by_each_of_two_signs(self):
         random = self.random()
         for _ in range(1000):
@@ -17402,7 +17406,7 @@ class Frameworks(Case):
     def judge(self, name):
         program = self.keep(Program(python_command(
             "-W", "ignore", os.path.abspath(__file__), "judge", name, python=third_party("frameworks"))))
-        code, out, err = program.end(4 * WATCHDOG_S)
+        code, out, err = program.end(2 * WATCHDOG_S)
         self.assertEqual((code, out.count("\n"), err), (0, 1, ""), out)
 
 
@@ -17578,7 +17582,7 @@ class Upgrades(Case):
             "-W", "ignore", os.path.abspath(__file__), "upgrade", release.name, release.old, release.new,
             python=third_party("frameworks")), HOME=os.path.expanduser("~"), **{
                 name: value for name, value in os.environ.items() if name == "XDG_CACHE_HOME"}))
-        code, out, err = program.end(4 * WATCHDOG_S)
+        code, out, err = program.end(2 * WATCHDOG_S)
         self.assertEqual((code, err), (0, ""), out)
 
 
@@ -21089,7 +21093,7 @@ class Result(unittest.TextTestResult):
     def startTest(self, test):
         if hasattr(faulthandler, "dump_traceback_later"):
             row = row_of(type(test), test._testMethodName) if isinstance(test, Case) else "quick"
-            limit_s = WATCHDOG_S if row == "quick" else 5 * WATCHDOG_S    # frameworks take minutes
+            limit_s = (3 if row == "frameworks" else 1) * WATCHDOG_S     # many edits take minutes
             faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__)
         self.note("begun", test.id())
         self._begun = time.monotonic()
