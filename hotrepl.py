@@ -1392,8 +1392,7 @@ FOLLOWERS = Followers()
 # Sent, it waits for a better moment (`_send`): in Python's import machinery it would leave a lock
 # held without which nobody in the process can import.
 
-PATIENCE_ROUNDS = 20              # how often who asks waits for a better moment ...
-PATIENCE_PAUSE_S = 0.0005         # ... and how long each time, before another thread does
+PATIENCE_PAUSE_S = 0.0005         # how long an interrupt waits for a better moment each time
 IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import in it
 ARRIVAL_S = 0.1                   # PyPy: what has not arrived after this is sent again
 
@@ -1624,13 +1623,10 @@ class Interrupts:
         """Interrupt what the owner evaluates, or is about to; from any thread."""
         _async_raiser()           # loaded by now: to import under a lock is to wait for all imports
         _enters(_checkpoint.__code__)
-        for _ in range(PATIENCE_ROUNDS):
-            with self._lock:
-                if self._take(exception):
-                    return
-                evaluation = self._evaluation
-            time.sleep(PATIENCE_PAUSE_S)
-        self._spawn(self._request_later, exception, evaluation)
+        with self._lock:
+            evaluation, is_done = self._evaluation, self._take(exception)
+        if not is_done:
+            self._spawn(self._request_later, exception, evaluation)
 
     def withdraw(self):
         """Take back a request that has not arrived: Ctrl+Z after a Ctrl+C that changed nothing."""
@@ -9518,18 +9514,24 @@ class Connection:
             self._outbox.append(_Kept(data))
             self.flush()
 
-    def flush(self):
-        """Send all that was put; blocks while the client is slow."""
+    def flush(self, may_block=True):
+        """Send all that was put; blocks while the client is slow, unless told not to."""
         outbox, self._outbox = self._outbox, []
         data = b"".join(outbox)
-        if data and not self.is_broken:
-            try:
-                if len(data) <= CHUNK_BYTES:
-                    self.sock.sendall(data, NO_SIGNAL)
-                else:
-                    self._send_much(outbox, len(data))
-            except (OSError, ValueError):
-                self.is_broken = True
+        if not data or self.is_broken:
+            return
+        try:
+            if not may_block:
+                sent = self.sock.send(data, getattr(socket, "MSG_DONTWAIT", 0) | NO_SIGNAL)
+                self._outbox = [_Kept(data[sent:])]
+            elif len(data) <= CHUNK_BYTES:
+                self.sock.sendall(data, NO_SIGNAL)
+            else:
+                self._send_much(outbox, len(data))
+        except BlockingIOError:
+            self._outbox = outbox
+        except (OSError, ValueError):
+            self.is_broken = True
 
     def drop_rest(self):
         """Have a sender in the middle of much leave out what was printed; from any thread."""
@@ -9556,7 +9558,7 @@ class Connection:
         if self.lock.acquire(is_patient):
             try:
                 self.collect(flush)
-                self._send_some()
+                self.flush(may_block=False)
             finally:
                 self.lock.release()
 
@@ -9568,18 +9570,6 @@ class Connection:
                 function(*args)
             finally:
                 self._is_corked = False
-
-    def _send_some(self):
-        data = b"".join(self._outbox)
-        if not data or self.is_broken:
-            return
-        try:
-            sent = self.sock.send(data, getattr(socket, "MSG_DONTWAIT", 0) | NO_SIGNAL)
-            self._outbox[:] = [_Kept(data[sent:])] if sent < len(data) else []
-        except BlockingIOError:
-            pass
-        except (OSError, ValueError):
-            self.is_broken = True
 
     def receive(self):
         """Return what came, b"" at end-of-file; blocks."""
@@ -10053,7 +10043,6 @@ class Evaluator(Job):
         self.interrupts = Interrupts()
         self.console = console    # to go on with a copy of; None: make one, in the thread itself
         self.is_detached = False  # it is a job now, and the session has another Evaluator
-        self.asks_secret = False  # what it reads next is not to be shown
         self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
@@ -10189,11 +10178,11 @@ class Evaluator(Job):
 
     def ask_secret(self, prompt):
         """Return a line that the user types unseen, where the client can hide it."""
-        self.asks_secret = True
-        try:
-            return input(prompt)
-        finally:
-            self.asks_secret = False
+        sys.stdout.write(prompt)
+        line = self._ask("secret")
+        if not line:
+            raise EOFError
+        return line[:-1]
 
     def hint_at_children(self):
         """Say, once in a session, where child processes print."""
@@ -10303,10 +10292,8 @@ class Evaluator(Job):
         """
         connection = self.session.connection
         if self.console.buffer and not (connection.is_broken or connection.has_marks):
-            try:
+            with suppress(BaseException):
                 self.console.run_line("")
-            except BaseException as exc:
-                log.debug("session %d: last input: %r", self.number, exc)
 
     def _leave(self, exc):
         is_status = exc.code is None or isinstance(exc.code, int)
@@ -10318,15 +10305,15 @@ class Evaluator(Job):
         if not self.session.connection.is_broken:     # else it is close() that raised it
             self.result.facts["exit"] = status
 
-    def _ask(self):
+    def _ask(self, word=None):
         """Return the line that answers what the user's code reads, "" at end-of-file."""
+        word = word or ("debugger" if _is_debugger() else "input")
         while not self.is_detached:
-            word = "secret" if self.asks_secret else "debugger" if _is_debugger() else "input"
             kind, text = self.session.read(self, word, "")
             if kind == "eof":
                 break
             if kind == "line":
-                self.session.audit_input("(not shown)" if self.asks_secret else text, "answer")
+                self.session.audit_input("(not shown)" if word == "secret" else text, "answer")
                 return text + "\n"
             if kind == "interrupt":
                 self.session.audit("interrupt")
@@ -10506,7 +10493,7 @@ def _put_back(owner, name, value, ours=_MISSING):
 
 
 _PLUMBING = {method.__code__ for method in (
-    Interrupts._raise_kept, Interrupts._forget, SessionInput.readline, SessionStream.write,
+    Interrupts._raise_kept, Interrupts._forget, Evaluator._ask, SessionStream.write,
     SessionStream._write_first)}
 
 
