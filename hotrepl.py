@@ -770,7 +770,7 @@ def _is_of_program(hook, plain):
 def _terminal_size(evaluator, default, *args):
     """A session's is that of its client; shutil and rich ask for it."""
     session = evaluator.session
-    return os.terminal_size(session.terminal_size) if session.is_terminal else default(*args)
+    return os.terminal_size(session.terminal_size) if session.terminal_size else default(*args)
 
 
 def _getpass(evaluator, default, prompt="Password: ", *args, **options):
@@ -979,7 +979,7 @@ class OfSession:
 
     def isatty(self):
         session = current_session()
-        return session is not None and session.is_terminal
+        return session is not None and session.terminal_size is not None
 
     def fileno(self):
         raise io.UnsupportedOperation(
@@ -7855,7 +7855,7 @@ class SessionHelp:
         # With an output, pydoc asks no pager of the process's; with sys.stdin as input it
         # asks by input(), which is the session's.
         session = current_session()
-        is_paged = session is not None and session.is_terminal
+        is_paged = session is not None and session.terminal_size
         output = _Pages(session.terminal_size[1]) if is_paged else sys.stdout
         return pydoc.Helper(sys.stdin, output)(*args, **kwargs)  # type: ignore[arg-type]
 
@@ -9638,9 +9638,8 @@ class Session:
         self.peer = peer
         self.turn = 0             # how many waits for input were announced; guarded by _lock
         self._begun_turn = 0      # the last one at a prompt; what follows is of its evaluation
-        self.is_terminal = False  # the client said that it is one ...
-        self.terminal_size = (80, 24)     # ... of this size, in columns and lines ...
-        self.has_colours = False  # ... and that it shows colours
+        self.terminal_size = None  # the client is a terminal of so many columns and lines ...
+        self.has_colours = False  # ... and it shows colours
         self.value = None         # of the last expression that was displayed: `_`
         self.error = server.error  # the exception that was shown last: pdb.pm()
         self.evaluator = None     # the thread that holds the session
@@ -10160,6 +10159,8 @@ class Evaluator(Job):
         kind, frames = type(value), value.__traceback__
         if issubclass(kind, KeyboardInterrupt):
             exec("")              # else, after one in an exec(), CPython ends the program by SIGINT
+            if IS_PYPY:           # one that has landed in Context.run() leaves it entered for ever
+                self.context = self.context.copy()
         self.result.exception = value
         if self.is_detached:
             return
@@ -10349,7 +10350,7 @@ class Evaluator(Job):
             self.console.raise_in_input(exc)
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         self.result.facts["value"] = shorten(text, OUTCOME_LIMIT)
-        if self.session.is_terminal and len(text) > VALUE_LIMIT:
+        if self.session.terminal_size and len(text) > VALUE_LIMIT:
             cut = VALUE_LIMIT // 2
             text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
                 text[:cut], len(text) - 2 * cut, text[-cut:])
@@ -10813,7 +10814,6 @@ class ControlConnection(threading.Thread):
         session = self._paired()
         session.terminal_size = max(1, request["columns"]), max(1, request["lines"])
         session.has_colours = request["colours"]
-        session.is_terminal = True
 
     def _do_Outcome(self, request):
         return {"outcome": self._paired().describe_outcome()}
