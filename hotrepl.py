@@ -1412,7 +1412,9 @@ def async_raise(thread, exception=KeyboardInterrupt):
     if not isinstance(ident, int):
         raise TypeError("expected a thread that was started, or its ident, found %s"
                         % shorten(thread))
-    if not IS_PYPY and ident not in sys._current_frames():    # PyPy finds out by itself
+    # Another thread may have got the number of one that is over. PyPy finds out who runs by itself.
+    has_ended = ident is not thread and not thread.is_alive()
+    if has_ended or not IS_PYPY and ident not in sys._current_frames():
         raise ValueError("no thread with ident %d is running" % ident)
     _set_async_exception(ident, exception)
 
@@ -8226,6 +8228,7 @@ class Calls(list):
         self._numbers = itertools.count(1)        # of calls that were noted
         self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
         self._is_over = threading.Event()
+        self._looker = None       # with quiet=True the thread that looks at them
         self._problem = ""        # what `when` raised, with quiet=True; written by its thread
         self._noting, self._original = _noting(self.function, self)
         self._code = _forwarder(self.function, self._noting)[0]   # what the function gets
@@ -8234,34 +8237,33 @@ class Calls(list):
         """Begin to watch; with `is_quiet` a thread looks at the calls."""
         if _watched.setdefault(self.function, self) is not self:
             raise RuntimeError("%s is watched already" % self.function.__qualname__)
-        looker = Job(self._look) if is_quiet else None
-        for thread in filter(None, (looker, Job(self._keep, looker))):
+        self._looker = Job(self._look) if is_quiet else None
+        for thread in filter(None, (self._looker, Job(self._keep))):
             thread.name = "hotrepl watch of " + self.function.__qualname__
             thread.start()
         with _hot.lock:
             vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
             _assign_code(self.function, self._code)
 
-    def _keep(self, looker):
+    def _keep(self):
         """Wait until it is over, and take it off."""
         while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
                    or self._session is not None and self._session.connection.is_left()):
             pass
         self.stop()
-        if looker is not None:
-            looker.join(2 * WATCH_LOOK_S)
-            # Only where `when` hangs: one that has ended may have left its ident to another.
-            if looker.is_alive():
-                with suppress(ValueError):
-                    async_raise(looker, SystemExit)
+        if self._looker is not None:
+            with suppress(ValueError):    # it has ended, as it does unless `when` hangs
+                async_raise(self._looker, SystemExit)
 
     def stop(self):
-        """Watch no more: the function is as it was."""
+        """Watch no more: the function is as it was, and what was noted is here, unless `when` hangs."""
         self._is_over.set()
         with _hot.lock:
             self._take_off()
             if _watched.get(self.function) is self:
                 del _watched[self.function]
+        if self._looker not in (None, threading.current_thread()):    # which `when` may have asked
+            self._looker.join(2 * WATCH_LOOK_S)
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
@@ -8290,9 +8292,10 @@ class Calls(list):
     def _wanted(self):
         """Yield the calls that are wanted as they come, until it is over."""
         left = self._count
-        while left > 0 and not self._is_over.is_set():
+        while left > 0:
             if not self._queue:
-                self._is_over.wait(WATCH_LOOK_S)
+                if self._is_over.wait(WATCH_LOOK_S) and not self._queue:
+                    return
                 continue
             call = self._queue.popleft()
             call.thread = getattr(call.thread, "name", "ident %r" % call.thread)

@@ -1226,6 +1226,31 @@ class AsyncRaise(Case):
             with self.assertRaises(TypeError):
                 hotrepl.async_raise(wrong)
 
+    def test_it_does_not_reach_the_thread_that_got_the_number_of_one_that_is_over(self):
+        for attempt in range(1000):
+            over = threading.Thread(target=int)
+            over.start()
+            over.join()
+            end, caught = threading.Event(), []
+            other = self.spawn(self.wait_for, end, caught)
+            if other.ident == over.ident:
+                break
+            end.set()
+            other.join()
+        self.assertEqual(other.ident, over.ident)
+        with self.assertRaises(ValueError):
+            hotrepl.async_raise(over)
+        end.set()
+        other.join(DEADLINE_S)
+        self.assertEqual(caught, ["woken"])
+
+    def wait_for(self, event, caught):
+        try:
+            event.wait(DEADLINE_S)
+            caught.append("woken")
+        except KeyboardInterrupt:
+            caught.append("interrupted")
+
     def test_it_refuses_a_thread_that_is_over(self):
         thread = threading.Thread(target=int)
         thread.start()
