@@ -8256,7 +8256,7 @@ class Calls(list):
                 async_raise(self._looker, SystemExit)
 
     def stop(self):
-        """Watch no more: the function is as it was, and what was noted is here, unless `when` hangs."""
+        """Watch no more: the function is as it was; what was noted is here, unless `when` hangs."""
         self._is_over.set()
         with _hot.lock:
             self._take_off()
