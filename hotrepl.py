@@ -29,8 +29,9 @@ getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; 
 last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
 factory is ours while somebody follows. From start to stop: names in the namespace, where they are
 free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
-where it was free and start ran in the main thread. For the rest of the process: one fork handler
-(3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
+where it was free and start ran in the main thread. While modules for sessions are imported, once:
+a shorter sys.setswitchinterval. For the rest of the process: one fork handler (3.6: os.fork
+itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -9977,7 +9978,7 @@ LIBRARY = [name for name, is_needed in (
     ("ctypes", not IS_PYPY), ("_contextvars", sys.version_info >= (3, 7)), ("code", True),
     ("re", True), ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True),
     ("copy", True), ("getpass", True), ("json", True)) if is_needed]
-LOADING = threading.Lock()        # held in an import, as a child forked then could never make it
+LOADING = threading.Lock()        # held in imports, as a child forked then could never make them
 LOADING_DELAY_S = 0.05            # how long a server waits with that; start() has returned by then
 
 
@@ -10000,18 +10001,28 @@ def _load_library(*modules):
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
                           % ", ".join(hiding))
-    interval_s = sys.getswitchinterval()
-    try:                          # beside a thread that computes, each read of a file takes as long
-        sys.setswitchinterval(interval_s / 100)
-        for name in LIBRARY:
-            with LOADING:
+    try:
+        with LOADING, _short_turns():
+            for name in LIBRARY:
                 __import__(name)
     except ImportError as exc:
         raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
                           "to call hotrepl.load_library() in between" % exc) from exc
-    finally:
-        sys.setswitchinterval(interval_s)
     _async_raiser()
+
+
+@contextmanager
+def _short_turns():
+    """Within this a thread that computes lets us in sooner: an import waits at each file it reads.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(before / 100)
+    ours = sys.getswitchinterval()
+    try:
+        yield
+    finally:
+        if sys.getswitchinterval() == ours:       # else the program has set it meanwhile
+            sys.setswitchinterval(before)
 
 
 def _hiding_file(name):
