@@ -3122,7 +3122,6 @@ class _Hot:
         self.changes = []               # _Change, newest last; guarded by lock
         self.count = 0                  # of changes so far; guarded by lock
         self.hooks = weakref.WeakKeyDictionary()   # class -> functions of on_reload()
-        self.paths = weakref.WeakKeyDictionary()   # module of a relative __file__ -> its path
         self.module_count = 0           # how many were loaded when note_sources() looked last
         self.loaded_at = time.time()
 
@@ -3307,7 +3306,7 @@ _NO_SPACE = types.MappingProxyType({})
 def _source_path(module):
     """Return the absolute path of a module's source, or None where it has none.
 
-    It is the path of when it was first asked for, whatever os.chdir() the program calls later.
+    It is the path of when it was noted, whatever os.chdir() the program called since.
     3.6-3.8: a script's is relative, but the folder of the script stands first in sys.path.
     """
     space = _space_of(module)
@@ -3317,14 +3316,12 @@ def _source_path(module):
         return None
     if os.path.isabs(path):
         return path
-    if module not in _hot.paths:
-        beside = [os.path.join(folder, os.path.basename(path))
-                  for folder in sys.path[:1] if is_script]
-        found = next(filter(os.path.isfile, [path] + beside), None)
-        if found is None:
-            return os.path.abspath(path)
-        _hot.paths[module] = os.path.abspath(found)
-    return _hot.paths[module]
+    known = _known_of(space.get("__name__"), module)
+    if known is not None:
+        return known.path
+    beside = [os.path.join(folder, os.path.basename(path))
+              for folder in sys.path[:1] if is_script]
+    return os.path.abspath(next(filter(os.path.isfile, [path] + beside), path))
 
 
 def _own_modules():
@@ -3575,8 +3572,9 @@ def _pair(olds, news, is_compiled_alike=True):
 
 
 # What two statements have in common that belong together, the surest first. `place` is the last
-# statement before them that has its partner already. Namesakes of which nothing else is alike
-# are paired only where both texts have as many.
+# statement before them that has its partner already. Equal ones are paired from the first on,
+# namesakes from the last one back, whose the name is in the end; where nothing but the name is
+# alike, only if both texts have as many.
 _LIKENESSES = (
     lambda each, place: each.text_key,
     lambda each, place: each.dump,
@@ -3602,7 +3600,8 @@ def _partners(olds, news):
                     groups[likeness(each, place)][side].append(k)
         for ours, theirs in groups.values():
             if likeness is not _LIKENESSES[-1] or len(ours) == len(theirs):
-                partners.update(zip(reversed(theirs), reversed(ours)))
+                step = 1 if likeness in _LIKENESSES[:2] else -1
+                partners.update(zip(theirs[::step], ours[::step]))
     return partners
 
 
