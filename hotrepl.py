@@ -8654,12 +8654,12 @@ class Door:
         try:
             peer = identify(sock, netlink)
         except Refused as exc:
-            if not self.insecure or exc.peer.address == "unknown":
-                raise
             peer = exc.peer
+            if not self.insecure or peer.address == "unknown":
+                raise
         if self.insecure:         # who it is matters for the audit, and for who may pair
-            return peer
-        if peer.uid is None:
+            pass
+        elif peer.uid is None:
             peer.needs_token = self.token is not None
             if not (peer.needs_token or self.wants_certificate):
                 raise Refused("%s needs a token; pass token=True to have one" % peer, peer)
@@ -8835,15 +8835,11 @@ class Peer:
 
     def __init__(self, address, uid=None, pid=None):
         self.address = address    # "127.0.0.1:4711", "[::1]:4711" or "unix socket"
+        self.host = address.rpartition(":")[0]
         self.uid = uid            # None: can't be known
         self.pid = pid            # of the process that connected; None: can't be known
         self.certificate = ""     # whose TLS certificate was shown and verified
         self.needs_token = False  # the Door's decision
-
-    @property
-    def host(self):
-        """The address without the port."""
-        return self.address.rpartition(":")[0]
 
     @property
     def who(self):
@@ -8867,22 +8863,22 @@ def identify(sock, netlink=None):
     shows as uid 0, inode 0; a local address whose socket this network namespace doesn't have.
     `netlink` is what open_netlink() returns, where many are asked about.
     """
-    peer = Peer("unknown")
+    address = "unknown"
     try:
         theirs = sock.getpeername()
         if not isinstance(theirs, tuple):
             return Peer("unix socket", *_unix_owner(sock))
-        peer.address = _address(theirs)
+        address = ("[%s]:%d" if ":" in theirs[0] else "%s:%d") % theirs[:2]
         uid, inode = tcp_owner(theirs, sock.getsockname(), netlink)
         sock.getpeername()        # fails after a reset: the address may have been another's by now
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
-        raise Refused("%s was gone before it was identified" % peer.address, peer) from exc
+        raise Refused("%s was gone before it was identified" % address, Peer(address)) from exc
     if inode == 0 and (uid is not None or is_local(theirs)):
-        raise Refused("%s belongs to no process that can be seen from here" % peer.address, peer)
-    peer.uid = uid
-    return peer
+        raise Refused("%s belongs to no process that can be seen from here" % address,
+                      Peer(address))
+    return Peer(address, uid)
 
 
 def server_owner(sock):
@@ -8898,8 +8894,8 @@ def server_owner(sock):
     with suppress(Refused):       # accepted meanwhile, and the listener may be gone
         return identify(sock).uid
     if uid is None:
-        raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s"
-                              % _address(theirs))
+        raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s port %d"
+                              % theirs[:2])
     return uid
 
 
@@ -8915,11 +8911,6 @@ def knows_local_peers():
             return tcp_owner(listener.getsockname(), (_ANYBODY[4], 0))[0] is not None
     except OSError:
         return False
-
-
-def _address(name):
-    """Return what getpeername() says of a TCP socket as one short text."""
-    return ("[%s]:%d" if ":" in name[0] else "%s:%d") % name[:2]
 
 
 def _unix_owner(sock):
@@ -9200,7 +9191,10 @@ def unix_listener(path):
         try:
             listener.bind(path)
         except OSError as exc:
-            raise type(exc)(exc.errno, "can't listen at %s: %s" % (path, exc.strerror)) from exc
+            raise type(exc)(exc.errno, "a program listens at %s, or it is no socket; stop it, "
+                            "remove it or pass another path" % path
+                            if exc.errno == errno.EADDRINUSE else
+                            "can't listen at %s: %s" % (path, exc.strerror)) from exc
         ours = os.lstat(path)
         try:
             os.chmod(path, 0o600)
@@ -9208,26 +9202,18 @@ def unix_listener(path):
             listener.setblocking(False)
             yield listener
         finally:                  # while it is open, its inode can't be another file's
-            if os.path.lexists(path) and os.path.samestat(os.lstat(path), ours):
-                os.unlink(path)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.lstat(path), ours):
+                    os.unlink(path)
 
 
 def _remove_stale(path):
-    """Make way for a socket at `path`: remove one that nobody answers, OSError for all else."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise FileExistsError(
-                    errno.EEXIST, "%s is no socket; remove it or pass another path" % path)
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return os.unlink(path)
-        except FileNotFoundError:
-            return None
-        except (socket.timeout, BlockingIOError, PermissionError):  # it is full, or another user's
-            pass
-    raise OSError(errno.EADDRINUSE, "a program listens at %s; stop it or pass another path" % path)
+    """Make way for a socket at `path`: remove one that nobody answers."""
+    with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)     # it may be alive and full
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+        if is_socket and probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
 
 
 def token_path(address):

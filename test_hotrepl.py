@@ -9561,6 +9561,44 @@ class OwnersOfSockets(AccessParts):
                 with unittest.mock.patch.object(hotrepl, gone, side_effect=OSError):
                     self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
 
+    def strangers_socket(self, *kind):
+        """Return a socket of another uid, in this process."""
+        os.seteuid(STRANGER)      # a socket is its maker's
+        try:
+            return self.keep(socket.socket(*kind))
+        except OSError as exc:
+            self.skipTest("missing in this kernel: %s" % exc)
+        finally:
+            os.seteuid(0)
+
+    def test_another_uid_that_comes_by_multipath_tcp_is_refused(self):
+        listener = self.listen()
+        self.strangers_socket(socket.AF_INET, socket.SOCK_STREAM, 262).connect(listener.getsockname())
+        self.assert_refused("uid 4242 may not connect", hotrepl.Door().check_peer, self.accept(listener))
+        false_server = self.strangers_socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+        false_server.bind(("127.0.0.1", 0))
+        false_server.listen(5)
+        client = self.keep(socket.create_connection(false_server.getsockname()))
+        self.assertEqual(hotrepl.server_owner(client), STRANGER)
+        os.seteuid(STRANGER)
+        try:
+            self.accept(false_server)
+        finally:
+            os.seteuid(0)
+        self.assertEqual(hotrepl.server_owner(client), STRANGER)
+
+    def test_a_listener_of_another_uid_is_found_however_it_hides(self):
+        for host, then in (("127.0.0.1", b"lo\0"), ("127.0.0.1", b""), ("::1", b"lo\0"), ("::1", b"")):
+            listener = self.strangers_socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+            listener.bind((host, 0))
+            listener.listen(5)
+            client = self.keep(socket.create_connection(listener.getsockname()[:2]))
+            if then:
+                listener.setsockopt(socket.SOL_SOCKET, 25, then)      # SO_BINDTODEVICE
+            self.assertEqual(hotrepl.server_owner(client), STRANGER)
+            with unittest.mock.patch.object(socket, "AF_NETLINK", 254):
+                self.assertEqual(hotrepl.server_owner(client), STRANGER)
+
     def test_a_local_address_whose_owner_is_not_found_is_refused(self):
         served = self.process(self.listen(), STRANGER, then="to-device:lo")[1]
         with unittest.mock.patch.object(hotrepl, "LOOPBACK", 0):
@@ -10019,7 +10057,8 @@ class FirstLine(AccessParts):
             with open(os.path.join(folder, name), "rb") as file:
                 source = file.read()
             lines = source.splitlines()
-            first = {lines[node.lineno - 1] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)}
+            first = {lines[node.lineno - 1] for node in ast.walk(ast.parse(source))
+                     if isinstance(node, ast.stmt) and node.col_offset >= 0}      # 3.6: a string's end, then
             first.update(line for line in lines if line.startswith(b"#"))
             known += [(name, line) for line in first for end in (b"\n", b"\r\n") if self.feed(line + end)]
         self.assertEqual(known, [])
