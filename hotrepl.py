@@ -1845,8 +1845,10 @@ class ConsoleMixin:
 
     def run_line(self, line):
         """Run `line`, or keep it until more come; return whether the console wants more."""
+        import linecache
         if self.buffer:
-            self._know("%s\n%s" % (self.source, line))
+            self.source = "%s\n%s" % (self.source, line)
+            linecache.cache[self.filename] = _lines_entry(self.filename, self.source)
             return self.push(line)
         self._begin(line)
         if "?" in line and self._answer(line):
@@ -1879,21 +1881,18 @@ class ConsoleMixin:
                 self.runcode(code_objects[1])
 
     def _begin(self, source, name=None):
-        """Get ready for a new input; nobody asks for the lines of the last one any more."""
+        """Get ready for a new input: tracebacks, stacks() and pdb find its lines from here on."""
+        import linecache
+        if self.filename not in linecache.cache:
+            restore_sources()
         self.forget()
         self.inputs += 1
         self.filename = name or "<hotrepl %d:%d>" % (self.serial, self.inputs)
-        restore_sources()
-        self._know(source)
-
-    def _know(self, source):
-        """Let tracebacks, stacks() and pdb find the lines of the input."""
-        import linecache
         self.source = source
         linecache.cache[self.filename] = _lines_entry(self.filename, source)
 
     def forget(self):
-        """Take back what `_know` did, unless a function has come from that input."""
+        """Let go of the lines of the last input, unless a function has come from it."""
         import linecache
         if self.filename not in _remembered:
             linecache.cache.pop(self.filename, None)
@@ -2072,8 +2071,7 @@ def remember_source(filename, source):
 def restore_sources():
     """Put back what linecache.clearcache() took."""
     import linecache
-    if _remembered and next(reversed(_remembered)) not in linecache.cache:
-        linecache.cache.update(list(_remembered.items()))
+    linecache.cache.update(_remembered.copy())
 
 
 def _lines_entry(filename, source):
@@ -10117,8 +10115,8 @@ class Evaluator(Job):
 
     def _evaluate(self, code_object, namespace, use, runcode):
         run, context = self.interrupts.run, self.context
-        if _is_for_loop(code_object, self.session.server):
-            is_awaited = code_object.co_flags & CO_COROUTINE
+        is_awaited = code_object.co_flags & CO_COROUTINE
+        if (is_awaited or code_object.co_names) and _is_for_loop(code_object, self.session.server):
             value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
                         else _evaluate_there, code_object, namespace)
             return run(self.context.run, use, value)
@@ -10414,6 +10412,8 @@ class Evaluator(Job):
         finally:
             self.ended = time.monotonic()
             ROUTER.unbind()
+            if self.console is not None:
+                self.console.forget()
             self._undo.close()
             _here.evaluator = self.session = self.console = None
             for each in self.streams.values():
