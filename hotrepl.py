@@ -899,10 +899,9 @@ class StreamRouter(Installed):
         """Return whether sys has still our stand-ins, without waiting for anybody."""
         ours = self._ours
         try:
-            return (sys.stdout is ours.get("stdout") and sys.stderr is ours.get("stderr")
-                    and sys.stdin is ours.get("stdin")
-                    and sys.displayhook is ours.get("displayhook"))
-        except AttributeError:    # somebody has deleted one
+            return (sys.stdout is ours["stdout"] and sys.stderr is ours["stderr"]
+                    and sys.stdin is ours["stdin"] and sys.displayhook is ours["displayhook"])
+        except (AttributeError, KeyError):    # somebody has deleted one, or there are none yet
             return False
 
     def shows_values(self):
@@ -10324,8 +10323,11 @@ class Evaluator(Job):
 
     def _show(self, value):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
+        if value is None:
+            return None
         if self._last_only is not None or not ROUTER.shows_values():
-            return _display(value)
+            sys.displayhook(value)
+            return None
         text = self._text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:
             text = self._write_value(text)        # so that Ctrl+C can drop the rest
@@ -10447,11 +10449,6 @@ def _is_for_loop(code_object, server):
         ALLOW_AWAIT and server.run_coroutine is None
         and ("asyncio" in sys.modules or "asyncio" in code_object.co_names)
         and not LOOP_NAMES.isdisjoint(code_object.co_names)))
-
-
-def _display(value):
-    if value is not None:
-        sys.displayhook(value)
 
 
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
