@@ -3394,7 +3394,8 @@ def _find_edits(module, everything, report):
             stamp, known = _stamp(path), _known_of(name, module_)
             if is_asked_for or known is None or known.stamp != stamp:
                 edit = _Edit(name, module_, path, stamp)
-                edits += [edit] if is_asked_for or edit.text != edit.old_text else []
+                if is_asked_for or edit.text != edit.old_text:
+                    edits.append(edit)
         except (OSError, ValueError) as exc:
             if module is not None:
                 raise ReloadError("can't read the source of %r (%s); nothing was changed"
@@ -3757,11 +3758,14 @@ class _Source:
             consts.append(const)
         return _with_consts(code, tuple(consts))
 
-    def code_of(self, node, siblings=()):
-        """Return the code of a function; `siblings` are the nodes with its name and line."""
-        found = self.codes.get((_name_of(node), _first_line(node)), ())
-        k = next((k for k, each in enumerate(siblings) if each is node), 0)
-        return found[min(k, len(found) - 1)] if found else None
+    def code_of(self, node, statement=None):
+        """Return the code of a function; of several on one line, by the node they stand in."""
+        found = self.codes.get((_name_of(node), _first_line(node)), [None])
+        if len(found) == 1 or statement is None:
+            return found[0]
+        alike = [each for _, each in _functions_below(statement)
+                 if (_name_of(each), _first_line(each)) == (_name_of(node), _first_line(node))]
+        return found[min(alike.index(node), len(found) - 1)]
 
 
 class _Statement:
@@ -4013,29 +4017,32 @@ def _functions_below(node, path=""):
         yield from _functions_below(each, path)
 
 
+_NO_SUCH = "the new source has no such function"
+_UNCLEAR = "which of several in the new source it is can't be told"
+
+
 def _pair_functions(old, new, path=""):
-    """Return (pairs, left): (path, old node, new node) of all functions in two nodes, and paths.
+    """Yield (path, old node, new node or None, why it has none) of all functions in an old node.
 
     Where several have one path, those that are equal belong together; the others in order, but
-    only if as many are left on both sides. `left`: of new ones without an old one.
+    only if as many are left on both sides.
     """
-    groups = collections.defaultdict(lambda: ([], []))
+    groups, partners = collections.defaultdict(lambda: ([], [])), {}
     for side, node in enumerate((old, new)):
-        for where, each in _functions_below(node, path):
+        for where, each in _functions_below(node, path) if node is not None else ():
             groups[where][side].append(each)
-    pairs, left = [], set()
-    for where, (ours, theirs) in groups.items():
+    for ours, theirs in groups.values():
         for node in theirs[:] if len(ours) > 1 or len(theirs) > 1 else ():
             like = next((each for each in ours if _key(each) == _key(node)), None)
             if like is not None:
-                pairs.append((where, like, node))
+                partners[id(like)] = node
                 ours.remove(like)
                 theirs.remove(node)
         if len(ours) == len(theirs):
-            pairs += [(where,) + pair for pair in zip(ours, theirs)]
-        elif theirs:
-            left.add(where)
-    return pairs, left
+            partners.update(zip(map(id, ours), theirs))
+    for where, each in _functions_below(old, path):
+        reason = _UNCLEAR if groups[where][1] else _NO_SUCH
+        yield where, each, partners.get(id(each)), reason
 
 
 def _default_nodes(node):
@@ -6068,8 +6075,7 @@ class _Successors:
     def __init__(self, edit):
         self.edit = edit
         self._leaves = []       # (first line of the old statement, pair, path of its class)
-        self._maps = {}         # id of a pair -> {(name, old line): [(path, old node, new node)]}
-        self._left = {}         # id of a pair -> paths of new functions that have no old one
+        self._maps = {}         # id of a pair -> {(name, old line): what _pair_functions() says}
         if edit.old is not None:
             self._add(edit.pairs, "")
             self._leaves.sort(key=lambda leaf: leaf[0])
@@ -6126,48 +6132,25 @@ class _Successors:
 
     def _mapped(self, pair, path, key, code):
         if id(pair) not in self._maps:
-            self._map(pair, path)
-        found = self._maps[id(pair)].get(key, [])
+            found = self._maps[id(pair)] = collections.defaultdict(list)
+            new_node = pair.new.node if pair.new is not None else None
+            for each in _pair_functions(pair.old.node, new_node, path):
+                found[_name_of(each[1]), _first_line(each[1])].append(each)
+        found, at = self._maps[id(pair)].get(key, []), 0
         if len(found) > 1:      # several on one line: which is it?
-            olds = self.edit.old.codes.get(key, ())
-            k = next((k for k, each in enumerate(olds) if each == code), None)
-            if k is None:
-                k = next((k for k, each in enumerate(olds)
-                          if _behaviour(each) == _behaviour(code)), 0)
-            found = [each for each in found if each[0] == k] or found[:1]
+            olds = self.edit.old.codes.get(key, [])
+            alike = code if code in olds else _best_match(code, olds)
+            at = olds.index(alike) if alike in olds[:len(found)] else 0
         if not found:
             return None
-        _, where, old, new, new_code = found[0]
+        where, old, new, reason = found[at]
         is_inner = "<lambda>" in where or "<locals>" in where
         if new is None:
-            is_unclear = where in self._left[id(pair)]
-            reason = ("which of several in the new source it is can't be told" if is_unclear
-                      else "the new source has no such function") if is_inner else ""
-            return _Next(None, where, reason, True, is_inner, old, new) if is_inner else None
-        is_changed = _key(old, False) != _key(new, False)
+            return _Next(None, where, reason, True, True, old, new) if is_inner else None
         if not is_inner and _shell(old) != _shell(new):
             return None         # its head changed: defined anew when its turn comes
-        return _Next(new_code, where, "", is_changed, is_inner, old, new)
-
-    def _map(self, pair, path):
-        """Note the successors of all functions in a statement."""
-        import ast
-        empty = ast.parse("")
-        new_node = pair.new.node if pair.new is not None else empty
-        pairs, self._left[id(pair)] = _pair_functions(pair.old.node, new_node, path)
-        partners = {id(old): new for _, old, new in pairs}
-        found = self._maps[id(pair)] = collections.defaultdict(list)
-        counts, siblings = collections.Counter(), collections.defaultdict(list)
-        for _, node in _functions_below(new_node, path):
-            siblings[_name_of(node), _first_line(node)].append(node)
-        shift = pair.old.start + 1 - _first_line(pair.old.node)
-        for where, old in _functions_below(pair.old.node, path):
-            key = _name_of(old), _first_line(old) + shift
-            new = partners.get(id(old))
-            code = new and self.edit.new.code_of(
-                new, siblings[_name_of(new), _first_line(new)])
-            found[key].append((counts[key], where, old, new, code))
-            counts[key] += 1
+        code = self.edit.new.code_of(new, pair.new.node)
+        return _Next(code, where, "", _key(old) != _key(new), is_inner, old, new)
 
     def _by_path(self, function, code):
         """The old text is unknown: the code of the new text with the same path, if it is clear."""
@@ -6179,9 +6162,8 @@ class _Successors:
             return _Next(alike[0], path, "", False, False, None, None)
         if len(found) == 1 and is_inner:
             return _Next(found[0], path, "", True, False, None, None)
-        return _Next(None, path, "the new source has no such function" if not found else (
-            "which of several in the new source it is can't be told"),
-            True, True, None, None) if is_inner else None
+        reason = _UNCLEAR if found else _NO_SUCH
+        return _Next(None, path, reason, True, True, None, None) if is_inner else None
 
 
 def _path_of(function):
