@@ -8808,13 +8808,15 @@ _TOKEN_REPLIES = {True: {"status": "ok"}, False: {
 
 
 # --- Peers: who is at the other end ---
+# identify() for the server, in its accepting thread; server_owner() for the client, before it
+# sends anything. Both ask tcp_owner() below, or the unix socket itself.
 
 class Peer:
     """Who is at the other end of a connection."""
 
     def __init__(self, address, uid=None, pid=None):
         self.address = address    # "127.0.0.1:4711", "[::1]:4711" or "unix socket"
-        self.host = address.rpartition(":")[0]
+        self.host = address.rpartition(":")[0]    # the address without the port
         self.uid = uid            # None: can't be known
         self.pid = pid            # of the process that connected; None: can't be known
         self.certificate = ""     # whose TLS certificate was shown and verified
@@ -8916,7 +8918,10 @@ def _certain(uid):
 
 
 def is_local(address):
-    """Return whether a socket's address is one of this machine: the way there begins at it."""
+    """Return whether a socket's address is one of this machine: the way there begins at it.
+
+    Whose socket that is, this machine's tables must know; of another machine they know nothing.
+    """
     if _is_loopback(address[0]):
         return True
     try:                          # a UDP socket sends nothing for it; bind() may take any address
@@ -9091,7 +9096,7 @@ class FirstBytes:
         self._room -= len(received)
         self.is_over = bool(is_ours or foreign or end or text != b"\n" and self._room < 0)
         begin = text.rfind(b"\n")         # what is past need not be looked at again
-        self._is_first &= begin == 0
+        self._is_first = self._is_first and begin == 0
         text = text[begin:]
         # A web page can make the URL in its request as long as it likes.
         self._text = text if len(text) <= 2048 else text[:1023] + b"~" + text[-1024:]
@@ -9112,9 +9117,10 @@ _WORD = _NO_KEYWORD + rb"(?![-+~.]*\d)[^\s#'\"(),/:;<=>?@[\\\]{}]+"
 _GAP = rb"[^\S\n]+"
 
 # What no Python program starts with. A row decides at its last byte, so one that could also begin
-# an expression (`POST / x`, `USER in y`) reaches to the end of the line. No row may backtrack
-# for long: the bytes are a stranger's. What a web page, or whoever was talked into fetching a URL,
-# can send is HTTP even where it is Python too: `GET / x` divides, so does `get /x`.
+# an expression (`USER in y`) reaches to where it can't. No row may backtrack for long: the bytes
+# are a stranger's. What a web page, or whoever was talked into fetching a URL, can send is HTTP
+# even where it is Python too: `GET / x` divides, so does `get /x`. With two line ends in its URL
+# a header's end comes before the Host: there the request line has to be known by itself.
 _GREETINGS = (
     ("a TLS hello", rb"\x16\x03"),
     ("an SSH banner", rb"SSH-\d\.\d+-"),
