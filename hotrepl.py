@@ -9512,6 +9512,7 @@ class Connection:
         self._is_dropping = self.sending is not None
 
     def _send_much(self, outbox, total):
+        """Send in parts, and let `drop_rest` come in between: `sending` says how far it is."""
         self._is_dropping, self.sending, sent = False, (0, total), 0
         try:
             for item in outbox:
@@ -9560,10 +9561,10 @@ class Connection:
 
         One without marks may have closed its sending half alone.
         """
+        if self.is_broken or not self.has_marks or not hasattr(socket, "MSG_DONTWAIT"):
+            return self.is_broken
         try:
-            return self.is_broken or self.has_marks and hasattr(
-                socket, "MSG_DONTWAIT") and not self.sock.recv(
-                    1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return not self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
         except (OSError, ValueError):
@@ -9848,6 +9849,10 @@ class Session:
         self.connection.sock.close()
 
     def _announce(self, evaluator, kind, prompt):
+        """Send what was printed, the prompt and the turn's marks in one piece; note that we wait.
+
+        Where input is there already, as of a paste, all goes out with a later prompt.
+        """
         connection = self.connection
         with connection.lock:
             connection.collect(evaluator.flush)
@@ -9864,6 +9869,7 @@ class Session:
                 connection.flush()
 
     def _receive(self, kind):
+        """Block until something comes, and take it apart."""
         # Without a limit the prompt needs no waker: `_prompt_again` serves it.
         if kind in IN_EVALUATION or self.server.idle_timeout_s is not None:
             if not self._wait_for_data():
@@ -9913,12 +9919,14 @@ class Session:
             shield(self._drop_wakers)
 
     def _end_idle(self):
+        """End a session that has waited for input too long; its client is told."""
         self.connection.send_note("\nhotrepl: no input for %g s, this session ends\n"
                                   % self.server.idle_timeout_s)
         self.audit("idle")
         self.close()
 
     def _make_wakers(self):
+        """Make a pair: the wait looks at one, who ends it sends a byte into the other."""
         self._wakers = socket.socketpair()
 
     def _drop_wakers(self):
@@ -9927,11 +9935,13 @@ class Session:
             each.close()
 
     def _wake(self):
+        """End the wait of an input() in an evaluation, from any thread."""
         with suppress(OSError):   # the wait was over
             for each in self._wakers[1:]:
                 each.send(b"!", NO_SIGNAL)
 
     def _prompt_again(self):
+        """Show a new prompt while the thread goes on waiting: Ctrl+C at the prompt."""
         self.evaluator.console.resetbuffer()
         turn = self.evaluator.prompt()        # it may run the program's code: not under the lock
         with self.connection.lock:
@@ -9967,6 +9977,7 @@ def load_library():
 
 @functools.lru_cache(1)           # as long as these are the modules that were found to be right
 def _load_library(*modules):
+    """See load_library; `modules` are what is loaded of them so far."""
     hiding = [path for path in map(_hiding_file, LIBRARY) if path]
     if hiding:
         raise ImportError("%s: rename what hides a module of the standard library"
@@ -10036,6 +10047,7 @@ class Evaluator(Job):
         self.streams = {"stdin": SessionInput(self._ask), "stdout": stdout, "stderr": stderr}
 
     def run(self):
+        """Hold the session from its first line to its end, or until Ctrl+Z makes this a job."""
         self.interrupts.adopt()
         self.trace = sys.gettrace()
         sys.settrace(None)
@@ -10101,6 +10113,7 @@ class Evaluator(Job):
         self._unsent = text
 
     def _evaluate(self, code_object, namespace, use, runcode):
+        """Run it where it belongs: here, on an event loop, or as the console's class does it."""
         run, context = self.interrupts.run, self.context
         is_awaited = code_object.co_flags & CO_COROUTINE
         if (is_awaited or code_object.co_names) and _is_for_loop(code_object, self.session.server):
@@ -10188,6 +10201,7 @@ class Evaluator(Job):
         self.session.connection.tick(self.flush, is_patient=True)
 
     def _prepare_console(self):
+        """Make a console, or copy the one whose evaluation has become a job."""
         if self.console is None:
             self.console = make_console(self.session.server.namespace, self,
                                         self.session.server.console_class)
@@ -10203,6 +10217,7 @@ class Evaluator(Job):
             self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
 
     def _converse(self):
+        """Take one input after the other, until end-of-file or SystemExit."""
         while True:
             try:                  # before anybody can edit what was imported since the last one
                 note_sources()
@@ -10228,6 +10243,7 @@ class Evaluator(Job):
     # Each of these takes one kind of what an InputDecoder has ready.
 
     def _take_line(self, text):
+        """Run a line, or keep it until its statement is complete."""
         if not self.console.buffer:
             text = text.lstrip("\ufeff")  # of a file that went through nc
         self.session.audit_input(text)
@@ -10237,6 +10253,7 @@ class Evaluator(Job):
             self._take_invalid("a statement of over %d bytes was dropped" % INPUT_LIMIT_BYTES)
 
     def _take_block(self, text):
+        """Run several lines as one unit, behind what was begun line by line."""
         text = text.lstrip("\ufeff")
         self.session.audit_input(text)
         source = "\n".join(self.console.buffer + [text])
@@ -10257,17 +10274,19 @@ class Evaluator(Job):
             self.console.showtraceback()
 
     def _take_interrupt(self, _):
+        """Drop what was begun: Ctrl+C on the REPL channel, as telnet sends it."""
         self.session.audit("interrupt")
         self.console.resetbuffer()
         self.console.write("\nKeyboardInterrupt\n")
 
     def _take_invalid(self, reason):
+        """Say what was wrong with an input that is not run."""
         self.result.facts["exception"] = {
             "type": "ProtocolError", "message": reason, "traceback": ""}
         self.console.write("hotrepl: %s\n" % reason)
 
     def _take_timing(self, _):
-        # A telnet client waits for its mark after Ctrl+C (RFC 860).
+        """Answer a telnet client, which after Ctrl+C waits for its mark (RFC 860)."""
         self.session.connection.send_own(IAC + b"\xfb\x06")
 
     def _finish_input(self):
@@ -10281,6 +10300,7 @@ class Evaluator(Job):
                 self.console.run_line("")
 
     def _leave(self, exc):
+        """End the session as exit() asks for: its status is kept, a text is shown."""
         is_status = exc.code is None or isinstance(exc.code, int)
         status, text = (int(exc.code or 0), "") if is_status else (1, "%s\n" % (exc.code,))
         if self.session.is_copy:
@@ -10357,6 +10377,7 @@ class Evaluator(Job):
         return sum(self.streams[name].count for name in ("stdout", "stderr"))
 
     def _write_traceback(self, text):
+        """Send a traceback, by the console's own write() where it has one."""
         stderr = self.streams["stderr"]
         with suppress(BaseException):
             if self.console is not None and "write" in self.console.own:
@@ -10389,11 +10410,13 @@ class Evaluator(Job):
         return [self.session.value]
 
     def _take_back(self, namespace, lent):
+        """Undo `_lend`, unless the input has given that name another value."""
         if namespace.get("_") is lent[0]:
             del namespace["_"]
         _drop(lent)
 
     def _end(self):
+        """Let go of the session, unless it has another thread by now, and of the process."""
         session = self.session
         try:
             self.flush()
@@ -10413,6 +10436,7 @@ class Evaluator(Job):
 
 
 def _evaluate_here(code, names, own, use):
+    """Run code with the user's trace function on, and call `use` with the value."""
     settrace, gettrace, keep = sys.settrace, sys.gettrace, setattr
     # One line on purpose, and C functions: a debugger started in the session and still stepping
     # when the evaluation returns would otherwise stop at our next line.
@@ -10421,10 +10445,12 @@ def _evaluate_here(code, names, own, use):
 
 
 def _evaluate_there(code_object, namespace):
+    """Run code in the thread of an event loop."""
     return eval(code_object, namespace)
 
 
 async def _evaluate_awaiting(code_object, namespace):
+    """Run code that awaits at its top level, on an event loop."""
     return await eval(code_object, namespace)
 
 
@@ -10518,6 +10544,7 @@ def _paint(text):
 
 
 def _message(value):
+    """Return the text of an exception, or none where its __str__ fails."""
     try:
         return str(value)
     except BaseException:         # a __str__ may call exit()
@@ -10574,6 +10601,7 @@ class DebuggerMixin:
     """What a session adds to pdb.Pdb: it neither stops in our frames nor shows them."""
 
     def get_stack(self, frame, frames):
+        """Leave out our frames at the stack's beginning."""
         stack, at = super().get_stack(frame, frames)
         first = max((k for k, (each, _) in enumerate(stack[:-1])
                      if _is_plumbing(each.f_code)), default=-1) + 1
@@ -10583,9 +10611,10 @@ class DebuggerMixin:
         return not _is_plumbing(frame.f_code) and super().stop_here(frame)
 
     def dispatch_return(self, frame, value):
+        """Stop tracing where the input is at its end: what comes next is ours."""
         result = super().dispatch_return(frame, value)
         if frame.f_back is None or _is_plumbing(frame.f_back.f_code):
-            sys.settrace(None)    # the input is at its end
+            sys.settrace(None)
         return result
 
 
@@ -10629,6 +10658,7 @@ class Debuggers(Installed):
         self._adapt(module)
 
     def _adapt(self, pdb):
+        """Put a stand-in before each way into the debugger, once."""
         with self._lock:
             if not self._users or self._kind is not None or not hasattr(pdb, "Pdb"):
                 return
@@ -10650,6 +10680,7 @@ class Debuggers(Installed):
             sys.meta_path.remove(self)
 
     def _stand_in(self, original, shared):
+        """Return what takes the place of `original`, a method that stops the program."""
         def stop(debugger, frame=None, **options):
             frame, last = frame or sys._getframe(1), getattr(shared, "_last_pdb_instance", None)
             if type(debugger) not in (shared, self._kind):
@@ -10674,7 +10705,13 @@ DEBUGGERS = Debuggers()
 
 # === 12. Control channel =====================================================
 # Requests that must not wait behind the text: a thread for each connection, one method for
-# each command of the table in section 3. Every request gets exactly one reply.
+# each command of the table in section 3. Every request gets exactly one reply:
+#
+#     bytes -> MessageDecoder -> check_request -> _do_COMMAND -> {"status": "ok", fields ...}
+#     whatever is wrong with it, a ProtocolError above all    -> {"status": "failed", "reason": ...}
+#
+# All but the first three commands are for the session that the connection is paired with. Their
+# methods run in this thread, beside the evaluation, so they ask the Session, which has the locks.
 
 class ControlConnection(threading.Thread):
     """One control connection, from its first byte to its last."""
@@ -10689,6 +10726,7 @@ class ControlConnection(threading.Thread):
         self._matches = []        # of the last TabComplete with state 0
 
     def run(self):
+        """Send a reply to each request until the connection ends."""
         try:
             for reply in self._replies():
                 self.sock.sendall(encode_message(reply), NO_SIGNAL)
@@ -10737,11 +10775,13 @@ class ControlConnection(threading.Thread):
             return {"status": "failed", "reason": "%s: %s" % (type(exc).__name__, exc)}
 
     def _paired(self):
+        """Return the session that the command is for; ProtocolError: there is none."""
         if self.session is None:
             raise ProtocolError("not paired, send PairWithSession first")
         return self.session
 
     def _do_DescribeServer(self, request):
+        """Say what a client has to know before it sends anything else."""
         return {"prompts": {"ps1": prompt_text("ps1", ">>> "), "ps2": prompt_text("ps2", "... ")},
                 "control_protocol_version": "1.0", "server_version": __version__,
                 "pid": os.getpid(),
@@ -10751,6 +10791,7 @@ class ControlConnection(threading.Thread):
         """Do nothing: who had to show the token has shown it to the Door, or would not be here."""
 
     def _do_PairWithSession(self, request):
+        """Bind this connection to a session; what does not fit counts as a guess."""
         session = self.server.find_session(request["id"])
         reason = "no session %d that this connection may pair with" % request["id"]
         if not self.server.door.check_guess(self.peer, reason, lambda: session is not None and
@@ -10759,9 +10800,11 @@ class ControlConnection(threading.Thread):
         self.session = session
 
     def _do_TurnMarks(self, request):
+        """From now on mark each wait for input, at once where the session waits."""
         self._paired().use_marks(bool(request.get("kinds")), bool(request.get("streams")))
 
     def _do_TabComplete(self, request):
+        """Look once, for state 0, and answer the states that follow from what was found."""
         session = self._paired()
         if request["state"] == 0:
             found = session.complete(request["text"])
@@ -10774,6 +10817,7 @@ class ControlConnection(threading.Thread):
         return {"start": found.start, "matches": found.matches, "hint": found.hint}
 
     def _do_KeyboardInterrupt(self, request):
+        """Do what Ctrl+C does; the reply does not wait for its effect."""
         self._paired().audit("interrupt", self.peer)
         self._paired().interrupt(request.get("turn"), bool(request.get("answered")))
 
@@ -10781,6 +10825,7 @@ class ControlConnection(threading.Thread):
         return {"job": self._paired().background(request.get("turn")).number}
 
     def _do_Place(self, request):
+        """Note where the next block is from; whether that exists shows when it runs."""
         place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
         session = self._paired()
@@ -10791,6 +10836,7 @@ class ControlConnection(threading.Thread):
         session.place = place
 
     def _do_Where(self, request):
+        """Say what a call that does not end is doing, or how far its output is sent."""
         sending = self._paired().connection.sending
         return dict({"sending": sending} if sending else {}, where=self._paired().where())
 
@@ -10977,11 +11023,13 @@ class Server:
         undo.callback(self._wake, waker)
 
     def _wake(self, waker):
+        """End the server's thread."""
         self._is_stopped = True
         if waker.is_own():
             waker.send(b"!")
 
     def _accept(self, selector, netlink):
+        """The server's thread: let in who comes, until the server stops."""
         timeout_s = LOADING_DELAY_S
         while not self._is_stopped:
             found = selector.select(timeout_s)
@@ -11001,6 +11049,7 @@ class Server:
                         sys.excepthook(*sys.exc_info())
 
     def _accept_one(self, listener, channel, netlink):
+        """Let in one connection, or close it and have the reason on record."""
         try:
             sock = OwnSocket.adopt(listener.accept()[0])
         except OSError as exc:
@@ -11024,6 +11073,7 @@ class Server:
                 log.warning("a connection was dropped: %s", exc)
 
     def _pause(self, exc):
+        """Wait a moment where no descriptor is left; say so once."""
         if exc.errno in OUT_OF_DESCRIPTORS and not self._is_stopped:
             time.sleep(0.2)       # the listener stays readable: without a pause this would spin
             note = log.debug if self._is_short else log.warning
@@ -11046,6 +11096,7 @@ class Server:
         self._start(self._enter(admission))
 
     def _enter(self, member):
+        """Make `member` known to stop() before it is started; RuntimeError: too late."""
         with self._lock:
             if self._is_stopped:
                 raise RuntimeError("the server is stopping")
@@ -11053,6 +11104,7 @@ class Server:
             return member
 
     def _start(self, member):
+        """Start a member that was entered, or forget it."""
         try:
             member.start()
         except BaseException:     # no more threads, or an audit hook's
@@ -11150,6 +11202,7 @@ class Admission(threading.Thread):
         return not self._decision.locked()
 
     def run(self):
+        """Ask for the proof, then hand over; the Door has a refusal on record."""
         door = self.server.door
         _hold_sigpipe(True)   # NO_SIGNAL is not for TLS
         try:
@@ -11193,6 +11246,7 @@ class Admission(threading.Thread):
         socket.socket.close(self.sock)
 
     def _hand_over(self, received):
+        """Have the server take the connection; of TLS one end of a pair, for which we carry."""
         _hold_sigpipe(False)     # the session's thread inherits it, and its children
         if self.server.door.ssl_context is None:
             return self.server.take(self.channel, self.sock, self.peer, received)
@@ -11215,6 +11269,7 @@ def _hold_sigpipe(is_held):
 
 
 def _say_goodbye(sock, text):
+    """Tell a client why it is not let in."""
     with suppress(OSError):       # nothing was sent there before: it has room, and does not block
         sock.sendall(b"hotrepl: %s\n" % text.encode("ascii"), NO_SIGNAL)
         shut_down(sock, socket.SHUT_WR)
@@ -11271,10 +11326,12 @@ class Registry(Installed):
 
 
 def _pause_loading():
+    """Before a fork: wait for imports of ours."""
     LOADING.acquire(True, STOP_TIMEOUT_S)     # not for ever: the import may wait for the caller
 
 
 def _go_on_loading():
+    """After a fork, in both processes."""
     with suppress(RuntimeError):
         LOADING.release()
 
@@ -11386,6 +11443,7 @@ def _remove_note(path):
 
 
 def _explain(exc, bind, port, parameter):
+    """Return what went wrong with a port, and what to do."""
     if exc.errno == errno.EADDRINUSE:
         return ("port %d is in use; pass %s=0 to pick a free one, or stop the program that holds it"
                 % (port, parameter))
