@@ -10503,33 +10503,30 @@ def _put_back(owner, name, value, ours=_MISSING):
         delattr(owner, name)
 
 
-_PLUMBING = {method.__code__ for method in (
-    Interrupts._raise_kept, Interrupts._forget, Evaluator._ask, SessionStream.write,
-    SessionStream._write_first)}
-
-
 def _format_exception(kind, value, frames):
     """Return the traceback of an exception as the user is to see it: without frames of ours."""
     import traceback
-    depth, limit, first = 0, getattr(sys, "tracebacklimit", None), frames
-    while frames is not None and frames.tb_frame.f_code not in _PLUMBING:
-        depth, frames = depth + 1, frames.tb_next
-    depth = min(depth or sys.maxsize, max(limit, 0) if isinstance(limit, int) else sys.maxsize)
     try:
         name = getattr(value, "name", "") if kind in (NameError, AttributeError) else ""
         if isinstance(name, str) and len(name) > 1000:
             value.name = None     # PyPy 7.3 would compare it with all others, for hours
         restore_sources()
-        shown = traceback.TracebackException(kind, value, first, limit=depth)
+        shown = traceback.TracebackException(kind, value, frames, lookup_lines=False)
         return "".join(_without_ours(shown).format())
     except BaseException as exc:  # one that can't even be formatted; interrupts are off
         return "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
 
 
 def _without_ours(shown):
-    """Return the TracebackException `shown` without frames of this file, in what caused it too."""
+    """Return the TracebackException `shown` without frames of this file, in what caused it too.
+
+    Below `_ask` are those of the library in which it waited for the client.
+    """
     if shown.stack is not None:
-        shown.stack[:] = [each for each in shown.stack if not _is_own_file(each.filename)]
+        asking = [k for k, each in enumerate(shown.stack)
+                  if each.name == "_ask" and _is_own_file(each.filename)]
+        shown.stack[:] = [each for each in shown.stack[:min(asking, default=None)]
+                          if not _is_own_file(each.filename)]
     for each in (shown.__cause__, shown.__context__):
         if each is not None:
             _without_ours(each)
