@@ -10040,6 +10040,7 @@ class Evaluator(Job):
         self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
         self._last_only = None    # a list: values are to be kept in it, not displayed
+        self._lent = None         # `_` in the namespace of the evaluation, as long as that runs
         self._unsent = None       # the text of a value, which goes out with the next prompt
         self._undo = ExitStack()  # what takes this session's share out of the process
         stdout = SessionStream("stdout", session.connection, self.interrupts, flusher=FLUSHER)
@@ -10099,15 +10100,16 @@ class Evaluator(Job):
             ROUTER.bind(self.streams)
         if session.error is not None:
             self._recall_error()
-        lent = None if session.value is None else self._lend(namespace)
+        self._lent = lent = _Lent(namespace)
+        if session.value is not None:
+            lent.put(session.value)
         prompts = _of_sys("ps1"), _of_sys("ps2")
         try:
             text = self._evaluate(code_object, namespace, use or self._show, runcode)
         finally:
             if self.trace is not None or sys.gettrace() is not None:
                 self._stop_tracing()
-            if lent:
-                self._take_back(namespace, lent)
+            lent.take_back()
             if prompts != (_of_sys("ps1"), _of_sys("ps2")):
                 _restore_prompts(prompts, self.console.source)
         self._unsent = text
@@ -10136,6 +10138,7 @@ class Evaluator(Job):
         text = self._text_of(value)
         if text is not None:
             self._write_value(text)
+            self._lent.put(value)
 
     @contextmanager
     def showing_last_value(self, is_wanted):
@@ -10402,19 +10405,6 @@ class Evaluator(Job):
             if sys.version_info >= (3, 12):
                 setattr(sys, "last_exc", error)
 
-    def _lend(self, namespace):
-        """Put the session's last value under `_` for one evaluation, where that name is free."""
-        if "_" in namespace or hasattr(builtins, "_"):
-            return []
-        namespace["_"] = self.session.value
-        return [self.session.value]
-
-    def _take_back(self, namespace, lent):
-        """Undo `_lend`, unless the input has given that name another value."""
-        if namespace.get("_") is lent[0]:
-            del namespace["_"]
-        _drop(lent)
-
     def _end(self):
         """Let go of the session, unless it has another thread by now, and of the process."""
         session = self.session
@@ -10467,6 +10457,29 @@ def _is_for_loop(code_object, server):
 
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
 _PLAIN = {int, float, str, bool, bytes, type(None)}
+
+
+class _Lent:
+    """The session's last value under `_` for one evaluation, where that name is free."""
+
+    def __init__(self, namespace):
+        is_free = "_" not in namespace and not hasattr(builtins, "_")
+        self._names = namespace if is_free else {"_": None}
+        self._value = [_MISSING]
+
+    def put(self, value):
+        """Let `_` be `value`, unless the user has put something there meanwhile."""
+        if self._names.get("_", _MISSING) is self._value[0]:
+            self._names["_"] = value
+            self._value, last = [value], self._value
+            _drop(last)
+
+    def take_back(self):
+        """Let the name be free again, unless the user has given it another value."""
+        if self._value[0] is not _MISSING:
+            if self._names.get("_") is self._value[0]:
+                del self._names["_"]
+            _drop(self._value)
 
 
 def _drop(values):

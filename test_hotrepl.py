@@ -3284,6 +3284,14 @@ class Shown(Case):
         self.assertEqual(self.client.ask("print(_)"), "x" * 99900 + "\n")
         self.assertEqual(self.client.ask("'x' * 9998"), repr("x" * 9998) + "\n")
 
+    def test_the_last_value_is_that_of_the_same_line_too(self):
+        self.assertEqual(self.client.ask("6; _ + 1; _ * 6"), "6\n7\n42\n")
+        self.client.ask("for n in 1, 2: n; print(_)")
+        self.assertEqual(self.client.ask(""), "1\n1\n2\n2\n")
+        self.assertEqual(self.client.ask("_ = 'mine'; 6; _; 7"), "6\n'mine'\n7\n")
+        self.client.ask("del _")
+        self.assertEqual(self.client.ask("_"), "7\n")
+
     def test_others_see_all_of_it(self):
         self.assertEqual(self.client.ask("'x' * 99900"), repr("x" * 99900) + "\n")
 
