@@ -9461,17 +9461,12 @@ class Connection:
             data = data.replace(IAC, IAC + IAC)
         self._outbox.append(data)
 
-    def put_mark(self, mark):
-        """Have `mark` sent by the next `flush`, if the client knows marks."""
-        if self.has_marks:
-            self._outbox.append(_Kept(mark))
-
     def put_turn(self, kind, prompt=""):
         """Have a wait for input announced by the next `flush`: of what kind, and its prompt."""
         if self.has_kinds:
             self._outbox.append(_Kept(BEGIN + TURN_KIND + kind.encode("ascii") + END))
-        elif kind == "secret":
-            self.put_mark(NO_ECHO)
+        elif kind == "secret" and self.has_marks:
+            self._outbox.append(_Kept(NO_ECHO))
         if prompt:
             self.put(_Kept(prompt.encode("utf-8", "backslashreplace")), "prompt")
         if self.has_marks:
@@ -9537,12 +9532,12 @@ class Connection:
             finally:
                 self.lock.release()
 
-    def collect(self, function, *args):
+    def collect(self, function):
         """Call `function`; what it sends is only put."""
         with self.lock:
             self._is_corked = True
             try:
-                function(*args)
+                function()
             finally:
                 self._is_corked = False
 
@@ -9578,6 +9573,8 @@ class Connection:
     def close(self):
         """Send the rest, say goodbye and close."""
         with self.lock:
+            if self.has_marks:
+                self._outbox.append(_Kept(END_OF_FILE))       # it was meant to end
             self.flush()
             if not self.is_broken and is_own(self.sock):
                 shut_down(self.sock, socket.SHUT_WR)
@@ -9825,7 +9822,6 @@ class Session:
     def release(self):
         """At the session's end: say goodbye, and let go of what it held."""
         try:
-            self.connection.put_mark(END_OF_FILE)     # it was meant to end
             self.connection.close()
         finally:
             if self.error is not None:
@@ -10369,15 +10365,13 @@ class Evaluator(Job):
 
     def _has_shown(self, show):
         """Return whether `show()`, a console's own or the program's, sends something itself."""
-        before = self._count_sent()
+        stdout, stderr = self.streams["stdout"], self.streams["stderr"]
+        before = stdout.count, stderr.count
         with suppress(BaseException):
-            self.streams["stderr"].write_as("traceback", lambda _: show(), "")
+            stderr.write_as("traceback", lambda _: show(), "")
             self.flush()
-            return self._count_sent() > before
+            return (stdout.count, stderr.count) != before
         return False
-
-    def _count_sent(self):
-        return sum(self.streams[name].count for name in ("stdout", "stderr"))
 
     def _write_traceback(self, text):
         """Send a traceback, by the console's own write() where it has one."""
