@@ -15415,7 +15415,7 @@ class TablesOfTheReadme(Case):
 
 class Threads(Workspace):
 
-    ROUNDS = 5 if IS_PYPY else 10     # a reload can take seconds beside eight busy threads
+    ROUNDS = 5 if IS_PYPY else 30
 
     def hammer(self, call, change, rounds=ROUNDS):
         """Call in eight threads while changing; return what went wrong."""
