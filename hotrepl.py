@@ -4868,8 +4868,9 @@ class _Apply:
     def _finish_class(self, scope, pairs, before):
         """See to what a class statement does besides its body, and to who reads its attributes."""
         cls, edit = scope.cls, scope.edit
-        self._forget_subclasses_afterwards()
         self._retire_gone(scope, pairs)
+        if set(before) != set(vars(cls)):
+            self._forget_subclasses_afterwards()
         names = _bound_by(each.new for each in pairs if each.new and each.change in _VALUES)
         self._follow_pure(edit, scope.statements, cls, dict(edit.space, **before),
                           dict(edit.space, **vars(cls)), names)
@@ -4886,6 +4887,7 @@ class _Apply:
                 scope.title(""), base.__qualname__))
 
     def _forget_subclasses_afterwards(self):
+        """What is a subclass of what by its attributes is to be asked anew, also after an undo."""
         if _forget_subclasses not in self.afterwards:
             self.afterwards.append(_forget_subclasses)
             self.journal.on_undo(_forget_subclasses)
@@ -5209,11 +5211,10 @@ class _Apply:
         """Give a class the attributes and bases of a new version of it."""
         self.stands_for(old, new)
         self.classes[id(old)] = old
-        if _forget_subclasses not in self.afterwards:
-            self.afterwards.append(_forget_subclasses)
-            self.journal.on_undo(_forget_subclasses)
+        before = old.__bases__, set(vars(old))
         reason = self._obstacle(old, new)
         if reason is not None:
+            self._forget_subclasses_afterwards()
             return self.replace(old, new, reason)
         for function in _functions_in(new):
             for cell in function.__closure__ or ():
@@ -5223,6 +5224,8 @@ class _Apply:
             if kind.fold and kind.fits(new):
                 kind.fold(self, old, new)
         self._fold_attributes(old, new)
+        if (old.__bases__, set(vars(old))) != before:
+            self._forget_subclasses_afterwards()
         if hasattr(old, "__abstractmethods__"):
             self.afterwards.append(functools.partial(self._update_abstract, old))
         return old
@@ -5643,7 +5646,7 @@ class _Apply:
 
     def _fill_instances(self):
         """Give live instances what new ones have, where its value is clear; else name it."""
-        instances_of = functools.lru_cache(maxsize=None)(_instances_below)
+        instances_of = functools.lru_cache(maxsize=None)(_instances_of)
         for cls, name, make, reason in self.fills:
             for instance in instances_of(cls):
                 fields = _get_dict(instance)
@@ -5658,14 +5661,13 @@ class _Apply:
     def _call_hooks(self):
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
-        for cls in _all_classes() if self.classes else ():
-            if any(id(base) in self.classes for base in cls.__mro__):
-                functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
-                             for f in some]
-                if hasattr(cls, "__reload__"):
-                    functions.append(type.__getattribute__(cls, "__reload__"))
-                if functions:
-                    hooked[id(cls)] = cls, functions
+        for cls in [each for changed in self.classes.values() for each in _all_classes(changed)]:
+            functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
+                         for f in some]
+            if hasattr(cls, "__reload__"):
+                functions.append(type.__getattribute__(cls, "__reload__"))
+            if functions:
+                hooked[id(cls)] = cls, functions
         for instance in _instances(*[cls for cls, _ in hooked.values()]):
             self.keep_reached([instance])
             for function in hooked[id(type(instance))][1]:
@@ -5680,7 +5682,8 @@ class _Apply:
     def _redirect(self):
         """Replace what was discarded, wherever a list, dict, set, cell or instance holds it.
 
-        So a registry that was filled anew holds the old object, once.
+        So a registry that was filled anew holds the old object, once. A tuple is replaced by
+        another one where a list, set or dict holds it.
         """
         moves = {id(pair[0]): pair for pair in _held_elsewhere(
             [pair for pair in self.folded.values() if pair[0] is not pair[1]])}
@@ -5692,17 +5695,17 @@ class _Apply:
             moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
                          for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
         sources = [source for source, _ in moves.values()]
-        tuples = []
+        own = {id(source.__mro__) for source in sources if isinstance(source, type)}
+        tuples = {}
         for holder in self._holders(sources):
-            if type(holder) is tuple and holder is not sources:
-                tuples.append((holder, tuple(moves.get(id(item), (0, item))[1]
-                                             for item in holder)))
-            else:
+            if type(holder) is not tuple:
                 _redirect_holder(self.journal, holder, moves)
-        in_tuples = {id(pair[0]): pair for pair in tuples}
-        for holder in self._holders([pair[0] for pair in tuples]):
+            elif id(holder) not in own:
+                tuples[id(holder)] = holder, tuple(
+                    moves.get(id(item), (0, item))[1] for item in holder)
+        for holder in self._holders([each for each, _ in tuples.values()]):
             if type(holder) in _SEQUENCES + (set, dict):
-                _redirect_holder(self.journal, holder, in_tuples)
+                _redirect_holder(self.journal, holder, tuples)
 
     def _holders(self, sources):
         """Return what refers to one of `sources`, except for our own tables."""
@@ -7313,13 +7316,9 @@ def _instances(*classes):
     # Before 3.9 the collector does not know that instances refer to their class.
     is_known = sys.version_info >= (3, 9) or not classes
     found = _may_refer_to(classes) if is_known else gc.get_objects()
-    ids = set(map(id, classes))
-    return [obj for obj in found if id(type(obj)) in ids]
-
-
-def _instances_below(cls):
-    """Return the live instances of a class and of all classes below it."""
-    return _instances(*[each for each in _all_classes() if cls in each.__mro__])
+    # No bytecode for each object: beside busy threads that would take a hundred times as long.
+    is_one = set(map(id, classes)).__contains__
+    return list(itertools.compress(found, map(is_one, map(id, map(type, found)))))
 
 
 def _forget_subclasses():
