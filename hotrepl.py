@@ -4646,8 +4646,6 @@ class _Apply:
         Their new code names a global that the module will have only when its statements have run.
         """
         successors, later = _Successors(edit), []
-        if not successors.has_work:
-            return later
         absent = _bound_by(edit.new.statements).difference(edit.space)
         named = successors.named_functions() if len(self.edits) == 1 else None
         for function in self._live_functions(edit) if named is None else named:
@@ -4954,7 +4952,8 @@ class _Apply:
             reads = names.reads - names.heads
             return not _is_transparent(node) and self._are_refielded(
                 _values_of(edit.space, reads))
-        return _is(value, type) and _has_fields(value) and self._are_refielded(
+        return _is(value, type) and any(
+            each.has_fields and each.fits(value) for each in _CLASS_KINDS) and self._are_refielded(
             _values_of(edit.space, names.reads) + list(value.__mro__[1:]))
 
     def _are_refielded(self, values):
@@ -5023,7 +5022,7 @@ class _Apply:
         last = scope.last_binder(name)
         if new is _MISSING:
             return
-        if last is not statement and not scope.runs(last):
+        if last is not statement and not scope.edit.runs(last):
             new = old           # a later statement, which does not run again, has the last word
         elif last is not statement and scope.cls is None:
             scope.held[name] = new      # it will be settled then
@@ -5924,10 +5923,6 @@ class _Scope:
                 each.is_main_guard and self.edit.name != "__main__"))
         return self._lasts.get(name)
 
-    def runs(self, statement):
-        """Tell whether a statement of the module is one that this reload executes."""
-        return self.edit.runs(statement)
-
     def execute(self, nodes, apply, statement=None):
         """Run statements; return what they bound that is not bound yet."""
         edit, held = self.edit, self.held
@@ -6069,11 +6064,16 @@ def _give_column_its_type(scope, node, value):
     value.column.type, value.column.nullable = column.type, column.nullable
 
 
-_Next = record("_Next", "code path reason is_changed is_inner old new")
+# What becomes of a live function: its new code and both nodes, or why there is none.
+_Next = collections.namedtuple("_Next", "code path reason is_changed is_inner old new")
 
 
 class _Successors:
-    """Which code of the new text belongs to a live function of the old one."""
+    """Which code of the new text belongs to a live function of the old one.
+
+    A function is found by the line of its code: that leads to a statement of the old text, of a
+    module or of a class that changed, and in that to a node, which has a partner in the new text.
+    """
 
     def __init__(self, edit):
         self.edit = edit
@@ -6083,14 +6083,12 @@ class _Successors:
             self._add(edit.pairs, "")
             self._leaves.sort(key=lambda leaf: leaf[0])
         self._starts = [leaf[0] for leaf in self._leaves]
-        self.has_work = edit.old is None or any(
-            pair.change != "same" for _, pair, _ in self._leaves)
 
     def _add(self, pairs, path):
         for pair in pairs:
             if pair.old is not None:
                 self._leaves.append((pair.old.start + 1, pair, path))
-                if pair.change == "class" and pair.old.kind == pair.new.kind == "ClassDef":
+                if pair.change == "class":
                     self._add(self.edit.sub_pairs(pair), path + pair.new.node.name + ".")
 
     def named_functions(self):
@@ -6099,13 +6097,13 @@ class _Successors:
         So it is where nothing runs and nothing but plain functions of the module changed.
         """
         found = []
-        for _, pair, path in self._leaves:
+        for line, pair, path in self._leaves:
             if pair.change != "same":
                 value = self.edit.space.get(getattr(pair.old.node, "name", ""))
                 if path or pair.change not in _LEFT_ALONE or not (
                         pair.old.is_function and not pair.old.node.decorator_list
                         and type(value) is types.FunctionType and not _nested_codes(value.__code__)
-                        and value.__code__.co_firstlineno == pair.old.start + 1
+                        and value.__code__.co_firstlineno == line
                         and value.__globals__ is self.edit.space):
                     return None
                 found.append(value)
@@ -6119,21 +6117,21 @@ class _Successors:
         if self.edit.old is None:
             return self._by_path(function, code)
         import bisect
-        i = bisect.bisect(self._starts, code.co_firstlineno) - 1
+        line = code.co_firstlineno
+        i = bisect.bisect(self._starts, line) - 1
         if i < 0:
             return None
         _, pair, path = self._leaves[i]
         if pair.change == "same":
             return None
-        key = code.co_name, code.co_firstlineno
         if pair.new is not None and pair.old.text_key == pair.new.text_key:
-            line = code.co_firstlineno + pair.new.start - pair.old.start
-            found = self.edit.new.codes.get((code.co_name, line), ())
-            new = _best_match(code, found)
+            key = code.co_name, line + pair.new.start - pair.old.start
+            new = _best_match(code, self.edit.new.codes.get(key, ()))
             return new and _Next(new, function.__qualname__, "", False, False, None, None)
-        return self._mapped(pair, path, key, code)
+        return self._mapped(pair, path, code)
 
-    def _mapped(self, pair, path, key, code):
+    def _mapped(self, pair, path, code):
+        key = code.co_name, code.co_firstlineno
         if id(pair) not in self._maps:
             found = self._maps[id(pair)] = collections.defaultdict(list)
             new_node = pair.new.node if pair.new is not None else None
@@ -6160,13 +6158,13 @@ class _Successors:
         path = _path_of(function)
         found = self.edit.new.codes.get(path, [])
         alike = [each for each in found if _behaviour(each) == _behaviour(code)]
-        is_inner = "<locals>" in path or "<lambda>" in path
         if alike:
             return _Next(alike[0], path, "", False, False, None, None)
-        if len(found) == 1 and is_inner:
+        if "<locals>" not in path and "<lambda>" not in path:
+            return None
+        if len(found) == 1:
             return _Next(found[0], path, "", True, False, None, None)
-        reason = _UNCLEAR if found else _NO_SUCH
-        return _Next(None, path, reason, True, True, None, None) if is_inner else None
+        return _Next(None, path, _UNCLEAR if found else _NO_SUCH, True, True, None, None)
 
 
 def _path_of(function):
@@ -6232,19 +6230,13 @@ def _class_head(statement):
 
 def _needs_its_statement(cls, pairs):
     """Tell whether a class statement must run as a whole for what changed in it."""
-    active = [pair for pair in pairs if pair.change not in _LEFT_ALONE]
-    values = [pair for pair in active for each in [pair.new or pair.old]
+    active = [pair.new or pair.old for pair in pairs if pair.change not in _LEFT_ALONE]
+    values = [each for each in active
               if not each.is_definition and not each.is_constant and each.kind != "Pass"]
-    if any("__slots__" in (pair.new or pair.old).binds for pair in values):
-        return True
+    is_decorated = any(each.is_function and not _is_transparent(each.node) for each in active)
     kind = next((each for each in _CLASS_KINDS if each.fits(cls)), None)
-    unknown = [pair for pair in active if (pair.new or pair.old).is_function
-               and not _is_transparent((pair.new or pair.old).node)]
-    return bool(kind and (values or unknown and kind.sees_functions))
-
-
-def _has_fields(cls):
-    return any(each.has_fields and each.fits(cls) for each in _CLASS_KINDS)
+    return any("__slots__" in each.binds for each in values) or kind is not None and (
+        bool(values) or is_decorated and kind.sees_functions)
 
 
 def _unedited(name, known):
@@ -7318,7 +7310,9 @@ def _instances(*classes):
     found = _may_refer_to(classes) if is_known else gc.get_objects()
     # No bytecode for each object: beside busy threads that would take a hundred times as long.
     is_one = set(map(id, classes)).__contains__
-    return list(itertools.compress(found, map(is_one, map(id, map(type, found)))))
+    instances = list(itertools.compress(found, map(is_one, map(id, map(type, found)))))
+    del found       # up to 3.10 it has this frame in it: a cycle, and the collector is off
+    return instances
 
 
 def _forget_subclasses():
