@@ -11492,10 +11492,16 @@ REGISTRY = Registry()
 # makes events of that; Conversation has Terminal read a line behind the prompt, and sends it,
 # or the lines of a paste as one block; then it shows what comes until the next go-ahead. While
 # readline edits, it asks `Terminal._next_key` for keys, which waits for them and for the sockets.
+#
 # How a Ctrl+C travels. The terminal drops what was typed before it and sends SIGINT. At a
 # prompt the handler ends the line, and an interrupt goes where the line would have gone, on the
 # REPL channel. At work it is a request on the control channel, with the number of the turn, so
 # that it hits nothing later. What was typed behind Ctrl+C waits in the terminal for its prompt.
+# A handler never sends a request itself: `Link.post` puts it down and wakes whoever waits.
+#
+# How a connection comes about. `_channels`: the way there (`_reach`, by ssh `_tunnel`), the REPL
+# channel (`_dial`, which asks the kernel whose server that is), the token if it is asked for, then
+# the control channel that the server names (`Link.meet`). Nothing is sent before the owner is known.
 
 class ServerGone(Exception):
     """The server closed the connection, or does not answer."""
@@ -11522,8 +11528,6 @@ class Link:
     """
 
     BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
-    REPLIES = {"Complete": {"start": int, "matches": list, "hint": (str, type(None))},
-               "Outcome": {"outcome": dict}}
 
     def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
         self.sock = sock          # the REPL channel
@@ -11625,9 +11629,6 @@ class Link:
         if replies[0].get("status") != "ok":
             raise ProtocolError(shorten(printable(str(
                 replies[0].get("reason", "refused without a reason")).replace("\n", " ")), 300))
-        if not all(isinstance(replies[0].get(name), kinds)
-                   for name, kinds in self.REPLIES.get(command, {}).items()):
-            raise ServerGone("its reply to %s makes no sense" % command)
         return replies[0]
 
     def wait(self, timeout_s=None):
@@ -11881,17 +11882,21 @@ class Conversation:
             self.link.post(command, **fields)
 
     def complete(self, line):
-        """Return the reply to Complete, {} where there is none."""
+        """Return (start, matches, hint) of the reply to Complete; no matches where there is none."""
         try:
-            return self.link.ask("Complete", limit_s=2 * COMPLETION_TIMEOUT_S, line=line,
-                                 cursor=len(line))
+            reply = self.link.ask("Complete", limit_s=2 * COMPLETION_TIMEOUT_S, line=line,
+                                  cursor=len(line))
+            start, matches, hint = (reply.get(name) for name in ("start", "matches", "hint"))
+            if type(start) is int and isinstance(matches, list) and isinstance(hint or "", str):
+                return start, matches, hint
+            _gone("its reply to Complete makes no sense")
         except (ProtocolError, ServerGone) as exc:
             if self.link.loss:
                 self._tell_loss()
             else:
                 self._say("no completions: %s" % exc)
             self._show_notes()
-            return {}
+        return 0, [], None
 
     def _request(self, command, use, **fields):
         self._is_heard = False
@@ -12394,19 +12399,19 @@ class Execution:
     """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
 
     A context manager. It connects for the first, and again where the session before is over.
-    `server` has the arguments of `connect`. `output` gets what the code prints, see PlainOutput;
-    what we say ourselves begins with `label`. Ctrl+C and a timeout interrupt the code; what does
-    not end after that, by a second Ctrl+C or GRACE_S, is left behind.
+    `server` has the arguments of `connect`; what we say ourselves begins with `label`. Ctrl+C and a
+    timeout interrupt the code; what does not end after that, by a second Ctrl+C or GRACE_S, is left
+    behind.
     """
 
     GRACE_S = 2.0
 
-    def __init__(self, output, server, label=""):
-        self._output = output
+    def __init__(self, server, label=""):
         self._server = server
         self._label = label
         self._link = None         # None: there is no session
         self._undo = ExitStack()  # ends it
+        self._output = None       # takes what the code prints that runs
         self._deadline = None     # when the code is to be interrupted
         self._turn = 0            # how many go-aheads came
         self._stream = "stdout"   # what the data belongs to that comes
@@ -12419,12 +12424,13 @@ class Execution:
     def __exit__(self, *exc_info):
         self._undo.close()
 
-    def run(self, source, place=None, timeout_s=None):
+    def run(self, output, source, place=None, timeout_s=None):
         """Run `source`, bytes, and return the exit code: as of a script, 130 or 124.
 
-        `place` has the fields of the Place command, where the code stands in a module's file.
+        `output` is a PlainOutput or JsonOutput of its own. `place` has the fields of the Place
+        command, where the code stands in a module's file.
         """
-        outcome, code = {}, 1
+        self._output, outcome, code = output, {}, 1
         self._is_late = self._is_interrupted = False
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
@@ -12446,7 +12452,7 @@ class Execution:
                 outcome = self._say("the server is gone: %s" % exc if isinstance(exc, ServerGone)
                                     else exc.strerror or exc, exc)
         with suppress(OSError):
-            self._output.finish(outcome, code)
+            output.finish(outcome, code)
         return code
 
     def _connect(self, timeout_s):
@@ -12544,16 +12550,16 @@ def describe_exception(exc):
 
 def _ask_outcome(link):
     try:
-        outcome = link.ask("Outcome")["outcome"]
+        outcome = link.ask("Outcome").get("outcome")
+        is_sound = type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
+        if "exception" in outcome:
+            texts = [outcome["exception"][name] for name in ("type", "message", "traceback")]
+            is_sound = is_sound and all(isinstance(text, str) for text in texts)
     except ProtocolError as exc:
         raise ServerGone(str(exc)) from exc
-    exception = outcome.get("exception", {"type": "", "message": "", "traceback": ""})
-    if not (type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
-            and isinstance(exception, dict)
-            and all(isinstance(exception.get(name), str)
-                    for name in ("type", "message", "traceback"))):
-        raise ServerGone("its reply to Outcome makes no sense")
-    return outcome
+    except (AttributeError, LookupError, TypeError):
+        is_sound = False
+    return outcome if is_sound else _gone("its reply to Outcome makes no sense")
 
 
 def _exit_code(outcome):
@@ -12601,27 +12607,24 @@ class JsonOutput:
     """
 
     def __init__(self, max_chars=None, **fields):
-        self._max_chars = sys.maxsize if max_chars is None else max_chars
-        self._fields = fields
-        self._begin()             # all else; see there
-
-    def _begin(self):
         import codecs
         decoder = codecs.getincrementaldecoder("utf-8")   # characters may come in pieces
+        self._max_chars = sys.maxsize if max_chars is None else max_chars
+        self._fields = fields
         self._printed = {"stdout": decoder(), "stderr": decoder()}
-        self._whole = {"value": bytearray(), "traceback": bytearray(), "prompt": bytearray()}
         # Characters that may still be printed; None: a text was cut.
         self._left = dict.fromkeys(self._printed, self._max_chars)
+        self._whole = {"value": bytearray(), "traceback": bytearray()}
 
     def write(self, kind, data):
         """Print `data`, bytes of that kind. OSError: nobody reads it."""
         if kind in self._whole:
             self._whole[kind] += data
-        else:
+        elif kind in self._printed:
             self._put_chunk(kind, data)
 
     def finish(self, outcome, code):
-        """Print the value or the exception, and the exit code; the next execution may begin."""
+        """Print the value or the exception, and the exit code."""
         for name in self._printed:
             self._put_chunk(name, b"", is_last=True)
         texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
@@ -12631,7 +12634,6 @@ class JsonOutput:
             traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
             self._put_cut("exception", dict(outcome["exception"], traceback=traceback_text))
         self._put(exit=code)
-        self._begin()
 
     def _put_cut(self, name, texts):
         cut = {key: text[:self._max_chars] for key, text in texts.items()}
@@ -13035,11 +13037,11 @@ class _RemoteCompleter:
     def _fetch(self, line):
         if not line.strip():
             return [line + "    "]
-        reply = self._terminal.owner.complete(line)
-        self._start = min(max(reply.get("start", 0), 0), len(line))
-        if reply.get("hint"):
-            self._terminal.show_above(("%s\n" % printable(reply["hint"])).encode())
-        return [line[:self._start] + match for match in reply.get("matches", ())
+        start, matches, hint = self._terminal.owner.complete(line)
+        self._start = min(max(start, 0), len(line))
+        if hint:
+            self._terminal.show_above(("%s\n" % printable(hint)).encode())
+        return [line[:self._start] + match for match in matches
                 if isinstance(match, str) and match.isprintable()]
 
     def _display(self, substitution, matches, longest):
@@ -13133,7 +13135,15 @@ def _hide_escapes(prompt):
 
 
 # === 15. Command line ========================================================
-# argv -> exit code. `serve` and `connect` speak to people on stderr, as "hotrepl: ...".
+# argv -> exit code. What is said to people goes to stderr, as "hotrepl: ..."; stdout is for what
+# the code prints, and for `list`. Exit codes: 0; 1 for what failed, 2 for wrong use; 130, 124.
+#
+#   serve    make __main__ look as Python makes it, start a server over it, run the program there
+#   connect  find the server (`_find_server`: a PID, an address, the only one), open a Conversation
+#   exec     find one or all, hold an Execution with each; one piece of code, or --stream's requests
+#   list     the notes that servers leave in the runtime folder, see `noted_servers`
+#
+# A new option is a line of _OPTIONS: argparse and --help have it from there.
 
 def main(argv=None):
     """Run the command line `argv`; return the exit code: 0, 1 for bind and connect, 2 for usage."""
@@ -13393,7 +13403,6 @@ def _hide_our_frames(exc):
 
 def _show_death(exc):
     """Do what Python does for an uncaught exception; return the exit status."""
-    import traceback
     frames = exc.__traceback__    # on PyPy it is another once the hook has raised
     sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, frames
     if sys.version_info >= (3, 12):
@@ -13406,9 +13415,9 @@ def _show_death(exc):
         _hide_our_frames(own)
         own.__context__ = None
         print("Error in sys.excepthook:", file=sys.stderr)
-        traceback.print_exception(type(own), own, own.__traceback__)
+        sys.__excepthook__(type(own), own, own.__traceback__)
         print("\nOriginal exception was:", file=sys.stderr)
-        traceback.print_exception(type(exc), exc, frames)
+        sys.__excepthook__(type(exc), exc, frames)
     return 130 if isinstance(exc, KeyboardInterrupt) else 1
 
 
@@ -13474,8 +13483,8 @@ def _connect(options):
     place = _find_server(options, options.host)
     if sys.stdin is None or sys.stdin.isatty():
         return connect(*place, *_credentials(options))
-    with Execution(PlainOutput(), place + _credentials(options)) as session:
-        return session.run(sys.stdin.buffer.read())
+    with Execution(place + _credentials(options)) as session:
+        return session.run(PlainOutput(), sys.stdin.buffer.read())
 
 
 def _credentials(options):
@@ -13519,7 +13528,8 @@ def _exec(options):
         return _misuse("--stream goes with --json and -, without --all and --match")
     source, place = b"", {}
     if not options.stream:
-        source = _encode_argument(codes[0]) if codes else _read_source(path)
+        # In an ASCII locale what was typed has come as surrogates.
+        source = (codes[0].encode("utf-8", "surrogateescape") if codes else _read_source(path))
         source, place = _placed(options, path, source)
     if is_for_all:
         return _exec_in_all(options, source, place)
@@ -13558,28 +13568,21 @@ def _definition_at(source, line):
     return found
 
 
-def _encode_argument(text):
-    """Return a word of the command line as it was typed, in UTF-8, whatever the locale is."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:    # in an ASCII locale
-        return os.fsencode(text)
-
-
 def _exec_in(server, options, source, place, label="", **fields):
     """Run code in one server, or with --stream what is asked for; return the exit code."""
-    output = (JsonOutput(options.max_chars, **fields) if options.json else PlainOutput(label))
-    with Execution(output, server + _credentials(options), label) as session:
+    make_output = (functools.partial(JsonOutput, options.max_chars, **fields) if options.json
+                   else functools.partial(PlainOutput, label))
+    with Execution(server + _credentials(options), label) as session:
         if not options.stream:
-            return session.run(source, place, options.timeout)
+            return session.run(make_output(), source, place, options.timeout)
         import json
         for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
             try:
                 request = json.loads(line.decode())
                 source, timeout_s = request.pop("code").encode(), request.pop("timeout", None)
-                session.run(source, request, timeout_s or options.timeout)
+                session.run(make_output(), source, request, timeout_s or options.timeout)
             except (ValueError, TypeError, LookupError, AttributeError) as exc:
-                output.finish({"exception": describe_exception(exc)}, 2)
+                make_output().finish({"exception": describe_exception(exc)}, 2)
     return 0
 
 
@@ -13648,19 +13651,18 @@ def _find_server(options, word):
 
 def _choose(notes):
     """Return the one of `notes` that the user names; SystemExit where nobody can be asked."""
-    is_asked = all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr))
-    if not is_asked:
+    by_pid, answer = {str(note["pid"]): note for note in notes}, "?"
+    if not all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr)):
         _say("which one? name it by its PID, or as HOST:PORT")
+        answer = ""
     sys.stderr.write(_table(notes).decode())
-    while is_asked:
+    while answer and answer not in by_pid:
         sys.stderr.write("which one? PID: ")
         sys.stderr.flush()
-        answer = sys.stdin.readline()
-        for note in notes:
-            if str(note["pid"]) == answer.strip():
-                return note
-        is_asked = bool(answer.strip())
-    raise SystemExit(2)
+        answer = sys.stdin.readline().strip()
+    if not answer:
+        raise SystemExit(2)
+    return by_pid[answer]
 
 
 def _place_of_note(note):

@@ -5127,7 +5127,7 @@ class Statements(Case):
         self.assertEqual(self.terminal.end()[0], 0)
 
 
-@unittest.skipUnless(HAS_PTY and HAS_READLINE, "needs a pty and GNU readline; PyPy's line editor reads ahead")
+@unittest.skipUnless(HAS_PTY, "needs a pty")
 class BehindCtrlC(Case):
     """What is typed right behind Ctrl+C, in one write, is read; what is before it is dropped."""
 
