@@ -453,7 +453,7 @@ class MarkDecoder:
         rb"(?P<data>(?:[^\xff]+|\xff\xff)+)"
         rb"|(?P<unfinished>\xff[\xfb-\xfe]?\Z)"
         rb"|(?P<begin>\xff\xfa)"
-        # WILL, WONT, DO, DONT, and an option that telnet clients know: else it is UTF-16 or Latin-1.
+        # WILL, WONT, DO, DONT with an option that telnet clients know: else it is UTF-16 or Latin-1
         rb"|(?P<option>\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27]))"
         rb"|(?P<command>\xff[\xec\xf0-\xfa])"
         rb"|(?P<stray>\xff)")     # no telnet: a byte that is no text
@@ -11501,7 +11501,7 @@ REGISTRY = Registry()
 #
 # How a connection comes about. `_channels`: the way there (`_reach`, by ssh `_tunnel`), the REPL
 # channel (`_dial`, which asks the kernel whose server that is), the token if it is asked for, then
-# the control channel that the server names (`Link.meet`). Nothing is sent before the owner is known.
+# the control channel that the server names (`Link.meet`). Nothing is sent to an unknown owner.
 
 class ServerGone(Exception):
     """The server closed the connection, or does not answer."""
@@ -11882,7 +11882,7 @@ class Conversation:
             self.link.post(command, **fields)
 
     def complete(self, line):
-        """Return (start, matches, hint) of the reply to Complete; no matches where there is none."""
+        """Return (start, matches, hint), as Complete's reply has them; without one no matches."""
         try:
             reply = self.link.ask("Complete", limit_s=2 * COMPLETION_TIMEOUT_S, line=line,
                                   cursor=len(line))
