@@ -9349,31 +9349,25 @@ def carry(tls, inner):
 
 def _way(source, target):
     """Carry all that comes out of `source` to `target`, then its end."""
+    import ssl
+    data = None                   # received and not sent yet; b"" is the end
     with suppress(OSError):
-        data = yield from _when_ready(source, selectors.EVENT_READ, source.recv, RECEIVE_BYTES)
-        while data:
-            sent = yield from _when_ready(target, selectors.EVENT_WRITE, target.send, data)
-            yield None
-            data = data[sent:] or (yield from _when_ready(
-                source, selectors.EVENT_READ, source.recv, RECEIVE_BYTES))
+        while data != b"":
+            sock, event = ((target, selectors.EVENT_WRITE) if data else
+                           (source, selectors.EVENT_READ))
+            try:
+                data = data[target.send(data):] or None if data else source.recv(RECEIVE_BYTES)
+                yield None
+            except ssl.SSLWantReadError:      # TLS may want the other event
+                yield sock, selectors.EVENT_READ
+            except ssl.SSLWantWriteError:
+                yield sock, selectors.EVENT_WRITE
+            except BlockingIOError:
+                yield sock, event
     with suppress(OSError, ValueError):       # it has said goodbye and does not wait for the answer
         if hasattr(target, "unwrap"):
             target.unwrap()
     shut_down(target, socket.SHUT_WR)
-
-
-def _when_ready(sock, event, call, argument):
-    """Return `call(argument)`, of that socket, once it does not block; TLS may want the other."""
-    import ssl
-    while True:
-        try:
-            return call(argument)
-        except ssl.SSLWantReadError:
-            yield sock, selectors.EVENT_READ
-        except ssl.SSLWantWriteError:
-            yield sock, selectors.EVENT_WRITE
-        except BlockingIOError:
-            yield sock, event
 
 
 def _wait(waits):
