@@ -1490,7 +1490,7 @@ def _is_fragile(frame, spares_imports, spares_starts):
     return False
 
 
-_THREAD_START = threading.Thread.start.__code__ if sys.version_info < (3, 12) else 0
+_THREAD_START = threading.Thread.start.__code__ if sys.version_info < (3, 12) else None
 
 
 @functools.lru_cache(100)
@@ -9996,9 +9996,10 @@ def _hiding_file(name):
     else:                         # import it, and it runs: it may be the program's own script
         spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
         path = spec and spec.origin
-    library = os.path.realpath(os.path.dirname(os.__file__)) + os.sep
-    is_other = path and os.path.isfile(path) and not os.path.realpath(path).startswith(library)
-    return path if is_other else None
+    own = os.path.join(os.path.dirname(os.__file__), name)
+    own = own + ".py" if os.path.isfile(own + ".py") else os.path.join(own, "__init__.py")
+    is_known = path is not None and os.path.isfile(path) and os.path.isfile(own)
+    return path if is_known and not os.path.samefile(path, own) else None
 
 
 class Detached(BaseException):
