@@ -15467,7 +15467,7 @@ class Threads(Workspace):
                  "def f(a=4, *, b=4): return 4, a, b\n"]
         m = self.load(texts[0])
         call = m.f
-        self.assertEqual(self.hammer(call, lambda i: self.again(texts[(i + 1) % 4])), [])
+        self.assertEqual(self.hammer(call, lambda i: self.again(texts[(i + 1) % 4]), 30), [])
 
     def test_after_each_line_of_a_change_a_call_is_all_old_or_all_new(self):
         texts = ["def f(a=1, b=1): return 1, a, b\n",
