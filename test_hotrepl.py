@@ -1882,7 +1882,7 @@ class Consoles(Case):
 
         client = self.serve(console=Own).paired()
         self.assertEqual(client.ask("6*7"), "42\n")
-        self.assertEqual(client.ask("_ + 1; _ + 2"), "43\n44\n")
+        self.assertEqual(client.ask("_ + 1; _ + 2"), "43\n45\n")
         self.assertEqual(client.ask("1 / 0"), "it raised ZeroDivisionError: division by zero\n")
         self.assertEqual(client.control.request("Outcome")["outcome"]["exception"]["type"], "ZeroDivisionError")
         self.assertRegex(client.ask("1 = 2"), r"\Awrong in <hotrepl \d+:4>\n\Z")
@@ -3286,8 +3286,8 @@ class Shown(Case):
 
     def test_the_last_value_is_that_of_the_same_line_too(self):
         self.assertEqual(self.client.ask("6; _ + 1; _ * 6"), "6\n7\n42\n")
-        self.client.ask("for n in 1, 2: n; print(_)")
-        self.assertEqual(self.client.ask(""), "1\n1\n2\n2\n")
+        text = self.client.ask("for n in 1, 2: n; print(_)") + self.client.ask("")   # PyPy: at once
+        self.assertEqual(text, "1\n1\n2\n2\n")
         self.assertEqual(self.client.ask("_ = 'mine'; 6; _; 7"), "6\n'mine'\n7\n")
         self.client.ask("del _")
         self.assertEqual(self.client.ask("_"), "7\n")
@@ -6521,7 +6521,7 @@ class MainThreadCalls(Case):
         self.assertEqual(client.ask("main_thread(pow, 2, 10)"), "1024\n")
 
     def test_it_reaches_a_main_thread_whatever_that_does(self):
-        for source in ("while True: pass", "time.sleep(1000)", "select.select([server._waker], [], [])",
+        for source in ("while True: pass", "time.sleep(1000)", "import socket; select.select(socket.socketpair(), [], [])",
                        "threading.Event().wait()"):
             with self.subTest(source):
                 self.assertEqual(self.visit(source).ask(self.IS_MAIN), "True\n")
