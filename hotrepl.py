@@ -7764,23 +7764,19 @@ def at(where):
     `where` is the name of the function, or the number that frames() printed last. The call goes
     on meanwhile. LookupError: it has ended, or there are several of that name.
     """
-    if isinstance(where, int):
-        marks = getattr(_listed, "marks", ())
-        if not 0 < where <= len(marks):
-            raise LookupError("frames() has listed no frame %d here" % where)
-        return Frame(marks[where - 1])
-    marks = _marks()
-    fits = [number for number, mark in enumerate(marks, 1)
-            if where in (mark.code.co_name, getattr(mark.code, "co_qualname", ""))]
+    is_number = isinstance(where, int)
+    marks = getattr(_listed, "marks", []) if is_number else _marks()
+    fits = [number for number, mark in enumerate(marks, 1) if where == number
+            or where in (mark.code.co_name, getattr(mark.code, "co_qualname", ""))]
+    if len(fits) == 1:
+        return Frame(marks[fits[0] - 1])
     if not fits:
-        raise LookupError("no call of %s runs just now; frames() lists those that do"
+        raise LookupError("frames() has listed no frame %d here" % where if is_number else
+                          "no call of %s runs just now; frames() lists those that do"
                           % shorten(where))
-    if len(fits) > 1:
-        _listed.marks = marks
-        raise LookupError("%d calls of %r run, name one by its number: %s" % (
-            len(fits), where, "; ".join("%d: %s" % (each, marks[each - 1].text)
-                                        for each in fits[-5:])))
-    return Frame(marks[fits[0] - 1])
+    _listed.marks = marks
+    raise LookupError("%d calls of %r run, name one by its number: %s" % (
+        len(fits), where, "; ".join("%d: %s" % (each, marks[each - 1].text) for each in fits[-5:])))
 
 
 def watch(function, count=10, when=None, quiet=False, seconds=600.0):
