@@ -449,14 +449,14 @@ class MarkDecoder:
     block over the limit, which was dropped). Other telnet negotiation is swallowed.
     """
 
-    MARK = re.compile(            # the first that fits
+    MARK = Lazy(lambda: re.compile(   # the first that fits
         rb"(?P<data>(?:[^\xff]+|\xff\xff)+)"
         rb"|(?P<unfinished>\xff[\xfb-\xfe]?\Z)"
         rb"|(?P<begin>\xff\xfa)"
         # WILL, WONT, DO, DONT with an option that telnet clients know: else it is UTF-16 or Latin-1
         rb"|(?P<option>\xff(?:[\xfb-\xfe][\0-\x08\x0e-\x1f]|[\xfb\xfc][\x20-\x27]))"
         rb"|(?P<command>\xff[\xec\xf0-\xfa])"
-        rb"|(?P<stray>\xff)")     # no telnet: a byte that is no text
+        rb"|(?P<stray>\xff)"))    # no telnet: a byte that is no text
     NAMES = {GO_AHEAD: "turn", END_OF_FILE: "eof", INTERRUPT: "interrupt", NO_ECHO: "no echo",
              b"\xff\xfd\x06": "timing"}  # DO TIMING-MARK (RFC 860): telnet waits
 
@@ -6065,7 +6065,7 @@ def _give_column_its_type(scope, node, value):
 
 
 # What becomes of a live function: its new code and both nodes, or why there is none.
-_Next = collections.namedtuple("_Next", "code path reason is_changed is_inner old new")
+_Next = record("_Next", "code path reason is_changed is_inner old new")
 
 
 class _Successors:
@@ -6581,7 +6581,7 @@ _FOLD_RULES = (     # (fits, what to do), the first that fits
 )
 # Of classes whose fields are more than attributes: what is done beside the attributes, whether
 # others copy the fields, and whether the metaclass looks at decorated functions too.
-_Kind = collections.namedtuple("_Kind", "fits fold has_fields sees_functions")
+_Kind = record("_Kind", "fits fold has_fields sees_functions")
 _CLASS_KINDS = (
     _Kind(lambda cls: hasattr(cls, "_member_map_"), _Apply.fold_enum, False, False),
     _Kind(lambda cls: issubclass(cls, tuple) and hasattr(cls, "_fields"),
