@@ -4454,6 +4454,22 @@ def _set_cell(cell, value):
 
 
 # --- Apply: the order of the import system, one pair after the other ---
+# A transaction, from top to bottom:
+#   _visit_all     the modules in the order in which a fresh process would import them; for each
+#     _swap        its live functions get the code that the new file has for them (_Successors)
+#     _apply_pair  its statements in file order, each by its change:
+#         same, moved, body    nothing runs; but the body of a class is gone through likewise
+#         def                  the old function gets the default or annotation that changed; the
+#                              decorators are called again, on it, where they are others
+#         class                the class's own statements that changed, one by one; or the whole
+#                              statement, folded into the old class, where its kind asks for that
+#         value, new, again    the statement runs, beside the module; what it defined is folded
+#                              into what has the name (fold), and the name is bound then
+#         lost                 somebody took the definition away: it is bound again
+#     follow       what was made of what changed, also in other modules (_Readers)
+#   _finish        names that are gone go; instances, closures and containers follow; hooks; report
+# Whatever is written goes through the journal, by put(); before code of the program runs, all
+# that it may reach is noted there too, by snapshot(). So an exception takes all of it back.
 
 class _Apply:
     """One transaction: a reload of several modules, or a patch."""
@@ -4477,8 +4493,7 @@ class _Apply:
         self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
         self.classes = {}               # id -> class that changed, for the hooks
-        self.import_index = None        # {module: those that import from it}; made when needed
-        self.sources = {}               # name -> _Source of a module that is not edited
+        self.readers = _Readers(self)   # what was made of what changed
         self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
 
@@ -4503,7 +4518,7 @@ class _Apply:
             self.report.unsaved.sort()
             edit.pairs = _with_lost(edit)
             self._report_names(edit)
-            self._report_readers(edit, _bound_by(
+            self.readers.report_readers(edit, _bound_by(
                 pair.new for pair in edit.pairs if pair.new and pair.change in _VALUES
                 and not self._is_kept_out(edit, pair.new)))
             self._report_removed(edit)
@@ -4587,7 +4602,7 @@ class _Apply:
             self._swap_function(function, found)
         self._run_for_closures(scope, edit.pairs)
         self._retire_gone(scope, edit.pairs)
-        self._follow(edit)
+        self.readers.follow(edit)
         self.ordered.append(edit)
 
     def _annotate(self, edit):
@@ -4870,8 +4885,8 @@ class _Apply:
         if set(before) != set(vars(cls)):
             self._forget_subclasses_afterwards()
         names = _bound_by(each.new for each in pairs if each.new and each.change in _VALUES)
-        self._follow_pure(edit, scope.statements, cls, dict(edit.space, **before),
-                          dict(edit.space, **vars(cls)), names)
+        self.readers.follow_pure(edit, scope.statements, cls, dict(edit.space, **before),
+                                 dict(edit.space, **vars(cls)), names)
         active = [each for each in pairs if each.change not in _LEFT_ALONE]
         if any(each and each.kind == "AnnAssign" for pair in active for each in pair[:2]):
             scope.annotate(self)
@@ -4928,7 +4943,7 @@ class _Apply:
         while size < len(self.refielded):
             size = len(self.refielded)
             for name, known in list(_hot.known.items()):
-                if name not in edits and self._source_of(name):
+                if name not in edits and self.readers.source_of(name):
                     uses = list((_space_of(known.module()) or {}).values())
                     if self._are_refielded(uses):
                         edits[name] = _unedited(name, known)
@@ -5051,7 +5066,7 @@ class _Apply:
         if len(found) == 1:
             scope.put(self, name, found[0])
         elif statement.names.heads:
-            self._report_readers(scope.edit, {name})
+            self.readers.report_readers(scope.edit, {name})
         return len(found) == 1
 
     def _learn(self):
@@ -5102,7 +5117,7 @@ class _Apply:
                 pair.change == "gone" and pair.old.is_constant for pair in pairs):
             self.put(_attribute(cls, "__doc__"), None)
 
-    # --- Kinds: the new object's behaviour goes into the old one, by the first rule that fits ---
+    # Kinds: the new object's behaviour goes into the old one, by the first rule that fits.
 
     def fold(self, old, new, statement=None):
         """Return what shall stand where `new` stands now: `old`, changed in place, if possible."""
@@ -5411,171 +5426,7 @@ class _Apply:
                 self.put(_entry(vars(old), name), self.fold(before, value))
         return old
 
-    # --- Readers: what was made of a value that is another now, and who imported it ---
-
-    def _follow(self, edit):
-        """Evaluate anew what is pure and was made of changed values; follow imports of them."""
-        todo, rounds = [(edit, edit.new, edit.before)], 0
-        while todo and rounds < 100:
-            follower, source, before = todo.pop()
-            rounds += 1
-            values = self._values_of(follower, before)
-            if values:
-                self._follow_pure(
-                    follower, source.statements, None,
-                    dict(before, **{name: pair[0] for name, pair in values.items()}),
-                    dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
-                    set(values))
-            changed = {name for name in set(before) | set(follower.space)
-                       if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
-                       and name not in _IMPORT_NAMES}
-            if changed:
-                todo += self._follow_imports(follower, before, changed)
-
-    def _values_of(self, edit, before):
-        """Return {name: (old, new)} of plain values that changed."""
-        found = {}
-        for name, now in list(edit.space.items()):
-            was = before.get(name, _MISSING)
-            if was is not now and was is not _MISSING and not (
-                    _is_definition(now) or _is(now, types.ModuleType) or _is_plain_equal(was, now)):
-                found[name] = was, now
-        for pair in getattr(edit, "pairs", ()):     # bound, and deleted again below
-            if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
-                for name in pair.new.binds - set(edit.space):
-                    found[name] = _value_of(pair.old, before), _value_of(pair.new, edit.space)
-        return found
-
-    def _follow_pure(self, edit, statements, cls, olds, news, names):
-        """Give names new values that unchanged expressions make of those in `names`, in file order.
-
-        `olds` and `news` are the namespaces before and now. So also for the attributes of classes,
-        and for defaults.
-        """
-        lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
-        for each in statements:
-            used = each.names.reads & names
-            if not used or edit.runs(each):
-                continue
-            live = edit.space if cls is None else vars(cls)
-            value = live.get(getattr(each.node, "name", None))
-            if each.is_function:
-                self._follow_defaults(edit, value, each, olds, news)
-            elif each.kind == "ClassDef" and _is(value, type) and (
-                    value.__module__, value.__qualname__) == (edit.name, path + each.node.name):
-                self._follow_pure(edit, each.body, value, dict(olds, **vars(value)),
-                                  dict(news, **vars(value)), names - _bound_by(each.body))
-            elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
-                    cls is None or _is_plain_class(cls)):
-                was, now = _value_of(each, olds), _value_of(each, news)
-                for name in each.binds if _MISSING not in (was, now) else ():
-                    own = _mangled(name, cls and cls.__name__)
-                    if _is_plain_equal(live.get(own, _MISSING), was) and not (
-                            _is_plain_equal(was, now)):
-                        self.put(_attribute(cls, own) if cls else _entry(edit.space, own), now)
-                        olds[name], news[name] = was, now
-                        names.add(name)
-                        self.report.add("followed", edit.name, [path + name])
-                    elif not _is_plain_equal(live.get(own, _MISSING), now):
-                        self._report_not_run(edit, each, used, path)
-            elif cls is not None and each.kind in ("Assign", "AnnAssign"):
-                self._report_not_run(edit, each, used, path)
-
-    def _follow_defaults(self, edit, value, statement, olds, news):
-        """A default that is a pure expression of a changed value, and still what that made."""
-        for parameter, node in _default_nodes(statement.node).items():
-            if not _Names([node]).reads or not _is_pure_expression(node):
-                continue
-            was, now = _pure_value(node, olds), _pure_value(node, news)
-            for function in _functions_in(value):
-                live = _live_defaults(function) if function.__globals__ is edit.space and (
-                    function.__code__.co_name == statement.node.name) else {}
-                if parameter in live and _MISSING not in (was, now) and (
-                        _is_plain_equal(live[parameter], was) and not _is_plain_equal(was, now)):
-                    live[parameter] = now
-                    self._put_code(function, (function.__code__,) + _as_defaults(
-                        function.__code__, live), is_changed=False)
-
-    def _follow_imports(self, edit, before, changed):
-        """Bind in modules that imported a name what it is now; return them, to go on there."""
-        followers = []
-        for name in sorted(self._importers_of(edit.name)):
-            space, source = _space_of(sys.modules.get(name)), self._source_of(name)
-            if source is None or space is edit.space:
-                continue
-            values, was = _imported_values(source, space, edit, before, changed), dict(space)
-            for each, value in values.items():
-                self.put(_entry(space, each), value)
-            if values:
-                self.report.add("followed", name, sorted(set(values) - {"__all__"}))
-                followers.append((_Follower(name, space), source, was))
-        return followers
-
-    def _source_of(self, name):
-        """Return the _Source that a module runs at this moment, or None where it is unknown."""
-        if name in self.by_name and name in self.started:
-            return self.by_name[name].new
-        if name not in self.sources:
-            known = _hot.known.get(name)
-            try:
-                self.sources[name] = known and known.text and _Source(known.text, known.path)
-            except _COMPILE_ERRORS:
-                self.sources[name] = None       # it is just being edited
-        return self.sources[name] or None
-
-    def _importers_of(self, name):
-        if self.import_index is None:
-            self.import_index = _import_index(self.edits)
-        return self.import_index.get(name, ())
-
-    def _report_readers(self, edit, names):
-        """Name unchanged statements that read what changed; of functions, what runs at import."""
-        for pair in edit.pairs:
-            if pair.new is not None and pair.change in _LEFT_ALONE and (
-                    pair.new.names.reads & names) and not pair.new.is_main_guard:
-                self._report_not_run(edit, pair.new, pair.new.names.reads & names)
-
-    def _report_not_run(self, edit, statement, names, path=""):
-        title = statement.node.name if statement.is_definition else statement.title
-        self.report.add("not_run_again", edit.name, [
-            "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
-
-    def _report_not_run_again(self, edit, changed_code):
-        """Name unchanged statements that called, or were made by, code that is another now."""
-        changed = {name for name, value in edit.space.items() if id(value) in changed_code}
-        changed |= _bound_by(pair.new for pair in edit.pairs if pair.change == "def")
-        values = {name for name, (was, now) in self._values_of(
-            edit, edit.before).items() if was is not _MISSING}
-        for pair in edit.pairs:
-            each, is_left = pair.new, pair.change in _LEFT_ALONE
-            if each is None or each.is_main_guard and (is_left or edit.name != "__main__"):
-                continue
-            if not is_left and self._is_kept_out(edit, each):
-                self.report.add("not_run_again", edit.name, [each.title])
-            if not is_left or each.kind in ("Import", "ImportFrom"):
-                continue
-            used = (each.names.heads if each.is_definition else each.names.calls) & changed
-            reads = set() if each.is_definition else each.names.reads & values - each.binds
-            if used or reads and not each.is_pure:
-                self._report_not_run(edit, each, used | reads)
-        self._report_copied(edit)
-
-    def _report_copied(self, edit):
-        """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
-        heads = {name for pair in edit.pairs for each in [pair.new or pair.old]
-                 if pair.change not in _LEFT_ALONE and each.is_definition
-                 for name in each.names.heads
-                 if hasattr(type(edit.space.get(name)), "__iter__")}
-        importers = self._importers_of(edit.name) if heads else ()
-        for follower in [edit] + [_Follower(name, {}) for name in sorted(importers)]:
-            source = self._source_of(follower.name) if heads else None
-            for each in source.statements if source else ():
-                if not each.is_definition and each.names.calls and each.kind != "For" and any(
-                        name in each.names.reads - each.names.calls or "." + name in each.title
-                        for name in heads):
-                    self._report_not_run(follower, each, heads)
-
-    # --- Live objects: what no name leads to ---
+    # Live objects: what no name leads to.
 
     def _finish(self):
         """Reach closures, references, instances; take names away; tell the hooks."""
@@ -5587,7 +5438,7 @@ class _Apply:
                     self.put(_entry(edit.space["__annotations__"], name), _MISSING)
         for edit in self.ordered:
             if edit.names_gone(is_done=True):
-                self._follow(edit)
+                self.readers.follow(edit)
         for _, path, reason in self.closures.values():
             self.stuck[path, reason] += 1
         self._reach_what_lives()
@@ -5599,7 +5450,7 @@ class _Apply:
                         for name in _own_code_changed(edit) if name in edit.space}
         for edit in self.ordered:
             self._report_names(edit)
-            self._report_not_run_again(edit, changed_code)
+            self.readers.report_not_run_again(edit, changed_code)
             self._report_removed(edit)
         self._report_sleepers()
         self._report_stuck()
@@ -5769,7 +5620,7 @@ class _Apply:
             for name in stored:
                 self.journal.keep(_entry(vars(module), name))
 
-    # --- Tell ---
+    # Tell.
 
     def _report_names(self, edit):
         for pair in edit.pairs:
@@ -6244,6 +6095,185 @@ def _unedited(name, known):
     edit = _Edit(name, known.module(), known.path, known.stamp, known.text)
     edit.compare()
     return edit
+
+
+# --- Readers: what was made of a value that is another now, and who imported it ---
+# RATE = 3 ran anew. `PRICE = RATE * 10` has no call in it, so it is evaluated with the names as
+# they were and as they are: PRICE follows where it still is what the old names make of it. Where
+# the program has set it meanwhile, or nobody knows what `PRICE = rounded(RATE)` would do besides,
+# the statement is named as "not run again". So it goes on through defaults, class attributes and
+# the modules that imported one of the names, until nothing follows any more.
+
+class _Readers:
+    """The statements, of all modules, that read what a transaction changes."""
+
+    def __init__(self, apply):
+        self._apply = apply
+        self._import_index = None       # {module: those that import from it}; made when needed
+        self._sources = {}              # name -> _Source of a module that is not edited
+
+    def follow(self, edit):
+        """Evaluate anew what is pure and was made of changed values; follow imports of them."""
+        todo, rounds = [(edit, edit.new, edit.before)], 0
+        while todo and rounds < 100:
+            follower, source, before = todo.pop()
+            rounds += 1
+            values = self.values_of(follower, before)
+            if values:
+                self.follow_pure(
+                    follower, source.statements, None,
+                    dict(before, **{name: pair[0] for name, pair in values.items()}),
+                    dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
+                    set(values))
+            changed = {name for name in set(before) | set(follower.space)
+                       if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
+                       and name not in _IMPORT_NAMES}
+            if changed:
+                todo += self._follow_imports(follower, before, changed)
+
+    def values_of(self, edit, before):
+        """Return {name: (old, new)} of plain values that changed."""
+        found = {}
+        for name, now in list(edit.space.items()):
+            was = before.get(name, _MISSING)
+            if was is not now and was is not _MISSING and not (
+                    _is_definition(now) or _is(now, types.ModuleType) or _is_plain_equal(was, now)):
+                found[name] = was, now
+        for pair in getattr(edit, "pairs", ()):     # bound, and deleted again below
+            if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
+                for name in pair.new.binds - set(edit.space):
+                    found[name] = _value_of(pair.old, before), _value_of(pair.new, edit.space)
+        return found
+
+    def follow_pure(self, edit, statements, cls, olds, news, names):
+        """Give names new values that unchanged expressions make of those in `names`, in file order.
+
+        `olds` and `news` are the namespaces before and now. So also for the attributes of classes,
+        and for defaults.
+        """
+        lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
+        for each in statements:
+            used = each.names.reads & names
+            if not used or edit.runs(each):
+                continue
+            live = edit.space if cls is None else vars(cls)
+            value = live.get(getattr(each.node, "name", None))
+            if each.is_function:
+                self._follow_defaults(edit, value, each, olds, news)
+            elif each.kind == "ClassDef" and _is(value, type) and (
+                    value.__module__, value.__qualname__) == (edit.name, path + each.node.name):
+                self.follow_pure(edit, each.body, value, dict(olds, **vars(value)),
+                                 dict(news, **vars(value)), names - _bound_by(each.body))
+            elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
+                    cls is None or _is_plain_class(cls)):
+                was, now = _value_of(each, olds), _value_of(each, news)
+                for name in each.binds if _MISSING not in (was, now) else ():
+                    own = _mangled(name, cls and cls.__name__)
+                    if _is_plain_equal(live.get(own, _MISSING), was) and not (
+                            _is_plain_equal(was, now)):
+                        place = _attribute(cls, own) if cls else _entry(edit.space, own)
+                        self._apply.put(place, now)
+                        olds[name], news[name] = was, now
+                        names.add(name)
+                        self._apply.report.add("followed", edit.name, [path + name])
+                    elif not _is_plain_equal(live.get(own, _MISSING), now):
+                        self._report_not_run(edit, each, used, path)
+            elif cls is not None and each.kind in ("Assign", "AnnAssign"):
+                self._report_not_run(edit, each, used, path)
+
+    def _follow_defaults(self, edit, value, statement, olds, news):
+        """A default that is a pure expression of a changed value, and still what that made."""
+        for parameter, node in _default_nodes(statement.node).items():
+            if not _Names([node]).reads or not _is_pure_expression(node):
+                continue
+            was, now = _pure_value(node, olds), _pure_value(node, news)
+            for function in _functions_in(value):
+                live = _live_defaults(function) if function.__globals__ is edit.space and (
+                    function.__code__.co_name == statement.node.name) else {}
+                if parameter in live and _MISSING not in (was, now) and (
+                        _is_plain_equal(live[parameter], was) and not _is_plain_equal(was, now)):
+                    live[parameter] = now
+                    self._apply._put_code(function, (function.__code__,) + _as_defaults(
+                        function.__code__, live), is_changed=False)
+
+    def _follow_imports(self, edit, before, changed):
+        """Bind in modules that imported a name what it is now; return them, to go on there."""
+        followers = []
+        for name in sorted(self._importers_of(edit.name)):
+            space, source = _space_of(sys.modules.get(name)), self.source_of(name)
+            if source is None or space is edit.space:
+                continue
+            values, was = _imported_values(source, space, edit, before, changed), dict(space)
+            for each, value in values.items():
+                self._apply.put(_entry(space, each), value)
+            if values:
+                self._apply.report.add("followed", name, sorted(set(values) - {"__all__"}))
+                followers.append((_Follower(name, space), source, was))
+        return followers
+
+    def source_of(self, name):
+        """Return the _Source that a module runs at this moment, or None where it is unknown."""
+        if name in self._apply.by_name and name in self._apply.started:
+            return self._apply.by_name[name].new
+        if name not in self._sources:
+            known = _hot.known.get(name)
+            try:
+                self._sources[name] = known and known.text and _Source(known.text, known.path)
+            except _COMPILE_ERRORS:
+                self._sources[name] = None       # it is just being edited
+        return self._sources[name] or None
+
+    def _importers_of(self, name):
+        if self._import_index is None:
+            self._import_index = _import_index(self._apply.edits)
+        return self._import_index.get(name, ())
+
+    def report_readers(self, edit, names):
+        """Name unchanged statements that read what changed; of functions, what runs at import."""
+        for pair in edit.pairs:
+            if pair.new is not None and pair.change in _LEFT_ALONE and (
+                    pair.new.names.reads & names) and not pair.new.is_main_guard:
+                self._report_not_run(edit, pair.new, pair.new.names.reads & names)
+
+    def _report_not_run(self, edit, statement, names, path=""):
+        title = statement.node.name if statement.is_definition else statement.title
+        self._apply.report.add("not_run_again", edit.name, [
+            "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
+
+    def report_not_run_again(self, edit, changed_code):
+        """Name unchanged statements that called, or were made by, code that is another now."""
+        changed = {name for name, value in edit.space.items() if id(value) in changed_code}
+        changed |= _bound_by(pair.new for pair in edit.pairs if pair.change == "def")
+        values = {name for name, (was, now) in self.values_of(
+            edit, edit.before).items() if was is not _MISSING}
+        for pair in edit.pairs:
+            each, is_left = pair.new, pair.change in _LEFT_ALONE
+            if each is None or each.is_main_guard and (is_left or edit.name != "__main__"):
+                continue
+            if not is_left and self._apply._is_kept_out(edit, each):
+                self._apply.report.add("not_run_again", edit.name, [each.title])
+            if not is_left or each.kind in ("Import", "ImportFrom"):
+                continue
+            used = (each.names.heads if each.is_definition else each.names.calls) & changed
+            reads = set() if each.is_definition else each.names.reads & values - each.binds
+            if used or reads and not each.is_pure:
+                self._report_not_run(edit, each, used | reads)
+        self._report_copied(edit)
+
+    def _report_copied(self, edit):
+        """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
+        heads = {name for pair in edit.pairs for each in [pair.new or pair.old]
+                 if pair.change not in _LEFT_ALONE and each.is_definition
+                 for name in each.names.heads
+                 if hasattr(type(edit.space.get(name)), "__iter__")}
+        importers = self._importers_of(edit.name) if heads else ()
+        for follower in [edit] + [_Follower(name, {}) for name in sorted(importers)]:
+            source = self.source_of(follower.name) if heads else None
+            for each in source.statements if source else ():
+                if not each.is_definition and each.names.calls and each.kind != "For" and any(
+                        name in each.names.reads - each.names.calls or "." + name in each.title
+                        for name in heads):
+                    self._report_not_run(follower, each, heads)
 
 
 # --- Registrations: the entries that a definition made in lists and dicts ---
