@@ -3604,6 +3604,7 @@ def _partners(olds, news):
 
 
 def _change(old, new):
+    """Return what became of a statement, as the table above has it; `old` may be None."""
     if old is None:
         return "new"
     if old.text_key == new.text_key and old.start == new.start:
@@ -3735,6 +3736,7 @@ class _Source:
         return sum(getattr(__future__, name).compiler_flag for name in set(names))
 
     def compile_alone(self, nodes):
+        """Return the code object of some statements."""
         import ast
         tree = ast.parse("")
         tree.body = nodes
@@ -3748,6 +3750,7 @@ class _Source:
         return self.with_own_codes(self.compile_alone(nodes))
 
     def with_own_codes(self, code):
+        """Return code in which each function has the code that the whole text gives it."""
         consts = []
         for const in code.co_consts:
             if isinstance(const, types.CodeType):
@@ -3834,10 +3837,12 @@ class _Statement:
 
     @property
     def has_definitions(self):
+        """It makes functions, classes or annotations: `from __future__` matters to it."""
         return "Def'" in str(self.dump) or self.kind == "AnnAssign"
 
     @property
     def is_main_guard(self):
+        """It is `if __name__ == "__main__":`, which a reload does not run."""
         return _tests(self.node, "__name__") and _tests(self.node, "__main__")
 
     @property
@@ -3991,14 +3996,17 @@ def _annotation_numbers(statements):
 
 
 def _name_of(node):
+    """Return the name of a function's node, as its code object has it."""
     return getattr(node, "name", "<lambda>")
 
 
 def _first_line(node):
+    """Return where a definition begins: with its first decorator."""
     return min([node.lineno] + [line.lineno for line in getattr(node, "decorator_list", ())])
 
 
 def _bound_by(statements):
+    """Return all names that some statements bind."""
     return set().union(*[each.binds for each in statements])
 
 
@@ -4065,6 +4073,7 @@ def _literal(node):
 
 
 def _mangled(name, class_name):
+    """Return what the compiler makes of a name in a class; `class_name` is None in a module."""
     if name.startswith("__") and not name.endswith("__") and class_name:
         return "_%s%s" % (class_name.lstrip("_"), name)
     return name
@@ -4231,6 +4240,7 @@ class _Evidence:
 
 
 def _is_plain_class(cls):
+    """Tell whether the attributes of a class are what its statements have bound."""
     import abc
     return type(cls) in (type, abc.ABCMeta) and not issubclass(cls, tuple) and (
         "__dataclass_fields__" not in vars(cls) and "__attrs_attrs__" not in vars(cls))
@@ -4347,6 +4357,7 @@ class _Journal:
         return before
 
     def on_undo(self, function, key=None):
+        """Have undo call a function; `key` says what was changed, for newer changes."""
         self._entries.append(function)
         if key is not None:
             self.touched.add(key)
@@ -4374,6 +4385,7 @@ def _is_same(a, b):
 
 
 def _is_same_content(now, before):
+    """Tell whether two copies of a container hold the very same objects in one order."""
     if type(now) is dict:
         return list(now) == list(before) and all(now[key] is before[key] for key in now)
     return len(now) == len(before) and all(a is b for a, b in zip(now, before))
@@ -4392,6 +4404,7 @@ def _gained(before, after, key=id):
 # cell of a closure. What is not there reads as _MISSING. Two changes with one key meet.
 
 def _entry(mapping, key):
+    """The place of a key in a namespace or another dict."""
     def write(value):
         if value is _MISSING:
             dict.pop(mapping, key, None)
@@ -4401,6 +4414,7 @@ def _entry(mapping, key):
 
 
 def _attribute(obj, name):
+    """The place of an attribute of a function, a class or an instance, also in a slot."""
     # type's own methods, because enums refuse theirs; object's, because of frozen dataclasses.
     is_class = isinstance(obj, type)
     kind = type if is_class else object
@@ -4430,6 +4444,7 @@ def _annotations(function):
 
 
 def _cell(cell):
+    """The place of a variable of a closure."""
     return lambda: _cell_value(cell), functools.partial(_set_cell, cell), (id(cell), "")
 
 
@@ -4441,6 +4456,7 @@ def _cell_value(cell):
 
 
 def _set_cell(cell, value):
+    """Write to the variable of a closure."""
     if value is _MISSING:
         del cell.cell_contents  # novm; 3.7: it can be assigned too, but not before
         return
@@ -6774,6 +6790,7 @@ class _Follower(record("_Follower", "name space")):
 
 
 def _with_parents(name):
+    """Return ["a", "a.b", "a.b.c"] for "a.b.c"."""
     parts = name.split(".")
     return [".".join(parts[:i + 1]) for i in range(len(parts))]
 
@@ -6867,6 +6884,7 @@ def _import_index(edits):
 
 
 def _public(space):
+    """Return the names that `from module import *` takes."""
     names = space.get("__all__")
     if not _is(names, (list, tuple)):
         names = [name for name in space if not name.startswith("_")]
@@ -6912,6 +6930,7 @@ def _imported_elsewhere(source, space, edit, name):
 
 
 def _pure_value(node, space):
+    """Return what a pure expression gives in a namespace, or _MISSING."""
     try:
         return eval(_code_of_expression(node), {"__builtins__": {}}, space)
     except Exception:
@@ -6951,6 +6970,7 @@ def _own_code_changed(edit):
 
 
 def _nests_none(function):
+    """Tell whether no other function stands in one, as in the wrapper of a decorator."""
     return len(list(_functions_below(function))) == 1
 
 
