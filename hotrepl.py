@@ -2087,6 +2087,15 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 # may be abandoned or interrupted at any bytecode. The text is cut into tokens:
 #     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
 # What stands before the last "." is found without a call (`_value`), and its attributes are listed.
+# `_Place.find` decides by the last token:
+#     import, from    modules; names in one, from its source where it is not loaded
+#     value.          attributes
+#     value["         string keys; elsewhere in quotes: file names
+#     value(          nothing, but a hint: how to call it
+#     value(a, na     keyword arguments that are not given yet, then names
+#     else            names of the namespace, builtins, keywords
+# What can't be told raises, and then nothing is offered. A session's Complete and TabComplete run
+# it in a thread of their own, as an object's `__dir__` may never return.
 
 Completions = record("Completions", "start matches hint")
 
@@ -2539,6 +2548,10 @@ def _find_spec(module):
 # Four rooms: jobs; errands, which two others make: the main thread, and await on an event loop.
 # A job is a thread with an outcome that can be fetched later, from any session.
 # The table is one for the process, so that a job started in one session is known in all.
+# An Outcome is written by the thread that makes the call, and read by any:
+#     bg(f)                  a Job runs f                       fg(job) returns or raises it
+#     an input, Ctrl+Z       its Evaluator is the Job           fg(job), the Outcome command
+#     main_thread(f), await  an Errand runs f elsewhere         the session's thread, in `wait`
 
 class Outcome:
     """What became of a call or an input: what jobs, `_`, pdb.pm() and the Outcome command read."""
@@ -2967,7 +2980,14 @@ MAIN = MainThread()
 
 
 # --- Await: on the program's event loop, or one of the session's own ---
-# A coroutine's steps run in the session's context, and print to it, in whatever thread the loop is.
+# An input that awaits is a coroutine function; the session's thread waits for it as for an errand:
+#     start(run_coroutine=...)   run_by: the given function runs it, in a thread of its own
+#     start(loop=...)            run_on_loop: as a task on the program's asyncio loop
+#     neither                    run_on_loop: on the session's OwnLoop, which runs between inputs too
+# So is an input that only names what asyncio has for code in a loop, as create_task(); it is
+# called there. Each step runs in the session's context, and prints to it, in the loop's thread;
+# what the loop's other tasks print does not come here. Ctrl+C cancels the task and waits for its
+# end; a second one leaves it alone.
 
 def run_on_loop(loop, context, function, *args):
     """Return the result of a function, called on an asyncio loop in `context`; a coroutine's, where
