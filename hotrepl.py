@@ -2980,7 +2980,7 @@ MAIN = MainThread()
 
 
 # --- Await: on the program's event loop, or one of the session's own ---
-# An input that awaits is a coroutine function; the session's thread waits for it as for an errand:
+# An input that awaits is a coroutine; the session's thread waits for it as for an errand:
 #     start(run_coroutine=...)   run_by: the given function runs it, in a thread of its own
 #     start(loop=...)            run_on_loop: as a task on the program's asyncio loop
 #     neither                    run_on_loop: on the session's OwnLoop, which runs between inputs too
