@@ -12495,10 +12495,12 @@ class Execution:
         """
         self._output, outcome, code = output, {}, 1
         self._is_late = self._is_interrupted = False
-        self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._deadline = None
         try:
             if self._link is None:
                 self._connect(timeout_s)
+            if timeout_s is not None:
+                self._deadline = time.monotonic() + timeout_s
             outcome = self._evaluate(source, place)
             code = 124 if self._is_late else _exit_code(outcome)
         except Left:
