@@ -6968,24 +6968,20 @@ def _is_plain_equal(a, b):
         repr(a) == repr(b) if isinstance(a, (tuple, float, complex)) else a == b)
 
 
-def _own_code_changed(edit):
+def _own_code_changed(edit, pairs=None, top=None):
     """Return the names of functions whose own code changed, and of classes with such methods.
 
     Not of those where only a function that is nested and nests none changed, as the wrapper that a
     decorator returns; of a class, what runs when it is used.
     """
     names = set()
-
-    def look(pairs, top):
-        for pair in pairs:
-            if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
-                look(edit.sub_pairs(pair), top or pair.new.node.name)
-            elif pair.change == "body" and pair.new.is_function and (
-                    top is None or pair.new.node.name in _RUN_AT_ONCE) and (
-                    _key(pair.old.node.body, _nests_none) != _key(
-                        pair.new.node.body, _nests_none)):
-                names.add(top or pair.new.node.name)
-    look(edit.pairs, None)
+    for pair in edit.pairs if pairs is None else pairs:
+        if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
+            names |= _own_code_changed(edit, edit.sub_pairs(pair), top or pair.new.node.name)
+        elif pair.change == "body" and pair.new.is_function and (
+                top is None or pair.new.node.name in _RUN_AT_ONCE) and (
+                _key(pair.old.node.body, _nests_none) != _key(pair.new.node.body, _nests_none)):
+            names.add(top or pair.new.node.name)
     return names
 
 
@@ -7654,7 +7650,13 @@ def _top_frames(module):
 
 
 def _running_frames():
-    return [frame for each in sys._current_frames().values() for frame in _outwards(each)]
+    """Return the frames of all threads, without those of the reload that asks.
+
+    A frame of ours in a list that another one holds would keep alive what the reload worked with.
+    """
+    own = _running_frames.__code__.co_filename
+    return [frame for each in sys._current_frames().values() for frame in _outwards(each)
+            if frame.f_code.co_filename != own]
 
 
 def _outwards(frame):
