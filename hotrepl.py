@@ -12524,7 +12524,9 @@ class Execution:
 
     def _connect(self, timeout_s):
         limit_s = None if timeout_s is None else timeout_s + self.GRACE_S
-        link = self._undo.enter_context(_channels(*self._server, timeout_s=limit_s, streams=True))
+        channels = _channels(*self._server, timeout_s=limit_s, streams=True)
+        link = channels.__enter__()       # 3.15: enter_context() imports inspect, and with it ast
+        self._undo.callback(channels.__exit__, None, None, None)
         self._link, self._turn, self._stream = link, 0, "stdout"
 
     def _end(self):
@@ -12762,8 +12764,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
               timeout_s=None, streams=False):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
-    with ExitStack() as undo:
-        address, locate_control, confirm = undo.enter_context(_reach(host, port, control_port))
+    way = _reach(host, port, control_port)
+    with way as (address, locate_control, confirm), ExitStack() as undo:
         sock, owner = _dial(address, ssl_context, is_plain)
         link = Link(sock, limit_s)
         undo.callback(link.close)
