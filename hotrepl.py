@@ -2983,7 +2983,7 @@ MAIN = MainThread()
 # An input that awaits is a coroutine; the session's thread waits for it as for an errand:
 #     start(run_coroutine=...)   run_by: the given function runs it, in a thread of its own
 #     start(loop=...)            run_on_loop: as a task on the program's asyncio loop
-#     neither                    run_on_loop: on the session's OwnLoop, which runs between inputs too
+#     neither                    run_on_loop: on the session's OwnLoop, also between inputs
 # So is an input that only names what asyncio has for code in a loop, as create_task(); it is
 # called there. Each step runs in the session's context, and prints to it, in the loop's thread;
 # what the loop's other tasks print does not come here. Ctrl+C cancels the task and waits for its
