@@ -6781,7 +6781,7 @@ def _attributes_set(node):
     args = getattr(node.args, "posonlyargs", []) + node.args.args
     for each in ast.walk(node) if args else ():
         if isinstance(each, (ast.Assign, ast.AnnAssign)) and each.value:
-            for target in getattr(each, "targets", None) or [each.target]:
+            for target in each.targets if isinstance(each, ast.Assign) else [each.target]:
                 if isinstance(target, ast.Attribute) and (
                         getattr(target.value, "id", None) == args[0].arg):
                     found[target.attr] = each.value
