@@ -3795,7 +3795,8 @@ class _Statement:
     """One statement of a module or of a class body."""
 
     def __init__(self, node, source, start, end, is_alone):
-        self.node, self.source = node, source
+        self.node = node
+        self.source = weakref.proxy(source)     # no cycle: a long text is many objects
         self.start, self.end = start, end       # its first line, from 0 on, and that behind it
         self.is_alone = is_alone                # on its lines
         self.kind = type(node).__name__
