@@ -6145,7 +6145,7 @@ class _Readers:
     """The statements, of all modules, that read what a transaction changes."""
 
     def __init__(self, apply):
-        self._apply = apply
+        self._apply = weakref.proxy(apply)      # which has us
         self._import_index = None       # {module: those that import from it}; made when needed
         self._sources = {}              # name -> _Source of a module that is not edited
 
@@ -6326,7 +6326,7 @@ class _Registrations:
     """What a definition that runs again had put into containers, and what it puts there now."""
 
     def __init__(self, apply, reached, targets):
-        self._apply = apply
+        self._apply = weakref.proxy(apply)      # which has us
         self._targets = targets         # ids of what the definition had made
         self._flasks = [_Flask(apply, app, targets) for app in _flask_apps(reached)]
         reached = reached + apply.keep_reached([each.app for each in self._flasks])
@@ -6512,7 +6512,7 @@ class _Flask:
 
     def __init__(self, apply, app, targets):
         self.app = app
-        self._apply = apply
+        self._apply = weakref.proxy(apply)      # which has us
         self._has_started = app._got_first_request
         self._gone = {name for name, view in app.view_functions.items() if _leads_to(view, targets)}
         self._known = {name: (list(each.deferred_functions), _prefix_of(app, name, each))

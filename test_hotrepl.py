@@ -3149,6 +3149,21 @@ class Workspace(unittest.TestCase):
 
 class OnlyWhatChangedRuns(Workspace):
 
+    @unittest.skipIf(IS_PYPY, "PyPy counts no references: all that is let go waits for its collector")
+    def test_a_reload_leaves_nothing_to_the_collector(self):
+        text = "LIMIT = %d\nclass C:\n    def m(self): return %d\ndef f(a=%d): return a\n"
+        self.load(text % (0, 0, 0))
+        self.again(text % (1, 1, 1))
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        self.addCleanup(gc.garbage.clear)
+        self.addCleanup(gc.set_debug, 0)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        self.again(text % (2, 2, 2))
+        gc.collect()
+        self.assertEqual([each for each in gc.garbage if type(each).__module__ == "hotrepl"], [])
+
     def test_unchanged_statement_keeps_the_content_of_a_cache(self):
         m = self.load("CACHE = {}\ndef f(): return 1\n")
         m.CACHE["a"] = 1
