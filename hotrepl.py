@@ -11682,6 +11682,15 @@ class Link:
         with suppress(OSError):   # so many were not seen yet
             self._wake.send(b"!")
 
+    @contextmanager
+    def signals_wake(self):
+        """Have a signal end `wait`, also one that comes just before that blocks; main thread."""
+        before = signal.set_wakeup_fd(self._wake.fileno())
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+
     def ask(self, command, limit_s=None, **fields):
         """Return the reply to a request. ProtocolError: it is refused. ServerGone: none came."""
         replies, end = [], time.monotonic() + (limit_s or self.limit_s)
@@ -11972,7 +11981,8 @@ class Conversation:
         self._is_heard = bool(reply)
         if not reply:
             self._tell_loss()
-            if self._state == "urged":
+            # One that answered a prompt went another way: the next prompt is about to come.
+            if self._state == "urged" and self._answers[:1] != [INTERRUPT]:
                 self._explain_at = time.monotonic()
 
     def _tell_loss(self):
@@ -12288,7 +12298,8 @@ class Terminal:
         before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
                   for name, handler in handlers.items() if hasattr(signal, name)]
         try:
-            yield
+            with self.owner.link.signals_wake():
+                yield
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
@@ -12538,13 +12549,14 @@ class Execution:
         """Run `source` to its end and return what the server says of that."""
         before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
-            if not self._turn:    # the banner and the first prompt
-                self._pass_on_until_turn(is_shown=False)
-            if place:
-                self._link.ask("Place", **place)
-            self._link.send(BEGIN + BLOCK_KIND + source + END)
-            while self._pass_on_until_turn() in IN_EVALUATION:
-                self._link.send(END_OF_FILE)      # there is nobody who could answer
+            with self._link.signals_wake():
+                if not self._turn:    # the banner and the first prompt
+                    self._pass_on_until_turn(is_shown=False)
+                if place:
+                    self._link.ask("Place", **place)
+                self._link.send(BEGIN + BLOCK_KIND + source + END)
+                while self._pass_on_until_turn() in IN_EVALUATION:
+                    self._link.send(END_OF_FILE)      # there is nobody who could answer
             outcome = _ask_outcome(self._link)
             if self._link.is_closed:
                 self._end()
