@@ -15280,6 +15280,19 @@ class NoAnswer(Case):
         terminal.press("^C")
         self.assertEqual(terminal.end(2)[0], 0)
 
+    def test_a_signal_that_comes_just_before_a_wait_ends_it(self):
+        ours, theirs = socket.socketpair()
+        self.addCleanup(theirs.close)
+        link = hotrepl.Link(ours)
+        self.addCleanup(link.close)
+        link.loss = "there is none"
+        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *args: None))
+        with link.signals_wake():
+            os.kill(os.getpid(), signal.SIGINT)
+            begun = time.monotonic()
+            link.wait(DEADLINE_S)
+        self.assertLess(time.monotonic() - begun, DEADLINE_S / 2)
+
     def test_stopped_at_work(self):
         terminal = self.connect()
         terminal.type("print('be' + 'gun'); time.sleep(1000)\n")
