@@ -7633,7 +7633,8 @@ def _referrers(values):
         return [obj for k in range(0, len(values), 50)
                 for obj in gc.get_referrers(*values[k:k + 50])]
     ids = set(map(id, values))
-    return [obj for obj in gc.get_objects() if not ids.isdisjoint(map(id, gc.get_referents(obj)))]
+    return [obj for obj in (gc.get_objects() if ids else ())
+            if not ids.isdisjoint(map(id, gc.get_referents(obj)))]
 
 
 def _functions_of(spaces):
