@@ -4802,6 +4802,8 @@ class _Apply:
             self._run(scope, pair)
             return
         new.__dict__.update(vars(raw))
+        for name in ("__name__", "__qualname__", "__module__"):     # a package may have set them
+            setattr(new, name, getattr(raw, name))
         self.fold_function(raw, new)
         self._note_init(scope, pair)
         self._clear_caches(raw, scope.prefix + pair.new.node.name)

@@ -4792,6 +4792,12 @@ class IdentityIsKept(Workspace):
 
 class WhatGoesAndWhatStays(Workspace):
 
+    def test_module_that_a_package_gave_a_function_stays(self):
+        m = self.load("def f(a): return a\n")
+        m.f.__module__ = "package"
+        self.again("def f(a, b=1): return a, b\n")
+        self.assertEqual((m.f(2), m.f.__module__), ((2, 1), "package"))
+
     def test_names_no_longer_defined_go(self):
         m = self.load("A = 1\ndef f(): pass\nclass C: pass\nimport os\n")
         report = self.again("B = 1\n")
