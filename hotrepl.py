@@ -4982,10 +4982,9 @@ class _Apply:
         while size < len(self.refielded):
             size = len(self.refielded)
             for name, known in list(_hot.known.items()):
-                if name not in edits and self.readers.source_of(name):
-                    uses = list((_space_of(known.module()) or {}).values())
-                    if self._are_refielded(uses):
-                        edits[name] = _unedited(name, known)
+                uses = list((_space_of(known.module()) or {}).values()) if name not in edits else ()
+                if self._are_refielded(uses) and self.readers.source_of(name):
+                    edits[name] = _unedited(name, known)
             for edit in list(edits.values()):
                 for pair in edit.pairs:
                     if pair.change in _LEFT_ALONE and id(pair.new) not in done and (
