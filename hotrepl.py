@@ -8708,7 +8708,7 @@ class Door:
             peer.needs_token = self.token is not None
             if not (peer.needs_token or self.wants_certificate):
                 raise Refused("%s needs a token; pass token=True to have one" % peer, peer)
-        elif peer.uid not in self.allow_uids | {effective_uid(), 0}:
+        elif peer.uid not in self.allow_uids | lasting_uids() | {0}:
             raise Refused("%s may not connect; allow_uids would let it in" % peer, peer)
         return peer
 
@@ -9350,6 +9350,16 @@ def _is_private(info):
 def effective_uid():
     """Return the effective uid of this process; 0 where the system has none."""
     return getattr(os, "geteuid", int)()
+
+
+def lasting_uids():
+    """Return our uid in a set, or an empty one where this process can be another user again.
+
+    A program of root's that works as somebody by seteuid() must not let that user in: whoever is
+    in can take root's power back. Source: man 2 getresuid.
+    """
+    uids = set(os.getresuid()) if hasattr(os, "getresuid") else {effective_uid()}
+    return uids if len(uids) == 1 else set()
 
 
 def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
@@ -11623,8 +11633,9 @@ class Link:
         secret = os.urandom(16).hex()     # shows that both channels are ours
         self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END + BEGIN + CONTROL_KIND + END)
         number, address = self._receive_hello()
-        found = re.match(rb"(\d{1,5}) ([\w-]{16,99})\Z", address) or _gone(
-            "it names no control channel: %s" % shorten(address))
+        found = re.match(rb"(\d{1,5}) ([\w-]{16,99})\Z", address)
+        if not found or int(found.group(1)) > 65535:
+            _gone("it names no control channel: %s" % shorten(address))
         self.control = call_control(int(found.group(1)))
         self.control.settimeout(self.limit_s)
         if (hasattr(socket, "TCP_USER_TIMEOUT")
@@ -11871,12 +11882,13 @@ class Conversation:
         if not reply or not self._answers or self._state != "urged":
             return
         self._explain_at = None
-        if reply.get("where") and not reply.get("sending"):
+        sending = reply.get("sending")
+        if reply.get("where") and not sending:
             return self._say("no reaction yet: %s; a call in C has to return first. "
                              "Ctrl+Z puts it into the background." % reply["where"])
         self._state, how_much = "flooded", ""
-        if reply.get("sending"):
-            how_much = ", %d of %d MB" % tuple(each // 1000000 for each in reply["sending"])
+        if isinstance(sending, list) and [type(each) for each in sending] == [int, int]:
+            how_much = ", %d of %d MB" % tuple(each // 1000000 for each in sending)
         self._say("still sending its output%s; Ctrl+C again drops the rest" % how_much)
 
     def _answer(self, kind):
@@ -11901,7 +11913,8 @@ class Conversation:
             self.terminal.write((prompt + text + "\n").encode("utf-8", "surrogateescape"))
         else:
             try:
-                indent = _indentation(self._block) if kind == "continuation" else ""
+                is_more = kind == "continuation" and self._block
+                indent = _indentation(self._block) if is_more else ""
                 text = self.terminal.read(prompt, indent, is_secret=kind == "secret")
             except EOFError:
                 return END_OF_FILE
@@ -11994,7 +12007,7 @@ class Conversation:
                       % self.link.loss)
 
     def _say(self, text):
-        self._notes.append(("\nhotrepl: %s\n" % text).encode("utf-8", "replace"))
+        self._notes.append(("\nhotrepl: %s\n" % printable(text)).encode("utf-8", "replace"))
 
     def _show_notes(self):
         if self._notes:
@@ -12786,8 +12799,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
         undo.callback(link.close)
         sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
         confirm()
-        is_ours, is_root = owner == effective_uid(), effective_uid() == 0
-        is_trusted = is_ours or is_root or owner is None or ssl_context is not None
+        is_ours = owner == effective_uid()
+        is_trusted = is_ours or owner is None or ssl_context is not None
         try:
             token = _show_token(sock, _tokens(address, token, is_ours, is_trusted))
             link.meet(lambda port: _dial(locate_control(port), ssl_context, is_plain)[0],
@@ -13573,7 +13586,7 @@ def _connect(options):
 
 def _credentials(options):
     """Return (ssl_context, token, is_plain), as `connect` takes them."""
-    token = _read_file(options.token_file).decode().strip() if options.token_file else None
+    token = _read_token(options.token_file) if options.token_file else None
     return _tls_context(options), token, options.plain
 
 
@@ -13796,6 +13809,20 @@ def _read_file(path, hint=""):
     except OSError as exc:
         _say("can't read %r: %s%s" % (path, exc.strerror, hint))
         raise SystemExit(2) from exc
+
+
+def _read_token(path):
+    """Return the token in a file. Nothing else is: a link may lead to a secret of another kind."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        _say("%r is no file that can hold a token" % path)
+        raise SystemExit(2)
+    text = _read_file(path)[:1024].decode("ascii", "replace").strip()
+    try:
+        _checked_token(text)
+    except (TypeError, ValueError) as exc:
+        _say("%r holds no token: 16 to 512 characters of ASCII without spaces or quotes" % path)
+        raise SystemExit(2) from exc
+    return text
 
 
 def _misuse(text):

@@ -11334,6 +11334,27 @@ class Tokens(AccessCase):
                 over.set()
                 thread.join()
 
+    def test_a_token_file_must_hold_a_token(self):
+        folder = self.folder()
+        folder.write("secret", "a line that is no token\nand another\n")
+        os.mkfifo(os.path.join(folder.path, "pipe"))
+        for name in ("secret", "pipe"):
+            client = self.keep(Program(python_command(
+                hotrepl.__file__, "exec", "--port", str(free_port()), "--token-file",
+                os.path.join(folder.path, name), "-c", "1")))
+            code, out, err = client.end(DEADLINE_S)
+            self.assertEqual((code, out, err.count("\n")), (2, "", 1), err)
+            self.assertIn("token", err)
+            self.assertNotIn("a line", err)
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "only root can be somebody for a while")
+    def test_who_a_program_of_roots_is_for_a_while_is_not_let_in(self):
+        program = self.keep(Program(python_command("-c", (
+            "import os, sys; sys.path.insert(0, %r); import hotrepl\n"
+            "print(hotrepl.lasting_uids()); os.seteuid(1600); print(hotrepl.lasting_uids())\n"
+            "os.seteuid(0); os.setuid(1600); print(hotrepl.lasting_uids())") % os.path.dirname(hotrepl.__file__))))
+        self.assertEqual(tuple(program.end(DEADLINE_S)), (0, "{0}\nset()\n{1600}\n", ""))
+
     def test_a_server_whose_token_file_was_removed_can_be_stopped(self):
         shutil.rmtree(os.path.join(self.runtime, "hotrepl"))
         self.served.close()
