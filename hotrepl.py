@@ -8273,7 +8273,8 @@ class Calls(list):
         self._numbers = itertools.count(1)        # of calls that were noted
         self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
         self._is_over = threading.Event()
-        self._looker = None       # with quiet=True the thread that looks at them
+        self._looker = None       # with quiet=True the thread that looks at them, until ...
+        self._is_looked_through = threading.Event()   # ... then; PyPy 7.3 fails where two join one
         self._problem = ""        # what `when` raised, with quiet=True; written by its thread
         self._noting, self._original = _noting(self.function, self)
         self._code = _forwarder(self.function, self._noting)[0]   # what the function gets
@@ -8296,8 +8297,8 @@ class Calls(list):
                    or self._session is not None and self._session.connection.is_left()):
             pass
         self.stop()
-        if self._looker is not None:
-            with suppress(ValueError):    # it has ended, as it does unless `when` hangs
+        if self._looker is not None and not self._is_looked_through.is_set():     # `when` hangs
+            with suppress(ValueError):    # it has ended just now
                 async_raise(self._looker, SystemExit)
 
     def stop(self):
@@ -8308,7 +8309,7 @@ class Calls(list):
             if _watched.get(self.function) is self:
                 del _watched[self.function]
         if self._looker not in (None, threading.current_thread()):    # which `when` may have asked
-            self._looker.join(2 * WATCH_LOOK_S)
+            self._is_looked_through.wait(2 * WATCH_LOOK_S)
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
@@ -8333,6 +8334,7 @@ class Calls(list):
             self._problem = ": `when` raised " + _brief(exc)
         finally:
             self._is_over.set()
+            self._is_looked_through.set()
 
     def _wanted(self):
         """Yield the calls that are wanted as they come, until it is over."""
