@@ -1646,8 +1646,7 @@ class Interrupts:
                 value = function(*args)
                 self._state = self.DUE    # one input can be evaluated in several parts
                 if self._is_asked:
-                    with self._lock:
-                        self._cancel()
+                    self._settle()
                 return value
             except BaseException:
                 self.close()
@@ -1732,13 +1731,18 @@ class Interrupts:
         if self._is_asked:
             self._cancel()
 
+    def _settle(self):
+        # On 3.14 what was sent must land at a call of ours, not within a `with`: see _enters.
+        with self._lock:
+            self._cancel()
+
     def _cancel(self):
         self._is_asked, self._sent_s = False, -ARRIVAL_S
         _cancel(self.ident)
         _free_import_lock()
 
     OURS = {each.__code__ for each in (
-        expect, close, run, shield, _pop, _raise_kept, _forget, _cancel)}
+        expect, close, run, shield, _pop, _raise_kept, _forget, _settle, _cancel)}
 
 
 # === 6. Consoles =============================================================

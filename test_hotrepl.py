@@ -17427,7 +17427,9 @@ class Finding(NotesCase):
                                    "hotrepl.main(['exec', '-c', '6*7']); print(sorted({'ast', 'queue', 'encodings.idna', "
                                    "'shutil', 'getpass', 'subprocess'} & set(sys.modules) - before))"
                                    % os.path.dirname(SOURCE_PATH)])).end()
-        self.assertEqual(found[:2], [0, "42\n[]\n"])
+        # 3.14's argparse imports dataclasses, and with them ast, for its colours.
+        others = ["ast"] if sys.version_info[:2] == (3, 14) else []
+        self.assertEqual(found[:2], [0, "42\n%s\n" % others])
 
     def test_list_is_no_visitor(self):
         served = self.serve()
