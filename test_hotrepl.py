@@ -1308,7 +1308,7 @@ class Interruptions(Case):
             interrupts.adopt()
             end = time.monotonic() + self.SECONDS
             try:
-                while time.monotonic() < end and counts["rounds"] < rounds:
+                while time.monotonic() < end and (counts["rounds"] < rounds or not counts["hits"]):
                     counts["rounds"] += 1
                     interrupts.expect()
                     try:
