@@ -13430,9 +13430,8 @@ class OddSurroundings(Case):
             client.ask("f()")
         self.assertEqual(served.namespace["seen"].count("f"), 2)
 
+    @unittest.skipIf(sys.version_info < (3, 8), "contextvars and await at the prompt: 3.8 and newer")
     def test_context_variables_last_and_tokens_can_be_reset(self):
-        if sys.version_info < (3, 8):
-            lack("contextvars, or await at the prompt")
         client = self.serve().paired()
         client.block("import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
                      "async def put(x):\n    await asyncio.sleep(0)\n    return v.set(x)\n")
@@ -13445,9 +13444,8 @@ class OddSurroundings(Case):
         client.block("async def back(): v.reset(t)\nawait back()\n")
         self.assertEqual(client.ask("v.get()"), "0\n")
 
+    @unittest.skipIf(sys.version_info < (3, 8), "contextvars and await at the prompt: 3.8 and newer")
     def test_context_variables_outlive_an_interrupted_await(self):
-        if sys.version_info < (3, 8):
-            lack("contextvars, or await at the prompt")
         served = self.serve({"begun": threading.Event()})
         client = served.paired()
         client.block("import asyncio, contextvars\nv = contextvars.ContextVar('v', default=0)\n"
@@ -13458,9 +13456,8 @@ class OddSurroundings(Case):
         self.assertIn("KeyboardInterrupt", client.turn())
         self.assertEqual(client.ask("v.get()"), "1\n")
 
+    @unittest.skipIf(sys.version_info < (3, 7), "contextvars came with 3.7")
     def test_a_context_is_one_sessions_own(self):
-        if sys.version_info < (3, 7):
-            lack("contextvars")
         served = self.serve()
         one, two = served.paired(), served.paired()
         one.ask("import contextvars; v = contextvars.ContextVar('v', default=0); t = v.set(1)")
@@ -13643,6 +13640,7 @@ class OddSurroundings(Case):
         client.interrupt()
         self.assertIn("KeyboardInterrupt", client.turn())
 
+    @unittest.skipIf(IS_PYPY, "PyPy has no sub-interpreters")
     def test_in_a_sub_interpreter_main_thread_says_why_it_cannot(self):
         program = self.folder().run(r"""
             import sys
@@ -13651,17 +13649,20 @@ class OddSurroundings(Case):
                 "import hotrepl\n"
                 "with hotrepl.start({}, port=0, control_port=0):\n"
                 "    print(hotrepl.MAIN._missing, flush=True)\n" % sys.path[0])
-            try:
-                import _testcapi
-            except Exception:
-                print("no sub-interpreters")
+            if sys.version_info >= (3, 13):
+                import _interpreters
+                _interpreters.exec(_interpreters.create("legacy"), code)
+            elif sys.version_info >= (3, 8):
+                import _xxsubinterpreters
+                legacy = {"isolated": False} if sys.version_info >= (3, 9) else {}
+                _xxsubinterpreters.run_string(_xxsubinterpreters.create(**legacy), code)
             else:
-                print("ran", _testcapi.run_in_subinterp(code))
+                import _testcapi
+                _testcapi.run_in_subinterp(code)
             """)
         code, out, err = program.end()
-        if "no sub-interpreters" in out:
-            lack("_testcapi")
-        if sys.version_info >= (3, 8):
+        self.assertEqual(code, 0, err)
+        if sys.version_info >= (3, 8):     # before, no Python tells a sub-interpreter
             self.assertIn("start() was called in a sub-interpreter", out + err)
 
     @unittest.skipIf(IS_PYPY, "PyPy counts no references: all that is let go waits for its collector")
@@ -19056,21 +19057,26 @@ class Runner(Case):
 
     def test_a_test_that_fails_is_run_again_alone_up_to_twice(self):
         self.assertEqual(self.outcome("Unlucky"), [
-            1, "flaky:", "    __main__.Unlucky.test_once", "    __main__.Unlucky.test_twice",
+            1, "failed:", "    __main__.Unlucky.test_thrice",
+            "flaky:", "    __main__.Unlucky.test_once", "    __main__.Unlucky.test_twice",
             "3 passed, 1 failed, 0 skipped"])
 
     def test_one_that_hangs_or_crashes_has_failed_and_the_others_are_run(self):
         self.assertEqual(self.outcome("Breaks"), [
-            1, "flaky:", "    __main__.Breaks.test_a_crash", "    __main__.Breaks.test_c",
+            1, "failed:", "    __main__.Breaks.test_b_hang",
+            "flaky:", "    __main__.Breaks.test_a_crash", "    __main__.Breaks.test_c",
             "2 passed, 1 failed, 0 skipped"])
         self.assertIn("exit 3: __main__.Breaks.test_a_crash\n", self.err)
         self.assertIn("in test_b_hang", self.err)
 
     def test_one_row_has_its_tests_only(self):
-        self.assertEqual(self.outcome("slow"), [1, "0 passed, 1 failed, 0 skipped"])
+        self.assertEqual(self.outcome("slow"), [
+            1, "failed:", "    __main__.Unlucky.test_thrice", "0 passed, 1 failed, 0 skipped"])
 
     def test_where_many_fail_nothing_is_run_again(self):
-        self.assertEqual(self.outcome("Unlucky", MANY="9"), [1, "1 passed, 12 failed, 0 skipped"])
+        lines = self.outcome("Unlucky", MANY="9")
+        self.assertEqual((lines[:2], lines[-1]), ([1, "failed:"], "1 passed, 12 failed, 0 skipped"))
+        self.assertNotIn("flaky:", lines)
 
     def test_the_slowest_tests_are_listed(self):
         lines = self.outcome("Unlucky.test_never", HOTREPL_TEST_SLOWEST="1")
@@ -19121,6 +19127,12 @@ class Rows(Case):
                                     slow="print('3 passed, 2 failed, 0 skipped')")
         self.assertEqual((code, lines[-1]), (1, "3 passed, 4 failed, 0 skipped"))
         self.assertIn("    | 3 passed, 2 failed, 0 skipped", lines)
+
+    def test_what_failed_is_listed_once_more_at_the_end(self):
+        fake = "print('failed:\\n    a\\nflaky:\\n    b\\n1 passed, 1 failed, 0 skipped')"
+        code, lines = self.run_rows("frameworks", "slow", frameworks="time.sleep(1); os.abort()", slow=fake)
+        self.assertEqual([line.split(":")[0] for line in lines[-6:]], [
+            "failed", "    slow  a", "    frameworks", "flaky", "    slow  b", "1 passed, 2 failed, 0 skipped"])
 
     FLAKY = "print('flaky:\\n    a\\n    b%s\\n2 passed, 0 failed, 0 skipped')"
 
@@ -21332,8 +21344,9 @@ class Outcome:
             print("%s ... skipped %r" % (name, reason))
         if self.failed or self.flaky:
             print("seed of the random tests: HOTREPL_TEST_SEED=%d" % SEED)
-        if self.flaky:
-            print("flaky:\n    " + "\n    ".join(self.flaky))
+        for title, names in ("failed:", sorted(self.failed)), ("flaky:", self.flaky):
+            if names:
+                print("\n    ".join([title] + names))
         print("%d passed, %d failed, %d skipped" % (
             len(self.passed - self.failed), len(self.failed), len(self.skipped)), flush=True)
 
