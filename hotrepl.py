@@ -4248,6 +4248,8 @@ class _Evidence:
             for name in _added_to_class(statement, cls, self.set_attributes.union(gone)):
                 is_typed = _has_console_code(vars(cls)[name])
                 self._tell("%s.%s" % (path, name), "" if is_typed else "is not in the file")
+            if not _bases_fit(statement.node, self.space, cls):
+                self._tell(path, "has other base classes than the file says")
         is_same = not gone and all(pair.change == "same" for pair in pairs)
         return "same" if is_same else "class"
 
@@ -4269,6 +4271,19 @@ def _is_plain_class(cls):
     import abc
     return type(cls) in (type, abc.ABCMeta) and not issubclass(cls, tuple) and (
         "__dataclass_fields__" not in vars(cls) and "__attrs_attrs__" not in vars(cls))
+
+
+def _bases_fit(node, space, cls):
+    """Tell whether a class may well be what a class statement makes of its base classes."""
+    bases = []
+    for each in node.bases:
+        if type(each).__name__ == "Attribute":    # of a module
+            names = _space_of(space.get(getattr(each.value, "id", None)))
+            bases.append(names.get(each.attr))
+        else:
+            bases.append(space.get(getattr(each, "id", None)))
+    live = [each for each in cls.__bases__ if each.__module__ != "typing"]
+    return (bases or [object]) == (live or [object]) or not all(_is(each, type) for each in bases)
 
 
 def _literals(node):
@@ -5840,17 +5855,21 @@ class _Scope:
         """Run statements in the class's scope; `super()` in what they define means the class."""
         import ast
         parts = self.path.split(".")
+        params = _type_params(self.edit.space, parts)
         for part in reversed(parts):
             wrapper = ast.parse("class X: pass").body[0]
             wrapper.name, wrapper.body = part, nodes
             nodes = [ast.copy_location(wrapper, nodes[0])]
+            if part is parts[-1] and params:
+                wrapper.type_params = [ast.copy_location(ast.TypeVar(name), nodes[0])
+                                       for name in params]
         tree = ast.parse("")
         tree.body = nodes
         code = compile(tree, self.edit.path, "exec", self.edit.new.flags, True)
         for part in parts:
-            code = next(each for each in _nested_codes(code) if each.co_name == part)
+            code = _class_code(code, part)
         space = _ClassSpace(self.cls)
-        exec(self.edit.new.with_own_codes(code), self.edit.space, space)
+        _exec_in_class(self.edit.new.with_own_codes(code), self.edit.space, space, params)
         if "__classcell__" in space:
             _set_cell(dict.pop(space, "__classcell__"), self.cls)
         if "__classdictcell__" in space:
@@ -5903,7 +5922,8 @@ class _Scope:
 
 
 _MADE_BY_CLASS = {"__module__", "__qualname__", "__firstlineno__", "__static_attributes__",
-                  "__conditional_annotations__", "__classcell__", "__classdictcell__"}
+                  "__conditional_annotations__", "__classcell__", "__classdictcell__",
+                  "__type_params__"}
 
 
 class _ClassSpace(dict):
@@ -6118,7 +6138,8 @@ def _evaluated(value):
 
 def _class_head(statement):
     node = statement.node
-    return _key([node.decorator_list, node.bases, node.keywords], False)
+    return _key([node.decorator_list, node.bases, node.keywords,
+                 getattr(node, "type_params", [])], False)
 
 
 def _needs_its_statement(cls, pairs):
@@ -7692,6 +7713,30 @@ def _nested_codes(code):
     return [const for const in code.co_consts if isinstance(const, types.CodeType)]
 
 
+def _class_code(code, name):
+    """Return the code of the class statement `name` in code; one with type parameters is deeper."""
+    return next(each for _, each in _code_paths(_nested_codes(code))
+                if each.co_name == name and not each.co_flags & 1)
+
+
+def _type_params(space, path):
+    """Return {name: type parameter} (PEP 695) that the body of a class finds: its own, and those
+    of the classes around it. `path` is the class's, in the module with these names.
+    """
+    found = {}
+    for name in path:
+        space = vars(space[name])
+        found.update((each.__name__, each) for each in space.get("__type_params__", ()))
+    return found
+
+
+def _exec_in_class(code, module_space, space, params):
+    """Run the body of a class statement that has these type parameters."""
+    known = dict(params, **{".type_params": ()})
+    cells = tuple(types.CellType(known[name]) for name in code.co_freevars)     # novm
+    exec(code, module_space, space, **({"closure": cells} if cells else {}))
+
+
 def _code_paths(codes, prefix=""):
     """Yield (path, code) for code objects and all in them; a path is like __qualname__."""
     for code in codes:
@@ -8416,6 +8461,7 @@ class Placed:
         self._line = line         # where the source begins
         self._path = within.split(".") if within else []    # of the class around it
         self._scope = functools.reduce(_own_class, self._path, self._module)
+        self._params = _type_params(vars(self._module), self._path)
         own = vars(self._module).get("__file__")
         is_own = own and (not file or os.path.realpath(own) == os.path.realpath(file))
         self._filename = own if is_own else file or "<%s>" % self._module.__name__
@@ -8432,9 +8478,9 @@ class Placed:
         last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
         code = compile(tree, self._filename, "exec", flags, True)
         for name in self._path[-1:]:
-            code = next(each for each in _nested_codes(code) if each.co_name == name)
+            code = _class_code(code, name)
         space = _PlacedSpace(self._module.__name__, self._scope, olds)
-        exec(code, vars(self._module), space)
+        _exec_in_class(code, vars(self._module), space, self._params)
         space.close()
         if last is not None:
             return eval(compile(ast.Expression(last.value), self._filename, "eval", flags, True),
@@ -8442,7 +8488,8 @@ class Placed:
 
     def _whole_source(self):
         """Return the source at its lines; the line above it is the head of what it stands in."""
-        head = "".join("class %s:\n" % name for name in self._path[-1:])
+        params = "[%s]" % ", ".join(self._params) if self._params else ""
+        head = "".join("class %s%s:\n" % (name, params) for name in self._path[-1:])
         if self._source[:1] in " \t" and not head:
             if re.match(r"\s*(@|(async\s+)?def\b|class\b)", self._source):
                 raise ValueError("an indented definition needs the name of the class around it")
@@ -8493,6 +8540,7 @@ class _PlacedSpace(_ClassSpace):
 
     def close(self):
         """Patch what was defined anew, and give the class what is new."""
+        self.pop("__type_params__", None)
         for name, value in (("__classcell__", self._cls),
                             ("__classdictcell__", dict(vars(self._cls)))):  # 3.14: annotations
             if name in self:

@@ -3394,6 +3394,22 @@ class OnlyWhatChangedRuns(Workspace):
         self.assertEqual(report.cant_tell, ["LIMIT is 1, the file says 2", "C.x is 1, the file says 2"])
         self.assertEqual(self.again("CACHE = {}\nLIMIT = 3\n").changed, ["LIMIT"])
 
+    def test_unknown_old_source_and_other_base_classes(self):
+        sys.dont_write_bytecode = True
+        text = "import collections, abc, typing\nT = typing.TypeVar('T')\nclass A: pass\nclass B: pass\n" \
+               "class C(%s): pass\n"
+        for at, (old, new, is_told) in enumerate((
+                ("A", "B", True), ("A", "A, B", True), ("A", "", True), ("", "A", True), ("", "abc.ABC", True),
+                ("abc.ABC", "A", True), ("A, B", "A, B", False), ("abc.ABC", "abc.ABC", False), ("", "", False),
+                ("object", "", False), ("typing.Generic[T]", "typing.Generic[T]", False),
+                ("A, typing.Generic[T]", "A, typing.Generic[T]", False),
+                ("A, metaclass=abc.ABCMeta", "A, metaclass=abc.ABCMeta", False),
+                ("collections.namedtuple('P', 'x y')", "collections.namedtuple('P', 'x y')", False))):
+            with self.subTest(old=old, new=new):
+                self.load(text % old, "m%d" % at, is_noted=False)
+                self.assertEqual(self.again((text % new) + "X = 1\n", "m%d" % at).cant_tell,
+                                 ["C has other base classes than the file says"] * is_told)
+
     def test_file_that_was_broken_when_it_was_noted_is_compared_with_the_cache(self):
         m = self.load("CACHE = {}\ndef f(): return 1\n", is_noted=False)
         m.CACHE["a"] = 1
@@ -3612,6 +3628,34 @@ class NewSyntaxReloaded(Workspace):
     def test_a_type_alias(self):
         self.check("type A[T] = tuple[T, @@]\ntype B = tuple[int, @@]\n",
                    lambda m: (m.A.__value__.__args__[1], m.B.__value__.__args__[1]), (1, 1), (2, 2), (3, 12))
+
+    def test_methods_of_a_class_with_type_parameters(self):
+        if sys.version_info < (3, 12):
+            self.skipTest("its syntax came with 3.12")
+        for old, new in ("x: T", "x: T"), ("x: T", "x: list[T]"), ("x", "x: T, y: 'T' = 0"), ("x: T", "x=5"):
+            with self.subTest(old=old, new=new):
+                text = "class C[T: (int, str)]:\n    def m(self, %s): return T, %d\n    class D:\n" \
+                    "        def n(self, %s): return T, %d\n"
+                m = self.load(text % (old, 1, old, 1))
+                held, t = m.C(), m.C.__type_params__[0]
+                self.assertEqual(self.again(text % (new, 2, new, 2)).stale, [])
+                self.assertEqual((held.m(0), held.D().n(0)), ((t, 2), (t, 2)))
+                for function in m.C.m, m.C.D.n:
+                    self.assertEqual(function.__annotations__.get("x"), {
+                        "x: T": t, "x: list[T]": list[t], "x=5": None}.get(new, t))
+
+    def test_the_type_parameters_of_a_class_change(self):
+        if sys.version_info < (3, 12):
+            self.skipTest("its syntax came with 3.12")
+        m = self.load("class C[T]:\n    def m(self, x: T): return 1\n")
+        self.again("class C[T]:\n    def m(self, x: T): return 2\n")
+        held = m.C()
+        self.again("class C[T: int, U]:\n    y: list[U]\n    def m(self, x: T, y: U): return T, U\n")
+        self.assertEqual(held.m(0, 0), m.C.__type_params__)
+        self.assertEqual([each.__bound__ for each in m.C.__type_params__], [int, None])
+        self.assertEqual(m.C.m.__annotations__["y"], m.C.__type_params__[1])
+        self.assertEqual(m.C.__annotations__, {"y": list[m.C.__type_params__[1]]})
+        self.assertEqual(m.C[int, str].__args__, (int, str))
 
     def test_a_changed_default_of_a_type_parameter(self):
         self.check("def f[T = tuple[int, @@]](x: T): pass\n",
