@@ -6179,8 +6179,6 @@ class TablesOfTheReadme(Case):
          "IdentityIsKept.test_registries_of_names_instances_and_in_other_modules_are_not_doubled"),
         ("`from __future__`",
          "IdentityIsKept.test_future_import_reaches_unchanged_definitions_but_no_other_statements"),
-        ("a bug in the syntax",
-         "OverTheRealClient.test_simulation_is_edited_ten_times_then_wrongly_then_put_right"),
         ("the frame of a running loop", "Stale.test_running_frame_is_reported"),
         ("a live closure whose",
          "Stale.test_changed_free_variables_of_live_closures_are_reported"),
@@ -19516,7 +19514,7 @@ class Readme(unittest.TestCase):
         for block in self.blocks:
             if block.kind in ("python", "pycon"):
                 sections.setdefault(block.section, []).append(block)
-        self.assertGreater(len(sections), 8)
+        self.assertGreater(len(sections), 6)
         for title, blocks in sections.items():
             with self.subTest(title):
                 section = ReadmeSection()
@@ -19752,7 +19750,7 @@ class Surroundings(Case):
 
     def test_the_readme_has_its_sections(self):
         titles = re.findall(r"(?m)^## (.*)$", readme_prose(self.read("README.md")))
-        wanted = ["Try it", "Security", "Embed", "At the prompt", "The client", "Reload", "Undo", "gunicorn",
+        wanted = ["Security", "Embed", "At the prompt", "The client", "Reload", "Undo", "gunicorn",
                   "Remote", "Editors", "Limits", "Troubleshooting", "The protocol", "Developing", "Changes", "Credits"]
         self.assertEqual([title for title in titles if title in wanted], wanted)
 
