@@ -8504,25 +8504,27 @@ class Mutant:
                 found.append(cls(source, node.test))
         return [each for each in found if not re.search("version|pypy|PYPY", each.text)]
 
-    def is_noticed(self, source, tests):
-        """Run the tests, until one fails, with this fault in hotrepl.py; return whether one did."""
-        folder = Folder()
+
+def is_noticed(text, tests):
+    """Run the tests, until one fails, with this text of hotrepl.py; return whether one did."""
+    folder = Folder()
+    try:
+        folder.write("hotrepl.py", text)
+        for name in ("test_hotrepl.py", "README.md"):
+            shutil.copy(os.path.join(os.path.dirname(SOURCE_PATH), name), folder.path)
+        command = python_command("-m", "unittest", "-f", *("test_hotrepl." + each for each in tests))
+        process = subprocess.Popen(command, cwd=folder.path, env=environment(), stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            folder.write("hotrepl.py", self.apply(source))
-            shutil.copy(os.path.abspath(__file__), folder.path)
-            command = python_command("-m", "unittest", "-f", *("test_hotrepl." + each for each in tests))
-            process = subprocess.Popen(command, cwd=folder.path, env=environment(), stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-            try:
-                return process.wait(WATCHDOG_S * 3) != 0
-            except subprocess.TimeoutExpired:
-                return True       # it hangs, which somebody notices
-            finally:
-                with contextlib.suppress(OSError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            return process.wait(WATCHDOG_S * 3) != 0
+        except subprocess.TimeoutExpired:
+            return True       # it hangs, which somebody notices
         finally:
-            folder.close()
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    finally:
+        folder.close()
 
 
 def tests_of_reload():
@@ -8542,9 +8544,12 @@ def run_faults(argv):
         source = file.read()
     mutants, tests = Mutant.all_of(source), tests_of_reload()
     print("seed %d: %d of %d possible faults; tests: %s" % (seed, count, len(mutants), " ".join(tests)), flush=True)
+    if is_noticed(source, tests):
+        print("the tests fail without a fault too")
+        return 1
     chosen, unnoticed = random.Random(seed).sample(mutants, count), 0
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for mutant, noticed in zip(chosen, pool.map(lambda each: each.is_noticed(source, tests), chosen)):
+        for mutant, noticed in zip(chosen, pool.map(lambda each: is_noticed(each.apply(source), tests), chosen)):
             unnoticed += not noticed
             print("%s: %s" % ("noticed" if noticed else "NOT NOTICED", mutant.text), flush=True)
     print("%d of %d were not noticed" % (unnoticed, count))
