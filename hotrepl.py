@@ -5868,13 +5868,8 @@ class _Scope:
         code = compile(tree, self.edit.path, "exec", self.edit.new.flags, True)
         for part in parts:
             code = _class_code(code, part)
-        space = _ClassSpace(self.cls)
-        _exec_in_class(self.edit.new.with_own_codes(code), self.edit.space, space, params)
-        if "__classcell__" in space:
-            _set_cell(dict.pop(space, "__classcell__"), self.cls)
-        if "__classdictcell__" in space:
-            _set_cell(dict.pop(space, "__classdictcell__"), vars(self.cls))
-        return {name: value for name, value in space.items() if name not in _MADE_BY_CLASS}
+        code = self.edit.new.with_own_codes(code)
+        return _run_body(code, self.edit.space, self.cls, params)
 
     def evaluate(self, node, kept):
         """Return the function of a `def`, without decorators; `kept` defaults are not evaluated."""
@@ -7730,11 +7725,18 @@ def _type_params(space, path):
     return found
 
 
-def _exec_in_class(code, module_space, space, params):
-    """Run the body of a class statement that has these type parameters."""
-    known = dict(params, **{".type_params": ()})
+def _run_body(code, space, cls, params):
+    """Run the body of a class statement that has these type parameters, for a class there is.
+
+    Return {name: value} of what it defines.
+    """
+    known, found = dict(params, **{".type_params": ()}), _ClassSpace(cls)
     cells = tuple(types.CellType(known[name]) for name in code.co_freevars)     # novm
-    exec(code, module_space, space, **({"closure": cells} if cells else {}))
+    exec(code, space, found, **({"closure": cells} if cells else {}))
+    for name, value in ("__classcell__", cls), ("__classdictcell__", vars(cls)):
+        if name in found:
+            _set_cell(found[name], value)
+    return {name: value for name, value in found.items() if name not in _MADE_BY_CLASS}
 
 
 def _code_paths(codes, prefix=""):
@@ -7915,12 +7917,14 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     generator the one that makes it.
     """
     calls = Calls(function, count, when, seconds)
+    if quiet:
+        calls.start(Job(calls.look, calls.append))
+        return calls
     try:
-        calls.start(quiet)
-        return calls if quiet else calls.show()
+        calls.start()
+        calls.look(calls.show)
     finally:
-        if not quiet:
-            calls.stop()
+        calls.stop()
 
 
 def follow(is_wanted=True):
@@ -8070,7 +8074,7 @@ class Frame:
         return _variables(_find_frame(self._mark))
 
     def __getattr__(self, name):
-        value = _variables(_find_frame(self._mark)).get(name, _MISSING)
+        value = self.__dict__.get(name, _MISSING)     # a traceback would hold all of them
         if value is _MISSING:
             raise AttributeError("no variable %r in %s" % (name, self._mark.text))
         return value
@@ -8117,56 +8121,49 @@ def _is_own_code(code):
     return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
 
 
-def _variables(frame):
-    """Return {name: value} of the variables of a frame.
+def _variables(frame, **changes):
+    """Make `changes` to the variables of a frame; return {name: value} of all.
 
-    Before 3.13 the frame keeps f_locals, and with it what its variables let go of later: so that is
-    emptied, unless the program has it too, from locals().
+    Before 3.13 f_locals of a function is a copy, which the frame keeps, and with it what its
+    variables let go of later: so that is emptied, unless the program has it too, from locals().
     """
     variables = frame.f_locals
-    found = dict(variables)
-    if frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict:
-        ours = 3                  # references: the frame's, ours, and that of getrefcount
-        if getattr(sys, "getrefcount", id)(variables) == ours:
-            variables.clear()
+    found = dict(variables, **changes)
+    if not (frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict):
+        variables.update(changes)
+        return found
+    if changes:
+        _write_back(frame, variables, changes)
+        variables.update(found)
+    ours = 3                      # references: the frame's, ours, and that of getrefcount
+    if getattr(sys, "getrefcount", id)(variables) == ours:
+        variables.clear()
     return found
+
+
+def _write_back(frame, variables, changes):
+    """Set variables of a frame by its f_locals, which is a copy. All that is there is put back.
+
+    So it is emptied first, or the frame would get back what it has changed meanwhile. The steps
+    are in one call of C, within which no other thread runs, and fills it again by locals().
+    """
+    import ctypes
+    list(map(operator.methodcaller("__call__"), [
+        variables.clear, functools.partial(variables.update, changes),
+        functools.partial(ctypes.pythonapi.PyFrame_LocalsToFast, ctypes.py_object(frame),
+                          ctypes.c_int(0))]))
 
 
 def _set_variable(frame, name, value):
     """Set a variable of a frame; return "", or why that can't be."""
     code = frame.f_code
-    if not code.co_flags & CO_OPTIMIZED:
-        frame.f_locals[name] = value
-    elif name not in code.co_varnames + code.co_cellvars + code.co_freevars:
-        return "it has no such variable"
-    elif IS_PYPY:
-        return "PyPy has no way to do that"
-    elif sys.version_info >= (3, 13):
-        frame.f_locals[name] = value
-    else:
-        return _set_fast_variable(frame, name, value)
+    if code.co_flags & CO_OPTIMIZED:
+        if name not in code.co_varnames + code.co_cellvars + code.co_freevars:
+            return "it has no such variable"
+        if IS_PYPY:
+            return "PyPy has no way to do that"
+    _variables(frame, **{name: value})
     return ""
-
-
-def _set_fast_variable(frame, name, value):
-    """As _set_variable, before 3.13: f_locals is a copy, of which all that is there is put back.
-
-    So nothing else may be in it then, or the frame would get back what it has changed meanwhile.
-    """
-    import ctypes
-    put_back = ctypes.pythonapi.PyFrame_LocalsToFast
-    for _ in range(100):
-        variables = frame.f_locals
-        before = dict(variables)
-        variables.clear()
-        variables[name] = value
-        put_back(ctypes.py_object(frame), ctypes.c_int(0))
-        is_done = len(variables) == 1     # else it was filled again in between: by locals(), say
-        variables.update(before, **{name: value})
-        del variables
-        if is_done and _variables(frame):
-            return ""
-    return "the call fills locals() all the time"
 
 
 CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class body
@@ -8256,9 +8253,9 @@ def _await_chain(coroutine):
 
 # --- Watched calls ---
 # The function gets code that calls a copy of it and notes the call in a queue: that is all that
-# the program's threads do. Who looks at the calls, asks `when` and makes reprs, either of which
-# may hang, is the session's thread, or with quiet=True one of their own. The keeper, a thread too,
-# gives the function its own code back once it is over, whatever hangs.
+# the program's threads do. The looker takes the calls from there, asks `when` and makes reprs,
+# either of which may hang: the session's thread, or with quiet=True one of its own. The keeper, a
+# thread too, gives the function its own code back once it is over, whatever hangs.
 
 WATCH_BACKLOG = 5000              # calls that wait to be looked at; the oldest go first
 WATCH_LINES_PER_S = 100
@@ -8276,7 +8273,7 @@ class Call:
         self.exception = None     # that it raised
         self.seconds = None       # how long it took
         self.number = 0           # among all that were noted
-        self.thread = ""          # its name; until somebody looks at the call, the Thread or ident
+        self.thread = ""          # its name
         self._calls = calls
         self._begun = time.perf_counter()
 
@@ -8287,7 +8284,7 @@ class Call:
         self.seconds = time.perf_counter() - self._begun
         self.exception = exception
         ident = threading.get_ident()     # current_thread() would make an object that stays
-        self.thread = threading._active.get(ident, ident)
+        self.thread = getattr(threading._active.get(ident), "name", "ident %d" % ident)
         self._calls.note(self)
 
     def again(self):
@@ -8299,11 +8296,9 @@ class Call:
         words += ["%s=%s" % (name, _brief(each, 40)) for name, each in self.kwargs.items()]
         outcome = ("-> " + _brief(self.result) if self.exception is None
                    else "raises " + _brief(self.exception))
-        time_taken = "%.3f ms" % (self.seconds * 1000) if self.seconds < 1 else (
-            "%.2f s" % self.seconds)
-        return "#%d %s(%s) %s  [%s, %s]" % (
+        return "#%d %s(%s) %s  [%.3f ms, %s]" % (
             self.number, self._calls.function.__qualname__, shorten(", ".join(words), 160),
-            outcome, time_taken, self.thread)
+            outcome, self.seconds * 1000, self.thread)
 
 
 class Calls(list):
@@ -8322,33 +8317,30 @@ class Calls(list):
         self._numbers = itertools.count(1)        # of calls that were noted
         self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
         self._is_over = threading.Event()
-        self._looker = None       # with quiet=True the thread that looks at them, until ...
+        self._looker = None       # with quiet=True the Job that looks at them, until ...
         self._is_looked_through = threading.Event()   # ... then; PyPy 7.3 fails where two join one
-        self._problem = ""        # what `when` raised, with quiet=True; written by its thread
-        self._noting, self._original = _noting(self.function, self)
-        self._code = _forwarder(self.function, self._noting)[0]   # what the function gets
+        self._problem = ""        # what `when` raised; written by the looker
+        self._copy = _function_like(self.function, self.function.__code__,
+                                    self.function.__closure__ or ())
+        self._code = _forwarder(self.function, _noting(self._copy, self))[0]
 
-    def start(self, is_quiet):
-        """Begin to watch; with `is_quiet` a thread looks at the calls."""
+    def start(self, looker=None):
+        """Begin to watch; the calls are looked at in the Job `looker`, or by who calls look()."""
         if _watched.setdefault(self.function, self) is not self:
             raise RuntimeError("%s is watched already" % self.function.__qualname__)
-        self._looker = Job(self._look) if is_quiet else None
-        for thread in filter(None, (self._looker, Job(self._keep))):
+        self._looker = looker
+        for thread in filter(None, (looker, Job(self._keep))):
             thread.name = "hotrepl watch of " + self.function.__qualname__
             thread.start()
         with _hot.lock:
-            vars(self.function)["__wrapped__"] = self._noting     # for inspect.signature()
+            vars(self.function).setdefault("__wrapped__", self._copy)     # for its signature
             _assign_code(self.function, self._code)
 
     def _keep(self):
-        """Wait until it is over, and take it off."""
         while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
                    or self._session is not None and self._session.connection.is_left()):
             pass
         self.stop()
-        if self._looker is not None and not self._is_looked_through.is_set():     # `when` hangs
-            with suppress(ValueError):    # it has ended just now
-                async_raise(self._looker, SystemExit)
 
     def stop(self):
         """Watch no more: the function is as it was; what was noted is here, unless `when` hangs."""
@@ -8357,8 +8349,21 @@ class Calls(list):
             self._take_off()
             if _watched.get(self.function) is self:
                 del _watched[self.function]
-        if self._looker not in (None, threading.current_thread()):    # which `when` may have asked
-            self._is_looked_through.wait(2 * WATCH_LOOK_S)
+        if self._looker not in (None, threading.current_thread()) and (
+                not self._is_looked_through.wait(2 * WATCH_LOOK_S)):
+            with suppress(ValueError):    # it has ended just now
+                async_raise(self._looker, SystemExit)
+
+    def _take_off(self):
+        """Give the function what the copy has, which a reload may have changed meanwhile.
+
+        What a patch gave it meanwhile is left alone.
+        """
+        if self.function.__code__ is self._code:
+            _swap(self.function, self._copy.__code__, self._copy.__defaults__,
+                  self._copy.__kwdefaults__)
+        if vars(self.function).get("__wrapped__") is self._copy:
+            vars(self.function).pop("__wrapped__", None)      # another thread may be here too
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
@@ -8368,49 +8373,28 @@ class Calls(list):
             call.number = next(self._numbers)
             self._queue.append(call)
 
-    def show(self):
-        """Print the calls that are wanted, until it is over."""
-        for shown, call in enumerate(self._wanted(), 1):
-            print(call)
-            if shown % WATCH_LINES_PER_S == 0:
-                self._is_over.wait(1.0)
-
-    def _look(self):
-        """Keep the calls that are wanted in this list, until it is over."""
+    def look(self, take):
+        """Call take(call) for each that is wanted, until it is over."""
         try:
-            self.extend(self._wanted())
+            for call in itertools.islice(filter(self._when, self._noted()), self._count):
+                take(call)
         except Exception as exc:
             self._problem = ": `when` raised " + _brief(exc)
+            raise
         finally:
             self._is_over.set()
             self._is_looked_through.set()
 
-    def _wanted(self):
-        """Yield the calls that are wanted as they come, until it is over."""
-        left = self._count
-        while left > 0:
-            if not self._queue:
-                if self._is_over.wait(WATCH_LOOK_S) and not self._queue:
-                    return
-                continue
-            call = self._queue.popleft()
-            call.thread = getattr(call.thread, "name", "ident %r" % call.thread)
-            if self._when is None or self._when(call):
-                left -= 1
-                yield call
+    def _noted(self):
+        is_over = False
+        while not is_over:
+            is_over = self._is_over.wait(WATCH_LOOK_S)
+            yield from take_all(self._queue)
 
-    def _take_off(self):
-        """Give the function what the copy has, which a reload may have changed meanwhile.
-
-        What a patch gave it meanwhile is left alone.
-        """
-        if self.function.__code__ is self._code:
-            _swap(self.function, self._original.__code__, self._original.__defaults__,
-                  self._original.__kwdefaults__)
-        own, before = vars(self.function), vars(self._original)
-        if own.get("__wrapped__") is self._noting:
-            own.pop("__wrapped__", None)      # another thread may be here too
-            own.update({"__wrapped__": before["__wrapped__"]} if "__wrapped__" in before else {})
+    def show(self, call):
+        """Print a call, and wait so long that there are not too many lines."""
+        print(call)
+        self._is_over.wait(1 / WATCH_LINES_PER_S)
 
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
@@ -8419,36 +8403,35 @@ class Calls(list):
 
 
 def _noting(function, calls):
-    """Return a function that calls a copy of `function`, and notes it in `calls`; and that copy."""
+    """Return a function that calls `function`, and notes that in `calls`."""
     import inspect
-    original = _function_like(function, function.__code__, function.__closure__ or ())
     flags = function.__code__.co_flags
     if flags & inspect.CO_COROUTINE:
         async def noting(*args, **kwargs):
             with Call(calls, args, kwargs) as call:
-                call.result = await original(*args, **kwargs)
+                call.result = await function(*args, **kwargs)
             return call.result
     elif flags & inspect.CO_GENERATOR and not flags & inspect.CO_ITERABLE_COROUTINE:
         def noting(*args, **kwargs):
             with Call(calls, args, kwargs) as call:
-                call.result = yield from original(*args, **kwargs)
+                call.result = yield from function(*args, **kwargs)
             return call.result
     else:
         def noting(*args, **kwargs):
             with Call(calls, args, kwargs) as call:
-                call.result = original(*args, **kwargs)
+                call.result = function(*args, **kwargs)
             return call.result
-    return functools.update_wrapper(noting, original), original
+    return noting
 
 
 # --- Code that an editor sends ---
 # It comes with its file and line, at which it is compiled: tracebacks and inspect.getsource() are
-# right. It runs in the module of that file, and its names are bound by a _PlacedSpace:
+# right. It runs in the module of that file, one statement after the other; what stands in a class
+# runs as the body of that class.
 #     def step(x): ...     there is a step      patch(step, the new one), without the decorators:
 #                                               they have run
 #     class Till: ...      there is a Till      patch(Till, the new one), with the decorators
 #     RATE = 5, and what is new                 bound in the module, or set on the class
-# What stands in a class runs as the body of a class statement: super() means that class.
 
 class Placed:
     """Code that stands in a module's file."""
@@ -8457,34 +8440,33 @@ class Placed:
 
     def __init__(self, source, module=None, file=None, line=1, within=""):
         self._module = _module_of(module, file)
+        self._filename = file or vars(self._module).get("__file__") or "<%s>" % module
         self._source = source.rstrip() + "\n"
         self._line = line         # where the source begins
         self._path = within.split(".") if within else []    # of the class around it
         self._scope = functools.reduce(_own_class, self._path, self._module)
         self._params = _type_params(vars(self._module), self._path)
-        own = vars(self._module).get("__file__")
-        is_own = own and (not file or os.path.realpath(own) == os.path.realpath(file))
-        self._filename = own if is_own else file or "<%s>" % self._module.__name__
 
     def run(self):
-        """Run it in its module; return the value of the last expression."""
-        import __future__
+        """Run it in its module; return the value of the last statement, if it is an expression."""
         import ast
-        flags = sum({each.compiler_flag for each in vars(self._module).values()
-                     if type(each) is __future__._Feature})
-        tree = compile(self._whole_source(), self._filename, "exec",
-                       flags | ast.PyCF_ONLY_AST, True)
-        olds = self._find_olds((tree.body[0] if self._path else tree).body, ast)
-        last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
-        code = compile(tree, self._filename, "exec", flags, True)
-        for name in self._path[-1:]:
-            code = _class_code(code, name)
-        space = _PlacedSpace(self._module.__name__, self._scope, olds)
-        _exec_in_class(code, vars(self._module), space, self._params)
-        space.close()
-        if last is not None:
-            return eval(compile(ast.Expression(last.value), self._filename, "eval", flags, True),
-                        vars(self._module), space)
+        tree = self._compile(self._whole_source(), more_flags=ast.PyCF_ONLY_AST)
+        holder, value = tree.body[0] if self._path else tree, None
+        for node in holder.body:
+            holder.body, value = [node], None
+            if isinstance(node, ast.Expr):
+                code = self._compile(ast.Expression(node.value), "eval")
+                space = vars(self._module)
+                value = eval(code, space, _ClassSpace(self._scope) if self._path else space)
+            else:
+                self._run_statement(tree, node, ast)
+        return value
+
+    def _compile(self, source, mode="exec", more_flags=0):
+        import __future__
+        flags = {each.compiler_flag for each in vars(self._module).values()
+                 if type(each) is __future__._Feature}
+        return compile(source, self._filename, mode, sum(flags) | more_flags, True)
 
     def _whole_source(self):
         """Return the source at its lines; the line above it is the head of what it stands in."""
@@ -8496,64 +8478,27 @@ class Placed:
             head = "if True:\n"
         return "\n" * (self._line - 1 - bool(head)) + head + self._source
 
-    def _find_olds(self, nodes, ast):
-        """Return {name: [what each definition of it is to patch, or None]}; take decorators off."""
-        olds = collections.defaultdict(list)
-        for node in nodes:
-            name = _mangled(getattr(node, "name", ""), "".join(self._path[-1:]))
-            live = vars(self._scope).get(name)
-            if isinstance(node, ast.ClassDef):
-                olds[name].append(live if isinstance(live, type) else None)
-            elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                olds[name].append(_function_in(live, node))
-                if olds[name][-1] and node.decorator_list:
-                    nothing = ast.parse("lambda function: function", mode="eval").body
-                    node.decorator_list = [ast.copy_location(nothing, node.decorator_list[0])]
-        return olds
-
-
-class _PlacedSpace(_ClassSpace):
-    """The names of a module or a class while such code runs: what it defines goes to patch()."""
-
-    def __init__(self, title, scope, olds):
-        super().__init__(scope)
-        self._title = title
-        self._olds = olds         # as of _find_olds; each is taken out when its definition has run
-        self._pairs = []          # (old, new) of a class, until its new functions are complete
-
-    def __missing__(self, name):
-        return super().__missing__(name) if isinstance(self._cls, type) else vars(self._cls)[name]
-
-    def __setitem__(self, name, value):
-        old = self._olds[name].pop(0) if self._olds.get(name) else None
-        if old is not None:
-            self._pairs.append((old, value))
-        elif isinstance(self._cls, type):
-            super().__setitem__(name, value)
+    def _run_statement(self, tree, node, ast):
+        """Run `tree`, which has but one statement; what defines anew what there is, is a patch."""
+        space, found, title = vars(self._module), {}, self._module.__name__ + "."
+        name = _mangled(getattr(node, "name", ""), "".join(self._path[-1:]))
+        old = _old_of(vars(self._scope).get(name), node)
+        if isinstance(old, types.FunctionType) and node.decorator_list:
+            nothing = ast.parse("lambda function: function", mode="eval").body
+            node.decorator_list = [ast.copy_location(nothing, node.decorator_list[0])]
+        code = self._compile(tree)
+        if self._path:
+            code = _class_code(code, self._path[-1])
+            found = _run_body(code, space, self._scope, self._params)
         else:
-            vars(self._cls)[name] = value
-        if not isinstance(self._cls, type):
-            self.close()
-
-    def __delitem__(self, name):
-        delattr(self._cls, name)
-
-    def close(self):
-        """Patch what was defined anew, and give the class what is new."""
-        self.pop("__type_params__", None)
-        for name, value in (("__classcell__", self._cls),
-                            ("__classdictcell__", dict(vars(self._cls)))):  # 3.14: annotations
-            if name in self:
-                _set_cell(self.pop(name), value)
-        while self._pairs:
-            old, new = self._pairs.pop(0)
-            patch(old, new)
-            print("patched %s.%s" % (self._title, old.__qualname__))
-        for name, value in self.items():
-            if not (name in _MADE_BY_CLASS or name in _ANNOTATIONS
-                    or vars(self._cls).get(name) is value):
-                setattr(self._cls, name, value)
-                print("set %s.%s.%s" % (self._title, self._cls.__qualname__, name))
+            exec(code, space, space if old is None else found)
+        if old is not None:
+            patch(old, found.pop(name))
+            print("patched " + title + old.__qualname__)
+        for name in found:
+            if name not in _ANNOTATIONS:
+                setattr(self._scope, name, found[name])
+                print("set %s%s.%s" % (title, self._scope.__qualname__, name))
 
 
 def _module_of(name, path):
@@ -8573,8 +8518,13 @@ def _own_class(scope, name):
     return found
 
 
-def _function_in(live, node):
-    """Return the function of a `def` that `live` is or was made of, or None."""
+def _old_of(live, node):
+    """Return the class or the function that `live` is, or was made of, and `node` defines anew."""
+    kind = type(node).__name__
+    if kind == "ClassDef":
+        return live if isinstance(live, type) else None
+    if kind not in ("FunctionDef", "AsyncFunctionDef"):
+        return None
     if isinstance(live, property):        # its decorator tells which one it is
         words = [getattr(each, "attr", "") for each in node.decorator_list]
         live = next((each for word, each in (("setter", live.fset), ("deleter", live.fdel))
@@ -10386,16 +10336,7 @@ class Evaluator(Job):
         if place is None or "name" in place:
             self.console.run_block(source, **place or {})
         else:
-            self._run_placed(source, place)
-
-    def _run_placed(self, source, place):
-        """Run `source` as lines of the file of a module, and in that module."""
-        try:
             self.run_code(Placed.RUN, {"run": Placed(source, **place).run})
-        except SystemExit:
-            raise
-        except BaseException:
-            self.console.showtraceback()
 
     def _take_interrupt(self, _):
         """Drop what was begun: Ctrl+C on the REPL channel, as telnet sends it."""
