@@ -7925,6 +7925,8 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
         calls.look(calls.show)
     finally:
         calls.stop()
+    if calls.problem:
+        print("the watch is over" + calls.problem)
 
 
 def follow(is_wanted=True):
@@ -8247,7 +8249,11 @@ def _await_chain(coroutine):
         frame = getattr(coroutine, kind + "_frame", None)
         if frame is not None:
             stack.append(frame)
-        coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
+        if type(coroutine).__name__.startswith("async_generator_"):   # a step, as of `async for`
+            coroutine = next((each for each in gc.get_referents(coroutine)
+                              if isinstance(each, types.AsyncGeneratorType)), None)
+        else:
+            coroutine = getattr(coroutine, {"gi": "gi_yieldfrom"}.get(kind, kind + "_await"), None)
     return stack
 
 
@@ -8310,8 +8316,7 @@ class Calls(list):
         if isinstance(self.function, type):
             raise TypeError("expected a function or method, found %s; watch one of its methods"
                             % shorten(function))
-        self._count = count
-        self._when = when         # which calls are wanted; None: all
+        self._wanted = itertools.islice(filter(when, self._noted()), count)   # for who looks
         self._end = time.monotonic() + seconds
         self._session = current_session()
         self._numbers = itertools.count(1)        # of calls that were noted
@@ -8319,7 +8324,7 @@ class Calls(list):
         self._is_over = threading.Event()
         self._looker = None       # with quiet=True the Job that looks at them, until ...
         self._is_looked_through = threading.Event()   # ... then; PyPy 7.3 fails where two join one
-        self._problem = ""        # what `when` raised; written by the looker
+        self.problem = ""         # ": " and why it is over, if that must be said
         self._copy = _function_like(self.function, self.function.__code__,
                                     self.function.__closure__ or ())
         self._code = _forwarder(self.function, _noting(self._copy, self))[0]
@@ -8329,17 +8334,20 @@ class Calls(list):
         if _watched.setdefault(self.function, self) is not self:
             raise RuntimeError("%s is watched already" % self.function.__qualname__)
         self._looker = looker
-        for thread in filter(None, (looker, Job(self._keep))):
-            thread.name = "hotrepl watch of " + self.function.__qualname__
-            thread.start()
         with _hot.lock:
             vars(self.function).setdefault("__wrapped__", self._copy)     # for its signature
             _assign_code(self.function, self._code)
+        for thread in filter(None, (looker, Job(self._keep))):
+            thread.name = "hotrepl watch of " + self.function.__qualname__
+            thread.start()
 
     def _keep(self):
         while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
                    or self._session is not None and self._session.connection.is_left()):
-            pass
+            with _hot.lock:
+                if self.function.__code__ is not self._code:      # no call is seen any more
+                    self.problem = ": the function was changed meanwhile"
+                    break
         self.stop()
 
     def stop(self):
@@ -8376,10 +8384,10 @@ class Calls(list):
     def look(self, take):
         """Call take(call) for each that is wanted, until it is over."""
         try:
-            for call in itertools.islice(filter(self._when, self._noted()), self._count):
+            for call in self._wanted:
                 take(call)
         except Exception as exc:
-            self._problem = ": `when` raised " + _brief(exc)
+            self.problem = ": `when` raised " + _brief(exc)
             raise
         finally:
             self._is_over.set()
@@ -8399,7 +8407,7 @@ class Calls(list):
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
         return "\n".join(list(map(repr, self)) + ["<watch of %s, %d calls, %s%s>" % (
-            self.function.__qualname__, len(self), state, self._problem)])
+            self.function.__qualname__, len(self), state, self.problem)])
 
 
 def _noting(function, calls):

@@ -9823,10 +9823,11 @@ class Frames(Case):
     def test_at_follows_what_a_task_awaits(self):
         self.client.block("import asyncio\n"
                           "async def inner(deep): await asyncio.sleep(1000)\n"
-                          "async def outer(wide): await inner(wide + 1)\n"
+                          "async def items(many): await inner(many + 1); yield\n"
+                          "async def outer(wide): return [each async for each in items(wide + 1)]\n"
                           "task = asyncio.create_task(outer(1)); await asyncio.sleep(0)\n")
-        self.assertRegex(self.client.ask("frames()"), r"task .*:\n.* outer, .*\n.* inner, ")
-        self.assertEqual(self.client.ask("at('outer').wide, at('inner').deep"), "(1, 2)\n")
+        self.assertRegex(self.client.ask("frames()"), r"task .*:\n.* outer, .*\n(?:.*comp>, .*\n)?.* items, .*\n.* inner, ")
+        self.assertEqual(self.client.ask("at('outer').wide, at('items').many, at('inner').deep"), "(1, 2, 3)\n")
         if not IS_PYPY:
             self.client.ask("at('inner').deep = 9")
             self.assertEqual(self.client.ask("at('inner').deep"), "9\n")
@@ -10191,7 +10192,13 @@ class Watching(Case):
         calls = self.quiet(self.pay)
         undo = patch(self.pay, lambda name, amount=1: "patched")
         self.assertEqual(self.pay("a"), "patched")
-        calls.stop()
+        eventually(lambda: repr(calls).endswith("0 calls, is over: the function was changed meanwhile>"))
+        patched = self.state(self.pay)
+        self.client.send("watch(pay)")
+        self.begun(self.pay, patched)
+        again = patch(self.pay, lambda name, amount=1: "once more")
+        self.assertEqual(self.client.turn(), "the watch is over: the function was changed meanwhile\n")
+        again()
         self.assertEqual(self.pay("a"), "patched")
         undo()
         self.assertEqual(self.pay("a"), ["a"])
