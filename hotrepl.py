@@ -11896,13 +11896,13 @@ class Conversation:
 
     def _answer(self, kind):
         """Send what the user answers to a turn for `kind`."""
+        self.terminal.expect()
+        self._answers = []        # from here on it is asked: first of all, see on_interrupt
         self._turn += 1
         self._state, self._explain_at = "at work", None
-        prompt = self.terminal.take_prompt()
         if kind != "continuation":
             self._block = []
-        self._answers = []        # from here on it is asked
-        data = self._read(kind, prompt)
+        data = self._read(kind, self.terminal.take_prompt())
         self._answers.append(data)
         if self._answers[0] is data:
             if data == END_OF_FILE and kind in AT_PROMPT:
@@ -12063,6 +12063,7 @@ class Terminal:
         self._prompt = ""         # of the line that is read
         self._is_secret = False   # which is not to be shown
         self._typed = b""         # what was read and belongs to the next line
+        self._ahead = 0           # how many keys were typed before the line was begun
         self._line = b""          # the end of what is shown since the last newline, ...
         self._held = b""          # ... and what has come behind it
         self._is_line_open = False    # Ctrl+C ended a line there: what comes next begins a new one
@@ -12131,12 +12132,15 @@ class Terminal:
             self.write(b"\n")
         self._line, self._is_line_open = b"", False
 
+    def expect(self):
+        """From here on Ctrl+C can end what is read next."""
+        self._ending = None
+
     def take_prompt(self):
         """Return what came since the last newline, for `read` to write: the prompt.
 
-        A line that is long it does not stand behind. From here on Ctrl+C ends the reading.
+        A line that is long it does not stand behind.
         """
-        self._ending = None
         prompt, self._held = self._held, b""
         if self._is_line_open or len(self._line) > PROMPT_LIMIT_BYTES:
             self.end_line()
@@ -12238,6 +12242,8 @@ class Terminal:
         line = b""
         while b"\n" not in line and self._ending is None:
             line += self._next_bytes(RECEIVE_BYTES, misses=1)
+            if line.startswith(CTRL_D):
+                self._ending, self._typed = EOFError(), line[1:]
         if self._ending is not None:
             return ""
         if self._is_secret:
@@ -12248,6 +12254,8 @@ class Terminal:
     def _read_alone(self, prompt, begun):
         """Return a line from a reader that waits by itself; Ctrl+C raises an exception in it."""
         import getpass
+        if self._ending is not None:
+            raise self._ending
         return getpass.getpass(prompt) if self._is_secret else input(_hide_escapes(prompt))
 
     def _next_bytes(self, count, misses=5):
@@ -12263,8 +12271,9 @@ class Terminal:
                 if ready != [0]:
                     self.owner.on_ready()
                 # Ctrl+C drops what was typed, also between these two lines.
-                data = os.read(0, count) if 0 in ready and self._ending is None else b""
-                misses -= 1 if ready == [0] and not data else 0
+                if 0 in ready and self._ending is None:
+                    data = os.read(0, count)
+                    misses -= 0 if data else 1
                 if misses == 0:
                     self._ending = EOFError()
         except BaseException as exc:      # our caller can be readline, which is C
@@ -12275,8 +12284,12 @@ class Terminal:
 
     def _next_key(self):
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
-        _read_without_waiting()
+        if _read_without_waiting():   # the line begins
+            self._ahead = len(self._typed) + _count_typed()
         key = self._next_bytes(1)
+        if key == b"\0" and self._ahead > 0:      # Linux makes that of it in the other mode
+            key = CTRL_D
+        self._ahead -= 1
         if key == CTRL_D and not _line_buffer().strip():
             self._ending, key = EOFError(), b""
         return key
@@ -12293,7 +12306,8 @@ class Terminal:
             if not piece:
                 break
             data += piece
-        lines, newline, self._typed = data.replace(b"\r", b"\n").rpartition(b"\n")
+        data = data.replace(b"\r", b"\n").replace(b"\0", CTRL_D)     # see _next_key
+        lines, newline, self._typed = data.rpartition(b"\n")
         self.write(lines + newline)
         return (newline + lines).decode("utf-8", "surrogateescape")
 
@@ -12479,6 +12493,7 @@ def _line_buffer():
 def _read_without_waiting():
     """Have a read of the terminal return what was typed, be it nothing, and Ctrl+C be a signal.
 
+    Return whether that was not so before.
     A line editor has set it up nearly so. But Ctrl+C, which drops what was typed, can come between
     our looking and reading; and PyPy 7 would have it as a key.
     """
@@ -12488,6 +12503,14 @@ def _read_without_waiting():
     modes[6][termios.VMIN] = modes[6][termios.VTIME] = 0
     if modes != before:
         termios.tcsetattr(0, termios.TCSANOW, modes)
+    return modes != before
+
+
+def _count_typed():
+    """Return how many bytes were typed and not read yet."""
+    import fcntl
+    import termios
+    return int.from_bytes(fcntl.ioctl(0, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 class Execution:
