@@ -11796,7 +11796,8 @@ class Conversation:
 
     "asked" is at work once it is answered, or leaving after Ctrl+D at the primary prompt. A note
     is shown at once: between lines, or above the one that is edited. "explain" asks the server
-    what it does, and says so; no answer means in vain, output still on its way: flooded.
+    what it does, and says so; no answer means in vain, until one comes; output still on its way:
+    flooded.
     """
 
     def __init__(self, link):
@@ -11997,6 +11998,8 @@ class Conversation:
 
     def _on_heard(self, reply):
         self._is_heard = bool(reply)
+        if reply and self._state == "in vain":    # it was busy
+            self._state, self._explain_at = "urged", time.monotonic()
         if not reply:
             self._tell_loss()
             # One that answered a prompt went another way: the next prompt is about to come.

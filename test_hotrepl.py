@@ -15307,15 +15307,18 @@ class LongLines(Case):
 
     @once("slow")
     def test_on_a_slow_terminal_ctrl_c_again_drops_what_has_come(self):
-        terminal = self.serve().terminal()
+        served = self.serve()
+        terminal = served.terminal()
         terminal.type("print('x' * 200000000)\n")
         terminal.until("x" * 1000)
+        connection = served.server.find_session(1).connection
+        eventually(lambda: connection.sending[0] > 2000000)       # so much is on its way
         terminal.press("^C")
         # The server says how far it is where it is still at a part when we ask.
         message = rb"\nhotrepl: still sending its output(, \d+ of 200 MB)?; Ctrl\+C again drops the rest\n"
         end = time.monotonic() + DEADLINE_S
         while not re.search(message, terminal.received[-100000:]):
-            self.assertLess(time.monotonic(), end)
+            self.assertLess(time.monotonic(), end, terminal.received[-100000:].replace(b"x", b""))
             terminal.pump(0.1)
             terminal.received = terminal.received[-200000:]
             threading.Event().wait(0.003)     # so slow is the terminal
@@ -15401,6 +15404,19 @@ class NoAnswer(Case):
         terminal.until("KeyboardInterrupt\n")
         terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
+
+    @once("slow")
+    def test_one_that_answers_after_all_is_not_left_by_the_next_ctrl_c(self):
+        terminal = self.connect()
+        terminal.type("exec('while print(6*7) or True:\\n try: time.sleep(1000)\\n except KeyboardInterrupt: pass')\n")
+        terminal.until("42\n")
+        self.stop()
+        terminal.press("^C")
+        terminal.until(self.SILENT)
+        self.program.process.send_signal(signal.SIGCONT)
+        for _ in range(3):
+            terminal.until("hotrepl: no reaction yet: ")
+            terminal.press("^C")
 
     @once("slow")
     def test_tab_gives_up(self):
