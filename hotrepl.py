@@ -8,7 +8,7 @@ One file, standard library only, CPython 3.6 to 3.15 and PyPy3. Copy it beside y
     python hotrepl.py connect                       # in another terminal; or: nc 127.0.0.1 1337
 
 SECURITY. A REPL is a back door by design: who gets in can do whatever this process can. By
-default only 127.0.0.1 is bound and only processes of your own user (or root) are let in; other
+default only 127.0.0.1 is bound and only processes of your own user are let in; other
 addresses want a token, TLS or ssh. The README has the table.
 
 AT THE PROMPT. All Python, plus names where they are free: doc, help, server_print, bg, fg, jobs,
@@ -178,6 +178,7 @@ FLUSH_INTERVAL_S = 0.008          # ... or after this time, whichever comes firs
 COMPLETION_TIMEOUT_S = 2.0        # how long an object's own __dir__ may take
 OUTCOME_LIMIT = 30000             # characters of a text in the reply to Outcome
 NOTE_NAME = "server-%d-%s.note"   # in the runtime folder; by these the client finds servers
+NOTE_LIMIT_BYTES = 4 << 20        # of one; it has all of sys.argv
 MAX_SESSIONS = 300                # open at once, unless start() is told another number
 STOP_TIMEOUT_S = 1.0              # how long stop() waits for the threads of its sessions
 BACKLOG = 1024                    # connections that the system keeps while we accept others
@@ -2441,13 +2442,16 @@ def _bare(called, depth=0):
     if kind is types.MethodType and _is_python(called.__func__):
         return types.MethodType(_bare(called.__func__), 0)
     if kind is functools.partial and type(called.func) is not kind:
-        return functools.partial(_bare(called.func), *called.args, **called.keywords)
+        names = called.keywords   # inspect compares them
+        if all(type(name) is str for name in names):
+            return functools.partial(_bare(called.func), *called.args, **names)
     call = _find(kind, "__call__")
     if _is_python(call):
         return types.MethodType(_bare(call), 0)
     if issubclass(kind, type):
         return _bare_class(called)
-    if _is_exactly(called, *_BINDABLE, types.BuiltinFunctionType):
+    # A bare staticmethod has a __wrapped__.
+    if kind is not staticmethod and _is_exactly(called, *_BINDABLE, types.BuiltinFunctionType):
         return called
     raise ValueError("its signature can't be had safely")
 
@@ -8626,7 +8630,8 @@ GUESTS = Guests()
 # Who may come in. The server shows each connection to its Door before a byte is read or sent:
 #
 #     who is at the other end                      may come in
-#     our user, root, one of allow_uids            at once
+#     our user, one of allow_uids                  at once
+#     root, by a unix socket                       at once; by TCP: as who can't be known
 #     another user of this machine, nobody         never
 #     can't be known (another machine or system)   with the token, or a client certificate
 #
@@ -8714,14 +8719,18 @@ class Door:
             peer = exc.peer
             if not self.insecure or peer.address == "unknown":
                 raise
-        if self.insecure:         # who it is matters for the audit, and for who may pair
-            pass
-        elif peer.uid is None:
-            peer.needs_token = self.token is not None
-            if not (peer.needs_token or self.wants_certificate):
-                raise Refused("%s needs a token; pass token=True to have one" % peer, peer)
-        elif peer.uid not in self.allow_uids | lasting_uids() | {0}:
+        if self.insecure or peer.uid in self.allow_uids | lasting_uids():
+            return peer           # who it is matters for the audit, and for who may pair
+        if peer.uid not in (None, 0):
             raise Refused("%s may not connect; allow_uids would let it in" % peer, peer)
+        lack = "%s needs a token; pass token=True to have one" % peer
+        if peer.uid == 0 and peer.host:
+            peer.uid = None       # root made the socket, and may have given it away
+            lack = ("%s has a socket that root made and needs a token; root can come as uid %d"
+                    % (peer, effective_uid()))
+        peer.needs_token = peer.uid is None and self.token is not None
+        if peer.uid is None and not (peer.needs_token or self.wants_certificate):
+            raise Refused(lack, peer)
         return peer
 
     def shake_hands(self, tls, peer, timeout_s=ADMISSION_TIMEOUT_S):
@@ -8784,7 +8793,7 @@ class Door:
         """
         wrong = self._guesses.get(peer.who, 0)
         if wrong >= FREE_GUESSES:
-            time.sleep(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
+            peer.over.wait(min(GUESS_DELAY_S, 0.125 * 2 ** (wrong - FREE_GUESSES)))
         is_right = check(*args)
         if is_right:
             self._guesses.pop(peer.who, None)
@@ -8892,13 +8901,15 @@ _TOKEN_REPLIES = {True: {"status": "ok"}, False: {
 class Peer:
     """Who is at the other end of a connection."""
 
-    def __init__(self, address, uid=None, pid=None):
+    def __init__(self, address, uid=None, pid=None, inode=None):
         self.address = address    # "127.0.0.1:4711", "[::1]:4711" or "unix socket"
         self.host = address.rpartition(":")[0]    # the address without the port
         self.uid = uid            # None: can't be known
         self.pid = pid            # of the process that connected; None: can't be known
+        self.inode = inode        # of its TCP socket; None or 0: not known
         self.certificate = ""     # whose TLS certificate was shown and verified
         self.needs_token = False  # the Door's decision
+        self.over = threading.Event()     # its Admission was ended from outside: it waits no more
 
     @property
     def who(self):
@@ -8937,7 +8948,7 @@ def identify(sock, netlink=None):
     if inode == 0 and (uid is not None or is_local(theirs)):
         raise Refused("%s belongs to no process that can be seen from here" % address,
                       Peer(address))
-    return Peer(address, uid)
+    return Peer(address, uid, inode=inode)
 
 
 def server_owner(sock):
@@ -8947,15 +8958,60 @@ def server_owner(sock):
     PermissionError: it is at an address of this machine, and no process that can be seen has it.
     """
     with suppress(Refused):
-        return identify(sock).uid
+        return _holder(identify(sock))
     theirs = sock.getpeername()
-    uid, _ = tcp_owner(theirs, (_ANYBODY[len(_packed(theirs[0]))], 0))
+    listener = listener_at(theirs)
     with suppress(Refused):       # accepted meanwhile, and the listener may be gone
-        return identify(sock).uid
-    if uid is None:
+        return _holder(identify(sock))
+    if listener.uid is None:
         raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s port %d"
                               % theirs[:2])
-    return uid
+    return _holder(listener)
+
+
+def listener_at(address):
+    """Return as a Peer who listens at an address of this machine."""
+    uid, inode = tcp_owner(address, (_ANYBODY[len(_packed(address[0]))], 0))
+    return Peer("%s:%d" % address[:2], uid, inode=inode)
+
+
+def come_as_its_user(sock, address):
+    """Make our new socket that of the user whose server is at `address`; only root can.
+
+    By that a server tells root from who has but got a socket that root made.
+    """
+    if effective_uid() == 0 and hasattr(os, "fchown"):
+        with suppress(OSError):   # a container's root may not
+            uid = _holder(listener_at(address)) if is_local(address) else None
+            if uid:
+                os.fchown(sock.fileno(), uid, -1)
+
+
+def _holder(peer):
+    """Return the uid of a Peer; of a TCP socket root looks whose it is by now, who made it or not.
+
+    None: root made it, and nobody who can be seen from here holds it.
+    """
+    if peer.uid is None or not peer.inode or effective_uid() != 0:
+        return peer.uid
+    uids, pids, link = set(), [], "socket:[%d]" % peer.inode
+    with suppress(OSError):
+        pids = [name for name in os.listdir("/proc") if name.isdigit()]
+    for pid in pids:
+        with suppress(OSError):   # it has ended
+            if _has_open("/proc/%s/fd" % pid, link):
+                with open("/proc/%s/status" % pid) as status:
+                    found = re.search(r"(?m)^Uid:\t(.*)", status.read()).group(1).split()
+                uids.add(0 if "0" in found else int(found[1]))
+    return max(uids, default=peer.uid or None)
+
+
+def _has_open(folder, link):
+    for name in os.listdir(folder):
+        with suppress(OSError):   # it was closed
+            if os.readlink(os.path.join(folder, name)) == link:
+                return True
+    return False
 
 
 def knows_local_peers():
@@ -9034,8 +9090,8 @@ _MAPPED = b"\0" * 10 + b"\xff\xff"        # in front of an IPv4 address in IPv6 
 
 # TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
 # sending half), CLOSE_WAIT, CLOSING. SYN_SENT is not: that would be somebody's next connection.
-_LIVE_STATES = (1, 4, 5, 8, 11)
 _LISTENING = 10
+_LIVE_STATES = (1, 4, 5, 8, 11, _LISTENING)
 _ANYBODY = {4: "0.0.0.0", 16: "::"}       # with port 0: what a listener is connected to
 LOOPBACK = 1                      # the number of the device, always
 
@@ -9173,7 +9229,8 @@ class FirstBytes:
             foreign = foreign or "an HTTP request"
         self._room -= len(received)
         self.is_over = bool(is_ours or foreign or end or text != b"\n" and self._room < 0)
-        begin = text.rfind(b"\n")         # what is past need not be looked at again
+        # What is past need not be looked at again, but for a first line that needs its second.
+        begin = 0 if self._is_first and _UNDECIDED.match(text) else text.rfind(b"\n")
         self._is_first = self._is_first and begin == 0
         text = text[begin:]
         # A web page can make the URL in its request as long as it likes.
@@ -9185,6 +9242,7 @@ _HEADER_END = Lazy(lambda: re.compile(
     # A blank line, or a Host: before it. `host: str` in front of a bare LF is an annotation.
     rb"\n(?:\r?\n|(?P<host>(?i:host):(?:[^\n=#]*|[ \t]*[^\s\"#]*[ \t]*)\r\n"
     rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))"))
+_UNDECIDED = Lazy(lambda: re.compile(rb"\n(?:CONNECT|STOMP)\r?\n[\w-]*:?\Z"))
 _TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
 _BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
 
@@ -9211,8 +9269,15 @@ _GREETINGS = (
     ("an XML stream", rb"<\?xml|<stream:stream"),
     ("a DICT command", rb"CLIENT libcurl \d"),
     ("a Redis command", rb"\*\d+\r\n"),
-    ("a memcached or beanstalkd command",
-     rb"(?:(?:set|add|replace|append|prepend|cas) [^\s#'\"]+|put) \d+ \d+ \d"),
+    # Numbers at the end say how much data follows: memcached, beanstalkd, NATS; also Graphite.
+    ("a command with a length", _WORD + _GAP + _NO_KEYWORD + rb"[\w'\"$\x80-\xff]\S*(?: +\d+)+"
+     rb"(?: noreply)?[ \t]*\r?\n"
+     rb"|(?:(?:set|add|replace|append|prepend|cas) [^\s#'\"]+|put) \d+ \d+ \d"
+     rb"|(?:set|add|replace|append|prepend|cas) \S+ \d+ \d+ \d+[^\n]*\r\n"),
+    ("a git request", rb"[0-9a-f]{4}git-(?:upload|receive)-(?:pack|archive)[ \0]"),
+    ("a CVS request", rb"BEGIN [A-Z]+ REQUEST\s"),
+    ("a STOMP frame", rb"(?:CONNECT|STOMP)\r?\n[\w-]+:[^ \n]"),
+    ("a syslog message", rb"<\d{1,3}>"),
     ("a SOCKS request", rb"\x04[\x01\x02]|\x05[\x01-\x08][\x00-\x02]"),
     # AMQP, MQTT, PostgreSQL, RDP, STUN, ...; but CR NUL is telnet's Return, in character mode
     ("a binary protocol", rb"(?:[^\n\r\0]|\r(?!\0))*\0"),
@@ -9223,7 +9288,10 @@ _GREETINGS = (
     # ICAP look the same. With HTTP/0.9 the line is over after that.
     ("an HTTP request", _WORD + _GAP + rb"(?:/+(?:[^\s=/\\]|[^\S\n]*[\n\0])"
      rb"|[/*]" + _GAP + rb"(?:HTTP|RTSP|SIP|ICAP)/\d|\w[\w+.-]*:\S)"),
-    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE)" + _GAP + rb"/"),
+    # Methods of which nobody has a number: IANA's, but for LABEL, UPDATE, ACL.
+    ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE|QUERY|REPORT|SEARCH"
+     rb"|PROP(?:FIND|PATCH)|MK[A-Z]{3,}|COPY|MOVE|MERGE|(?:UN)?(?:LOCK|LINK|BIND)|REBIND"
+     rb"|(?:UN)?CHECKOUT|CHECKIN|VERSION-CONTROL)" + _GAP + rb"/"),
     ("an HTTP request",           # and one that is not valid
      rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)" + _GAP + rb"HTTP/\d\.\d\r\n"),
     # A header, of LSP or DAP too. A name without a hyphen could be annotated, as in `host: str`.
@@ -9243,7 +9311,8 @@ def unix_listener(path):
     """Listen at `path` for our uid alone, as a context; afterwards our file is gone.
 
     A file that a killed server left is replaced; one that answers is EADDRINUSE. There is no moment
-    in which others could connect: before listen() nobody can, and by then the mode is 0600.
+    in which others could connect: before listen() nobody can, and by then the mode is 0600. Who may
+    write to its folder can put a link there, which is not followed.
     """
     limit_bytes = 107 if sys.platform.startswith("linux") else 103
     if len(os.fsencode(path)) > limit_bytes or "\0" in path:
@@ -9251,6 +9320,8 @@ def unix_listener(path):
                          "pass a shorter one" % (path, limit_bytes, len(os.fsencode(path))))
     with OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         _remove_stale(path)
+        with suppress(OSError):   # Linux: bind() gives it to the file
+            os.fchmod(listener.fileno(), 0o600)
         try:
             listener.bind(path)
         except OSError as exc:
@@ -9260,7 +9331,8 @@ def unix_listener(path):
                             "can't listen at %s: %s" % (path, exc.strerror)) from exc
         ours = os.lstat(path)
         try:
-            os.chmod(path, 0o600)
+            if ours.st_mode & 0o077:      # elsewhere; a link in its place is another's
+                os.chmod(path, 0o600, follow_symlinks=False)
             listener.listen(BACKLOG)
             listener.setblocking(False)
             yield listener
@@ -9354,9 +9426,12 @@ def _check_folder(path):
 
 def _is_private(info):
     """Return whether what `os.stat` says of a file or folder keeps all others out, but root."""
-    if os.name != "posix":        # there the folder of the user's profile does
-        return True
-    return info.st_uid == effective_uid() and not info.st_mode & 0o077
+    return _has_our_uid(info) and not (os.name == "posix" and info.st_mode & 0o077)
+
+
+def _has_our_uid(info):
+    # Elsewhere the folder of the user's profile keeps others out.
+    return os.name != "posix" or info.st_uid == effective_uid()
 
 
 def effective_uid():
@@ -9365,26 +9440,34 @@ def effective_uid():
 
 
 def lasting_uids():
-    """Return our uid in a set, or an empty one where this process can be another user again.
+    """Return in a set whose this process is whatever it calls itself for a while; empty: nobody's.
 
     A program of root's that works as somebody by seteuid() must not let that user in: whoever is
     in can take root's power back. Source: man 2 getresuid.
     """
     uids = set(os.getresuid()) if hasattr(os, "getresuid") else {effective_uid()}
-    return uids if len(uids) == 1 else set()
+    return {0} if 0 in uids else uids if len(uids) == 1 else set()
 
 
-def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
-    """Return the bytes of the file `path`; OSError unless it is a small one that only we may open.
+def open_own(path, flags=os.O_RDONLY):
+    """Open a regular file of ours, or with O_CREAT make it; return the descriptor, or OSError.
 
     Whoever may write to its folder can put a link there to another file of ours, or a FIFO.
     """
-    flags = os.O_RDONLY | sum(getattr(os, name, 0)
-                              for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
-    with open(os.open(path, flags), "rb") as file:
+    flags |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    descriptor = os.open(path, flags, 0o600)
+    info = os.fstat(descriptor)
+    if stat.S_ISREG(info.st_mode) and _has_our_uid(info) and info.st_nlink == 1:
+        return descriptor
+    os.close(descriptor)
+    raise PermissionError(errno.EPERM, "%s is no file of ours alone" % path)
+
+
+def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
+    """Return the bytes of a file; OSError unless it is a small one that only we may open."""
+    with open(open_own(path), "rb") as file:
         info = os.fstat(file.fileno())
-        if not (stat.S_ISREG(info.st_mode) and _is_private(info) and info.st_nlink == 1
-                and info.st_size <= limit_bytes):
+        if not _is_private(info) or info.st_size > limit_bytes:
             raise PermissionError(errno.EPERM, "%s is no small file that only we may open" % path)
         return file.read(limit_bytes)
 
@@ -11211,12 +11294,12 @@ def start(locals=None, bind=DEFAULT_BIND, port=None, control_port=None, banner=N
     main one; all threads it makes are daemons. TypeError: `locals` is no dict. OSError: an address
     can't be bound. After an error the process is as if this had not been called.
 
-    Connections come in from processes of our effective uid, of root and of `allow_uids`. Who can't
-    be known, from other machines above all, must have the `token`: True makes one, which lies in
-    the file token_path(server.address). `ssl_context` makes both channels TLS; with CERT_REQUIRED
-    a client certificate does as well as a token. ValueError: `bind` can be reached from other
-    machines, and none of these guards it; `insecure=True` lets in everybody. `unix`, a path,
-    takes the place of `bind` and the ports: the control channel is beside it, PATH.control.
+    Connections come in from processes of our uid and of `allow_uids`, by a unix socket of root too.
+    Who can't be known, from other machines above all, must have the `token`: True makes one, which
+    lies in the file token_path(server.address). `ssl_context` makes both channels TLS; with
+    CERT_REQUIRED a client certificate does as well as a token. ValueError: `bind` can be reached
+    from other machines, and none of these guards it; `insecure=True` lets in everybody. `unix`, a
+    path, takes the place of `bind` and the ports: the control channel is beside it, PATH.control.
 
     More than `max_sessions` at once are refused, and one that has waited `idle_timeout_s` for input
     is ended; both are told why. Where the environment has HOTREPL_DISABLE=1 nothing is opened, and
@@ -11318,6 +11401,7 @@ class Admission(threading.Thread):
         self._reason = reason
         if self._decision.acquire(False):
             shut_down(self.sock)
+            self.peer.over.set()
 
     def forget(self):
         """In a forked child: close our copy of the socket, which leaves the parent's alone."""
@@ -11610,11 +11694,11 @@ class Link:
 
     BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
 
-    def __init__(self, sock, limit_s=ANSWER_LIMIT_S):
+    def __init__(self, sock, deadline=None):
         self.sock = sock          # the REPL channel
         self.control = None       # the control channel, once `meet` had the server name it
         self.hello = b""          # the server's first line, from `meet`
-        self.limit_s = limit_s    # how long a reply may take
+        self.deadline = deadline  # for all answers together; None: ANSWER_LIMIT_S for each
         self.events = collections.deque()
         self.is_closed = False    # the server closed the REPL channel
         self.loss = ""            # why there is no control channel any more
@@ -11640,7 +11724,6 @@ class Link:
         if not found or int(found.group(1)) > 65535:
             _gone("it names no control channel: %s" % shorten(address))
         self.control = call_control(int(found.group(1)))
-        self.control.settimeout(self.limit_s)
         if (hasattr(socket, "TCP_USER_TIMEOUT")
                 and self.control.family in (socket.AF_INET, socket.AF_INET6)):
             self.control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
@@ -11654,7 +11737,7 @@ class Link:
         """Return the session's number, and where the control channel is; the rest are events."""
         text, address, match, later = b"", None, None, []
         while not (match and address is not None):
-            if not select.select([self.sock], [], [], self.limit_s)[0]:
+            if not select.select([self.sock], [], [], time_left_s(self.deadline))[0]:
                 raise socket.timeout("timed out")
             self._receive()
             for kind, data in take_all(self.events):
@@ -11709,13 +11792,15 @@ class Link:
 
     def ask(self, command, limit_s=None, **fields):
         """Return the reply to a request. ProtocolError: it is refused. ServerGone: none came."""
-        replies, end = [], time.monotonic() + (limit_s or self.limit_s)
+        replies, end = [], time.monotonic() + (limit_s or time_left_s(self.deadline))
         self.post(command, replies.append, **fields)
         self._send_requests()
         while not replies and time.monotonic() < end:
             if select.select([self.control], [], [], max(0.0, end - time.monotonic()))[0]:
                 self._receive_replies()
         if not (replies and replies[0]):
+            if not self.loss:
+                time_left_s(self.deadline)
             raise ServerGone(self.loss or "no answer on the control connection")
         if replies[0].get("status") != "ok":
             raise ProtocolError(shorten(printable(str(
@@ -11755,6 +11840,7 @@ class Link:
         for request, use in take_all(self._unsent):
             self._owed.append(use)
             try:
+                self.control.settimeout(time_left_s(self.deadline))
                 self.control.sendall(request)
             except OSError as exc:
                 self._give_up(exc)
@@ -11776,6 +11862,16 @@ class Link:
 
 def _gone(why):
     raise ServerGone(why)
+
+
+def time_left_s(deadline, limit_s=ANSWER_LIMIT_S):
+    """Return how long to wait: until `deadline`, or `limit_s` where it is None; socket.timeout."""
+    if deadline is None:
+        return limit_s
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise socket.timeout("timed out")
+    return left_s
 
 
 class Conversation:
@@ -12533,7 +12629,7 @@ class Execution:
         self._link = None         # None: there is no session
         self._undo = ExitStack()  # ends it
         self._output = None       # takes what the code prints that runs
-        self._deadline = None     # when the code is to be interrupted
+        self._deadline = None     # when the code is to be interrupted; None: it does not run yet
         self._turn = 0            # how many go-aheads came
         self._stream = "stdout"   # what the data belongs to that comes
         self._is_late = False     # the deadline has passed
@@ -12555,17 +12651,15 @@ class Execution:
         self._is_late = self._is_interrupted = False
         self._deadline = None
         try:
-            if self._link is None:
-                self._connect(timeout_s)
-            if timeout_s is not None:
-                self._deadline = time.monotonic() + timeout_s
-            outcome = self._evaluate(source, place)
+            self._prepare(place, timeout_s)
+            outcome = self._evaluate(source, timeout_s)
             code = 124 if self._is_late else _exit_code(outcome)
         except Left:
             code = self._leave()
         except ProtocolError as exc:      # it can't stand in that place
             outcome, code = self._say(exc, exc), 2
         except socket.timeout as exc:
+            self._end()
             outcome, code = self._say("no answer in time", exc), 124
         except (OSError, ServerGone) as exc:
             self._end()
@@ -12578,34 +12672,49 @@ class Execution:
             output.finish(outcome, code)
         return code
 
-    def _connect(self, timeout_s):
-        limit_s = None if timeout_s is None else timeout_s + self.GRACE_S
-        channels = _channels(*self._server, timeout_s=limit_s, streams=True)
-        link = channels.__enter__()       # 3.15: enter_context() imports inspect, and with it ast
-        self._undo.callback(channels.__exit__, None, None, None)
-        self._link, self._turn, self._stream = link, 0, "stdout"
+    def _prepare(self, place, timeout_s):
+        """Have a session that waits for the code, within the time; socket.timeout if not."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s + self.GRACE_S
+        if self._link is None:
+            channels = _channels(*self._server, deadline=deadline, streams=True)
+            link = channels.__enter__()   # 3.15: enter_context() imports inspect, and with it ast
+            self._undo.callback(channels.__exit__, None, None, None)
+            self._link, self._turn, self._stream = link, 0, "stdout"
+        self._link.deadline = deadline
+        with self._signals():
+            if not self._turn:    # the banner and the first prompt
+                self._pass_on_until_turn(is_shown=False)
+            if place:
+                self._link.ask("Place", **place)
 
     def _end(self):
         self._link = None
         self._undo.close()
 
-    def _evaluate(self, source, place):
+    def _evaluate(self, source, timeout_s):
         """Run `source` to its end and return what the server says of that."""
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
-        try:
-            with self._link.signals_wake():
-                if not self._turn:    # the banner and the first prompt
-                    self._pass_on_until_turn(is_shown=False)
-                if place:
-                    self._link.ask("Place", **place)
-                self._link.send(BEGIN + BLOCK_KIND + source + END)
-                while self._pass_on_until_turn() in IN_EVALUATION:
-                    self._link.send(END_OF_FILE)      # there is nobody who could answer
-            outcome = _ask_outcome(self._link)
-            if self._link.is_closed:
+        link = self._link
+        if timeout_s is not None:
+            self._deadline = time.monotonic() + timeout_s
+            link.deadline = self._deadline + self.GRACE_S
+        with self._signals():
+            link.sock.settimeout(time_left_s(link.deadline, None))    # it may not read what we send
+            link.send(BEGIN + BLOCK_KIND + source + END)
+            while self._pass_on_until_turn() in IN_EVALUATION:
+                link.send(END_OF_FILE)    # there is nobody who could answer
+            outcome = _ask_outcome(link)
+            if link.is_closed:
                 self._end()
                 return outcome if "exit" in outcome else _gone("it closed the connection")
             return outcome
+
+    @contextmanager
+    def _signals(self):
+        """Have Ctrl+C interrupt the code."""
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            with self._link.signals_wake():
+                yield
         finally:
             signal.signal(signal.SIGINT, before)
 
@@ -12613,6 +12722,7 @@ class Execution:
         """Pass on what comes until the server waits for us; return for what, or "" at the end."""
         word = ""
         while True:
+            limit_s = self._patience_s()
             for kind, data in take_all(self._link.events):
                 if kind == "data" and is_shown:
                     self._pass_on(data)
@@ -12623,15 +12733,14 @@ class Execution:
                 elif kind in ("turn", "closed"):
                     self._turn += 1
                     return word if kind == "turn" else ""
-            self._link.wait(self._patience_s())
+            self._link.wait(limit_s)
 
     def _patience_s(self):
         """Return how long to wait; where the time is over, interrupt the code, or leave it."""
         if self._deadline is None:
-            return None
+            return time_left_s(self._link.deadline, None)
         if time.monotonic() >= self._deadline:
-            if self._is_late or not self._turn:
-                self._is_late = True
+            if self._is_late:
                 raise Left
             self._is_late = True
             self._deadline = time.monotonic() + self.GRACE_S
@@ -12818,77 +12927,68 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=
 
 @contextmanager
 def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=False,
-              timeout_s=None, streams=False):
+              deadline=None, streams=False):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
-    limit_s = ANSWER_LIMIT_S if timeout_s is None else timeout_s
-    way = _reach(host, port, control_port)
+    way = _reach(host, port, control_port, deadline)
     with way as (address, locate_control, confirm), ExitStack() as undo:
-        sock, owner = _dial(address, ssl_context, is_plain)
-        link = Link(sock, limit_s)
+        sock, owner = _dial(address, ssl_context, is_plain, deadline)
+        link = Link(sock, deadline)
         undo.callback(link.close)
-        sock.settimeout(limit_s)      # for a process that is stopped, and answers nothing at all
-        confirm()
-        is_ours = owner == effective_uid()
+        is_ours = owner == effective_uid() and _tell_far_owner(host, confirm())
         is_trusted = is_ours or owner is None or ssl_context is not None
+
+        def call_control(port):
+            control, other = _dial(locate_control(port), ssl_context, is_plain, deadline)
+            if other != owner:
+                control.close()
+                raise PermissionError(errno.EACCES, "the control port is another user's than the "
+                                      "REPL port, so nothing was sent there")
+            return control
         try:
-            token = _show_token(sock, _tokens(address, token, is_ours, is_trusted))
-            link.meet(lambda port: _dial(locate_control(port), ssl_context, is_plain)[0],
-                      token is not None, streams)
+            token = _show_token(sock, _tokens(address, token, is_ours, is_trusted), deadline)
+            link.meet(call_control, token is not None, streams)
         except socket.timeout as exc:
-            if timeout_s is not None:
+            if deadline is not None:
                 raise
             raise ConnectionError(
                 errno.ETIMEDOUT, "no answer in %d seconds: the process is stopped or busy, or this "
-                "is not its REPL port" % limit_s) from exc
+                "is not its REPL port" % ANSWER_LIMIT_S) from exc
         except (ServerGone, ProtocolError) as exc:
             raise ConnectionError(errno.EPROTO, "the server is gone: %s" % exc) from exc
         yield link
 
 
 @contextmanager
-def _reach(host, port, control_port):
+def _reach(host, port, control_port, deadline):
     """Keep up what leads to a server; yield its address, and two functions.
 
     The first returns the control channel's address for its port there. The second, called once we
-    are connected, raises PermissionError where the server at a far end is not ours.
+    are connected, returns whose the server at a far end is, as `_far_owner` does.
     """
     if host.startswith("unix:"):
         path = host[len("unix:"):]
-        yield path, lambda named: path + CONTROL_SUFFIX, bool
+        yield path, lambda named: path + CONTROL_SUFFIX, str
     elif host.startswith("ssh://") or "@" in host:
         forwarded = control_port or DEFAULT_CONTROL_PORT
-        with _tunnel(host, port, forwarded) as (path, confirm):
+        with _tunnel(host, port, forwarded, deadline) as (path, confirm):
             yield path, lambda named: path + CONTROL_SUFFIX if named in (0, forwarded) else _gone(
                 "its control port is %d; pass --control-port %d" % (named, named)), confirm
     else:
-        yield (host, port), lambda named: (host, control_port or named), bool
+        yield (host, port), lambda named: (host, control_port or named), str
 
 
 @contextmanager
-def _tunnel(target, port, control_port, has_shell=True):
+def _tunnel(target, port, control_port, deadline, has_shell=True):
     """Have the system's ssh forward both channels to private unix sockets.
 
     Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal. Yields the
     first one's path, and a function that looks whose server is over there.
     """
-    import shlex
     import subprocess
     import tempfile
-    match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
-    if not match:
-        raise ValueError("%r is no ssh address, expected ssh://USER@HOST:PORT" % target)
-    user, literal, name, ssh_port, far_path = match.groups()
-    far_ends = ([far_path, far_path + CONTROL_SUFFIX] if far_path else
-                ["127.0.0.1:%d" % each for each in (port, control_port)])
     with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
         path = os.path.join(folder, "repl")
-        words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"] + ["-N"] * (not has_shell)
-        words += ["-p", ssh_port] if ssh_port else []
-        for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
-            words += ["-L", "%s:%s" % ends]
-        say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
-                             "cat /proc/net/tcp /proc/net/tcp6")
-        words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
+        words, far_path = _ssh_words(target, path, port, control_port, has_shell)
         questions = os.path.join(folder, "questions")
         os.mkfifo(questions)
         asked = os.open(questions, os.O_RDWR)     # to write only would wait for a reader
@@ -12899,19 +12999,39 @@ def _tunnel(target, port, control_port, has_shell=True):
                 if ssh.poll() is not None:
                     raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
                                           "with exit code %d" % (target, ssh.returncode))
+                time_left_s(deadline)
                 time.sleep(0.02)
-            confirm = functools.partial(_check_far_side, asked, ssh.stdout, target, far_path, port,
-                                        control_port)
-            if has_shell and not confirm():   # an account that may forward only: there is no check
-                with _tunnel(target, port, control_port, has_shell=False) as found:
+            confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
+                                        port, control_port)
+            if has_shell and confirm() == NO_SHELL:
+                with _tunnel(target, port, control_port, deadline, has_shell=False) as found:
                     yield found
             else:
-                yield path, confirm if has_shell else bool
+                yield path, confirm if has_shell else lambda: NO_SHELL
         finally:
             os.close(asked)
             ssh.stdin.close()
             ssh.wait()
             ssh.stdout.close()
+
+
+def _ssh_words(target, path, port, control_port, has_shell):
+    """Return the command that forwards to sockets at `path`, and what path is meant over there."""
+    import shlex
+    match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
+    if not match:
+        raise ValueError("%r is no ssh address, expected ssh://USER@HOST:PORT" % target)
+    user, literal, name, ssh_port, far_path = match.groups()
+    far_ends = ([far_path, far_path + CONTROL_SUFFIX] if far_path else
+                ["127.0.0.1:%d" % each for each in (port, control_port)])
+    words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"] + ["-N"] * (not has_shell)
+    words += ["-p", ssh_port] if ssh_port else []
+    for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
+        words += ["-L", "%s:%s" % ends]
+    say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
+                         "cat /proc/net/tcp /proc/net/tcp6")
+    words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
+    return words, far_path
 
 
 # Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
@@ -12929,20 +13049,24 @@ _SAY_OWNERS = ("while read _; do echo; echo hotrepl `id -u`; %s 2>/dev/null; ech
                "done")
 
 
-def _check_far_side(asked, answers, target, path, *ports):
-    """Raise PermissionError where the other machine says that the server there is another's.
+NO_SHELL, NOT_SAID = "no shell", "not said"       # an account that may forward only; no /proc
 
-    False: it says nothing, as nothing may run there. One without /proc can't say: then it is True.
+
+def _far_owner(asked, answers, deadline, target, path, *ports):
+    """Return whose the server is, as the other machine says it, where we are root there.
+
+    "" for our user's, NO_SHELL, or NOT_SAID. PermissionError: it is another's, and we aren't root.
     """
     said = b""
     with suppress(OSError):       # it has ended
         os.write(asked, b"\n")
+    end = deadline or time.monotonic() + ANSWER_LIMIT_S
     while not said.endswith(b"hotrepl end\n"):
-        if not select.select([answers], [], [], ANSWER_LIMIT_S)[0]:
-            return True
+        if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
+            return NOT_SAID
         piece = os.read(answers.fileno(), RECEIVE_BYTES)
         if not piece:
-            return False
+            return NO_SHELL
         said += piece
     lines = [line.split() for line in said[said.index(b"hotrepl "):].splitlines()]
     user = lines[0][-1:]
@@ -12953,16 +13077,25 @@ def _check_far_side(asked, answers, target, path, *ports):
         # Listeners, and connections that somebody has accepted.
         owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
                   and (words[3] == b"0A" or words[9] != b"0")}
-    others = b", ".join(sorted(owners.difference(user))).decode("ascii", "replace")
-    has_table = any(words[:1] == [b"sl"] for words in lines)
-    if user != [b"0"] and (others or has_table and not owners):
-        whose = "is uid %s's" % printable(others) if others else "is nobody's"
-        raise PermissionError(errno.EACCES, "the server at %s %s over there, not that of "
-                              "whom ssh lets in, so nothing was sent" % (target, whose))
-    return True
+    others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
+    is_nobodys = not owners and any(words[:1] == [b"sl"] for words in lines)
+    if is_nobodys or others and user != [b"0"]:
+        raise PermissionError(errno.EACCES, "the server at %s is %s over there, not that of whom "
+                              "ssh lets in, so nothing was sent"
+                              % (target, "nobody's" if is_nobodys else "uid %s's" % others))
+    return others if owners else NOT_SAID
 
 
-def _dial(address, ssl_context=None, is_plain=False):
+def _tell_far_owner(target, whose):
+    """Say whose server it is on the far side of ssh, if not ours; return whether it may be ours."""
+    is_known = whose not in (NO_SHELL, NOT_SAID)
+    if whose:
+        print("hotrepl: the server at %s %s" % (target, "is uid %s's over there" % whose if is_known
+              else "may be any user's over there: nobody there told us"), file=sys.stderr)
+    return not (whose and is_known)
+
+
+def _dial(address, ssl_context=None, is_plain=False, deadline=None):
     """Return a socket that is connected to a server, and the uid of its owner; None: unknown.
 
     Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
@@ -12970,13 +13103,10 @@ def _dial(address, ssl_context=None, is_plain=False):
     """
     where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
     try:
-        if isinstance(address, str):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            sock.connect(address)
-        else:
-            sock = _connect_to(*address)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock = _connect_to(address, deadline)
     except OSError as exc:
+        if deadline is not None and isinstance(exc, socket.timeout):
+            raise
         raise OSError(exc.errno, "nobody answers at %s (%s); start a server there with "
                       "'python hotrepl.py serve' or hotrepl.start()"
                       % (where, exc.strerror or exc)) from exc
@@ -12985,19 +13115,36 @@ def _dial(address, ssl_context=None, is_plain=False):
     except BaseException:
         sock.close()
         raise
-    return sock if ssl_context is None else _encrypted(sock, ssl_context, where), owner
+    if ssl_context is not None:
+        sock = _encrypted(sock, ssl_context, where, time_left_s(deadline))
+    sock.settimeout(time_left_s(deadline))    # a process that is stopped answers nothing at all
+    return sock, owner
 
 
-def _connect_to(host, port):
+def _connect_to(address, deadline):
     """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
-    if host == "localhost":
-        with suppress(ConnectionRefusedError):
-            return _connect_to(DEFAULT_BIND, port)
-        host = "::1"
-    name = host
-    with suppress(UnicodeEncodeError):    # for text Python loads its tables of international names
-        name = host.encode("ascii")
-    return socket.create_connection((name, port))
+    if isinstance(address, str):
+        found = [(socket.AF_UNIX, address)]
+    else:
+        name, port = address
+        with suppress(UnicodeEncodeError):    # for text Python loads tables of international names
+            name = name.encode("ascii")
+        found = [(each[0], each[4]) for host in (
+            (DEFAULT_BIND, "::1") if name == b"localhost" else (name,))
+            for each in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
+    for family, place in found:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            if family != socket.AF_UNIX:
+                come_as_its_user(sock, place)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(time_left_s(deadline, None))
+            sock.connect(place)
+            return sock
+        except OSError as exc:
+            sock.close()
+            error = exc
+    raise error
 
 
 def _check_owner(sock, where, is_vouched):
@@ -13022,11 +13169,11 @@ def _check_owner(sock, where, is_vouched):
     return owner
 
 
-def _encrypted(sock, ssl_context, where):
+def _encrypted(sock, ssl_context, where, limit_s):
     """Return a plain socket that talks through TLS over `sock`; a thread carries the bytes."""
     name = "localhost" if where.startswith("unix:") else where.partition(" ")[0]
     try:
-        sock.settimeout(10.0)
+        sock.settimeout(limit_s)
         tls = ssl_context.wrap_socket(sock, server_hostname=name)
     except (OSError, ValueError) as exc:      # ssl.SSLError is an OSError
         sock.close()
@@ -13039,10 +13186,10 @@ def _encrypted(sock, ssl_context, where):
     return outer
 
 
-def _show_token(sock, tokens):
+def _show_token(sock, tokens, deadline):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
-    if sock.gettimeout() > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
+    if time_left_s(deadline) > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
         print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
               "Ctrl+C gives up", file=sys.stderr)
     while True:
@@ -13057,6 +13204,7 @@ def _show_token(sock, tokens):
         if begin != TOKEN_PROMPT[:1]:
             return token
         for _ in TOKEN_PROMPT:
+            sock.settimeout(time_left_s(deadline))
             sock.recv(1)
         token = next(tokens, None)
         if token is None:
@@ -13087,7 +13235,7 @@ def noted_servers():
     """
     notes = []
     for path in runtime_files("server-*.note"):
-        with suppress(FileNotFoundError, ValueError):     # it stops just now; no note of ours
+        with suppress(OSError, ValueError):   # it stops just now; no note of ours
             note = _read_note(path)
             if note["namespaces"] != namespaces():
                 continue
@@ -13099,8 +13247,8 @@ def noted_servers():
 
 
 def _read_note(path):
-    with open(path, encoding="utf-8", errors="surrogatepass", newline="") as file:
-        pid, process, started, spaces, address, control_address, *argv = file.read().split("\0")
+    text = read_private(path, NOTE_LIMIT_BYTES).decode("utf-8", "surrogatepass")
+    pid, process, started, spaces, address, control_address, *argv = text.split("\0")
     note = {"pid": int(pid), "process": process, "started": float(started),
             "namespaces": spaces.split(), "argv": argv, "address": _parse_place(address),
             "control_address": _parse_place(control_address)}
@@ -13194,15 +13342,13 @@ class _History:
 
     def __init__(self, readline):
         self._readline = readline
-        self._path = os.environ.get("HOTREPL_HISTORY", os.path.expanduser("~/.hotrepl_history"))
+        path = os.path.expanduser(os.environ.get("HOTREPL_HISTORY", "~/.hotrepl_history"))
+        self._path = "" if path.startswith("~") else path     # nobody knows our home
         self._last = ""           # the entry of this session that was added last
         self._error = None        # why one could not be saved
         self._is_ours = hasattr(readline, "set_auto_history")     # else input() adds each line
         if self._is_ours:
             readline.set_auto_history(False)
-        with suppress(OSError):
-            if os.path.isfile(self._path):        # an older one, or a copy
-                os.chmod(self._path, 0o600)
         for entry in self._read():
             self._offer(entry)
 
@@ -13238,18 +13384,23 @@ class _History:
         if not self._path:
             return
         try:
-            with open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a",
-                      encoding="utf-8") as file:
+            with self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as exc:
             self._error = exc
 
+    def _open(self, flags, mode):
+        descriptor = open_own(self._path, flags)
+        if os.name == "posix":    # an older one, or a copy
+            os.fchmod(descriptor, 0o600)
+        return open(descriptor, mode, encoding="utf-8")
+
     def _read(self):
         import json
         try:
-            with open(self._path, encoding="utf-8") as file:
+            with self._open(os.O_RDONLY, "r") as file:
                 entries = [str(json.loads(line)) for line in collections.deque(file, self.LIMIT)]
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return []
         return [entry for entry, later in zip(entries, entries[1:] + [""])
                 if not later.startswith(entry + "\n")]

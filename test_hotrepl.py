@@ -2644,6 +2644,28 @@ class TestCompletingCalls(CompletionCase):
         self.assertTrue(self.hint("len(").startswith("len("))
         self.assertTrue(self.hint("dict(").startswith("dict("))
 
+    def test_a_bare_staticmethod_and_a_partial_with_odd_names_run_nothing(self):
+        class Odd(str):
+            def __eq__(self, other):
+                Sample.ran.append("eq")
+                return str.__eq__(self, other)
+            __hash__ = str.__hash__
+
+            @property
+            def __class__(self):
+                Sample.ran.append("class")
+
+        def function(a, b):
+            pass
+        partial = functools.partial(function)
+        partial.keywords[Odd("b")] = 1
+        function.__signature__ = Odd()
+        self.namespace.update(bare=staticmethod(function), partial=partial)
+        del Sample.ran[:]
+        for line in ("bare(", "partial(", "partial(a"):
+            complete(self.namespace, line)
+        self.assertEqual(Sample.ran, [])
+
     def test_no_repr_of_the_user_s_is_run_for_the_hint(self):
         class Default:
             def __repr__(self):
@@ -10819,6 +10841,29 @@ while True:
 """
 
 
+# Three TCP sockets that root made connect as another user: one new, one accepted, one that listened.
+INHERITED = r"""
+import ctypes, os, socket, struct, sys
+port, uid = map(int, sys.argv[1:])
+listener, other, new = [socket.socket() for _ in "123"]
+for each in (listener, other):
+    each.bind(("127.0.0.1", 0))
+    each.listen(5)
+client = socket.create_connection(other.getsockname())
+accepted = other.accept()[0]
+os.setgroups([]); os.setgid(uid); os.setuid(uid)
+listener.shutdown(socket.SHUT_RDWR)
+ctypes.CDLL(None).connect(accepted.fileno(), struct.pack("=HHIQ", 0, 0, 0, 0), 16)      # AF_UNSPEC: disconnect
+for each in (new, accepted, listener):
+    each.settimeout(9)
+    try:
+        each.connect(("127.0.0.1", port))
+        each.sendall(b"1\n")
+        print("received %r" % each.recv(7), flush=True)
+    except OSError as exc:
+        print("received b''", flush=True)
+"""
+
 # What stands between a client and a port, and prints what the client sends.
 RELAY = r"""
 listener = socket.socket()
@@ -10939,6 +10984,128 @@ class FalseServers(AccessCase):
         self.assertEqual(set(said.splitlines()), {"hotrepl: the server at 127.0.0.1 port %d is uid %d's" % (each, OWNER)
                                                   for each in server.ports})
 
+    def inherited(self, server):
+        program = self.keep(Program([sys.executable, "-c", INHERITED, str(server.ports[0]), str(ATTACKER)]))
+        return program.end()
+
+    def test_who_got_a_socket_that_root_made_is_not_root(self):
+        self.assertEqual(self.inherited(self.server()), [0, "received b''\n" * 3, ""])
+        server = self.server(options="control_port=0, token='a-token-of-ours!'")
+        self.assertEqual(self.inherited(server), [0, "received b'token: '\n" * 3, ""])
+        self.assertEqual(self.ran("127.0.0.1:%d" % server.ports[0], uid=0)[:2], [0, "42\n"])
+
+    DROPPED = "import os\nos.setgroups([]); os.setgid(%d); os.setuid(%d)\n"
+
+    def test_roots_client_is_told_who_holds_a_listener_that_root_made(self):
+        for code in (FALSE_SERVER, FALSE_SERVER.replace("listener.listen(8)", "listener.listen(8); os.dup(listener.fileno())")):
+            port = free_port()
+            code = ("import os\n" + code).replace('print("listening"', self.DROPPED % (ATTACKER, ATTACKER) + 'print("listening"')
+            false_server = self.as_user(0, json.dumps(["127.0.0.1", port]), "token: ", code=code)
+            false_server.until("listening\n")
+            code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("is uid %d's\n" % ATTACKER, said)
+            self.assertIn("the server wants its token", said)
+            self.assert_heard_nothing(false_server)
+
+    def test_root_visits_a_server_that_was_roots_and_became_another_users(self):
+        server = self.server(uid=0, then=self.DROPPED % (OWNER, OWNER) + "print('dropped', flush=True)\ninput()")
+        server.send("\n")
+        server.until("dropped\n")
+        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], uid=0)
+        self.assertEqual((code, out), (0, "42\n"), said)
+        self.assertEqual(self.inherited(server)[1], "received b''\n" * 3)
+
+    def test_both_channels_must_be_one_users(self):
+        server, busy = self.server(), free_port()
+        false_server = self.false_server(["127.0.0.1", busy], "")
+        code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], "--control-port", str(busy), uid=0)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("the control port is another user's than the REPL port", said)
+        self.assert_heard_nothing(false_server)
+
+    def test_roots_token_in_the_environment_is_not_for_a_known_other_user(self):
+        false_server = self.false_server(["127.0.0.1", free_port()])
+        port = json.loads(false_server.process.args[-2])[1]
+        code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("the server wants its token", said)
+        self.assert_heard_nothing(false_server)
+
+    def test_a_token_file_in_another_users_folder_gives_no_secret_of_roots_away(self):
+        false_server = self.false_server(["127.0.0.1", free_port()])
+        port = str(json.loads(false_server.process.args[-2])[1])
+        secret, link, pipe = os.path.join(self.base, "secret"), self.home(ATTACKER, "token"), self.home(ATTACKER, "pipe")
+        with open(secret, "w") as file:
+            file.write("root:*:19000:0\ndaemon:*:19000:0\n")
+        os.chmod(secret, 0o600)
+        os.symlink(secret, link)
+        os.mkfifo(pipe, 0o666)
+        for path in (link, pipe):
+            code, out, said = self.ran("127.0.0.1:" + port, "--token-file", path, uid=0)
+            self.assertEqual((code, out, said.count("\n")), (2, "", 1), said)
+            self.assertNotIn("19000", said)
+        self.assert_heard_nothing(false_server)
+
+    def test_who_root_is_for_a_while_is_not_let_in_and_root_is(self):
+        server = self.server(uid=0, then="import os\nos.setegid(%d); os.seteuid(%d)\nprint('changed', flush=True)\ninput()"
+                             % (ATTACKER, ATTACKER))
+        server.send("\n")
+        server.until("changed\n")
+        said = self.visit(("127.0.0.1", server.ports[0]), "1\n", uid=ATTACKER)
+        self.assertTrue(said.startswith("received b''"), said)
+        self.assertEqual(self.ran("127.0.0.1:%d" % server.ports[0], uid=0), [0, "42\n", ""])
+
+    HISTORY = ("import readline\nhistory = hotrepl._History(readline)\nhistory.add('a secret', False)\nhistory.close()\n"
+               "print(readline.get_current_history_length(), flush=True)")
+
+    def history(self, uid, **options):
+        """Have a client of that user remember a line; return what it says, and how many it has then."""
+        words = [sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), str(uid), self.HISTORY]
+        code, out, said = self.keep(Program(words if "HOME" in options else ["env", "-u", "HOME"] + words,
+                                            **dict({"cwd": "/"}, **options))).end()
+        self.assertEqual(code, 0, said)
+        return said, int(out)
+
+    @unittest.skipUnless(HAS_READLINE, "GNU readline")
+    def test_what_is_typed_goes_into_no_file_that_is_another_users_or_behind_a_link(self):
+        home, target = self.home(ATTACKER), os.path.join(self.base, "target")
+        path = os.path.join(home, ".hotrepl_history")
+        with open(target, "w") as file:
+            file.write('"root"\n')
+        os.chmod(target, 0o644)
+        for make in (lambda: os.symlink(target, path), lambda: os.symlink(target + "2", path), lambda: os.mkfifo(path, 0o666),
+                     lambda: os.link(target, path)):
+            make()
+            said, count = self.history(0, HOME=home)
+            self.assertIn("hotrepl: history not saved: ", said)
+            self.assertEqual(count, 1)
+            os.unlink(path)
+        with open(target) as file:
+            self.assertEqual(file.read(), '"root"\n')
+        self.assertEqual(os.stat(target).st_mode & 0o777, 0o644)
+        self.assertFalse(os.path.exists(target + "2"))
+
+    @unittest.skipUnless(HAS_READLINE, "GNU readline")
+    def test_what_is_typed_is_for_nobody_who_was_first_in_a_shared_folder(self):
+        shared = os.path.join(self.base, "shared")
+        for path in (shared, os.path.join(shared, "~")):
+            os.mkdir(path)
+            os.chmod(path, 0o1777)
+            with open(os.path.join(path, ".hotrepl_history"), "w") as file:
+                os.chown(file.fileno(), ATTACKER, ATTACKER)
+                os.chmod(file.fileno(), 0o666)
+        self.assertIn("history not saved", self.history(OWNER, HOME=shared)[0])
+        self.assertEqual(self.history(OWNER, cwd=shared)[0], "")     # and nobody knows the home of this uid
+        for path in (shared, os.path.join(shared, "~")):
+            self.assertEqual(os.path.getsize(os.path.join(path, ".hotrepl_history")), 0)
+        path = self.home(OWNER, "own")
+        self.assertEqual(self.history(OWNER, HOME=self.home(OWNER), HOTREPL_HISTORY="~/own")[0], "")
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        with open(path, "w") as file:
+            file.write("[" * 200000 + "\n")
+        self.assertEqual(self.history(OWNER, HOTREPL_HISTORY=path), ("", 1))
+
     def test_a_pids_server_whose_ports_are_another_users_by_now_gets_nothing(self):
         server = self.server(then="import os\nos.closerange(3, 256)\n"
                                   "print('closed', flush=True)\ninput()")
@@ -11024,13 +11191,13 @@ class OddReplies(AccessCase):
 
     HELLO = b"REPL session 1 connected.\n>>> "
 
-    def odd(self, command, reply, hello=HELLO):
-        """Return the address of a server that answers to `command` with `reply`."""
+    def odd(self, command, reply, hello=HELLO, place=None):
+        """Return the address of a server that answers to `command` with `reply`; `place`: its control port."""
         repl, control = socket.socket(), socket.socket()
         for each in (repl, control):
             self.keep(each).bind(("127.0.0.1", 0))
             each.listen(5)
-        place = control.getsockname()[1]
+        place = control.getsockname()[1] if place is None else place
 
         def answer():
             with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
@@ -11086,6 +11253,29 @@ class OddReplies(AccessCase):
         for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
             with self.subTest(repr(hello[:50])):
                 self.assert_one_line(self.visitor("", {}, hello))
+
+    def test_a_control_port_that_none_can_be_is_one_line(self):
+        for place in (65536, 99999, 0):
+            address = self.odd("", {}, place=place)
+            self.assert_one_line(self.keep(Program(python_command(SOURCE_PATH, "exec", address, "-c", "1"),
+                                                   stdin=subprocess.DEVNULL)))
+
+    @once("slow")
+    def test_what_is_said_of_a_call_that_does_not_end_is_nothing_but_text(self):
+        for reply in (dict(self.OK, where=self.EVIL + "\ud800"), dict(self.OK, where=[self.EVIL]), dict(self.OK, where="x",
+                      sending=[1]), dict(self.OK, sending="abc"), dict(self.OK, sending=[self.EVIL, 1]), [], b"junk"):
+            with self.subTest("%.80r" % (reply,)):
+                terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", self.odd("Where", reply)),
+                                              HOTREPL_HISTORY="", TERM="xterm"))
+                terminal.until(">>> ")
+                terminal.type("x\n")
+                terminal.press("^C")
+                terminal.until("hotrepl: ")
+                self.assertNotIn("\u202e", terminal.received.decode("utf-8", "replace"))
+                self.assertNotIn(b"gnp\x07", terminal.received)
+                self.assertNotIn(b"\x1b]0;", terminal.received)
+                self.assertNotIn(b"Traceback", terminal.received)
+                terminal.close()
 
     def test_completions_bring_nothing_but_text_to_the_terminal(self):
         for reply in (dict(self.OK, matches=["ab" + self.EVIL, "abc", 5], hint=self.EVIL + "\nsecond"),
@@ -11226,6 +11416,21 @@ class UnixSockets(AccessCase):
             sock.bind(self.path)
         self.assertEqual(self.serve(unix=self.path).wire().ask("6*7"), "42\n")
 
+    def test_a_link_in_the_place_of_the_file_just_made_is_not_followed(self):
+        folder, target = os.path.dirname(self.path), self.folder().write("target", "")
+        os.chmod(target, 0o644)
+
+        def bind(sock, path):
+            socket.socket.bind(sock, path)
+            os.rename(path, path + ".made")
+            os.symlink(target, path)
+        with unittest.mock.patch.object(hotrepl.OwnSocket, "bind", bind, create=True):
+            with contextlib.suppress(OSError, NotImplementedError):
+                hotrepl.start({}, unix=self.path).stop()
+        self.assertEqual(os.stat(target).st_mode & 0o777, 0o644)
+        if sys.platform.startswith("linux"):
+            self.assertEqual(os.lstat(os.path.join(folder, "socket.made")).st_mode & 0o777, 0o600)
+
     def test_a_live_one_is_an_error_and_goes_on(self):
         served = self.serve(unix=self.path)
         with self.assertRaisesRegex(OSError, "a program listens at"):
@@ -11354,6 +11559,15 @@ class Tokens(AccessCase):
             wire.send(self.TOKEN)
             self.assertEqual(wire.hello().number, number)
 
+    def test_a_guess_that_waits_ends_with_its_connection(self):
+        before = threading.active_count()
+        with unittest.mock.patch.multiple(hotrepl, FREE_GUESSES=-20, GUESS_DELAY_S=DEADLINE_S * 2):
+            for _ in range(hotrepl.ADMISSION_LIMIT * 3):
+                self.stranger().send("guess")
+            eventually(lambda: threading.active_count() <= before + hotrepl.ADMISSION_LIMIT)
+            self.served.close()
+            eventually(lambda: threading.active_count() < before + 1)
+
     def test_those_who_flood_the_door_do_not_push_out_another_host(self):
         early = self.served.keep(Wire(self.server.address, source="127.0.0.9"))
         early.until("token: ")
@@ -11408,7 +11622,7 @@ class Tokens(AccessCase):
             "import os, sys; sys.path.insert(0, %r); import hotrepl\n"
             "print(hotrepl.lasting_uids()); os.seteuid(1600); print(hotrepl.lasting_uids())\n"
             "os.seteuid(0); os.setuid(1600); print(hotrepl.lasting_uids())") % os.path.dirname(hotrepl.__file__))))
-        self.assertEqual(tuple(program.end(DEADLINE_S)), (0, "{0}\nset()\n{1600}\n", ""))
+        self.assertEqual(tuple(program.end(DEADLINE_S)), (0, "{0}\n{0}\n{1600}\n", ""))
 
     def test_a_server_whose_token_file_was_removed_can_be_stopped(self):
         shutil.rmtree(os.path.join(self.runtime, "hotrepl"))
@@ -11815,18 +12029,36 @@ class Ssh(AccessCase):
         tool("setpriv")
         self.restart(self.AS_OWNER)
         program = self.keep(Program([sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), "1500",
-                                     SERVE + "input()"], cwd="/"))
+                                     # The sshd of a user's own connects as that user, this one as root.
+                                     SERVE.replace("control_port=0", "control_port=0, allow_uids=[0]") + "input()"], cwd="/"))
         (_, port), (_, control_port) = addresses(program)
         words, env = self.command()
         words = words[:words.index("connect")] + ["exec", self.target, "--port", str(port), "--control-port",
                                                   str(control_port), "-c", "import os; os.getuid()"]
         self.assertEqual(self.keep(Program(words, stdin=subprocess.DEVNULL, **env)).end(), [0, "1500\n", ""])
 
+    def test_root_over_there_is_told_whose_the_server_is_and_his_token_is_not_for_it(self):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        false_server = self.keep(Program([sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), "1600",
+                                          FALSE_SERVER, json.dumps(["127.0.0.1", port]), "token: "], cwd="/"))
+        false_server.until("listening\n")
+        words, env = self.command()
+        words = words[:words.index("connect")] + ["exec", self.target, "--port", str(port), "-c", "1"]
+        code, out, said = self.keep(Program(words, stdin=subprocess.DEVNULL, HOTREPL_TOKEN="a-token-of-ours!", **env)).end()
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("is uid 1600's over there\n", said)
+        false_server.kill(signal.SIGTERM)
+        self.assertNotIn("GOT", false_server.end()[1])
+
     def test_an_account_that_may_only_forward_is_enough(self):
         self.restart("/bin/false")
         words, env = self.command()
         words[words.index("connect")] = "exec"
-        self.assertEqual(self.keep(Program(words + ["-c", "6*7"], stdin=subprocess.DEVNULL, **env)).end()[:2], [0, "42\n"])
+        code, out, said = self.keep(Program(words + ["-c", "6*7"], stdin=subprocess.DEVNULL, **env)).end()
+        self.assertEqual((code, out), (0, "42\n"))
+        self.assertIn("may be any user's over there", said)
 
     def file(self, name):
         return os.path.join(self.path, name)
@@ -12603,6 +12835,12 @@ FOREIGN = (
     b"GET\r/\rHTTP/1.1\r\n", b"GET \xff\xf1/x\r\n", b"\xff\xfb\x01GET / HTTP/1.1\r\n", b"GET /\r\0",
     b"Host: a b\r\n", b"Host: \xff'\r\n", b'Host: "x"\r\n', b"Host: x'y\n", b"Cookie: a=1; b\r\n", b"COOKIE:a=b=c\n",
     b"User-Agent: x\r\n", b"x-y:1\n", b"Accept-Encoding: gzip, br\r\n",
+    b"0033git-upload-pack /a\nimport os\n\0host=127.0.0.1:1337\0", b"0040git-receive-pack /x' \n",
+    b"PROPFIND /=x\n\nprint(1)\n HTTP/1.1\r\n", b"MKCOL /=x' HTTP/1.1\r\n", b"VERSION-CONTROL /=\n",
+    b"set a'b 0 0 20\r\n", b"set a#b 0 0 20\r\n", b"set #b 0 0 20\r\n", b"add +'''b 1 2 3 noreply\r\n",
+    b"cas 'k 0 0 20 7\r\n", b"ms key 20\r\n", b"ms 'key 20\n", b"PUB x 9\r\n", b"a.b.c 1 1600000000\n",
+    b"CONNECT\naccept-version:1.2\nhost:x\nlogin:exec('1')\n\n\0", b"STOMP\r\nlogin:exec('1')\r\n",
+    b"CONNECT\nlogin:1\n", b"<13>Nov 28 11:00:00 h tag: x\n1\n", b"BEGIN AUTH REQUEST\n/cvs\nprint(1)\n",
 )
 
 
@@ -12642,6 +12880,9 @@ PYTHON = (
     b"x [::1]\r\n", b"print x\r\n", b"improt os\r\n", b"x y z\r\n", b"while x:y\n", b"class A:x=1\n", b"match x:\r\n", b"def f(a, /):\r\n",
     b"host: str = 'x'  # of x\r\n", b"cookie: int\n", b"cookie = 1\r\n", b"if-x: y\r\n", b"while-x: y\n", b"a-b\r\n", b"x-y-z #: 1\n",
     b"print('a /b')\r\n", b"open('/x')\r\n", b"'/x' in y\r\n", b"# get /x\r\n", b"f'{x /y}'\r\n", b"(x /y)\r\n",
+    b"CONNECT\nx = 1\n", b"CONNECT\nx: int = 1\n", b"STOMP\n\nx-y:1\n", b"CONNECT.x\n", b"set in (1, 2)\n", b"x is 3\n",
+    b"x or 3\r\n", b"x if y else 3\n", b"x - 3\n", b"COPY = 1\n", b"MKT / x\n", b"A-B / C\n", b"a1b2git - upload\n", b"x <13\n",
+    b"set 1\n", b"x 3\n", b"lambda x: x + 3\n",
     b"x = a /b\r\n", b"async def f():\r\n", b"{1:2}\r\n", b"@x /y\r\n", b"\xff\xfd\x061+1\r\n", b"import urllib\r\n",
 )
 
@@ -12858,6 +13099,15 @@ class PrivateFiles(AccessParts):
             with self.assertRaises(OSError):
                 hotrepl.read_private(odd)
             remove(odd)
+
+    def test_a_note_is_read_from_a_small_file_of_ours_alone(self):
+        base = self.temporary()
+        with unittest.mock.patch.dict(os.environ, XDG_RUNTIME_DIR=base):
+            folder = hotrepl.runtime_folder()
+            os.mkfifo(os.path.join(folder, "server-1-a.note"), 0o600)
+            os.symlink("/etc/passwd", os.path.join(folder, "server-2-a.note"))
+            os.mkdir(os.path.join(folder, "server-3-a.note"))
+            self.assertEqual(hotrepl.noted_servers(), [])
 
     def test_a_token_of_another_network_is_not_taken_for_one_of_this(self):
         base = self.temporary()
@@ -17020,6 +17270,41 @@ class Exec(Case):
             SOURCE_PATH, "exec", "--port", port, "--control-port", port, "-c", "1")))
         program.err.until("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
                           "Ctrl+C gives up\n")
+
+    @once("slow")
+    def test_the_time_limit_holds_whatever_the_server_sends_or_does_not_read(self):
+        greeting = b"REPL session 1 connected.\n\xff\xfac%d a-proof-of-nothing\xff\xf0"
+        turn = b"\xff\xfakprimary\xff\xf0\xff\xf9"
+
+        def play(listener, control, begin, again):
+            with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                sock.sendall(begin % control.getsockname()[1] if begin == greeting else begin)
+                with control.accept()[0] if begin == greeting else contextlib.ExitStack() as requests:
+                    if begin == greeting:
+                        for _ in "12":
+                            requests.recv(9999)
+                            requests.sendall(message(b'{"status": "ok"}'))
+                        sock.sendall(turn)
+                    while True:
+                        sock.sendall(again)
+                        time.sleep(0.05)
+        path = self.folder().write("long.py", "x = 1\n" * 2500000)
+        programs = []
+        for begin, again, words in ((b"", b"x", ("-c", "1")), (b"", b"\xff\xf9", ("-c", "1")), (b"", b"token: ", ("-c", "1")),
+                                    (greeting, b"\xff\xfakinput\xff\xf0\xff\xf9" * 5000, ("-c", "1")), (greeting, b"", (path,))):
+            listener, control = [self.keep(socket.socket()) for _ in "12"]
+            for each in (listener, control):
+                each.bind(("127.0.0.1", 0))
+                each.listen(1)
+                self.addCleanup(hotrepl.shut_down, each)
+            self.spawn(lambda *args: play(*args), listener, control, begin, again)
+            programs.append(self.keep(Program(python_command(
+                SOURCE_PATH, "exec", "127.0.0.1:%d" % listener.getsockname()[1], "--timeout", "0.5", *words),
+                HOTREPL_TOKEN="a-token-of-ours!", stdin=subprocess.DEVNULL)))
+        began = time.monotonic()
+        ended = [program.end() for program in programs]
+        self.assertLess(time.monotonic() - began, DEADLINE_S)
+        self.assertEqual([code for code, _, _ in ended], [124, 124, 1, 124, 124], ended)
 
     @once("slow")
     def test_code_that_ignores_its_time_limit_is_left(self):
