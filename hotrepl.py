@@ -8267,7 +8267,7 @@ def _await_chain(coroutine):
 # either of which may hang: the session's thread, or with quiet=True one of its own. The keeper, a
 # thread too, gives the function its own code back once it is over, whatever hangs.
 
-WATCH_BACKLOG = 5000              # calls that wait to be looked at; the oldest go first
+WATCH_BACKLOG = 5000              # calls that wait to be looked at; of more, the first are kept
 WATCH_LINES_PER_S = 100
 WATCH_LOOK_S = 0.05               # how often is looked whether a call has come, or it is over
 _watched = {}                     # function -> the Calls of it; guarded by nothing but the GIL
@@ -8324,7 +8324,8 @@ class Calls(list):
         self._end = time.monotonic() + seconds
         self._session = current_session()
         self._numbers = itertools.count(1)        # of calls that were noted
-        self._queue = collections.deque(maxlen=WATCH_BACKLOG)     # those nobody has looked at
+        self._lines = itertools.count(1)          # that were printed
+        self._queue = collections.deque()         # calls that nobody has looked at
         self._is_over = threading.Event()
         self._looker = None       # with quiet=True the Job that looks at them, until ...
         self._is_looked_through = threading.Event()   # ... then; PyPy 7.3 fails where two join one
@@ -8383,7 +8384,8 @@ class Calls(list):
             self._take_off()      # a patch that came later was undone later, or this is a fork
         else:
             call.number = next(self._numbers)
-            self._queue.append(call)
+            if len(self._queue) < WATCH_BACKLOG:
+                self._queue.append(call)
 
     def look(self, take):
         """Call take(call) for each that is wanted, until it is over."""
@@ -8404,9 +8406,10 @@ class Calls(list):
             yield from take_all(self._queue)
 
     def show(self, call):
-        """Print a call, and wait so long that there are not too many lines."""
+        """Print a call, and rest where there are too many lines."""
         print(call)
-        self._is_over.wait(1 / WATCH_LINES_PER_S)
+        if next(self._lines) % WATCH_LINES_PER_S == 0:
+            self._is_over.wait(1.0)
 
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
