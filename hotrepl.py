@@ -13834,7 +13834,10 @@ def _definition_at(source, line):
     import ast
     import inspect
     text, names, found = source.decode(), [], None
-    nodes = ast.parse(text).body
+    try:
+        nodes = ast.parse(text).body
+    except SyntaxError as exc:
+        raise ValueError("line %s is no Python: %s" % (exc.lineno, exc.msg)) from exc
     for node in nodes:            # what stands in the class at that line is added meanwhile
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             first = min(each.lineno for each in [node] + node.decorator_list)

@@ -10035,6 +10035,7 @@ class Watching(Case):
         self.over()
 
     def test_watch_ends_after_its_time(self):
+        self.assertEqual(inspect.signature(hotrepl.watch).parameters["seconds"].default, 600)
         self.client.send("watch(pay, seconds=0.05)")
         self.assertEqual(self.client.turn(), "")
         self.over()
@@ -17505,6 +17506,10 @@ class ExecInModules(EditedProgram):
     def test_what_cannot_be_placed_is_an_error(self):
         self.assertEqual(self.exec("--line", "4", self.path)[0::2],
                          [2, "hotrepl: no function or class stands at line 4\n"])
+        broken = self.folder.write("broken.py", "def f(): pass\ndef g(:\n")
+        code, out, err = self.exec("--line", "1", broken)
+        self.assertEqual((code, out), (2, ""))
+        self.assertRegex(err, r"^hotrepl: line 2 is no Python: .*\n\Z")
         other = self.folder.write("other.py", "def f(): pass\n")
         code, out, err = self.exec("--line", "1", other)
         self.assertEqual((code, out), (1, ""))
@@ -17630,6 +17635,7 @@ class ExecStream(Case):
                            {"value": "6"}], 0))
         for number in range(200):
             self.assertEqual(self.ask(program, {"code": "x + %d" % number}), ([{"value": str(6 + number)}], 0))
+        self.assertEqual(self.served.wire().number, 2)    # the first is that of all requests
         program.process.stdin.close()
         self.assertEqual(program.end(), [0, "", ""])
 
