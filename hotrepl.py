@@ -10127,8 +10127,10 @@ LOADING_DELAY_S = 0.05            # how long a server waits with that; start() h
 
 
 def note_in_background():
-    """Have the sources of the program noted, once a server has started."""
-    threading.Thread(target=note_sources, name="hotrepl notes", daemon=True).start()
+    """Have the sources of the program noted, once a server has started; return the thread."""
+    thread = threading.Thread(target=note_sources, name="hotrepl notes", daemon=True)
+    thread.start()
+    return thread
 
 
 def load_library():
@@ -11045,6 +11047,7 @@ class Server:
         self._is_short = False    # of descriptors; written by the server's thread
         self._sockets = []        # what a forked child has to close
         self._undo = ExitStack()
+        self._notes = None        # the thread that notes sources once we have started
 
     def __enter__(self):
         return self
@@ -11080,12 +11083,12 @@ class Server:
                 enter(*what)
                 undo.callback(leave, *what)
             self._undo = undo.pop_all()
-        note_in_background()
+        self._notes = note_in_background()
 
     def stop(self):
         """Close all sessions and listeners and put the process back as it was before `start`.
 
-        Waits up to STOP_TIMEOUT_S for the sessions' threads. Any thread may call it, a
+        Waits up to STOP_TIMEOUT_S for the threads of sessions and its own. Any thread may call it, a
         session's too; again is harmless.
         """
         with self._lock:
@@ -11099,7 +11102,7 @@ class Server:
             if each not in own:
                 each.close()
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for _, thread in members:
+        for thread in [thread for _, thread in members] + [self._notes]:
             _join(thread, deadline - time.monotonic())
         with suppress(Exception):     # a log handler's
             self.door.write_left_out()

@@ -13957,11 +13957,15 @@ class OddSurroundings(Case):
                 "    print(hotrepl.MAIN._missing, flush=True)\n" % sys.path[0])
             if sys.version_info >= (3, 13):
                 import _interpreters
-                _interpreters.exec(_interpreters.create("legacy"), code)
+                one = _interpreters.create("legacy")
+                _interpreters.exec(one, code)
+                _interpreters.destroy(one)
             elif sys.version_info >= (3, 8):
                 import _xxsubinterpreters
                 legacy = {"isolated": False} if sys.version_info >= (3, 9) else {}
-                _xxsubinterpreters.run_string(_xxsubinterpreters.create(**legacy), code)
+                one = _xxsubinterpreters.create(**legacy)
+                _xxsubinterpreters.run_string(one, code)
+                _xxsubinterpreters.destroy(one)
             else:
                 import _testcapi
                 _testcapi.run_in_subinterp(code)
