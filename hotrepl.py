@@ -4828,7 +4828,6 @@ class _Apply:
         for name in ("__name__", "__qualname__", "__module__"):     # a package may have set them
             setattr(new, name, getattr(raw, name))
         self.fold_function(raw, new)
-        self._note_init(scope, pair)
         self._clear_caches(raw, scope.prefix + pair.new.node.name)
         if pair.old is not None and (
                 _key(pair.old.node.args, False) != _key(pair.new.node.args, False)):
@@ -4857,20 +4856,31 @@ class _Apply:
         """Return the live function of a `def`, below whatever its decorators have made of it."""
         name, space = pair.new.node.name, scope.edit.space
         value, line = scope.get(name), (pair.old or pair.new).start + 1
+        code = scope.edit.new.code_of(pair.new.node)
         if value is _MISSING:
             return None
         for source in (_functions_in(value), self._live_functions(scope.edit)):
             found = [each for each in source if each.__code__.co_name == name
                      and each.__globals__ is space and each.__qualname__ == scope.prefix + name]
-            exact = [each for each in found if each.__code__.co_firstlineno == line]
+            exact = [each for each in found if each.__code__ is code] or [
+                each for each in found if each.__code__.co_firstlineno == line]
             if exact or found and scope.count(name) == 1:
                 return (exact or found)[0]
         return None
 
+    def _made_by(self, scope, pair):
+        """Return what a `def` has made: what has its name, unless that is a namesake's."""
+        name, value = pair.new.node.name, scope.get(pair.new.node.name)
+        if not pair.new.is_function or scope.count(name) == 1 and pair.change != "again":
+            return value
+        raw = self._raw(scope, pair) if pair.change != "new" else None
+        is_own = raw is None or any(each is raw for each in _functions_in(value))
+        return value if is_own and pair.change != "new" else _MISSING if raw is None else raw
+
     def _redecorate(self, scope, pair):
         """Call the decorators again, on the old function, whose attributes were theirs."""
         raw, node = self._raw(scope, pair), pair.new.node
-        old = scope.get(node.name) if scope.last_binder(node.name) is pair.new else raw
+        old = self._made_by(scope, pair)
         if raw is None or old is _MISSING:
             self._run(scope, pair)
             return
@@ -4937,6 +4947,7 @@ class _Apply:
         for each in pairs:
             if each.new is not None:
                 self._apply_pair(inner, each)
+                self._note_init(inner, each)
         if is_changed:
             self._finish_class(inner, pairs, before)
 
@@ -4982,18 +4993,18 @@ class _Apply:
                     not _is_in_file(value.__code__, scope.edit.new)) and (
                     scope.cls is None or _is_from_console(value)):
                 self._run(scope, pair)
-            self._note_init(scope, pair)
 
     def _note_init(self, scope, pair):
         """Live instances get the literals that a new __init__ sets; the rest is named."""
-        if scope.cls is None or pair.new.node.name != "__init__" or pair.old is None:
+        method = getattr(pair.new.node, "name", "")
+        if method not in _INITS or pair.change in ("same", "moved", "live"):
             return
-        olds = _attributes_set(pair.old.node)
+        olds = _attributes_set(pair.old.node) if pair.old else ()
         for name, node in _attributes_set(pair.new.node).items():
             if name not in olds:
                 name = scope.name_of(name)
                 self.fills.append((scope.cls, name, functools.partial(_fresh_literal, node), (
-                    "existing instances lack %s, which __init__ sets now" % name)))
+                    "existing instances lack %s, which %s sets now" % (name, method))))
 
     def _follow_fields(self):
         """Run again what copied the fields or the signature of something that has others now.
@@ -5054,7 +5065,8 @@ class _Apply:
         if pair.change == "lost" and self._bring_back(scope, statement):
             return
         reached = self.snapshot(edit, statement, pair.old)
-        before = {name: scope.get(name) for name in statement.binds}
+        before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
+                  for name in statement.binds}
         places = _Registrations(self, reached, self._targets(scope, pair))
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
@@ -5784,6 +5796,7 @@ def _ids_of(value, name):
 
 
 _VALUES = ("value", "again", "new")
+_INITS = ("__init__", "__post_init__", "__attrs_post_init__")
 
 
 class _Scope:
@@ -6803,14 +6816,17 @@ def _adopt_member(cls, member):
 def _attributes_set(node):
     """Return {name: value node} of what a method assigns to its first parameter's attributes."""
     import ast
-    found = {}
+    found, values = {}, {}      # values: id of a target -> what it gets; None: only declared
+    for each in ast.walk(node):
+        if isinstance(each, (ast.Assign, ast.AnnAssign)):
+            targets = getattr(each, "targets", None) or [each.target]
+            values.update((id(target), each.value) for target in targets)
     args = getattr(node.args, "posonlyargs", []) + node.args.args
     for each in ast.walk(node) if args else ():
-        if isinstance(each, (ast.Assign, ast.AnnAssign)) and each.value:
-            for target in each.targets if isinstance(each, ast.Assign) else [each.target]:
-                if isinstance(target, ast.Attribute) and (
-                        getattr(target.value, "id", None) == args[0].arg):
-                    found[target.attr] = each.value
+        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and (
+                getattr(each.value, "id", None) == args[0].arg) and (
+                values.get(id(each), each) is not None):
+            found[each.attr] = values.get(id(each), each)
     return found
 
 
@@ -6953,12 +6969,15 @@ def _imported_values(source, space, edit, before, changed):
         for name in names if module_name == edit.name else ():
             own = name if is_star else alias.asname or name
             was, live = before.get(name, _MISSING), space.get(own, _MISSING)
+            if is_star and name not in _public(before):
+                was = _MISSING
             now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
             if live is not was or now is was:
                 continue
             if is_star and now is _MISSING:
                 now = _imported_elsewhere(source, space, edit, name)
-            elif now is _MISSING or name not in changed or was is _MISSING and not is_star:
+            elif now is _MISSING or name not in (changed if was is not _MISSING else public) or (
+                    was is _MISSING and not is_star):
                 continue
             if now is not live:
                 found[own] = now
@@ -6990,8 +7009,9 @@ def _value_of(statement, space):
 
 def _is_plain_equal(a, b):
     """Tell whether two values are one, or plain and equal, or tuples of such."""
-    return a is b or type(a) is type(b) and isinstance(a, _PLAIN_TYPES + (tuple,)) and (
-        repr(a) == repr(b) if isinstance(a, (tuple, float, complex)) else a == b)
+    if type(a) is tuple is type(b):
+        return len(a) == len(b) and all(map(_is_plain_equal, a, b))
+    return a is b or type(a) is type(b) and type(a) in _PLAIN_TYPES and repr(a) == repr(b)
 
 
 def _own_code_changed(edit, pairs=None, top=None):
