@@ -3496,7 +3496,7 @@ class _Edit:
         """Compile the new text, parse the old one, and pair their statements."""
         self.new = _Source(self.text, self.path)
         self.new.code  # some errors show only where the whole is compiled
-        self.line = min((frame.f_lineno for frame in _top_frames(self.module)), default=None)
+        self.line = min((frame.f_lineno for frame in _top_frames(self.space)), default=None)
         try:
             if self.old_text is not None:
                 self.old = _Source(self.old_text, self.path, self.new)
@@ -3762,6 +3762,13 @@ class _Source:
         names = [alias.name for each in self.statements if each.kind == "ImportFrom"
                  and each.node.module == "__future__" for alias in each.node.names]
         return sum(getattr(__future__, name).compiler_flag for name in set(names))
+
+    @_once
+    def has_lazy_annotations(self):
+        """Annotations of undecorated functions are evaluated later than the `def`, or never."""
+        return sys.version_info >= (3, 14) or any(
+            "annotations" == alias.name for each in self.statements if each.kind == "ImportFrom"
+            and each.node.module == "__future__" for alias in each.node.names)
 
     def compile_alone(self, nodes):
         """Return the code object of some statements."""
@@ -5519,12 +5526,12 @@ class _Apply:
             if name in sys.modules and self.known is not None:
                 forget()
         self._call_hooks()
-        changed_code = {id(edit.space[name]) for edit in self.edits
-                        for name in _own_code_changed(edit) if name in edit.space}
+        self.readers.note_code()
         for edit in self.ordered:
             self._report_names(edit)
-            self.readers.report_not_run_again(edit, changed_code)
+            self.readers.report_not_run_again(edit)
             self._report_removed(edit)
+        self.readers.report_elsewhere()
         self._report_sleepers()
         self._report_stuck()
 
@@ -5730,6 +5737,12 @@ class _Apply:
         for each in self._removed_statements(edit):
             if not each.changes or not each.changes <= bound:
                 self.stuck[each.title, "the statement was taken away; what it did stays"] += 0
+        for pair in edit.pairs:
+            if pair.change == "value" and pair.old.acts_without_a_name and not (
+                    pair.old.changes & bound or self._is_kept_out(edit, pair.new)
+                    or _targets_of(pair.old) == _targets_of(pair.new)):
+                self.stuck[pair.old.title, (
+                    "the statement is another now; what it did before may still be there")] += 0
         unseen = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
         for pair in edit.pairs if unseen else ():
             if pair.change == "value" and not pair.new.is_harmless and (
@@ -6128,6 +6141,12 @@ def _decorator_name(node):
     return getattr(node, "attr", getattr(node, "id", ""))
 
 
+def _targets_of(statement):
+    """Return what an assignment assigns to; of another statement a text of its own."""
+    targets = getattr(statement.node, "targets", None)
+    return _key(targets) if targets and statement.kind == "Assign" else statement.title
+
+
 def _is_overload(node):
     return any(_decorator_name(each) == "overload" for each in getattr(node, "decorator_list", ()))
 
@@ -6186,6 +6205,10 @@ class _Readers:
         self._apply = weakref.proxy(apply)      # which has us
         self._import_index = None       # {module: those that import from it}; made when needed
         self._sources = {}              # name -> _Source of a module that is not edited
+        self._values = collections.defaultdict(set)     # module -> names of values that changed
+        # id -> function or class: code changed that may have run at import, or to derive a class
+        self._codes, self._bases = {}, {}
+        self._modules = set()           # ids of the edited modules, and of the packages above them
 
     def follow(self, edit):
         """Evaluate anew what is pure and was made of changed values; follow imports of them."""
@@ -6195,11 +6218,13 @@ class _Readers:
             rounds += 1
             values = self.values_of(follower, before)
             if values:
+                names = set(values)
                 self.follow_pure(
                     follower, source.statements, None,
                     dict(before, **{name: pair[0] for name, pair in values.items()}),
                     dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
-                    set(values))
+                    names)
+                self._values[follower.name] |= names
             changed = {name for name in set(before) | set(follower.space)
                        if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
                        and name not in _IMPORT_NAMES}
@@ -6283,6 +6308,7 @@ class _Readers:
                 self._apply.put(_entry(space, each), value)
             if values:
                 self._apply.report.add("followed", name, sorted(set(values) - {"__all__"}))
+                self._values[name] |= set(values)
                 followers.append((_Follower(name, space), source, was))
         return followers
 
@@ -6315,25 +6341,99 @@ class _Readers:
         self._apply.report.add("not_run_again", edit.name, [
             "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
 
-    def report_not_run_again(self, edit, changed_code):
-        """Name unchanged statements that called, or were made by, code that is another now."""
-        changed = {name for name, value in edit.space.items() if id(value) in changed_code}
-        changed |= _bound_by(pair.new for pair in edit.pairs if pair.change == "def")
-        values = {name for name, (was, now) in self.values_of(
-            edit, edit.before).items() if was is not _MISSING}
+    def note_code(self):
+        """Note whose code changed that an unchanged statement may have run at import."""
+        for edit in self._apply.edits:
+            for pair in edit.pairs:
+                if pair.change in _VALUES and not pair.new.is_definition:
+                    self._values[edit.name] |= {
+                        name for name in pair.new.binds if name not in edit.space
+                        or name in edit.before and not _is_plain_equal(
+                            edit.before[name], edit.space[name])}
+            for found, names in (
+                    (self._codes, _own_code_changed(edit, _RUN_AT_ONCE).union(_bound_by(
+                        pair.new for pair in edit.pairs if pair.change == "def"))),
+                    (self._bases, _own_code_changed(edit, _RUN_BELOW))):
+                found.update((id(value), value) for value in _values_of(edit.space, names))
+        self._bases.update((key, value) for key, value in self._codes.items()
+                           if _is(value, type) and issubclass(value, type))
+        self._bases = {key: value for key, value in self._bases.items() if _is(value, type)}
+
+        self._modules = {id(sys.modules.get(name)) for edit in self._apply.edits
+                         for name in _with_parents(edit.name)}
+
+    def report_not_run_again(self, edit):
+        """Name unchanged statements that used at import what is another now."""
         for pair in edit.pairs:
-            each, is_left = pair.new, pair.change in _LEFT_ALONE
-            if each is None or each.is_main_guard and (is_left or edit.name != "__main__"):
-                continue
-            if not is_left and self._apply._is_kept_out(edit, each):
-                self._apply.report.add("not_run_again", edit.name, [each.title])
-            if not is_left or each.kind in ("Import", "ImportFrom"):
-                continue
-            used = (each.names.heads if each.is_definition else each.names.calls) & changed
-            reads = set() if each.is_definition else each.names.reads & values - each.binds
-            if used or reads and not each.is_pure:
-                self._report_not_run(edit, each, used | reads)
+            if pair.new is not None and pair.change not in _LEFT_ALONE and (
+                    self._apply._is_kept_out(edit, pair.new)) and (
+                    edit.name == "__main__" or not pair.new.is_main_guard):
+                self._apply.report.add("not_run_again", edit.name, [pair.new.title])
+        self._report_users(edit, [pair.new for pair in edit.pairs if pair.change in _LEFT_ALONE])
         self._report_copied(edit)
+
+    def report_elsewhere(self):
+        """The same in modules that are not edited, where they have what changed, or derive from it."""
+        ids = {*self._codes, *self._modules}
+        spaces = {id(edit.space) for edit in self._apply.edits if self._values[edit.name]}
+        below = {cls.__module__ for base in self._bases.values() for cls in _all_classes(base)}
+        for name, known in list(_hot.known.items()):
+            space = _space_of(known.module())
+            if name not in self._apply.by_name and (name in below or name in self._values or any(
+                    id(value) in ids or type(value) is types.FunctionType
+                    and id(value.__globals__) in spaces for value in list(space.values()))):
+                source = self.source_of(name)
+                self._report_users(_Follower(name, space), source.statements if source else ())
+
+    def _report_users(self, module, statements):
+        line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
+        for each in statements:
+            if not each.is_main_guard and each.kind not in ("Import", "ImportFrom") and (
+                    line is None or each.end < line):
+                used = self._used_at_import(each, module.space, self._values[module.name])
+                if used:
+                    self._report_not_run(module, each, used)
+
+    def _used_at_import(self, statement, space, values):
+        """Return the names by which a statement used at import what is another now."""
+        names, node = statement.names, statement.node
+        used = {name for name in names.calls | names.heads if id(space.get(name)) in self._codes}
+        nodes = list(_evaluated_nodes(node, statement.source.has_lazy_annotations)) if (
+            statement.is_definition) else [node]
+        if statement.kind == "ClassDef":
+            cls = space.get(node.name)
+            used -= _Names(node.bases).reads
+            used |= {base.__name__ for base in (cls.__mro__[1:] + type(cls).__mro__ if _is(
+                cls, type) else ()) if id(base) in self._bases}
+        if names.reads & values and not (
+                statement.is_pure and _value_of(statement, space) is not _MISSING):
+            used |= _Names(nodes).reads & values - statement.binds
+        for name in names.reads:
+            value = space.get(name)
+            if id(value) in self._modules:
+                for each in _modules_named({name: value}, {name, *statement.code.co_names}):
+                    used |= self._used_of_module(
+                        statement, vars(each), name in names.calls | names.heads)
+            elif name in names.calls:
+                used |= self._read_when_called(value)
+        return used
+
+    def _used_of_module(self, statement, space, is_called):
+        """The same for what it read as `module.name`."""
+        found = _names_at_import(statement.code)
+        used = {name for name in found if is_called and id(space.get(name)) in self._codes}
+        used.difference_update(getattr(each, "attr", "") for each in getattr(
+            statement.node, "bases", ()))
+        return used | found & self._values[space["__name__"]]
+
+    def _read_when_called(self, value):
+        """Return the changed globals that a function, or the constructor of a class, reads."""
+        function = vars(value).get("__init__") if _is(value, type) else value
+        if not _is_python_function(function):
+            return set()
+        values = self._values.get(function.__globals__.get("__name__"), set())
+        return values & set(function.__code__.co_names) and values & set(
+            _stored_names(function.__code__, "GLOBAL", ("LOAD_",)))
 
     def _report_copied(self, edit):
         """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
@@ -6342,12 +6442,15 @@ class _Readers:
                  for name in each.names.heads
                  if hasattr(type(edit.space.get(name)), "__iter__")}
         importers = self._importers_of(edit.name) if heads else ()
-        for follower in [edit] + [_Follower(name, {}) for name in sorted(importers)]:
-            source = self.source_of(follower.name) if heads else None
+        for name in [edit.name] + sorted(importers):
+            follower = _Follower(name, _space_of(sys.modules.get(name)))
+            source = self.source_of(name) if heads else None
             for each in source.statements if source else ():
+                inner = {read for value in _values_of(follower.space, each.names.calls)
+                         if _is_python_function(value) for read in value.__code__.co_names}
                 if not each.is_definition and each.names.calls and each.kind != "For" and any(
-                        name in each.names.reads - each.names.calls or "." + name in each.title
-                        for name in heads):
+                        name in each.names.reads - each.names.calls | inner
+                        or "." + name in each.title for name in heads):
                     self._report_not_run(follower, each, heads)
 
 
@@ -7014,18 +7117,19 @@ def _is_plain_equal(a, b):
     return a is b or type(a) is type(b) and type(a) in _PLAIN_TYPES and repr(a) == repr(b)
 
 
-def _own_code_changed(edit, pairs=None, top=None):
-    """Return the names of functions whose own code changed, and of classes with such methods.
+def _own_code_changed(edit, methods, pairs=None, top=None):
+    """Return the names of functions whose own code changed, and of classes with such `methods`.
 
     Not of those where only a function that is nested and nests none changed, as the wrapper that a
-    decorator returns; of a class, what runs when it is used.
+    decorator returns.
     """
     names = set()
     for pair in edit.pairs if pairs is None else pairs:
         if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
-            names |= _own_code_changed(edit, edit.sub_pairs(pair), top or pair.new.node.name)
+            names |= _own_code_changed(
+                edit, methods, edit.sub_pairs(pair), top or pair.new.node.name)
         elif pair.change == "body" and pair.new.is_function and (
-                top is None or pair.new.node.name in _RUN_AT_ONCE) and (
+                top is None or pair.new.node.name in methods) and (
                 _key(pair.old.node.body, _nests_none) != _key(pair.new.node.body, _nests_none)):
             names.add(top or pair.new.node.name)
     return names
@@ -7038,6 +7142,32 @@ def _nests_none(function):
 
 _RUN_AT_ONCE = {"__init_subclass__", "__new__", "__init__", "__set_name__", "__call__",
                 "__prepare__", "__class_getitem__", "__post_init__"}
+_RUN_BELOW = {"__init_subclass__", "__class_getitem__"}
+
+
+def _evaluated_nodes(node, is_lazy):
+    """Yield what a definition, or one in its body, has evaluated and nobody evaluates anew.
+
+    Where annotations are lazy only decorators that are not known evaluate them.
+    """
+    pure = list(filter(_is_pure_expression, _default_nodes(node).values())) if (
+        hasattr(node, "args")) else []
+    if hasattr(node, "args") and is_lazy and _is_transparent(node):
+        yield from node.decorator_list + [
+            each for each in _default_nodes(node).values() if each not in pure]
+    else:
+        yield from [each for each in _executed_children(node) if each not in pure]
+    for each in node.body if type(node).__name__ == "ClassDef" else ():
+        if hasattr(each, "decorator_list"):
+            yield from _evaluated_nodes(each, is_lazy)
+        elif type(each).__name__ == "AnnAssign" and not is_lazy:
+            yield each.annotation
+
+
+def _names_at_import(code):
+    """Return the names that code uses, with the bodies of classes in it, not of functions."""
+    return set(code.co_names).union(*[_names_at_import(each) for each in _nested_codes(code)
+                                      if not each.co_flags & 1])
 
 
 # --- History, patch and hooks ---
@@ -7584,10 +7714,10 @@ def _read_by(code, space):
         yield from _read_by(nested, space)
 
 
-def _stored_names(code, kind):
+def _stored_names(code, kind, how=("STORE_", "DELETE_")):
     """Return the names that code assigns or deletes, where `kind` is GLOBAL, ATTR or NAME."""
     import dis
-    names = {"STORE_" + kind, "DELETE_" + kind}
+    names = {each + kind for each in how}
     if not any(dis.opmap[name] in code.co_code for name in names):
         return []  # most have none, and to look at each instruction costs
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
@@ -7689,11 +7819,11 @@ def _functions_of(spaces):
             if type(obj) is types.FunctionType and id(obj.__globals__) in ids]
 
 
-def _top_frames(module):
+def _top_frames(space):
     """Return the frames that run the top level of a module, such as the script's main loop."""
-    return [frame for frame in _running_frames() if frame.f_globals is vars(module)
+    return [frame for frame in _running_frames() if frame.f_globals is space
             and frame.f_code.co_name == "<module>"
-            and frame.f_code.co_filename == getattr(module, "__file__", None)]
+            and frame.f_code.co_filename == space.get("__file__")]
 
 
 def _running_frames():

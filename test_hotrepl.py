@@ -5411,7 +5411,9 @@ class DryRun(Workspace):
         text = "H = []\n'text'\nH.append(1)\npass\nassert H\nif __name__ == '__main__': H = 0\n"
         m = self.load(text)
         report = self.again("H = []\nH.append(2)\n")
-        self.assertEqual((str(report), m.H), ("changed: H.append(2)", [1, 2]))
+        self.assertEqual((str(report), m.H), (
+            "changed: H.append(2)\nstale: H.append(1): the statement is another now; what it did before may "
+            "still be there (0 live)", [1, 2]))
 
     def test_report_prints_as_a_short_list(self):
         self.load("A = 1\nB = A\ndef f(): pass\n")
@@ -6441,6 +6443,86 @@ class RealPrograms(Workspace):
         self.again(text % 2)
         self.assertEqual((m.C().x, m.C().m(), len(m.MADE)), (5, 2, 1))
         self.assertIs(m.C(), one)
+
+    # What used, when the modules were imported, what is another now: `base` is edited, `m` uses it and is not.
+    NAMED = [
+        ("ROLE = {}", "import base\n@base.needs(base.ROLE)\ndef f(): pass\n", "not run again: m.f (ROLE changed)"),
+        ("ROLE = {}", "from base import *\n@needs(ROLE)\ndef f(): pass\n", "not run again: m.f (ROLE changed)"),
+        ("ROLE = [{}]", "from base import *\ndef f(a=ROLE * 2, b=str(ROLE)): pass\n", "not run again: m.f (ROLE changed)"),
+        ("ROLE = (int, str)[{} > 9]", "from base import ROLE\ndef f(a: ROLE): pass\n",
+         None if sys.version_info >= (3, 14) else "not run again: m.f (ROLE changed)"),
+        ("ROLE = (int, str)[{} > 9]", "from base import ROLE\nclass C(ROLE): pass\n", "not run again: m.C (ROLE changed)"),
+        ("ROLE = (int, str)[{} > 9]", "from base import *\nclass C:\n    @needs(ROLE)\n    def f(self): pass\n",
+         "not run again: m.C (ROLE changed)"),
+        ("ROLE = {}", "import base\nX = base.ROLE + 1\n", "not run again: m.X = base.ROLE + 1 (ROLE changed)"),
+        ("ROLE = {}", "from base import made\nX = made()\n", "not run again: m.X = made() (ROLE changed)"),
+        ("def deco(f):\n    f.x = {}\n    return f", "from base import deco as d\n@d\ndef f(): pass\n", "not run again: m.f (d changed)"),
+        ("def deco(f):\n    f.x = {}\n    return f", "import base\n@base.deco\ndef f(): pass\n", "not run again: m.f (deco changed)"),
+        ("def deco(f):\n    def g(): return {}\n    return g", "import base\n@base.deco\ndef f(): pass\n", None),
+        ("def get(): return {}", "import pack.base\nX = pack.base.get()\n", "not run again: m.X = pack.base.get() (get changed)"),
+        ("def get(): return {}", "import base\nX = base.get()\n", "not run again: m.X = base.get() (get changed)"),
+        ("def get(): return {}", "import base\ndef f(): return base.get()\nif __name__ == '__main__': base.get()\n", None),
+        ("class B:\n    def __init_subclass__(cls): cls.x = {}", "import base\nclass C(base.B): pass\nclass D(C): pass\n",
+         "not run again: m.C (B changed), m.D (B changed)"),
+        ("class B:\n    def __init__(self): self.x = {}", "import base\nclass C(base.B): pass\n", None),
+        ("class M(type):\n    def __new__(*args): return type.__new__(*args[:3], {{'x': {}}})",
+         "import base\nclass C(metaclass=base.M): pass\nclass D(C): pass\n", "not run again: m.C (M changed), m.D (M changed)"),
+    ]
+
+    def test_what_used_at_import_what_is_another_now_is_named(self):
+        rest = "def needs(role): return lambda f: f\ndef made(): return [ROLE]\nROLE = 0\n%s\n"
+        for number, (changed, user, named) in enumerate(self.NAMED):
+            with self.subTest(changed=changed, user=user):
+                base, m = "base%d" % number, "m%d" % number
+                if "pack" in user:
+                    self.load("", "pack.__init__")
+                    base, user = "pack." + base, user.replace("pack.base", "base")
+                self.load(rest % changed.format(1), base)
+                self.load(user.replace("base", base), m)
+                self.edit(base, rest % changed.format(22))
+                report = str(reload())
+                found = [line for line in report.splitlines() if line.startswith("not run")]
+                wanted = [re.sub(r"\bm(?=\.)", m, named).replace("pack.base", "base").replace("base", base)] if named else []
+                self.assertEqual(found, wanted, report)
+
+    def test_what_is_bound_and_deleted_below_is_named_where_it_was_read(self):
+        self.load("tmp = [1]\nX = tmp[0]\ndel tmp\n")
+        self.assertIn("not run again: X = tmp[0] (tmp changed)", repr(self.again("tmp = [2]\nX = tmp[0]\ndel tmp\n")))
+
+    def test_new_namesake_is_not_folded_into_another(self):
+        text = "import functools\n@functools.singledispatch\ndef f(x): return 'other'\n" \
+               "@f.register(int)\ndef _(x): return '%s'\n%s"
+        m = self.load(text % ("int", ""))
+        more = "@f.register(str)\ndef _(x): return 'str'\n"
+        self.again(text % ("INT", more))
+        self.assertEqual((m.f(1), m.f("a"), m.f(None)), ("INT", "str", "other"))
+
+    def test_attributes_that_an_initializer_sets_in_any_way_are_missed(self):
+        text = "class C:\n    def __init__(self):\n        self.a = 1\n%sc = C()\n"
+        self.load(text % "")
+        for body, names in (("self.a, self.b = 1, 2", ["b"]), ("for self.b in (1,): pass", ["b"]), ("self.c: int", [])):
+            report = repr(self.again(text % ("        %s\n" % body)))
+            self.assertEqual(re.findall(r"existing instances lack (\w)", report), names, report)
+            self.again(text % "")
+
+    def test_initializer_that_a_class_gains_is_missed_by_its_instances(self):
+        m = self.load("class C: pass\nc = C()\n")
+        report = repr(self.again("class C:\n    def __init__(self, n=1):\n        self.k = []\n        self.n = n\nc = C()\n"))
+        self.assertEqual(m.c.k, [])
+        self.assertIn("stale: C: existing instances lack n, which __init__ sets now (1 live)", report)
+
+    def test_named_tuple_of_other_fields_is_not_asked_for_its_repr(self):
+        text = "import collections\nP = collections.namedtuple('P', '%s')\nheld = P(%s)\n"
+        m = self.load(text % ("a b", "1, 2"))
+        self.again(text % ("a b c", "1, 2, 3"))
+        self.assertEqual(repr(m.held), "P(a=1, b=2, c=3)")
+
+    def test_name_that_an_all_gains_is_imported_by_a_star(self):
+        self.load("__all__ = ['x']\nx = 1\ny = 2\n", "base")
+        m = self.load("from base import *\n")
+        self.edit("base", "__all__ = ['x', 'y']\nx = 1\ny = 2\n")
+        reload()
+        self.assertEqual((m.x, m.y), (1, 2))
 
     # What is known of a text that nobody noted
 
