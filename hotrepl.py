@@ -6373,17 +6373,19 @@ class _Readers:
         self._report_copied(edit)
 
     def report_elsewhere(self):
-        """The same in modules that are not edited, where they have what changed, or derive from it."""
-        ids = {*self._codes, *self._modules}
+        """The same in modules that are not edited, if they have what changed or derive from it."""
         spaces = {id(edit.space) for edit in self._apply.edits if self._values[edit.name]}
         below = {cls.__module__ for base in self._bases.values() for cls in _all_classes(base)}
-        for name, known in list(_hot.known.items()):
+        for module, known in list(_hot.known.items()):
             space = _space_of(known.module())
-            if name not in self._apply.by_name and (name in below or name in self._values or any(
-                    id(value) in ids or type(value) is types.FunctionType
-                    and id(value.__globals__) in spaces for value in list(space.values()))):
-                source = self.source_of(name)
-                self._report_users(_Follower(name, space), source.statements if source else ())
+            names = self._values[module] | {
+                name for name, value in list(space.items()) if id(value) in self._codes
+                or id(value) in self._modules or type(value) is types.FunctionType
+                and id(value.__globals__) in spaces}
+            if module not in self._apply.by_name and (
+                    module in below or names and _mentions_at_import(known.text or b"", names)):
+                source = self.source_of(module)
+                self._report_users(_Follower(module, space), source.statements if source else ())
 
     def _report_users(self, module, statements):
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
@@ -6398,8 +6400,6 @@ class _Readers:
         """Return the names by which a statement used at import what is another now."""
         names, node = statement.names, statement.node
         used = {name for name in names.calls | names.heads if id(space.get(name)) in self._codes}
-        nodes = list(_evaluated_nodes(node, statement.source.has_lazy_annotations)) if (
-            statement.is_definition) else [node]
         if statement.kind == "ClassDef":
             cls = space.get(node.name)
             used -= _Names(node.bases).reads
@@ -6407,6 +6407,8 @@ class _Readers:
                 cls, type) else ()) if id(base) in self._bases}
         if names.reads & values and not (
                 statement.is_pure and _value_of(statement, space) is not _MISSING):
+            nodes = _evaluated_nodes(node, statement.source.has_lazy_annotations) if (
+                statement.is_definition) else [node]
             used |= _Names(nodes).reads & values - statement.binds
         for name in names.reads:
             value = space.get(name)
@@ -6922,7 +6924,7 @@ def _attributes_set(node):
     found, values = {}, {}      # values: id of a target -> what it gets; None: only declared
     for each in ast.walk(node):
         if isinstance(each, (ast.Assign, ast.AnnAssign)):
-            targets = getattr(each, "targets", None) or [each.target]
+            targets = each.targets if isinstance(each, ast.Assign) else [each.target]
             values.update((id(target), each.value) for target in targets)
     args = getattr(node.args, "posonlyargs", []) + node.args.args
     for each in ast.walk(node) if args else ():
@@ -7162,6 +7164,25 @@ def _evaluated_nodes(node, is_lazy):
             yield from _evaluated_nodes(each, is_lazy)
         elif type(each).__name__ == "AnnAssign" and not is_lazy:
             yield each.annotation
+
+
+def _mentions_at_import(text, names):
+    """Tell fast, without parsing it, whether a text may use some names outside of functions."""
+    words = re.compile(rb"\b(?:%s)\b" % b"|".join(map(str.encode, names)))
+    indent, depth = None, 0     # of the function whose body is skipped; of the brackets of its head
+    for line in text.splitlines() if words.search(text) else ():
+        rest = line.lstrip()
+        if depth <= 0 and rest and indent is not None and len(line) - len(rest) <= indent:
+            indent = None
+        is_head = depth > 0 or indent is None and rest.startswith((b"def ", b"async def "))
+        if is_head:
+            indent = len(line) - len(rest) if depth <= 0 else indent
+            depth = max(depth, 0) + line.count(b"(") - line.count(b")")
+            line = line[:line.rfind(b"):")] if b"):" in line else line
+        if (is_head or indent is None) and not rest.startswith((b"import ", b"from ")) and (
+                words.search(line)):
+            return True
+    return False
 
 
 def _names_at_import(code):
