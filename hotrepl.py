@@ -13718,8 +13718,11 @@ def _serve(options):
     main_module = types.ModuleType("__main__")    # pickle and friends look names up in __main__
     vars(main_module)["__builtins__"] = builtins
     done = threading.Event()
+    # As `script &` has SIGINT ignored in what it starts, which Ctrl+C is not to end then.
+    ends = [number for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) != signal.SIG_IGN]
     if not words:
-        _end_on_signals(done)
+        _end_on_signals(done, ends)
         return _stay(_start_server(options, main_module, done), done)
     load = (_prepare_script if options.module is None else _prepare_module)(words, main_module)
     server = _start_server(options, main_module, done)
@@ -13731,8 +13734,9 @@ def _serve(options):
             # could visit them. So wait here, by the same function.
             threading._shutdown()
         return status             # the server is stopped by atexit
-    _end_on_signals(done)
-    _say("%s has ended with exit status %d and is kept; Ctrl+C ends it" % (words[0], status))
+    _end_on_signals(done, ends)
+    _say("%s has ended with exit status %d and is kept; %s ends it"
+         % (words[0], status, "Ctrl+C" if signal.SIGINT in ends else "SIGTERM"))
     return _stay(server, done, status)
 
 
@@ -13762,10 +13766,9 @@ def _stay(server, done, status=0):
     return status
 
 
-def _end_on_signals(done):
-    """Set `done` when this process, not a child that it forks, gets SIGTERM or Ctrl+C."""
-    before = {number: signal.signal(number, lambda *_: done.set())
-              for number in (signal.SIGTERM, signal.SIGINT)}
+def _end_on_signals(done, numbers):
+    """Set `done` when this process, not a child that it forks, gets one of these signals."""
+    before = {number: signal.signal(number, lambda *_: done.set()) for number in numbers}
 
     def restore():
         for number, handler in before.items():

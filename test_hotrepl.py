@@ -16693,6 +16693,22 @@ class CommandLine(Case):
             wire.until_end()
             busy.until_end()
 
+    @unittest.skipIf(IS_PYPY, "PyPy itself takes an ignored SIGINT")
+    def test_serve_leaves_a_signal_ignored_that_it_was_started_with(self):
+        folder = self.folder()
+        folder.write("script.py", "x = 6*7")
+        for words, told in (((), ""), (("--keep", "script.py"), "is kept; SIGTERM ends it\n")):
+            with self.subTest(words):
+                command = python_command(*serve_words(*words))
+                program = self.keep(Program(["sh", "-c", 'trap "" INT; exec "$@"', "sh"] + command, cwd=folder.path))
+                address = served_address(program)
+                program.err.until(told)
+                program.kill(signal.SIGINT)
+                self.assertEqual(self.wire(address).ask("6*8"), "48\n")
+                self.assertIsNone(program.process.poll())
+                program.kill(signal.SIGTERM)
+                self.assertEqual(program.end()[0], 0)
+
     def test_serve_takes_the_ports_it_is_given(self):
         ports = free_port(), free_port()
         program, line, found = self.serve("--port", str(ports[0]), "--control-port", str(ports[1]))
