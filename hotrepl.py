@@ -10299,9 +10299,14 @@ LOADING_DELAY_S = 0.05            # how long a server waits with that; start() h
 
 def note_in_background():
     """Have the sources of the program noted, once a server has started; return the thread."""
-    thread = threading.Thread(target=note_sources, name="hotrepl notes", daemon=True)
+    thread = threading.Thread(target=_note_whole, name="hotrepl notes", daemon=True)
     thread.start()
     return thread
+
+
+def _note_whole():
+    with LOADING:                 # what is newer than the process is parsed, by modules to import
+        note_sources()
 
 
 def load_library():

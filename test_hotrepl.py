@@ -17140,6 +17140,19 @@ class Programs(Case):
         program.kill(signal.SIGINT)
         self.assertEqual(program.end()[0], 0)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_child_forked_while_we_look_at_the_program_can_show_its_traceback(self):
+        folder = self.folder()
+        path = folder.write("script.py", """
+            import os
+            for _ in range(10):
+                if os.fork() == 0:
+                    1 / 0             # to show that, a Python imports several modules
+                os.wait()
+            """)
+        os.utime(path, (time.time() + 5,) * 2)        # newer than the process: it is parsed
+        self.assertEqual(folder.start(*serve_words("script.py"), PYTHONMALLOC="pymalloc").end()[0], 0)
+
     def test_it_is_kept_whatever_its_own_excepthook_does(self):
         hook = "import sys\ndef hook(*exc_info):\n    %s\nsys.excepthook = hook\nx = 42\n1 / 0\n"
         for source, status, told in ((hook % "raise LookupError('in the hook')", 1, r"Error in sys\.excepthook:\n(.*\n)+"
