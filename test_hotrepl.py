@@ -11376,6 +11376,22 @@ class OddReplies(AccessCase):
                 self.assertNotIn(b"Traceback", terminal.received)
                 terminal.close()
 
+    def test_ctrl_c_says_how_far_a_server_is_that_sends_much(self):
+        how_far = {"62 of 100 MB": [62000000, 100000000], None: ["x" + self.EVIL, 5]}
+        for told, sending in how_far.items():
+            with self.subTest(told):
+                reply = dict(self.OK, where="in hotrepl.py", sending=sending)
+                terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", self.odd("Where", reply)),
+                                              HOTREPL_HISTORY=""))
+                terminal.until(">>> ")
+                terminal.type("print(some * much)\n")
+                terminal.until("\n")
+                terminal.press("^C")
+                shown = terminal.until("; Ctrl+C again drops the rest\n")
+                self.assertEqual(shown.rpartition("hotrepl: ")[2].partition(";")[0],
+                                 "still sending its output" + (", " + told if told else ""))
+                terminal.close()
+
     def test_the_list_shows_nothing_but_text(self):
         folder = self.private_folder()
         program = self.folder().run(SERVE + "input()", self.EVIL, XDG_RUNTIME_DIR=folder)
@@ -13970,8 +13986,10 @@ class OddSurroundings(Case):
         wire.send("import multiprocessing, time, warnings; warnings.simplefilter('ignore')\n"
                   "context = multiprocessing.get_context('fork')\n"
                   "child = context.Process(target=time.sleep, args=(60,))\n"
-                  "child.start(); child.terminate(); child.join(10); print('ended by', child.exitcode)\n")
+                  "child.start(); child.terminate(); child.join(10); print('ended by', child.exitcode)\n"
+                  "pool = context.Pool(2); pool.map(abs, [-6]); pool.terminate(); pool.join(); print('pool', 'over')\n")
         wire.until("ended by -15\n")
+        wire.until("pool over\n")
         program.kill()
         self.assertEqual(program.end()[0], 0)
 
