@@ -8257,9 +8257,15 @@ class Frame:
         return value
 
     def __setattr__(self, name, value):
-        problem = _set_variable(_find_frame(self._mark), name, value)
+        code, problem = self._mark.code, ""
+        if code.co_flags & CO_OPTIMIZED:
+            if name not in code.co_varnames + code.co_cellvars + code.co_freevars:
+                problem = "it has no such variable"
+            elif IS_PYPY:
+                problem = "PyPy has no way to do that"
         if problem:               # raised here, where no frame is held by the traceback
             raise AttributeError("can't set %r in %s: %s" % (name, self._mark.text, problem))
+        _variables(_find_frame(self._mark), {name: value})
 
     def __repr__(self):
         try:
@@ -8298,14 +8304,15 @@ def _is_own_code(code):
     return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
 
 
-def _variables(frame, **changes):
+def _variables(frame, changes=None):
     """Make `changes` to the variables of a frame; return {name: value} of all.
 
     Before 3.13 f_locals of a function is a copy, which the frame keeps, and with it what its
     variables let go of later: so that is emptied, unless the program has it too, from locals().
     """
-    variables = frame.f_locals
-    found = dict(variables, **changes)
+    variables, changes = frame.f_locals, changes or {}
+    found = dict(variables)
+    found.update(changes)
     if not (frame.f_code.co_flags & CO_OPTIMIZED and type(variables) is dict):
         variables.update(changes)
         return found
@@ -8329,18 +8336,6 @@ def _write_back(frame, variables, changes):
         variables.clear, functools.partial(variables.update, changes),
         functools.partial(ctypes.pythonapi.PyFrame_LocalsToFast, ctypes.py_object(frame),
                           ctypes.c_int(0))]))
-
-
-def _set_variable(frame, name, value):
-    """Set a variable of a frame; return "", or why that can't be."""
-    code = frame.f_code
-    if code.co_flags & CO_OPTIMIZED:
-        if name not in code.co_varnames + code.co_cellvars + code.co_freevars:
-            return "it has no such variable"
-        if IS_PYPY:
-            return "PyPy has no way to do that"
-    _variables(frame, **{name: value})
-    return ""
 
 
 CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class body
@@ -8539,10 +8534,7 @@ class Calls(list):
                 async_raise(self._looker, SystemExit)
 
     def _take_off(self):
-        """Give the function what the copy has, which a reload may have changed meanwhile.
-
-        What a patch gave it meanwhile is left alone.
-        """
+        """Give the function what the copy has, if no patch has given it anything else meanwhile."""
         if self.function.__code__ is self._code:
             _swap(self.function, self._copy.__code__, self._copy.__defaults__,
                   self._copy.__kwdefaults__)
@@ -8689,11 +8681,11 @@ class Placed:
 
 def _module_of(name, path):
     """Return the loaded module of that name, or else of that file; LookupError."""
-    for each, module in list(sys.modules.items()):
-        own = vars(module).get("__file__") if isinstance(module, types.ModuleType) else None
-        if each == name or not name and isinstance(own, str) and (
-                os.path.realpath(own) == os.path.realpath(path)):
-            return module
+    for resolve in os.path.abspath, os.path.realpath:     # beside a busy thread this takes long
+        for each, module in list(sys.modules.items()):
+            own = None if name else _source_path(module)
+            if each == name or own is not None and resolve(own) == resolve(path):
+                return module
     raise LookupError("no module that is loaded here is %s" % shorten(repr(name or path), 200))
 
 
@@ -10788,7 +10780,7 @@ def _is_for_loop(code_object, server):
 
 
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
-_PLAIN = {int, float, str, bool, bytes, type(None)}
+_PLAIN = {int, float, str, bool, bytes, type(None), type(_MISSING)}
 
 
 class _Lent:
