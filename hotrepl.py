@@ -8097,7 +8097,7 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
         return calls
     try:
         calls.start()
-        calls.look(calls.show)
+        calls.look(print, rest_s=1.0)
     finally:
         calls.stop()
     if calls.problem:
@@ -8490,7 +8490,6 @@ class Calls(list):
         self._end = time.monotonic() + seconds
         self._session = current_session()
         self._numbers = itertools.count(1)        # of calls that were noted
-        self._lines = itertools.count(1)          # that were printed
         self._queue = collections.deque()         # calls that nobody has looked at
         self._is_over = threading.Event()
         self._looker = None       # with quiet=True the Job that looks at them, until ...
@@ -8550,11 +8549,13 @@ class Calls(list):
             if len(self._queue) < WATCH_BACKLOG:
                 self._queue.append(call)
 
-    def look(self, take):
-        """Call take(call) for each that is wanted, until it is over."""
+    def look(self, take, rest_s=0.0):
+        """Call take(call) for each that is wanted, until it is over; rest where they are many."""
         try:
-            for call in self._wanted:
+            for number, call in enumerate(self._wanted, 1):
                 take(call)
+                if number % WATCH_LINES_PER_S == 0:
+                    self._is_over.wait(rest_s)
         except Exception as exc:
             self.problem = ": `when` raised " + _brief(exc)
             raise
@@ -8567,12 +8568,6 @@ class Calls(list):
         while not is_over:
             is_over = self._is_over.wait(WATCH_LOOK_S)
             yield from take_all(self._queue)
-
-    def show(self, call):
-        """Print a call, and rest where there are too many lines."""
-        print(call)
-        if next(self._lines) % WATCH_LINES_PER_S == 0:
-            self._is_over.wait(1.0)
 
     def __repr__(self):
         state = "is over" if self._is_over.is_set() else "goes on"
@@ -8659,7 +8654,8 @@ class Placed:
     def _run_statement(self, tree, node, ast):
         """Run `tree`, which has but one statement; what defines anew what there is, is a patch."""
         space, found, title = vars(self._module), {}, self._module.__name__ + "."
-        name = _mangled(getattr(node, "name", ""), "".join(self._path[-1:]))
+        is_definition = hasattr(node, "decorator_list")
+        name = _mangled(node.name, "".join(self._path[-1:])) if is_definition else None
         old = _old_of(vars(self._scope).get(name), node)
         if isinstance(old, types.FunctionType) and node.decorator_list:
             nothing = ast.parse("lambda function: function", mode="eval").body
@@ -8698,11 +8694,8 @@ def _own_class(scope, name):
 
 def _old_of(live, node):
     """Return the class or the function that `live` is, or was made of, and `node` defines anew."""
-    kind = type(node).__name__
-    if kind == "ClassDef":
+    if type(node).__name__ == "ClassDef":
         return live if isinstance(live, type) else None
-    if kind not in ("FunctionDef", "AsyncFunctionDef"):
-        return None
     if isinstance(live, property):        # its decorator tells which one it is
         words = [getattr(each, "attr", "") for each in node.decorator_list]
         live = next((each for word, each in (("setter", live.fset), ("deleter", live.fdel))

@@ -10498,6 +10498,8 @@ class FromEditors(Case):
         self.assertEqual(self.module.RATE, 6)
         self.assertEqual(self.send("def fresh():\n    return 1\n", module="edited_module"), "")
         self.assertEqual(self.module.fresh(), 1)
+        if sys.version_info >= (3, 12):
+            self.assertEqual(self.send("type Alias = int\nAlias.__name__\n", line=40), "'Alias'\n")
 
     def test_what_is_wrong_is_told_and_changes_nothing(self):
         before = dict(vars(self.module))
