@@ -10840,6 +10840,14 @@ class Pairing(AccessCase):
         for secret in ("our Secret", "", "\ud800"):
             self.assertEqual(self.pair(control, wire.number, secret=secret), "failed")
 
+    def test_guesses_of_a_secret_are_slowed_down_after_the_third(self):
+        wire, control = self.session()
+        times = [time.monotonic()]
+        for _ in range(6):
+            self.assertEqual(self.pair(control, wire.number, secret="wrong"), "failed")
+            times.append(time.monotonic())
+        self.assertGreater(times[6] - times[3], 0.125 + 0.25 + 0.5)
+
     def test_a_session_with_a_secret_is_not_paired_without(self):
         wire, control = self.session()
         wire.ask("1")             # the secret has been read
@@ -10983,17 +10991,17 @@ class FalseServers(AccessCase):
     def home(self, uid, *names):
         return os.path.join(self.base, str(uid), *names)
 
-    def as_user(self, uid, *words, code="", **options):
+    def as_user(self, uid, *words, code="", prefix=(), **options):
         """Start the command line with `words`, or `code`, as the user `uid`; return the Program."""
         return self.keep(Program(
-            [sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), str(uid), code, *words],
+            [*prefix, sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), str(uid), code, *words],
             cwd="/", XDG_RUNTIME_DIR=self.home(uid), HOME=self.home(uid), TMPDIR=self.base, **options))
 
-    def server(self, port=0, host="127.0.0.1", uid=OWNER, options="", then=""):
+    def server(self, port=0, host="127.0.0.1", uid=OWNER, options="", then="", prefix=()):
         """Start a server of a user; return its Program, which has `ports`."""
         program = self.as_user(uid, code="server = hotrepl.start(globals(), bind=%r, port=%d, banner='', %s)\n"
                                "print(server.address[1], server.control_address[1], flush=True)\ninput()\n%s"
-                               % (host, port, options or "control_port=0", then))
+                               % (host, port, options or "control_port=0", then), prefix=prefix)
         program.ports = [int(port) for port in program.until("\n").split()]
         return program
 
@@ -11101,6 +11109,18 @@ class FalseServers(AccessCase):
         self.assertEqual((code, out), (0, "42\n"), said)
         self.assertEqual(self.inherited(server)[1], "received b''\n" * 3)
 
+    def test_the_token_of_a_containers_server_is_for_nobody_who_has_its_port_here(self):
+        inside = [tool("unshare"), "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+        port = free_port()
+        server = self.server(port, "0.0.0.0", options="control_port=0, token='a-token-of-ours!'", prefix=inside)
+        stored = "print(list(hotrepl.stored_tokens(('127.0.0.1', %d))))" % port
+        there = [tool("nsenter"), "-t", str(server.process.pid), "-n"]
+        self.assertEqual(self.as_user(OWNER, code=stored, prefix=there).end(), [0, "['a-token-of-ours!']\n", ""])
+        self.assertEqual(self.ran("127.0.0.1:%d" % port, prefix=there), [0, "42\n", ""])
+        false_server = self.false_server(["127.0.0.1", port], uid=OWNER)
+        self.assert_refused(self.ran("127.0.0.1:%d" % port), "the server wants its token")
+        self.assert_heard_nothing(false_server)
+
     def test_both_channels_must_be_one_users(self):
         server, busy = self.server(), free_port()
         false_server = self.false_server(["127.0.0.1", busy], "")
@@ -11180,7 +11200,8 @@ class FalseServers(AccessCase):
             with open(os.path.join(path, ".hotrepl_history"), "w") as file:
                 os.chown(file.fileno(), ATTACKER, ATTACKER)
                 os.chmod(file.fileno(), 0o666)
-        self.assertIn("history not saved", self.history(OWNER, HOME=shared)[0])
+        for uid in (OWNER, 0):
+            self.assertIn("history not saved", self.history(uid, HOME=shared)[0])
         self.assertEqual(self.history(OWNER, cwd=shared)[0], "")     # and nobody knows the home of this uid
         for path in (shared, os.path.join(shared, "~")):
             self.assertEqual(os.path.getsize(os.path.join(path, ".hotrepl_history")), 0)
@@ -11340,10 +11361,11 @@ class OddReplies(AccessCase):
                 self.assert_one_line(self.visitor("", {}, hello))
 
     def test_a_control_port_that_none_can_be_is_one_line(self):
-        for place in (65536, 99999, 0):
+        for place in (65536, 99999):
             address = self.odd("", {}, place=place)
-            self.assert_one_line(self.keep(Program(python_command(SOURCE_PATH, "exec", address, "-c", "1"),
-                                                   stdin=subprocess.DEVNULL)))
+            ended = self.keep(Program(python_command(SOURCE_PATH, "exec", address, "-c", "1"), stdin=subprocess.DEVNULL)).end()
+            self.assertEqual(ended[:2], [1, ""])
+            self.assertRegex(ended[2], r"\Ahotrepl: the server is gone: it names no control channel: [^\n]*\n\Z")
 
     @once("slow")
     def test_what_is_said_of_a_call_that_does_not_end_is_nothing_but_text(self):
@@ -11402,6 +11424,12 @@ class OddReplies(AccessCase):
         self.assertEqual(code, 0)
         self.assertTrue(all(line.isprintable() for line in out.splitlines()), out)
         self.assertIn(r"\x1b]0;x\x07", out)
+        addresses(self.folder().run(SERVE + "input()", self.EVIL, XDG_RUNTIME_DIR=folder))
+        code, out, said = self.keep(Program(python_command(SOURCE_PATH, "connect"), XDG_RUNTIME_DIR=folder,
+                                            stdin=subprocess.DEVNULL)).end()
+        self.assertEqual((code, out, said.count(r"\x1b]0;x\x07")), (2, "", 2))
+        self.assertIn("which one?", said)
+        self.assertTrue(all(line.isprintable() for line in said.splitlines()), said)
 
 
 class OtherProtocols(AccessCase):
@@ -17421,22 +17449,22 @@ class Exec(Case):
                             requests.recv(9999)
                             requests.sendall(message(b'{"status": "ok"}'))
                         sock.sendall(turn)
-                    while True:
+                    while again or requests.recv(9999):
                         sock.sendall(again)
                         time.sleep(0.05)
-        path = self.folder().write("long.py", "x = 1\n" * 2500000)
+        source = self.keep(open(self.folder().write("long.py", "x = 1\n" * 2500000), "rb"))
         programs = []
         for begin, again, words in ((b"", b"x", ("-c", "1")), (b"", b"\xff\xf9", ("-c", "1")), (b"", b"token: ", ("-c", "1")),
-                                    (greeting, b"\xff\xfakinput\xff\xf0\xff\xf9" * 5000, ("-c", "1")), (greeting, b"", (path,))):
+                                    (greeting, b"\xff\xfakinput\xff\xf0\xff\xf9" * 5000, ("-c", "1")), (greeting, b"", ("-",))):
             listener, control = [self.keep(socket.socket()) for _ in "12"]
             for each in (listener, control):
                 each.bind(("127.0.0.1", 0))
                 each.listen(1)
                 self.addCleanup(hotrepl.shut_down, each)
-            self.spawn(lambda *args: play(*args), listener, control, begin, again)
+            self.spawn(play, listener, control, begin, again)
             programs.append(self.keep(Program(python_command(
                 SOURCE_PATH, "exec", "127.0.0.1:%d" % listener.getsockname()[1], "--timeout", "0.5", *words),
-                HOTREPL_TOKEN="a-token-of-ours!", stdin=subprocess.DEVNULL)))
+                HOTREPL_TOKEN="a-token-of-ours!", stdin=source)))
         began = time.monotonic()
         ended = [program.end() for program in programs]
         self.assertLess(time.monotonic() - began, DEADLINE_S)
@@ -20141,7 +20169,7 @@ class SecurityTable(unittest.TestCase):
 
     CELLS = {
         "Linux, 127.0.0.1": (
-            "DoorPolicy.test_own_connection_comes_in_without_a_token DoorPolicy.test_root_comes_in_to_the_server_of_another_user",
+            "DoorPolicy.test_own_connection_comes_in_without_a_token FalseServers.test_root_may_visit_and_is_told_whose_it_is",
             "OtherUsers.test_another_user_runs_nothing_and_hears_nothing OtherUsers.test_allow_uids_lets_another_user_in",
             "Exposure.test_an_address_that_others_reach_is_refused_and_nothing_listens",
             "OtherProtocols.test_a_web_request_runs_no_line"),
@@ -20179,6 +20207,7 @@ class SecurityTable(unittest.TestCase):
         with open(os.path.join(os.path.dirname(SOURCE_PATH), "README.md"), encoding="utf-8") as file:
             section = file.read().split("## Security\n")[1].split("\n## ")[0]
         rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")][1:]
+        self.assertLessEqual(len(section.splitlines()), 60)
         self.assertEqual(len(rows), len(self.CELLS))
         for row, (start, cells) in zip(rows, self.CELLS.items()):
             self.assertTrue(row[0].startswith(start), row)
