@@ -4768,10 +4768,6 @@ class _Apply:
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
             if found.is_changed:
                 self._clear_caches(function, found.path)
-        elif set(new.co_freevars) <= set(old.co_freevars):
-            cells = dict(zip(old.co_freevars, function.__closure__))
-            self.forward(function, _function_like(
-                function, new, [cells[name] for name in new.co_freevars]))
         else:
             self.closures[id(function)] = function, found.path, "the variables of the closure " \
                 "changed from (%s) to (%s)" % (
@@ -4795,7 +4791,7 @@ class _Apply:
     def _run_for_closures(self, scope, pairs):
         """Run the statements that made functions which can't take their new code.
 
-        Such as the call of a factory, or a method that uses super() for the first time.
+        Such as the call of a factory, or a method that uses super() now, or does no more.
         """
         for pair in pairs if self.closures else ():
             inner = pair.new and scope.of_class(pair)
@@ -7933,24 +7929,9 @@ def _best_match(code, codes):
 
 def _behaviour(code):
     """Return what a code object does, without its lines and file, to be compared."""
-    has_line = not code.co_flags & 1 and "__firstlineno__" in code.co_names  # 3.13: a class
-    body = _without_line(code) if has_line else (
-        code.co_code, tuple(map(_typed, code.co_consts)))
-    return (code.co_name, body, code.co_names, code.co_varnames,
-            code.co_freevars, code.co_cellvars, code.co_flags, code.co_argcount,
-            code.co_kwonlyargcount)
-
-
-def _without_line(code):
-    """Return what the body of a class does, but for __firstlineno__: that moves with it.
-
-    The number is a constant or, below 256 on 3.14, part of an instruction.
-    """
-    import dis
-    steps = [(step.opname, _typed(step.argval)) for step in dis.get_instructions(code)
-             if step.opname != "EXTENDED_ARG"]
-    at = steps.index(("STORE_NAME", _typed("__firstlineno__")))
-    return tuple(steps[:at - 1] + steps[at:])
+    return (code.co_name, code.co_code, tuple(map(_typed, code.co_consts)), code.co_names,
+            code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
+            code.co_argcount, code.co_kwonlyargcount)
 
 
 def _static_attributes(code):
