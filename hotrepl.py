@@ -4559,7 +4559,7 @@ class _Apply:
         self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
         self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
-        self.classes = {}               # id -> class that changed, for the hooks
+        self.classes = {}               # id -> (class that changed, its bases, its names before)
         self.readers = _Readers(self)   # what was made of what changed
         self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
@@ -4945,7 +4945,7 @@ class _Apply:
             return
         self._put_place(scope.edit, cls, pair)
         if pair.change != "moved":
-            self.classes[id(cls)] = cls
+            self._note_class(cls)
         before = dict(vars(cls))
         for each in pairs:
             if each.new is not None:
@@ -4958,16 +4958,12 @@ class _Apply:
         """See to what a class statement does besides its body, and to who reads its attributes."""
         cls, edit = scope.cls, scope.edit
         self._retire_gone(scope, pairs)
-        if set(before) != set(vars(cls)):
-            self._forget_subclasses_afterwards()
         names = _bound_by(each.new for each in pairs if each.new and each.change in _VALUES)
         self.readers.follow_pure(edit, scope.statements, cls, dict(edit.space, **before),
                                  dict(edit.space, **vars(cls)), names)
         active = [each for each in pairs if each.change not in _LEFT_ALONE]
         if any(each and each.kind == "AnnAssign" for pair in active for each in pair[:2]):
             scope.annotate(self)
-        if hasattr(cls, "__abstractmethods__"):
-            self.afterwards.append(functools.partial(self._update_abstract, cls))
         base = next((base for base in cls.__mro__[1:-1] if "__init_subclass__" in vars(base)), None)
         if base is not None and type(cls).__setattr__ is type.__setattr__ and (
                 base.__module__ != "typing" and any(
@@ -4975,11 +4971,20 @@ class _Apply:
             self.report.notes.append("%s: %s.__init_subclass__ has not seen what is new in it" % (
                 scope.title(""), base.__qualname__))
 
-    def _forget_subclasses_afterwards(self):
-        """What is a subclass of what by its attributes is to be asked anew, also after an undo."""
-        if _forget_subclasses not in self.afterwards:
-            self.afterwards.append(_forget_subclasses)
+    def _note_class(self, cls):
+        """Note a class before it changes: others may have to learn of it, also after an undo."""
+        if not self.classes:
             self.journal.on_undo(_forget_subclasses)
+        self.classes.setdefault(id(cls), (cls, cls.__bases__, set(vars(cls))))
+
+    def _tell_of_classes(self):
+        """Find anew what classes are abstract, and let be asked anew what is a subclass of what."""
+        for cls, _, _ in self.classes.values():
+            if hasattr(cls, "__abstractmethods__"):
+                self._update_abstract(cls)
+        if self.moves or any((cls.__bases__, set(vars(cls))) != (bases, names)
+                             for cls, bases, names in self.classes.values()):
+            _forget_subclasses()
 
     def _put_place(self, edit, cls, pair):
         """3.13: a class knows its line, and the attributes that its methods set on self."""
@@ -5300,11 +5305,9 @@ class _Apply:
     def fold_class(self, old, new):
         """Give a class the attributes and bases of a new version of it."""
         self.stands_for(old, new)
-        self.classes[id(old)] = old
-        before = old.__bases__, set(vars(old))
+        self._note_class(old)
         reason = self._obstacle(old, new)
         if reason is not None:
-            self._forget_subclasses_afterwards()
             return self.replace(old, new, reason)
         for function in _functions_in(new):
             for cell in function.__closure__ or ():
@@ -5314,21 +5317,15 @@ class _Apply:
             if kind.fold and kind.fits(new):
                 kind.fold(self, old, new)
         self._fold_attributes(old, new)
-        if (old.__bases__, set(vars(old))) != before:
-            self._forget_subclasses_afterwards()
-        if hasattr(old, "__abstractmethods__"):
-            self.afterwards.append(functools.partial(self._update_abstract, old))
         return old
 
     def _update_abstract(self, cls):
         """Find anew which methods a class and those below it must still define."""
-        for sub in [cls] + cls.__subclasses__():
+        for sub in _all_classes(cls):
             names = frozenset(name for base in sub.__mro__ for name in vars(base) if getattr(
                 getattr(sub, name, None), "__isabstractmethod__", False))
             if names != getattr(sub, "__abstractmethods__", names):
                 self.put(_attribute(sub, "__abstractmethods__"), names)
-            if sub is not cls:
-                self._update_abstract(sub)
 
     def _obstacle(self, old, new):
         """Put the new bases on the old class; return a reason if it can't become the new one."""
@@ -5347,57 +5344,48 @@ class _Apply:
         return None
 
     def _fold_attributes(self, old, new):
+        """Merge two classes, name by name, as the statements of the two texts say.
+
+        its statement is      the name
+        new, another          gets the new value, folded into the old one where that can be
+        unchanged             keeps what it holds, unless that can be folded
+        gone                  goes, also what Python or a decorator had made of it
+        in neither text       stays: the program has put it there
+        """
         values, news = dict(vars(old)), dict(vars(new))
         skips = _CLASS_SKIPS - {"__slots__"} | (
             {"__module__", "__qualname__"} if self.is_patch or old.__module__ != new.__module__
             else set())
-        found = None if self.is_patch else self._pair_of(new)
-        kept = _kept_class_names(found, new) if found and not self.everything and (
-            found[1].change != "again") else set()
+        edit, pair = (None, None) if self.is_patch else self._pair_of(new)
+        kept = set() if pair is None or self.everything or pair.change == "again" else (
+            _kept_class_names(edit, pair, old))
         for name, value in news.items():
             if name not in skips and not isinstance(value, _SLOT_TYPES):
                 folded = self.fold(values.get(name, _MISSING), value)
                 if not (name in kept and name in values and folded is value):
                     self.put(_attribute(old, name), folded)
-        gone = set(self._gone_attributes(old, values, found))
         for name in set(values).difference(news, skips):
-            if name in gone and not isinstance(values[name], _SLOT_TYPES):
-                self.put(_attribute(old, name), _MISSING)
-            elif found and not _has_console_code(values[name]) and not (
-                    _decorators(found[1].old) <= _decorators(found[1].new)) and name not in (
-                    _stored_attributes(found[0].new.code) | _stored_by_methods(old)):
+            if self.is_patch or _is_made_by_text(old, name, values[name], pair):
+                if not isinstance(values[name], _SLOT_TYPES):
+                    self.put(_attribute(old, name), _MISSING)
+            elif pair and not _has_console_code(values[name]) and not (
+                    _decorators(pair.old) <= _decorators(pair.new)) and name not in (
+                    _stored_attributes(edit.new.code) | _stored_by_methods(old)):
                 self.stuck["%s.%s" % (old.__qualname__, name), (
                     "it stays: whether a decorator that was taken away had put it there, or "
                     "something else, can't be told")] += len(_instances(old))
 
     def _pair_of(self, cls):
-        """Return the (edit, pair) whose class statement made a class, or None."""
-        edit = self.by_name.get(cls.__module__)
-        pairs, found = edit.pairs if edit else (), None
+        """Return the (edit, pair) of the class statement that made a class, or twice None."""
+        edit, found = self.by_name.get(cls.__module__), None
+        pairs = edit.pairs if edit else ()
         for part in cls.__qualname__.split("."):
-            found = next((pair for pair in pairs if pair.new is not None
-                          and pair.new.kind == "ClassDef" and pair.new.node.name == part
-                          and pair.new is _last_binders(
-                              each.new for each in pairs if each.new)[part]), None)
+            found = {pair.new.node.name: pair for pair in pairs
+                     if pair.new is not None and pair.new.kind == "ClassDef"}.get(part)
             if found is None or found.old is None or found.old.kind != "ClassDef":
-                return None
+                return None, None
             pairs = edit.sub_pairs(found)
         return edit, found
-
-    def _gone_attributes(self, old, values, found):
-        """Yield the attributes that the old definition made: by its body or its decorators."""
-        names, is_generated = set(), self.is_patch
-        if found:
-            edit, pair = found
-            names = {_mangled(name, old.__name__) for name in _bound_by(pair.old.body)}
-            if "__eq__" in names and old.__hash__ is None:
-                names.add("__hash__")  # Python adds it to a class that has __eq__ alone
-            is_generated = pair.old.decorator_dump != pair.new.decorator_dump
-        for name, value in values.items():
-            is_dunder = name.startswith("__") and name.endswith("__")
-            if self.is_patch or name in names or name in _ANNOTATIONS or (
-                    is_generated and is_dunder and not _has_console_code(value)):
-                yield name
 
     def fold_enum(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
@@ -5569,6 +5557,7 @@ class _Apply:
         self._redirect()
         for function in self.afterwards:
             function()
+        self._tell_of_classes()
 
     def _fill_instances(self):
         """Give live instances what new ones have, where its value is clear; else name it."""
@@ -5587,7 +5576,7 @@ class _Apply:
     def _call_hooks(self):
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
-        for cls in [each for changed in self.classes.values() for each in _all_classes(changed)]:
+        for cls in [each for changed in self.classes.values() for each in _all_classes(changed[0])]:
             functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
                          for f in some]
             if hasattr(cls, "__reload__"):
@@ -6833,22 +6822,28 @@ def _decorators(statement):
     return {_key(each, False) for each in statement.node.decorator_list}
 
 
-def _kept_class_names(found, new):
+def _kept_class_names(edit, pair, cls):
     """Return the names whose statements in a class body are unchanged, as is their input."""
-    edit, pair = found
-    if hasattr(new, "_member_map_"):
+    if hasattr(cls, "_member_map_"):
         return set()
-    olds, news = pair.old.body, pair.new.body
-    same = {each.dump for each in olds}
-    old_lasts, lasts = map(_last_binders, (olds, news))
-    changed = _bound_by(each for each in news if each.dump not in same)
-    changed.update(name for name, was in edit.before.items()
-                   if was is not edit.space.get(name, _MISSING))
-    changed.update(name for name, each in lasts.items() if name in old_lasts  # a later one is gone
-                   and old_lasts[name].dump != each.dump)
-    kept = _bound_by(each for each in news if each.dump in same
-                     and not each.names.reads & changed) - changed
-    return {_mangled(name, pair.new.node.name) for name in kept}
+    pairs = edit.sub_pairs(pair)
+    changed = {name for name, was in edit.before.items()
+               if was is not edit.space.get(name, _MISSING)}
+    changed |= _bound_by(each.new or each.old for each in pairs if each.change not in _LEFT_ALONE)
+    kept = _bound_by(each.new for each in pairs if each.change in _LEFT_ALONE
+                     and not each.new.names.reads & changed) - changed
+    return {_mangled(name, cls.__name__) for name in kept}
+
+
+def _is_made_by_text(cls, name, value, pair):
+    """Tell whether the old class statement had made an attribute: by its body or a decorator."""
+    if name in _ANNOTATIONS or pair is None:
+        return name in _ANNOTATIONS
+    names = {_mangled(each, cls.__name__) for each in _bound_by(pair.old.body)}
+    if name in names or name == "__hash__" and value is None and "__eq__" in names:
+        return True     # Python makes a class that has __eq__ alone unhashable
+    return pair.old.decorator_dump != pair.new.decorator_dump and (
+        name.startswith("__") and name.endswith("__") and not _has_console_code(value))
 
 
 def _dataclass_fields(cls):
