@@ -4322,9 +4322,8 @@ def _is_unlike(literal, live):
 
 def _defaults_fit(function, node):
     """Tell whether a live function may well have the defaults of a `def`."""
-    nodes, live = _default_nodes(node), _live_defaults(function)
-    return nodes.keys() == live.keys() and not any(
-        _is_unlike(_literal(nodes[name]), live[name]) for name in nodes)
+    fitting = _kept_defaults(None, node, function)
+    return fitting.keys() == _default_nodes(node).keys() == _live_defaults(function).keys()
 
 
 def _added_to_class(statement, cls, stored):
@@ -4838,22 +4837,11 @@ class _Apply:
 
     def _evaluate(self, scope, pair, raw):
         """Make the function of a `def` anew, without decorators, with the defaults that stay."""
-        kept, live = self._kept_parameters(pair, raw), _live_defaults(raw)
+        kept = _kept_defaults(pair.old and pair.old.node, pair.new.node, raw)
         new = scope.evaluate(pair.new.node, kept)
-        values = dict(_live_defaults(new), **{name: live[name] for name in kept})
-        new.__defaults__, new.__kwdefaults__ = _as_defaults(new.__code__, values)
+        new.__defaults__, new.__kwdefaults__ = _as_defaults(
+            new.__code__, dict(_live_defaults(new), **kept))
         return new
-
-    def _kept_parameters(self, pair, raw):
-        """Return the parameters whose default has the same text, or may well be what it was."""
-        news = _default_nodes(pair.new.node)
-        live = _live_defaults(raw)
-        if pair.old is not None:
-            olds = _default_nodes(pair.old.node)
-            return {name for name, node in news.items() if name in live and name in olds
-                    and _key(olds[name], False) == _key(node, False)}
-        return {name for name, node in news.items() if name in live
-                and not _is_unlike(_literal(node), live[name])}
 
     def _raw(self, scope, pair):
         """Return the live function of a `def`, below whatever its decorators have made of it."""
@@ -5246,8 +5234,6 @@ class _Apply:
                 old.__code__.co_freevars != new.__code__.co_freevars):
             return self.forward(old, new)
         self.stands_for(old, new)
-        if "registry" in vars(old) and "registry" in vars(new):
-            self._keep_registered(new, dict(old.registry))
         attributes = {name: self.fold(vars(old).get(name, _MISSING), value)
                       for name, value in vars(new).items()}
         if old.__globals__ is new.__globals__ and (
@@ -5274,15 +5260,6 @@ class _Apply:
             self.put(_attribute(old, "__dict__"), attributes)
         self._put_code(old, state, is_changed=_behaviour(old.__code__) != _behaviour(state[0]))
         return old
-
-    def _keep_registered(self, new, registry):
-        """singledispatch: implementations that other modules registered go on counting."""
-        def register():
-            for cls, function in registry.items():
-                space = getattr(function, "__globals__", None)
-                if cls not in new.registry and not any(space is edit.space for edit in self.edits):
-                    new.register(cls, function)
-        self.afterwards.append(register)
 
     def forward(self, old, new):
         """Let an old function call what the name is now: a callable of another kind."""
@@ -5463,23 +5440,15 @@ class _Apply:
         return old
 
     def fold_lru_cache(self, old, new):
-        """The cache object wraps the old function for good; that function gets the new code."""
+        """A cache object wraps its function for good: that one gets the new code."""
         self.afterwards.append(old.cache_clear)
-        if self.fold(old.__wrapped__, new.__wrapped__) is not old.__wrapped__:
-            return new
+        if type(new) is types.FunctionType:
+            return self.fold(old.__wrapped__, new)      # which is cached no more
+        self.fold(old.__wrapped__, new.__wrapped__)
         if old.cache_info().maxsize != new.cache_info().maxsize:
             self.stuck[old.__qualname__,
                        "whoever holds the lru_cache object keeps its maxsize"] += 1
-            return new
-        self.put(_attribute(old, "__dict__"), {
-            key: self.current(value) for key, value in vars(new).items()})
-        self.stands_for(old, new)
-        return old
-
-    def unwrap(self, old, new):
-        """A cached function became a plain one: use the function that was in the cache object."""
-        self.afterwards.append(old.cache_clear)
-        return self.fold(old.__wrapped__, new)
+        return new
 
     def fold_instance(self, old, new):
         """What a decorator that is a class has made of a function."""
@@ -6138,7 +6107,8 @@ def _is_overload(node):
 
 _TRANSPARENT = {"staticmethod", "classmethod", "property", "setter", "getter", "deleter", "wraps",
                 "lru_cache", "cache", "cached_property", "contextmanager", "asynccontextmanager",
-                "abstractmethod", "override", "final", "overload", "total_ordering"}
+                "abstractmethod", "override", "final", "overload", "total_ordering",
+                "singledispatch"}
 
 
 def _is_transparent(node):
@@ -6767,8 +6737,8 @@ _FOLD_RULES = (     # (fits, what to do), the first that fits
     (_both(types.FunctionType), _Apply.fold_function),
     (_is_class_pair, _Apply.fold_class),
     (_both(staticmethod, classmethod, property), _Apply.fold_wrapper),
-    (_both(_LRU_CACHE), _Apply.fold_lru_cache),
-    (lambda old, new: type(old) is _LRU_CACHE and type(new) is types.FunctionType, _Apply.unwrap),
+    (lambda old, new: type(old) is _LRU_CACHE and type(new) in (_LRU_CACHE, types.FunctionType),
+     _Apply.fold_lru_cache),
     (lambda old, new: type(old) is types.FunctionType and callable(new)
      and not isinstance(new, type), _Apply.forward),
     (lambda old, new: type(old) is type(new) and _is_plain_instance(new), _Apply.fold_instance),
@@ -7374,16 +7344,26 @@ def _as_defaults(code, values):
 def _new_defaults(found, function):
     """Return (__defaults__, __kwdefaults__) for a live closure that gets new code.
 
-    A default whose text is the same keeps its value, a literal is evaluated; else ValueError.
+    A default whose text is another one must be a literal; else ValueError.
     """
     import ast
     if found.old is None:
         return function.__defaults__, function.__kwdefaults__
-    olds, live = _default_nodes(found.old), _live_defaults(function)
+    kept = _kept_defaults(found.old, found.new, function)
     return _as_defaults(found.code, {
-        name: live[name] if name in live and name in olds and (
-            _key(olds[name], False) == _key(node, False)) else ast.literal_eval(node)
+        name: kept[name] if name in kept else ast.literal_eval(node)
         for name, node in _default_nodes(found.new).items()})
+
+
+def _kept_defaults(old, new, function):
+    """Return {parameter: live value} of the defaults of a `def` that stay as they are.
+
+    Their text is the same; where there is no old text, they may well be what the new one says.
+    """
+    olds, live = old and _default_nodes(old), _live_defaults(function)
+    return {name: live[name] for name, node in _default_nodes(new).items() if name in live and (
+        not _is_unlike(_literal(node), live[name]) if olds is None
+        else name in olds and _key(olds[name], False) == _key(node, False))}
 
 
 def _with_consts(code, consts):
