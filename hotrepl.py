@@ -3489,7 +3489,7 @@ class _Edit:
         self.held = {}          # what statements bound and other threads shall not see yet
         self.annotated = {}     # 3.14: id of a statement that ran -> numbers of its annotations
         self.subs = {}          # id of the _Statement of a class -> the pairs of its body
-        self.told = []          # old text unknown: _Found, what can't be told
+        self.told = []          # old text unknown: sentences, what can't be told
         self.gone = []          # the same: (path of a class, name) of what the text has no more
 
     def compare(self):
@@ -3505,7 +3505,7 @@ class _Edit:
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
             self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
-            self.told = [found for found in evidence.found if found.text]
+            self.told = [found.text for found in evidence.found if found.text]
         else:
             self.pairs = _pair(self.old.statements, self.new.statements,
                                self.old.flags == self.new.flags)
@@ -3544,11 +3544,6 @@ class _Edit:
                 value = _value_of(each, dict(self.space, **found))
                 found.update((name, value) for name in each.binds if value is not _MISSING)
         return found
-
-    def may_drop(self, name):
-        """Tell whether the module may take a name away itself."""
-        return any(_may_drop_names(code) or name in _stored_names(code, "GLOBAL")
-                   for _, code in _code_paths([self.new.code]))
 
     def names_gone(self, is_done=False):
         """Return the names to take away: bound by the old text and not by the new one."""
@@ -4347,13 +4342,6 @@ def _stored_by_methods(cls):
     return set().union(*[_stored_attributes(code) for _, code in _code_paths(codes)])
 
 
-def _unsaved(edit):
-    """Return what is defined in a live module and stands in no file, or otherwise in its own."""
-    evidence = _Evidence(edit.module, edit.old or edit.new, edit.line)
-    runs = _bound_by(pair.new for pair in edit.pairs if pair.new and pair.change not in _LEFT_ALONE)
-    return sorted({each.path for each in evidence.found} - runs)
-
-
 # --- Journal: the only thing that undoes ---
 # Whoever changes the program writes through it: journal.put(_entry(space, "RATE"), 3). Before code
 # of the program runs, what that may write to is kept: journal.keep(...), keep_content(a_list). A
@@ -4580,7 +4568,10 @@ class _Apply:
     def foretell(self):
         """Fill the report with what a commit would do, and with what is in no file."""
         for edit in self.edits:
-            self.report.add("unsaved", edit.name, _unsaved(edit))
+            evidence = _Evidence(edit.module, edit.old or edit.new, edit.line)
+            runs = _bound_by(pair.new for pair in edit.pairs
+                             if pair.new and pair.change not in _LEFT_ALONE)
+            self.report.add("unsaved", edit.name, {each.path for each in evidence.found} - runs)
             self.report.unsaved.sort()
             edit.pairs = _with_lost(edit)
             self._report_names(edit)
@@ -5619,8 +5610,6 @@ class _Apply:
         for each in found:
             if type(each) is types.FunctionType:
                 self._keep_stored(each.__code__, each.__globals__)
-            elif _is(each, type):
-                self.journal.keep_content(each)
             elif _container_kind(each):
                 self.journal.keep_content(each)
             for member in _members(type(each)):
@@ -5670,10 +5659,7 @@ class _Apply:
                 self.report.add("changed", edit.name, [new.title])
             self.report.add("changed", edit.name, [name for name in names if name in known])
             self.report.add("added", edit.name, [name for name in names if name not in known])
-        for found in edit.told:
-            text = "%s.%s" % (edit.name, found.text) if self.report._is_qualified else found.text
-            if text not in self.report.cant_tell:
-                self.report.cant_tell.append(text)
+        self.report.add("cant_tell", edit.name, edit.told)
         self.report.add("removed", edit.name, edit.names_gone(is_done=bool(edit.before)) + [
             each.title for each in self._removed_statements(edit)])
 
@@ -5752,7 +5738,9 @@ def _with_lost(edit):
     def is_lost(pair):
         return pair.old is not None and pair.change in _LEFT_ALONE and pair.new.is_definition and (
             pair.new.node.name not in edit.space and counts[pair.new.node.name] == 1
-            and not edit.may_drop(pair.new.node.name) and not edit.is_not_reached(pair.new))
+            and not edit.is_not_reached(pair.new) and not any(      # the module took it away itself
+                _may_drop_names(code) or pair.new.node.name in _stored_names(code, "GLOBAL")
+                for _, code in _code_paths([edit.new.code])))
     return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
 
 
@@ -5880,13 +5868,12 @@ class _Scope:
         """Return what the decorators of a node make of a function."""
         import ast
         space = {} if self.cls is None else _ClassSpace(self.cls)
-        value = function
-        dict.__setitem__(space, ".function", None)
-        for line in reversed(node.decorator_list):
-            code = compile(ast.Expression(body=line), self.edit.path, "eval",
-                           self.edit.new.flags, True)
-            value = (eval(code, self.edit.space, space))(value)
-        return value
+        decorators = ast.copy_location(ast.Tuple(node.decorator_list, ast.Load()), node)
+        code = compile(ast.Expression(body=decorators), self.edit.path, "eval",
+                       self.edit.new.flags, True)
+        for decorator in reversed(eval(code, self.edit.space, space)):
+            function = decorator(function)
+        return function
 
     def annotate(self, apply):
         """Give the class the annotations that its statements have now."""
@@ -7062,8 +7049,10 @@ def _imported_elsewhere(source, space, edit, name):
 
 def _pure_value(node, space):
     """Return what a pure expression gives in a namespace, or _MISSING."""
+    import ast
+    code = compile(ast.Expression(body=node), "<expression>", "eval")
     try:
-        return eval(_code_of_expression(node), {"__builtins__": {}}, space)
+        return eval(code, {"__builtins__": {}}, space)
     except Exception:
         return _MISSING
 
@@ -7728,11 +7717,6 @@ def _stored_attributes(code):
     """Return the names of attributes that code assigns, and "setattr" with all texts if it may."""
     names = set(_stored_names(code, "ATTR"))
     return names.union(code.co_consts, ["setattr"]) if "setattr" in code.co_names else names
-
-
-def _code_of_expression(node):
-    import ast
-    return compile(ast.Expression(body=node), "<expression>", "eval")
 
 
 # --- References: who holds an object that another one has taken the place of ---
