@@ -3422,7 +3422,7 @@ def _find_edits(module, everything, report):
             stamp, known = _stamp(path), _known_of(name, module_)
             if is_asked_for or known is None or known.stamp != stamp:
                 edit = _Edit(name, module_, path, stamp)
-                if is_asked_for or edit.text != edit.old_text:
+                if is_asked_for or not edit.was or edit.text != edit.was.text:
                     edits.append(edit)
         except (OSError, ValueError) as exc:
             if module is not None:
@@ -3459,15 +3459,17 @@ def _typed_over(module):
 
 def _statement_of(module, name):
     """Return the (source, statement) that binds a name in the text that a module runs, or None."""
-    known = _known_of(module.__name__, module)
-    if known is None or known.text is None:
-        return None
+    source = _source_of(_known_of(module.__name__, module))
+    found = source and _last_binders(source.statements).get(name)
+    return found and (source, found)
+
+
+def _source_of(known, newer=None):
+    """Return the _Source of a _Known, or None where it is unknown, or was broken when noted."""
     try:
-        source = _Source(known.text, known.path)
+        return known and known.text is not None and _Source(known.text, known.path, newer) or None
     except _COMPILE_ERRORS:
         return None
-    found = _last_binders(source.statements).get(name)
-    return found and (source, found)
 
 
 class _Edit:
@@ -3481,7 +3483,6 @@ class _Edit:
             with open(path, "rb") as file:
                 self.text = file.read()
         self.was = _known_of(name, module) or _note(module)     # an undo puts it back
-        self.old_text = self.was.text if self.was else None     # None: nobody knows
         self.new = self.old = None      # _Source; old is None where nobody knows what ran
         self.pairs = []         # _Pair in the order of the new file, what is gone at the end
         self.line = None        # where the top level stands, if it runs just now
@@ -3497,11 +3498,7 @@ class _Edit:
         self.new = _Source(self.text, self.path)
         self.new.code  # some errors show only where the whole is compiled
         self.line = min((frame.f_lineno for frame in _top_frames(self.space)), default=None)
-        try:
-            if self.old_text is not None:
-                self.old = _Source(self.old_text, self.path, self.new)
-        except _COMPILE_ERRORS:
-            pass  # it was edited, and broken, before it was noted
+        self.old = _source_of(self.was, self.new)
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
             self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
@@ -4637,7 +4634,7 @@ class _Apply:
         if edit is not None:
             yield from self._apply(edit)
         elif len(self.edits) > 1:
-            yield from _imports_of_unchanged(name)
+            yield from _led_to(_imports_of_unchanged(name))
 
     def _apply(self, edit):
         """Bring a module up to date; yield the modules that it imports, each at its place."""
@@ -4651,7 +4648,7 @@ class _Apply:
         for pair in edit.pairs:
             if pair.new is not None:
                 if len(self.edits) > 1:
-                    yield from _imported_by(pair.new.node, edit.space)
+                    yield from _led_to(_imports_of([pair.new.node], edit.space))
                 self._apply_pair(scope, pair)
         edit.space.update((name, edit.held[name]) for name in edit.held if name not in edit.space)
         self._annotate(edit)
@@ -6167,11 +6164,9 @@ class _Readers:
                     dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
                     names)
                 self._values[follower.name] |= names
-            changed = {name for name in set(before) | set(follower.space)
-                       if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
-                       and name not in _IMPORT_NAMES}
-            if changed:
-                todo += self._follow_imports(follower, before, changed)
+            if any(before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
+                   for name in (set(before) | set(follower.space)) - _IMPORT_NAMES):
+                todo += self._follow_imports(follower, before)
 
     def values_of(self, edit, before):
         """Return {name: (old, new)} of plain values that changed."""
@@ -6238,14 +6233,14 @@ class _Readers:
                     self._apply._put_code(function, (function.__code__,) + _as_defaults(
                         function.__code__, live), is_changed=False)
 
-    def _follow_imports(self, edit, before, changed):
+    def _follow_imports(self, edit, before):
         """Bind in modules that imported a name what it is now; return them, to go on there."""
         followers = []
         for name in sorted(self._importers_of(edit.name)):
             space, source = _space_of(sys.modules.get(name)), self.source_of(name)
             if source is None or space is edit.space:
                 continue
-            values, was = _imported_values(source, space, edit, before, changed), dict(space)
+            values, was = _imported_values(source, space, edit, before), dict(space)
             for each, value in values.items():
                 self._apply.put(_entry(space, each), value)
             if values:
@@ -6259,12 +6254,8 @@ class _Readers:
         if name in self._apply.by_name and name in self._apply.started:
             return self._apply.by_name[name].new
         if name not in self._sources:
-            known = _hot.known.get(name)
-            try:
-                self._sources[name] = known and known.text and _Source(known.text, known.path)
-            except _COMPILE_ERRORS:
-                self._sources[name] = None       # it is just being edited
-        return self._sources[name] or None
+            self._sources[name] = _source_of(_hot.known.get(name))
+        return self._sources[name]
 
     def _importers_of(self, name):
         if self._import_index is None:
@@ -6918,26 +6909,28 @@ def _full_name(level, name, space):
     return ".".join(parts[:len(parts) - level + 1] + ([name] if name else []))
 
 
-def _import_nodes(nodes):
-    """Yield the import statements in nodes, but for those of functions and of type checkers."""
+def _led_to(imports):
+    """Yield the modules that imports may lead to, each after the packages that it lies in."""
+    for base, names in imports:
+        yield from _with_parents(base)
+        for name, _ in names:
+            yield "%s.%s" % (base, name)
+
+
+# An import is (module, [(name, name that it is bound to), ...]); of `import a.b` the list is empty.
+
+def _imports_of(nodes, space):
+    """Yield the imports in nodes, but for those of functions and of type checkers."""
     import ast
     for node in nodes:
         kind = type(node).__name__
-        if kind in ("Import", "ImportFrom"):
-            yield node
+        if kind == "Import":
+            yield from [(alias.name, []) for alias in node.names]
+        elif kind == "ImportFrom":
+            yield _full_name(node.level, node.module, space), [
+                (alias.name, alias.asname or alias.name) for alias in node.names]
         elif kind in ("If", "Try", "With", "ExceptHandler") and not _tests(node, "TYPE_CHECKING"):
-            yield from _import_nodes(ast.iter_child_nodes(node))
-
-
-def _imported_by(node, space):
-    """Yield the modules that the import statements in a node lead to."""
-    for each in _import_nodes([node]):
-        base = ""
-        if type(each).__name__ == "ImportFrom":
-            base = _full_name(each.level, each.module, space)
-            yield from _with_parents(base)
-        for alias in each.names:
-            yield from ["%s.%s" % (base, alias.name)] if base else _with_parents(alias.name)
+            yield from _imports_of(ast.iter_child_nodes(node), space)
 
 
 _IMPORT = Lazy(lambda: re.compile(
@@ -6946,29 +6939,26 @@ _IMPORT = Lazy(lambda: re.compile(
 
 
 def _imports_in(text, space):
-    """Yield (module, names) of what a text imports anywhere, found fast, without parsing it."""
+    """Yield the imports of a text, also those of its functions, found fast, without parsing."""
     for found in _IMPORT.findall(text):
         # PyPy: None for what is not there
         dots, base, names, modules = [(each or b"").decode("utf-8", "replace") for each in found]
         for each in modules.split(","):
             if each.split():
-                yield each.split()[0], ()
+                yield each.split()[0], []
         if names:
             words = [each.split() for each in names.strip("()").split(",")]
-            yield _full_name(len(dots), base, space), [each[0] for each in words if each]
+            yield _full_name(len(dots), base, space), [(each[0], each[-1]) for each in words if each]
 
 
 def _imports_of_unchanged(name):
-    """Yield what a module that is not edited imports; or one that is new in an own package."""
+    """Return the imports of a module that is not edited; or of a new one in an own package."""
     known = _hot.known.get(name)
     if name in sys.modules:
         text, space = known and known.text, _space_of(sys.modules[name])
     else:
         text, space = _text_of_new(name)
-    for base, names in _imports_in(text or b"", space):
-        yield from _with_parents(base)
-        for each in names:
-            yield "%s.%s" % (base, each)
+    return _imports_in(text or b"", space)
 
 
 def _text_of_new(name):
@@ -7007,31 +6997,28 @@ def _public(space):
 
 
 def _imported_names(source, space):
-    """Yield (module, alias) of each name that a source imports from a module at its top level."""
-    for node in _import_nodes(each.node for each in source.statements):
-        for alias in node.names if type(node).__name__ == "ImportFrom" else ():
-            yield _full_name(node.level, node.module, space), alias
+    """Yield (module, name, name that it is bound to) of what a source imports at its top level."""
+    for module_name, names in _imports_of([each.node for each in source.statements], space):
+        for name, own in names:
+            yield module_name, name, own
 
 
-def _imported_values(source, space, edit, before, changed):
+def _imported_values(source, space, edit, before):
     """Return {name: value} of what a module imported from another one and is another now there."""
-    found, others = {}, source.names - {"*"}
-    for module_name, alias in _imported_names(source, space):
-        is_star, public = alias.name == "*", _public(edit.space)
-        names = (public | _public(before)) - others if is_star else [alias.name]
-        for name in names if module_name == edit.name else ():
-            own = name if is_star else alias.asname or name
-            was, live = before.get(name, _MISSING), space.get(own, _MISSING)
-            if is_star and name not in _public(before):
-                was = _MISSING
+    found, public, olds = {}, _public(edit.space), _public(before)
+    stars = (public | olds) - (source.names - {"*"})
+    for module_name, imported, bound in _imported_names(source, space):
+        is_star = imported == "*"
+        names = zip(stars, stars) if is_star else [(imported, bound)]
+        for name, own in names if module_name == edit.name else ():
+            live = space.get(own, _MISSING)
+            was = _MISSING if is_star and name not in olds else before.get(name, _MISSING)
             now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
-            if live is not was or now is was:
+            if live is not was or now is was or not is_star and (
+                    now is _MISSING or was is _MISSING):
                 continue
-            if is_star and now is _MISSING:
+            if now is _MISSING:
                 now = _imported_elsewhere(source, space, edit, name)
-            elif now is _MISSING or name not in (changed if was is not _MISSING else public) or (
-                    was is _MISSING and not is_star):
-                continue
             if now is not live:
                 found[own] = now
     return found
@@ -7039,11 +7026,10 @@ def _imported_values(source, space, edit, before, changed):
 
 def _imported_elsewhere(source, space, edit, name):
     """Return what a module imports by a name from another module than the edited one."""
-    for module_name, alias in _imported_names(source, space):
+    for module_name, imported, bound in _imported_names(source, space):
         other = _space_of(sys.modules.get(module_name))
-        if other is not edit.space and name in (
-                _public(other) if alias.name == "*" else (alias.asname or alias.name,)):
-            return other.get(name if alias.name == "*" else alias.name, _MISSING)
+        if other is not edit.space and name in (_public(other) if imported == "*" else [bound]):
+            return other.get(name if imported == "*" else imported, _MISSING)
     return _MISSING
 
 
