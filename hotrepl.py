@@ -4419,13 +4419,6 @@ def _is_same(a, b):
     return a is b or type(a) is tuple and type(b) is tuple and a == b
 
 
-def _is_same_content(now, before):
-    """Tell whether two copies of a container hold the very same objects in one order."""
-    if type(now) is dict:
-        return list(now) == list(before) and all(now[key] is before[key] for key in now)
-    return len(now) == len(before) and all(a is b for a, b in zip(now, before))
-
-
 def _gained(before, after, key=id):
     """Return (the items that a list has gained, those that it had); `key` tells them apart."""
     left, news, olds = collections.Counter(map(key, before)), [], []
@@ -7569,7 +7562,7 @@ def _restore_container(container, before, after=None):
         set.difference_update(container, set(after) - set(before))
         set.update(container, set(before) - set(after))
     elif is_whole:
-        if not _is_same_content(now, before):
+        if list(map(id, now)) != list(map(id, before)):
             _replace_items(container, before)
     else:
         gone = set(map(id, _gained(before, after)[0]))
@@ -7867,7 +7860,7 @@ def _code_paths(codes, prefix=""):
 def _best_match(code, codes):
     """Return the one of `codes` that does what a live code object does, or None."""
     for other in codes:
-        if len(codes) == 1 or code is None or _behaviour(other) == _behaviour(code):
+        if len(codes) == 1 or _behaviour(other) == _behaviour(code):
             return other
     return None
 
