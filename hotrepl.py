@@ -3211,6 +3211,7 @@ class ReloadReport:
         return "\n".join(lines) or "nothing changed" + self._looked_at()
 
     def _looked_at(self):
+        """Say where it has looked: "nothing changed" is true of no more."""
         if not self._is_qualified:
             return ""
         return " in %d module%s below %s" % (self.looked_at, "s" * (self.looked_at != 1), (
@@ -3225,6 +3226,7 @@ class ReloadReport:
                 entries.append(name)
 
     def names(self):
+        """Return what the history lists: the names that a transaction has touched."""
         return self.changed + self.added + self.removed
 
 
@@ -3379,10 +3381,12 @@ def _is_below_library(folder):
 
 
 def _is_library(path):
+    """Tell whether a file lies in a folder of a library; what has no file counts as such."""
     return not path or type(path) is not str or _is_library_folder(os.path.dirname(path))
 
 
 def _is_library_module(name):
+    """Tell whether a module of this name is a library's, or is not loaded at all."""
     return _is_library(_space_of(sys.modules.get(name)).get("__file__"))
 
 
@@ -3701,6 +3705,7 @@ class _Source:
         self.statements = shared or self._cut(0, len(self.lines))
 
     def _cut(self, start, end):
+        """Return the statements that stand in some of the lines, with the numbers these have."""
         import ast
         text = "\n" * start + "\n".join(self.lines[start:end])
         return self.statements_of(
@@ -3826,6 +3831,7 @@ class _Statement:
 
     @_once
     def text_key(self):
+        """What tells fast that a statement is unchanged: its lines, else its tree."""
         # 3.6, 3.7: where a long string comes first, its last line counts as the first one.
         if not self.is_alone or self.node.col_offset < 0:
             return self.dump
@@ -3897,6 +3903,7 @@ _PURE = set("""Constant Num Str Bytes NameConstant Name BinOp UnaryOp BoolOp Com
 
 
 def _is_pure_expression(node):
+    """Tell whether an expression calls nobody: so it can be evaluated twice, or too often."""
     import ast
     return all(type(each).__name__ in _PURE for each in ast.walk(node))
 
@@ -3945,6 +3952,7 @@ class _Names:
             self._add(node)
 
     def _add(self, node):
+        """Add what one node does to names when it is executed, by its kind."""
         kind = type(node).__name__
         if kind == "Name":
             context = type(node.ctx).__name__
@@ -3979,6 +3987,7 @@ class _Names:
             self._add(child)
 
     def _add_scope(self, nodes):
+        """Add what the nodes of a scope of its own take from the outside."""
         inner = _Names(nodes)
         self.reads |= inner.reads - inner.binds
         self.calls |= inner.calls - inner.binds
@@ -4155,6 +4164,7 @@ class _Evidence:
             self.gone.append(("", "__doc__"))
 
     def _tell(self, path, how=""):
+        """Note that a name is not what the file says; without `how` only a dry run lists it."""
         self.found.append(_Found(path, how and "%s %s" % (path, how)))
 
     def _look_at(self, statements, items, prefix, cls):
@@ -4241,6 +4251,7 @@ class _Evidence:
                    for each in self._own_functions(value, path.rpartition(".")[2]))
 
     def _change_of_class(self, statement, cls, path):
+        """Look at what is in a class; note its parts that the file has no more."""
         pairs = self.subs[id(statement)] = self._look_at(
             statement.body, vars(cls), path + ".", cls)
         names = {_mangled(name, cls.__name__) for name in _bound_by(statement.body)}
@@ -4257,6 +4268,7 @@ class _Evidence:
         return "same" if is_same else "class"
 
     def _look_for_extras(self, names):
+        """Note the names of the module that no statement of the file binds."""
         is_clear = "*" not in names and _INDIRECT.isdisjoint(self.source.code.co_names)
         for name, value in list(self.space.items()):
             if name in names or name.startswith("__") or _is(value, types.ModuleType):
@@ -4477,6 +4489,7 @@ def _cell(cell):
 
 
 def _cell_value(cell):
+    """Return the variable of a closure; _MISSING before it is assigned, or after `del`."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -4754,6 +4767,7 @@ class _Apply:
                     ", ".join(old.co_freevars), ", ".join(new.co_freevars))
 
     def _put_code(self, function, state, path=None, is_changed=True):
+        """Give a function its code and defaults, with what takes that back if it is still ours."""
         before = function.__code__, function.__defaults__, function.__kwdefaults__
         if is_changed:
             self.old_codes[id(before[0])] = path or function.__qualname__, before[0]
@@ -4884,6 +4898,7 @@ class _Apply:
         return self._fold_by_rule(old, value)
 
     def _note_not_retired(self, scope, statement):
+        """Say that an old registration may go on beside the new one."""
         self.report.notes.append("%s: what its old decorator registered was not found and may be "
                                  "there still" % scope.title(statement.node.name))
 
@@ -5060,6 +5075,7 @@ class _Apply:
             self._bind(scope, name, value, statement)
 
     def _note_mapped(self, scope, names):
+        """Say of columns that they stay: a table can't take another one in place of them."""
         for name in sorted(names):
             self.report.notes.append("%s: SQLAlchemy has mapped it to its table; it stays as it is"
                                      % scope.title(name))
@@ -5077,6 +5093,7 @@ class _Apply:
             if each.start > statement.start and each.is_definition and each.node.decorator_list])
 
     def _put_docstring(self, scope, statement):
+        """Only the first statement of a module or a class is its docstring."""
         if statement is scope.statements[0]:
             space = {}
             exec(scope.edit.new.compile([statement.node]), space)
@@ -5097,6 +5114,7 @@ class _Apply:
         self._bind(scope, name, new, statement)
 
     def _bind(self, scope, name, value, statement):
+        """Bind a name to what stands for its new value, if nothing below binds it again."""
         if statement is not None and scope.cls is None:
             last = scope.last_binder(name)
             if last is not None and last is not statement and last.is_function and (
@@ -5179,6 +5197,7 @@ class _Apply:
         return self._fold_by_rule(old, new)
 
     def _fold_by_rule(self, old, new):
+        """Fold by the first rule that fits; where none does, the new object takes the place."""
         for fits, update in _FOLD_RULES:
             if fits(old, new):
                 return update(self, old, new)
@@ -5376,6 +5395,7 @@ class _Apply:
         self.put(_attribute(old, "_member_map_"), dict(old._member_map_, **new._member_map_))
 
     def _fold_member(self, kept, member):
+        """Give a member of an enum the name, value and attributes of a new one."""
         self.put(_entry(vars(kept), "_inverted_"), _MISSING)  # 3.11: what ~ found last
         for key, value in vars(member).items():
             self.put(_entry(vars(kept), key), type(kept) if key == "__objclass__" else value)
@@ -5383,6 +5403,7 @@ class _Apply:
         self.folded[id(member)] = (member, kept)
 
     def fold_named_tuple(self, old, new):
+        """A live tuple has as many items as its class had fields when it was made."""
         if old._fields != new._fields:
             count = len(_instances(old))
             if count:
@@ -5396,6 +5417,7 @@ class _Apply:
                         "default" % name) for name, make in fields(new).items() if name not in olds]
 
     def fold_pydantic(self, old, new):
+        """A model's validators hold the new class: they are built anew for the old one."""
         self.fold_fields(old, new, _pydantic_fields)
         self.unbuilt.append(old)
         self.afterwards.append(self._rebuild_models)
@@ -5494,6 +5516,7 @@ class _Apply:
         return count
 
     def _move_subclass(self, sub, old, new):
+        """Put the new class in the place of the old one among a subclass's bases."""
         bases = tuple(new if base is old else base for base in sub.__bases__)
         try:
             self.put(_attribute(sub, "__bases__"), bases)
@@ -5596,6 +5619,7 @@ class _Apply:
         return self.keep_reached(values)
 
     def keep_reached(self, values):
+        """Have an undo put back what some values lead to, and return all that was found."""
         found = list(_reachable(values))
         for each in found:
             if type(each) is types.FunctionType:
@@ -5636,6 +5660,7 @@ class _Apply:
     # Tell.
 
     def _report_names(self, edit):
+        """Add to the report what the statements of one module did to its names."""
         for pair in edit.pairs:
             new = pair.new
             if new is None or pair.change in ("same", "moved") and not self.everything or (
@@ -5682,6 +5707,7 @@ class _Apply:
                                              pair.new.title, ", ".join(unseen)))
 
     def _report_stuck(self):
+        """Add to the report what goes on as it was, each reason with its count."""
         self.report.stale += [Stale(name, reason, count)
                               for (name, reason), count in sorted(self.stuck.items())]
 
@@ -5755,12 +5781,15 @@ class _Scope:
         self._lasts = None
 
     def name_of(self, name):
+        """Return a name as the scope has it: a class mangles private ones."""
         return name if self.cls is None else _mangled(name, self.cls.__name__)
 
     def title(self, name):
+        """Return the full name of something in the scope, for the report."""
         return ("%s.%s%s" % (self.edit.name, self.prefix, name)).rstrip(".")
 
     def get(self, name):
+        """Return what a name of the source is bound to in the scope, or _MISSING."""
         if self.cls is None:
             return self.edit.space.get(name, _MISSING)
         return self.get_raw(self.name_of(name))
@@ -5779,6 +5808,7 @@ class _Scope:
         return None
 
     def put(self, apply, name, value):
+        """Bind a name of the source, so that an undo takes it back."""
         if self.cls is None:
             apply.put(_entry(self.edit.space, name), value)
         else:
@@ -5788,6 +5818,7 @@ class _Scope:
         return sum(name in each.binds for each in self.statements)
 
     def last_binder(self, name):
+        """Return the statement that has the last word on a name, or None."""
         if self._lasts is None:     # of a main guard only the script itself has come to the inside
             self._lasts = _last_binders(each for each in self.statements if not (
                 each.is_main_guard and self.edit.name != "__main__"))
@@ -5954,6 +5985,7 @@ class _Successors:
         self._starts = [leaf[0] for leaf in self._leaves]
 
     def _add(self, pairs, path):
+        """Note the statements that live functions come from; those of a changed class singly."""
         for pair in pairs:
             if pair.old is not None:
                 self._leaves.append((pair.old.start + 1, pair, path))
@@ -6000,6 +6032,7 @@ class _Successors:
         return self._mapped(pair, path, code)
 
     def _mapped(self, pair, path, code):
+        """Return the _Next of a function in a statement that changed, by its name and line."""
         key = code.co_name, code.co_firstlineno
         if id(pair) not in self._maps:
             found = self._maps[id(pair)] = collections.defaultdict(list)
@@ -6037,6 +6070,7 @@ class _Successors:
 
 
 def _path_of(function):
+    """Return the path of a function as its code has it: wrappers take another's __qualname__."""
     return getattr(function.__code__, "co_qualname", None) or (
         function.__qualname__ if function.__qualname__.endswith(function.__code__.co_name)
         else function.__code__.co_name)
@@ -6067,6 +6101,7 @@ def _makes_functions(statement, scope):
 
 
 def _decorator_name(node):
+    """Return the last name of a decorator: `route` of `@app.route("/")`."""
     while type(node).__name__ == "Call":
         node = node.func
     return getattr(node, "attr", getattr(node, "id", ""))
@@ -6079,6 +6114,7 @@ def _targets_of(statement):
 
 
 def _is_overload(node):
+    """Tell whether it is one of typing's overloads: they say what a later `def` does."""
     return any(_decorator_name(each) == "overload" for each in getattr(node, "decorator_list", ()))
 
 
@@ -6100,6 +6136,7 @@ def _evaluated(value):
 
 
 def _class_head(statement):
+    """Return the key of all of a class statement but its body."""
     node = statement.node
     return _key([node.decorator_list, node.bases, node.keywords,
                  getattr(node, "type_params", [])], False)
@@ -6251,6 +6288,7 @@ class _Readers:
         return self._sources[name]
 
     def _importers_of(self, name):
+        """Return the names of the modules that import something from one."""
         if self._import_index is None:
             self._import_index = _import_index(self._apply.edits)
         return self._import_index.get(name, ())
@@ -6263,6 +6301,7 @@ class _Readers:
                 self._report_not_run(edit, pair.new, pair.new.names.reads & names)
 
     def _report_not_run(self, edit, statement, names, path=""):
+        """Name a statement that read something else when it ran."""
         title = statement.node.name if statement.is_definition else statement.title
         self._apply.report.add("not_run_again", edit.name, [
             "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
@@ -6430,6 +6469,7 @@ class _Registrations:
         return bool(self.taken)
 
     def _take_out(self):
+        """Take what leads to the old definition out of all containers."""
         for container in self._places if self._targets else ():
             entries = _entries(container)
             kept = [(key, value) for key, value in entries if id(key) not in self._targets
@@ -6502,12 +6542,14 @@ def _take_partner(key, olds, news):
 
 
 def _entries(container):
+    """Return what a container holds as (key, value) or (id, item)."""
     content = _content(container)
     return list(content.items()) if type(content) is dict else [
         (id(item), item) for item in content]
 
 
 def _put_entries(container, entries):
+    """Let a container hold some entries, in their order."""
     content = _content(container)
     _restore_container(container, dict(entries) if type(content) is dict else type(content)(
         item for _, item in entries))
@@ -6562,6 +6604,7 @@ def _taken_in(cls):
 
 
 def _unwrapped(value):
+    """Return the function of a staticmethod or classmethod; other values as they are."""
     return value.__func__ if _is(value, (staticmethod, classmethod)) else value
 
 
@@ -6676,6 +6719,7 @@ def _both(*kinds):
 
 
 def _is_class_pair(old, new):
+    """Tell whether two classes come from one statement, before and after its change."""
     return isinstance(old, type) and isinstance(new, type) and (
         old.__qualname__ == new.__qualname__ and _is_of(old, new.__module__))
 
@@ -6699,6 +6743,7 @@ def _are_namesakes_apart(old, new):
 
 
 def _is_definition(value):
+    """Tell whether a value is a function or class: its name follows it, its readers do not."""
     return _is(value, (type, types.FunctionType))
 
 
@@ -6794,6 +6839,7 @@ def _dataclass_fields(cls):
 
 
 def _attrs_fields(cls):
+    """Return {name: what makes a value, if that can be called} of the fields of an attrs class."""
     found = {}
     for field in vars(cls).get("__attrs_attrs__", ()):
         make = getattr(field.default, "factory", lambda field=field: field.default)
@@ -6804,6 +6850,7 @@ def _attrs_fields(cls):
 
 
 def _pydantic_fields(cls):
+    """Return {name: what makes a value, if that can be called} of a model's fields."""
     return {name: None if field.is_required() else functools.partial(
         field.get_default, call_default_factory=True)
         for name, field in dict(getattr(cls, "__pydantic_fields__", {}) or {}).items()}
@@ -6885,6 +6932,7 @@ class _Follower(record("_Follower", "name space")):
     """A module that is not edited, where an edit is expected."""
 
     def runs(self, statement):
+        """Nothing of it runs in this transaction."""
         return False
 
 
@@ -7417,6 +7465,7 @@ def _is_from_console(function):
 
 
 def _has_console_code(value):
+    """Tell whether something that was typed at a prompt is in a value."""
     return any(map(_is_from_console, _functions_in(value)))
 
 
@@ -7431,6 +7480,7 @@ def _wrapped_by(value):
 
 
 def _get_dict(value):
+    """Return an object's attributes without asking its class; None where it has none."""
     try:
         return object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -7461,6 +7511,7 @@ def _holds(new, old, depth=3):
 
 
 def _is_plain_instance(value):
+    """Tell whether a class statement made its class, and its attributes are in a dict."""
     return type(value).__flags__ & _HEAP_TYPE and not _is(value, (type, types.ModuleType)) and (
         type(_get_dict(value)) is dict)
 
@@ -7574,6 +7625,7 @@ def _restore_container(container, before, after=None):
 
 
 def _put_item(container, key, value):
+    """Write to a dict, or an attribute of a class; what is _MISSING is taken away."""
     if _is(container, type):
         _attribute(container, key)[1](value)
     elif value is _MISSING:
@@ -7604,6 +7656,7 @@ def _modules_named(space, names):
 
 
 def _values_of(space, names):
+    """Return the values that some names have in a namespace, as far as it has them."""
     return [space[name] for name in names if name in space]
 
 
@@ -7684,6 +7737,7 @@ def _stored_names(code, kind, how=("STORE_", "DELETE_")):
 
 
 def _may_drop_names(code):
+    """Tell whether code may take names away that it does not spell."""
     import dis
     names = set(code.co_names)
     if "delattr" in names:
