@@ -6989,7 +6989,8 @@ def _imports_in(text, space):
                 yield each.split()[0], []
         if names:
             words = [each.split() for each in names.strip("()").split(",")]
-            yield _full_name(len(dots), base, space), [(each[0], each[-1]) for each in words if each]
+            yield _full_name(len(dots), base, space), [
+                (each[0], each[-1]) for each in words if each]
 
 
 def _imports_of_unchanged(name):
