@@ -3422,6 +3422,7 @@ def _find_edits(module, everything, report):
     edits = []
     for name, module_, path in modules:
         report.add("unsaved", name, _typed_over(module_))
+        # Of most modules no more than the stamp is read: this is all that an idle reload() costs.
         try:
             stamp, known = _stamp(path), _known_of(name, module_)
             if is_asked_for or known is None or known.stamp != stamp:
@@ -3650,12 +3651,14 @@ def _with_uncovered(pairs, olds, news):
     """
     last_olds, last_news = _last_binders(olds), _last_binders(news)
     runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE}
+    # What had covered it is no more: `def f` counts again when the second `def f` has gone.
     for pair in pairs:
         for name in pair.new.binds if pair.old else ():
             covering = last_olds.get(name, pair.old)
             if covering is not pair.old and covering.binds_surely and (
                     last_news[name] is pair.new and covering.text_key != pair.new.text_key):
                 runs.add(id(pair.new))
+    # What a statement is made from runs before it, and so do those of which that is made, ...
     chains = [(pair.new, [each.new for each in pairs[:k] if each.new.binds & pair.new.rebinds])
               for k, pair in enumerate(pairs) if pair.new.rebinds]
     size = -1
@@ -4592,6 +4595,7 @@ class _Apply:
             read, write, _ = _entry(linecache.cache, edit.path)
             self.journal.on_undo(functools.partial(write, read()))
             write(_MISSING)
+        # Any code may write these two without naming them.
         self.journal.keep_content(os.environ)
         self.journal.keep_content(sys.path)
         try:
@@ -4656,6 +4660,7 @@ class _Apply:
                 if len(self.edits) > 1:
                     yield from _led_to(_imports_of([pair.new.node], edit.space))
                 self._apply_pair(scope, pair)
+        # What a later statement was to bind anew, and did not, as its branch was not taken.
         edit.space.update((name, edit.held[name]) for name in edit.held if name not in edit.space)
         self._annotate(edit)
         for function, found in later:
@@ -4748,6 +4753,7 @@ class _Apply:
         old, new = function.__code__, found.code
         if old is new:
             return
+        # Code fits where it finds the same variables in the function's closure, in their order.
         if old.co_freevars == new.co_freevars:
             try:
                 defaults = _new_defaults(found, function) if found.is_inner else (
@@ -4884,6 +4890,7 @@ class _Apply:
                 pair.old.decorator_dump != pair.new.decorator_dump) and not (
                     _is_transparent(node)):
             self._note_not_retired(scope, pair.new)
+        # What they return is `raw` itself, or is made of it, or it is what the name had before.
         if value is not raw:
             value = self._fold_made(old, value, reached)
         self._bind(scope, node.name, value, pair.new)
@@ -5233,7 +5240,7 @@ class _Apply:
         if not self.is_patch and old.__globals__ is new.__globals__ and (
                 old.__code__.co_freevars != new.__code__.co_freevars):
             return self.forward(old, new)
-        self.stands_for(old, new)
+        self.stands_for(old, new)       # first: what it wraps, or its cells, may hold it again
         attributes = {name: self.fold(vars(old).get(name, _MISSING), value)
                       for name, value in vars(new).items()}
         if old.__globals__ is new.__globals__ and (
@@ -5478,6 +5485,7 @@ class _Apply:
         for _, path, reason in self.closures.values():
             self.stuck[path, reason] += 1
         self._reach_what_lives()
+        # Frameworks remember what they found in registries, which is other by now.
         for name, forget in _CACHES.items():
             if name in sys.modules and self.known is not None:
                 forget()
@@ -5578,6 +5586,7 @@ class _Apply:
         if self.is_patch:
             moves = {key: pair for key, pair in moves.items()
                      if hasattr(type(pair[0]), "_member_map_")}
+        # Of classes and functions that became another kind of thing, the old ones are replaced.
         moves.update((id(old), (old, new)) for old, new, _ in self.moves)
         for new, old in list(moves.values()):  # else a WeakValueDictionary would lose them
             moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
@@ -6025,6 +6034,7 @@ class _Successors:
         _, pair, path = self._leaves[i]
         if pair.change == "same":
             return None
+        # Only its place is another: then the lines of all its functions are, by as many.
         if pair.new is not None and pair.old.text_key == pair.new.text_key:
             key = code.co_name, line + pair.new.start - pair.old.start
             new = _best_match(code, self.edit.new.codes.get(key, ()))
@@ -6040,7 +6050,7 @@ class _Successors:
             for each in _pair_functions(pair.old.node, new_node, path):
                 found[_name_of(each[1]), _first_line(each[1])].append(each)
         found, at = self._maps[id(pair)].get(key, []), 0
-        if len(found) > 1:      # several on one line: which is it?
+        if len(found) > 1:      # several lambdas on one line: which is it?
             olds = self.edit.old.codes.get(key, [])
             alike = code if code in olds else _best_match(code, olds)
             at = olds.index(alike) if alike in olds[:len(found)] else 0
@@ -6231,10 +6241,12 @@ class _Readers:
                     value.__module__, value.__qualname__) == (edit.name, path + each.node.name):
                 self.follow_pure(edit, each.body, value, dict(olds, **vars(value)),
                                  dict(news, **vars(value)), names - _bound_by(each.body))
+            # Of special classes the metaclass has taken the values, and made something of them.
             elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
                     cls is None or _is_plain_class(cls)):
                 was, now = _value_of(each, olds), _value_of(each, news)
-                for name in each.binds if _MISSING not in (was, now) else ():
+                is_made = was is not _MISSING and now is not _MISSING
+                for name in each.binds if is_made else ():
                     own = _mangled(name, cls and cls.__name__)
                     if _is_plain_equal(live.get(own, _MISSING), was) and not (
                             _is_plain_equal(was, now)):
@@ -6257,7 +6269,7 @@ class _Readers:
             for function in _functions_in(value):
                 live = _live_defaults(function) if function.__globals__ is edit.space and (
                     function.__code__.co_name == statement.node.name) else {}
-                if parameter in live and _MISSING not in (was, now) and (
+                if parameter in live and was is not _MISSING and now is not _MISSING and (
                         _is_plain_equal(live[parameter], was) and not _is_plain_equal(was, now)):
                     live[parameter] = now
                     self._apply._put_code(function, (function.__code__,) + _as_defaults(
@@ -6454,6 +6466,7 @@ class _Registrations:
         for each in self._flasks:
             each.open()
         result = make()
+        # Only now is known whether something came for what was taken out.
         for each in self._flasks:
             each.close()
         for container in self.taken:
@@ -6482,9 +6495,11 @@ class _Registrations:
         """Give new entries the places of the old ones; where nothing came, the old ones return."""
         before, now = self._befores[id(container)], _entries(container)
         news, rest = _gained(self._bases[id(container)], now, _key_of)
+        # A decorator that inserts, as at the front, knows the place better.
         if not _is(container, set) and rest != now[:len(rest)]:
             return                      # they stand where the decorator put them
         olds = {key for key, _ in _gained(rest, before, _key_of)[0]}
+        # Some is put there only once, as by `if f not in R`: what nothing came for returns.
         returns = not news and not self._has_moved(container)
         kept, result = dict(rest), []
         for key, value in before:
@@ -6569,6 +6584,7 @@ def _leads_to(value, targets, depth=3):
     """Tell whether an entry holds one of some objects, given by id, by itself or in a wrapper."""
     if id(value) in targets:
         return True
+    # A container is a place of its own: only what is taken out of it leads further.
     if depth == 0 or _is(value, types.ModuleType) or _container_kind(value):
         return False
     if _is(value, tuple):
@@ -7053,6 +7069,7 @@ def _imported_values(source, space, edit, before):
         is_star = imported == "*"
         names = zip(stars, stars) if is_star else [(imported, bound)]
         for name, own in names if module_name == edit.name else ():
+            # Only what the importer still has from there; of what a star brings also new names.
             live = space.get(own, _MISSING)
             was = _MISSING if is_star and name not in olds else before.get(name, _MISSING)
             now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
@@ -7616,7 +7633,7 @@ def _restore_container(container, before, after=None):
     elif is_whole:
         if list(map(id, now)) != list(map(id, before)):
             _replace_items(container, before)
-    else:
+    else:       # what came goes; what went returns, as near to its place as the others allow
         gone = set(map(id, _gained(before, after)[0]))
         items = [item for item in now if id(item) not in gone]
         for item in _gained(after, before)[0]:

@@ -3227,6 +3227,14 @@ class OnlyWhatChangedRuns(Workspace):
         report = self.again("A = 5\nB = A + 1\n")
         self.assertEqual((m.B, report.not_run_again, report.followed), (9, ["B = A + 1 (A changed)"], []))
 
+    def test_reader_that_makes_what_answers_no_comparison_is_listed(self):
+        m = self.load("class Array:\n    def __mul__(self, n): return Array()\n    def __eq__(self, other): 1 / 0\n"
+                      "ONE = Array()\nN = 1\nTWO = ONE * N\ndef f(a=ONE * N): return a\n")
+        two = m.TWO
+        with open(m.__file__) as file:
+            report = self.again(file.read().replace("N = 1", "N = 2"))
+        self.assertEqual((m.N, m.TWO is two, report.not_run_again), (2, True, ["TWO = ONE * N (N changed)"]))
+
     def test_reader_with_a_call_in_it_is_listed(self):
         m = self.load("A = 1\nB = str(A)\n")
         report = self.again("A = 5\nB = str(A)\n")
