@@ -4618,7 +4618,11 @@ class _Apply:
                 weakref.ref(edit.module), edit.path, edit.text, edit.stamp)
         self.journal.seal()
 
-    # The order.
+    # The order. A fresh process runs the statements of a module one after the other; at an import
+    # it first runs the module that this leads to, as far as nobody has begun with it. So it is done
+    # here with the pairs: _visit() yields the names of modules at the places of their imports, and
+    # a stack of such generators stands for the imports that are under way. Modules that did not
+    # change have no pairs, but lead on to others that did.
 
     def _visit_all(self):
         """Apply each edit when an import of the whole program would come to its module."""
@@ -4718,7 +4722,12 @@ class _Apply:
         return statement.is_main_guard or edit.line is not None and not statement.is_harmless and (
             edit.is_not_reached(statement))
 
-    # Functions.
+    # Functions. All live functions of a module get their new code when its turn comes, wherever
+    # somebody holds them: then what its statements call is new, and what only has another body
+    # is done. Three kinds wait. One whose code names a global that the module has not got yet: for
+    # the end of the module, or another thread would miss the name. One whose `def` has another
+    # head: for its own turn, to get code and defaults at once. One whose closure has other
+    # variables: for the statement that made it, which runs again; else it is named as stale.
 
     def _swap(self, edit):
         """Give the live functions of a module their new code; return those that must wait.
@@ -4805,7 +4814,12 @@ class _Apply:
                 for key in held:
                     del self.closures[key]
 
-    # Definitions.
+    # Definitions. Whoever holds a function shall have the new one, so the old object stays:
+    #   its decorators                                its `def` with another head
+    #   are alike, and known to look at no head       sets what differs: defaults, annotations
+    #   are others, or may look at it                 ... and they are called again, on this object
+    #   are its first ones, or it has none now        runs; the new object is folded into the old
+    # Of defaults only those are evaluated whose text is another one: `cache={}` may be a memo.
 
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
@@ -4920,7 +4934,11 @@ class _Apply:
         for key, value in scope.execute(nodes, self).items():
             self._bind(scope, key, self.fold(scope.get_raw(key), value), None)
 
-    # Classes.
+    # Classes. The statements of a class body are applied one by one to the class that lives, as
+    # those of a module are: SQLAlchemy refuses a second class for a table, and a registry would
+    # hold both. They run in a namespace that finds what the class has, and the result is set as a
+    # program would set it. The whole statement runs only where something else than its body has
+    # changed, or where the class is of a kind that was made of all fields at once (_CLASS_KINDS).
 
     def _apply_class(self, scope, pair):
         """A class changed: its statements one by one, or all at once where its kind needs that."""
@@ -5047,7 +5065,9 @@ class _Apply:
         return any(id(each) in self.refielded for value in values
                    for each in (value.__mro__ if _is(value, type) else (value,)))
 
-    # Statements that run.
+    # Statements that run. They run beside the module, and what they bind is settled afterwards:
+    # a new function or class goes into the old one of that name, other values are bound. Of a
+    # statement whose names are read while it runs, as by a loop, the module is the namespace.
 
     def _run(self, scope, pair):
         """Execute a statement; what it defines goes into what has its names."""
@@ -5153,7 +5173,9 @@ class _Apply:
     def put(self, slot, value):
         self.journal.put(slot, value)
 
-    # What the new text has no more.
+    # What the new text has no more. A definition that is gone is taken out of what its decorators
+    # had put it into; its name, and those of values, go when the whole transaction is through, as
+    # modules whose turn comes later may still use them.
 
     def _retire_gone(self, scope, pairs):
         """Take back the registrations of definitions that are gone; names go at the very end."""
@@ -5192,7 +5214,10 @@ class _Apply:
                 pair.change == "gone" and pair.old.is_constant for pair in pairs):
             self.put(_attribute(cls, "__doc__"), None)
 
-    # Kinds: the new object's behaviour goes into the old one, by the first rule that fits.
+    # Kinds: the new object's behaviour goes into the old one, by the first rule of _FOLD_RULES
+    # that fits. Only what this transaction made is folded: an object that was alive before, and got
+    # the name, as by `f = g`, is what it is. `folded` says which object stands for which, for those
+    # who have got hold of the new one meanwhile: a registry, a closure, a base class.
 
     def fold(self, old, new, statement=None):
         """Return what shall stand where `new` stands now: `old`, changed in place, if possible."""
@@ -5469,7 +5494,9 @@ class _Apply:
                 self.put(_entry(vars(old), name), self.fold(before, value))
         return old
 
-    # Live objects: what no name leads to.
+    # Live objects: what no name leads to. All this comes last and once for all modules, as it goes
+    # through the heap, which is dear: references to what another object stands for now, instances
+    # of classes that are others now, attributes that a new __init__ would have set.
 
     def _finish(self):
         """Reach closures, references, instances; take names away; tell the hooks."""
@@ -5612,7 +5639,10 @@ class _Apply:
         ours.update(id(before) for _, before in self.journal._kept.values())
         return [holder for holder in _referrers(sources) if id(holder) not in ours]
 
-    # What is put back when it fails.
+    # What is put back when it fails. What we write is in the journal. What code of the program may
+    # write is found before it runs: from the names in its statement on, through functions, by what
+    # they read, and through containers, instances and classes. Locks, queues and event loops are
+    # left alone: threads wait for them. What can't be seen so is in `called`, and in the error.
 
     def snapshot(self, edit, *statements):
         """Note what statements can reach now, to put it back; return what was found.
@@ -5666,7 +5696,8 @@ class _Apply:
             for name in stored:
                 self.journal.keep(_entry(vars(module), name))
 
-    # Tell.
+    # Tell. A name of a statement that ran counts as changed where there was such a name before, else
+    # as added; what goes on as it was is counted in `stuck`, by name and reason.
 
     def _report_names(self, edit):
         """Add to the report what the statements of one module did to its names."""
