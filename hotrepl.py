@@ -4726,8 +4726,8 @@ class _Apply:
     # somebody holds them: then what its statements call is new, and what only has another body
     # is done. Three kinds wait. One whose code names a global that the module has not got yet: for
     # the end of the module, or another thread would miss the name. One whose `def` has another
-    # head: for its own turn, to get code and defaults at once. One whose closure has other
-    # variables: for the statement that made it, which runs again; else it is named as stale.
+    # head: for its own turn, to get code and defaults at once. One whose code uses more variables
+    # of its closure: for the statement that made it, which runs again; else it is named as stale.
 
     def _swap(self, edit):
         """Give the live functions of a module their new code; return those that must wait.
@@ -4762,7 +4762,8 @@ class _Apply:
         old, new = function.__code__, found.code
         if old is new:
             return
-        # Code fits where it finds the same variables in the function's closure, in their order.
+        # Code fits where it finds the same variables in the function's closure, in their order;
+        # where it needs fewer, the old function calls a new one, which has those.
         if old.co_freevars == new.co_freevars:
             try:
                 defaults = _new_defaults(found, function) if found.is_inner else (
@@ -4776,6 +4777,10 @@ class _Apply:
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
             if found.is_changed:
                 self._clear_caches(function, found.path)
+        elif set(new.co_freevars) <= set(old.co_freevars):
+            cells = dict(zip(old.co_freevars, function.__closure__))
+            self.forward(function, _function_like(
+                function, new, [cells[name] for name in new.co_freevars]))
         else:
             self.closures[id(function)] = function, found.path, "the variables of the closure " \
                 "changed from (%s) to (%s)" % (
@@ -4800,7 +4805,7 @@ class _Apply:
     def _run_for_closures(self, scope, pairs):
         """Run the statements that made functions which can't take their new code.
 
-        Such as the call of a factory, or a method that uses super() now, or does no more.
+        Such as the call of a factory, or a method that uses super() for the first time.
         """
         for pair in pairs if self.closures else ():
             inner = pair.new and scope.of_class(pair)
@@ -5696,7 +5701,7 @@ class _Apply:
             for name in stored:
                 self.journal.keep(_entry(vars(module), name))
 
-    # Tell. A name of a statement that ran counts as changed where there was such a name before, else
+    # Tell. A name of a statement that ran counts as changed where it was there before, else
     # as added; what goes on as it was is counted in `stuck`, by name and reason.
 
     def _report_names(self, edit):

@@ -4317,6 +4317,30 @@ class IdentityIsKept(Workspace):
         change()
         self.assertEqual((a(0), b(0), m.make(3)(0)), (2, 4, 6))
 
+    def test_closures_that_need_fewer_variables_get_new_code_and_nothing_runs(self):
+        m, change = self.change("""
+            RUNS = []
+            def deco(f):
+                n = 10
+                RUNS.append(f)
+                def wrapper(): return f() @@
+                return wrapper
+            @deco
+            def f(): return 1
+            """, "+ n", "* 3")
+        held = m.f
+        self.assertEqual((held(), len(m.RUNS)), (11, 1))
+        report = change()
+        self.assertEqual((held(), m.f(), len(m.RUNS), report.stale), (3, 3, 1, []))
+
+    def test_method_that_calls_super_no_more_sees_new_code(self):
+        m, change = self.change("class B:\n    def m(self): return 1\n"
+                                "class C(B):\n    def m(self): return @@\n", "super().m() + 1", "5")
+        held, bound = m.C.m, m.C().m
+        self.assertEqual((held(m.C()), bound()), (2, 2))
+        change()
+        self.assertEqual((held(m.C()), bound(), m.C().m()), (5, 5, 5))
+
     def test_closures_made_earlier_get_new_parameters_with_literal_defaults(self):
         m, change = self.change("def make(n, d=[]):\n    def inner(a=n, b=d, @@): return a, b, c\n"
                                 "    return inner\n", "c=1", "c=2, *, e=3")
