@@ -10329,6 +10329,7 @@ class Watching(Case):
         undo = patch(self.pay, lambda name, amount=1: "patched")
         self.assertEqual(self.pay("a"), "patched")
         eventually(lambda: repr(calls).endswith("0 calls, is over: the function was changed meanwhile>"))
+        eventually(lambda: not hotrepl._watched)
         patched = self.state(self.pay)
         self.client.send("watch(pay)")
         self.begun(self.pay, patched)
