@@ -11988,10 +11988,8 @@ class Link:
         """Return the reply to a request. ProtocolError: it is refused. ServerGone: none came."""
         replies, end = [], time.monotonic() + (limit_s or time_left_s(self.deadline))
         self.post(command, replies.append, **fields)
-        self._send_requests()
         while not replies and time.monotonic() < end:
-            if select.select([self.control], [], [], max(0.0, end - time.monotonic()))[0]:
-                self._receive_replies()
+            self.wait(max(0.0, end - time.monotonic()))
         if not (replies and replies[0]):
             if not self.loss:
                 time_left_s(self.deadline)
@@ -12108,8 +12106,7 @@ class Conversation:
         """Talk until the user leaves or the server is gone; return the exit code."""
         with self.terminal:
             try:
-                for command, fields in self.terminal.facts():
-                    self.link.ask(command, **fields)
+                self.terminal.describe_to(self.link.ask)
                 self.terminal.show(self.link.hello)
                 self.terminal.begin()
                 while True:
@@ -12260,11 +12257,6 @@ class Conversation:
         """Deal with Ctrl+Z at work; a signal's handler."""
         self.link.post("Background", turn=self._turn)
 
-    def on_resize(self):
-        """Tell the server the size of the terminal; a signal's handler."""
-        for command, fields in self.terminal.facts():
-            self.link.post(command, **fields)
-
     def complete(self, line):
         """Return (start, matches, hint), as Complete's reply has them; without one no matches."""
         try:
@@ -12371,14 +12363,13 @@ class Terminal:
     def __exit__(self, *exc_info):
         self._undo.close()
 
-    def facts(self):
-        """Return the requests that tell a server what terminal this is."""
+    def describe_to(self, send):
+        """Have `send`, a method of the Link, tell the server what terminal this is."""
         import shutil
-        if not sys.stdout.isatty():
-            return []
-        columns, lines = shutil.get_terminal_size()
-        has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-        return [("Terminal", {"columns": columns, "lines": lines, "colours": has_colours})]
+        if sys.stdout.isatty():
+            columns, lines = shutil.get_terminal_size()
+            has_colours = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+            send("Terminal", columns=columns, lines=lines, colours=has_colours)
 
     # Output.
 
@@ -12637,7 +12628,7 @@ class Terminal:
                 raise self._ending
 
     def _on_resize(self, signum, frame):
-        self.owner.on_resize()
+        self.describe_to(self.owner.link.post)
         if self._is_reading:
             self._call("rl_resize_terminal")
 
