@@ -9470,16 +9470,17 @@ _GREETINGS = (
     # RFC 9112, whatever the bytes of the method and the target are
     ("an HTTP request", _METHOD + rb" (?:/\S*|\*|[A-Za-z][\w+.-]*:\S*|[^\s/?#]*:\d*)"
      rb" HTTP/\d\.\d\r\n"),
-    # A word, a gap, a target: a path (but `x /= 2`), a URL or a host with its port. RTSP, SIP and
-    # ICAP look the same. With HTTP/0.9 the line is over after that.
+    # A word, a gap, a target: a path (but `x /= 2`), a query, a URL or a host with its port. RTSP,
+    # SIP and ICAP look the same. With HTTP/0.9 the line is over after that.
     ("an HTTP request", _WORD + _GAP + rb"(?:/+(?:[^\s=/\\]|[^\S\n]*[\n\0])"
-     rb"|[/*]" + _GAP + rb"(?:HTTP|RTSP|SIP|ICAP)/\d|\w[\w+.-]*:\S)"),
+     rb"|[/*]" + _GAP + rb"(?:HTTP|RTSP|SIP|ICAP)/\d|\?[^\s?]|\w[\w+.-]*:\S)"),
     # Methods of which nobody has a number: IANA's, but for LABEL, UPDATE, ACL.
     ("an HTTP request", rb"(?:GET|HEAD|POST|PUT|DELETE|OPTIONS|PATCH|TRACE|QUERY|REPORT|SEARCH"
      rb"|PROP(?:FIND|PATCH)|MK[A-Z]{3,}|COPY|MOVE|MERGE|(?:UN)?(?:LOCK|LINK|BIND)|REBIND"
      rb"|(?:UN)?CHECKOUT|CHECKIN|VERSION-CONTROL)" + _GAP + rb"/"),
     ("an HTTP request",           # and one that is not valid
-     rb"[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)" + _GAP + rb"HTTP/\d\.\d\r\n"),
+     rb"(?:[^\n#'\"]*(?:/|\b" + _NO_KEYWORD + rb"\w+)|" + _WORD + _GAP + _NO_KEYWORD
+     + rb"[\w'\"$?`{~\\\x80-\xff](?:[^\n]*\S)?)" + _GAP + rb"HTTP/\d\.\d\r?\n"),
     # A header, of LSP or DAP too. A name without a hyphen could be annotated, as in `host: str`.
     ("a message with a header", _NO_KEYWORD + rb"[A-Za-z]\w*(?:-\w+)+:[ \t]*\S"),
 )

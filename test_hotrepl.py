@@ -13001,6 +13001,7 @@ FOREIGN = (
     b"set a'b 0 0 20\r\n", b"set a#b 0 0 20\r\n", b"set #b 0 0 20\r\n", b"add +'''b 1 2 3 noreply\r\n",
     b"cas 'k 0 0 20 7\r\n", b"ms key 20\r\n", b"ms 'key 20\n", b"PUB x 9\r\n", b"a.b.c 1 1600000000\n",
     b"CONNECT\naccept-version:1.2\nhost:x\nlogin:exec('1')\n\n\0", b"STOMP\r\nlogin:exec('1')\r\n",
+    b"GET ?x=' HTTP/1.1\r\n", b"GET ?x\n", b"GET 'x y HTTP/1.1\r\n", b"GET ~\"\"\"x HTTP/1.0\n", b"GET x# HTTP/1.1\n",
     b"CONNECT\nlogin:1\n", b"<13>Nov 28 11:00:00 h tag: x\n1\n", b"BEGIN AUTH REQUEST\n/cvs\nprint(1)\n",
 )
 
