@@ -11277,8 +11277,8 @@ class Server:
     def stop(self):
         """Close all sessions and listeners and put the process back as it was before `start`.
 
-        Waits up to STOP_TIMEOUT_S for the threads of sessions and its own. Any thread may call it, a
-        session's too; again is harmless.
+        Waits up to STOP_TIMEOUT_S for the threads of sessions and its own. Any thread may call it,
+        a session's too; again is harmless.
         """
         with self._lock:
             if self._is_stopped:
