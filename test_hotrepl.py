@@ -10923,7 +10923,7 @@ class Pairing(AccessCase):
 # be imported later, from folders that this user may not read, is imported first.
 AS_USER = r"""
 import argparse, ast, base64, code, ctypes, encodings.idna, fnmatch, getpass, gettext, hmac, importlib.util, inspect
-import json, logging, os, pdb, pty, queue, readline, secrets, selectors, shutil, signal, socket, ssl, struct
+import json, locale, logging, os, pdb, pty, queue, readline, secrets, selectors, shutil, signal, socket, ssl, struct
 import subprocess, sys, tempfile, termios, textwrap, time, traceback, tty
 sys.path.insert(0, %r)
 import hotrepl
