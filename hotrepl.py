@@ -9174,11 +9174,11 @@ def come_as_its_user(sock, address):
 
 
 def _holder(peer):
-    """Return the uid of a Peer; of a TCP socket root looks whose it is by now, who made it or not.
+    """Return the uid of a Peer; of a TCP socket that root made root looks whose it is by now.
 
-    None: root made it, and nobody who can be seen from here holds it.
+    None: nobody who can be seen from here holds it.
     """
-    if peer.uid is None or not peer.inode or effective_uid() != 0:
+    if peer.uid != 0 or not peer.inode or effective_uid() != 0:
         return peer.uid
     uids, pids, link = set(), [], "socket:[%d]" % peer.inode
     with suppress(OSError):
@@ -9189,7 +9189,7 @@ def _holder(peer):
                 with open("/proc/%s/status" % pid) as status:
                     found = re.search(r"(?m)^Uid:\t(.*)", status.read()).group(1).split()
                 uids.add(0 if "0" in found else int(found[1]))
-    return max(uids, default=peer.uid or None)
+    return max(uids, default=None)
 
 
 def _has_open(folder, link):
