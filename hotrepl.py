@@ -11884,7 +11884,8 @@ class Link:
     """A session with a server: bytes and requests out, events in. For the main thread.
 
     `events` holds (kind, bytes), as they came: "data"; "kind" (what the turn will be for), "turn";
-    "stream" (which the data is of from here on); "note"; "eof" (goodbye); "closed", the last.
+    "stream" (which the data is of from here on); "closed", the last. What is no part of the text
+    stands aside: `notes` and `is_ended`.
     """
 
     BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
@@ -11895,6 +11896,8 @@ class Link:
         self.hello = b""          # the server's first line, from `meet`
         self.deadline = deadline  # for all answers together; None: ANSWER_LIMIT_S for each
         self.events = collections.deque()
+        self.notes = collections.deque(maxlen=RECEIVE_BYTES)      # bytes to be shown at once
+        self.is_ended = False     # the server says that the session ended as the user wanted
         self.is_closed = False    # the server closed the REPL channel
         self.loss = ""            # why there is no control channel any more
         self._marks = MarkDecoder()
@@ -12024,7 +12027,12 @@ class Link:
         for kind, payload in self._marks.feed(data):
             if kind == "block" and payload[:1] in self.BLOCKS:
                 kind, payload = self.BLOCKS[payload[:1]], payload[1:]
-            self.events.append(("stream" if kind == "block" else kind, payload))
+            if kind == "note":
+                self.notes.append(payload)
+            elif kind == "eof":
+                self.is_ended = True
+            else:
+                self.events.append(("stream" if kind == "block" else kind, payload))
         if not data:
             self.is_closed = True
             self.events.append(("closed", b""))
@@ -12097,10 +12105,8 @@ class Conversation:
         self._turn = 0            # how many go-aheads came
         self._explain_at = None   # when what was interrupted and goes on is explained
         self._is_heard = True     # the last request about that was answered
-        self._notes = []          # what is to be shown, in bytes
         self._ahead = collections.deque()     # lines of a paste, for the waits that follow
         self._block = []          # the lines of the statement that is being typed
-        self._is_ended = False    # the server says that the session ended as the user wanted
         self._is_loss_told = False    # that of the control connection
 
     def run(self):
@@ -12115,7 +12121,7 @@ class Conversation:
             except Left:
                 return 0
             except (ProtocolError, ServerGone) as exc:
-                if self._state == "leaving" or self._is_ended:
+                if self._state == "leaving" or self.link.is_ended:
                     return 0
                 print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
                 return 1
@@ -12126,6 +12132,7 @@ class Conversation:
         while True:
             for kind, data in take_all(self.link.events):
                 if kind == "turn":
+                    self._show_notes()
                     return word
                 if kind == "kind":
                     word, self._state = data.decode("ascii", "replace"), "at work"
@@ -12134,8 +12141,6 @@ class Conversation:
                 elif kind == "closed":
                     self.terminal.end_line()
                     raise ServerGone("it closed the connection")
-                else:
-                    self._take_aside(kind, data)
             self._show_notes()
             self.link.wait(self._patience_s())
             if not self.link.events:
@@ -12148,14 +12153,6 @@ class Conversation:
         if self.terminal.holds_back():
             return HALF_LINE_S
         return self._explain_at and max(0.0, self._explain_at - time.monotonic())
-
-    def _take_aside(self, kind, data):
-        """Keep what is no part of the text; return whether it was that."""
-        if kind == "note":
-            self._notes.append(data)
-        elif kind == "eof":
-            self._is_ended = True
-        return kind in ("note", "eof")
 
     def _ask_why(self):
         """Find out why Ctrl+C had no effect yet."""
@@ -12227,9 +12224,7 @@ class Conversation:
 
     def on_ready(self):
         """While a line is edited: take in what came; ServerGone ends it."""
-        self.link.wait(0.0)
-        events = self.link.events     # what else comes is for later: another's interrupt, say
-        events.extend([each for each in list(take_all(events)) if not self._take_aside(*each)])
+        self.link.wait(0.0)       # events are for later: another's interrupt, say
         if self.link.is_closed:
             raise ServerGone("it closed the connection")
         self._show_notes()
@@ -12296,12 +12291,11 @@ class Conversation:
                       % self.link.loss)
 
     def _say(self, text):
-        self._notes.append(("\nhotrepl: %s\n" % printable(text)).encode("utf-8", "replace"))
+        self.link.notes.append(("\nhotrepl: %s\n" % printable(text)).encode("utf-8", "replace"))
 
     def _show_notes(self):
-        if self._notes:
-            notes, self._notes = self._notes, []
-            self.terminal.show_note(b"".join(notes))
+        if self.link.notes:
+            self.terminal.show_note(b"".join(take_all(self.link.notes)))
 
 
 def _indentation(block):
