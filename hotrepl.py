@@ -3920,7 +3920,7 @@ def _key(node, empties=None):
         return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
     kind = type(node).__name__
     is_emptied = empties and kind in _FUNCTIONS + ("Lambda",) and empties(node)
-    return (kind, _doc_key(node) if is_emptied else None) + tuple([
+    return (kind, (_doc_key(node), _is_generator(node)) if is_emptied else None) + tuple([
         _key(getattr(node, name, None), empties) for name in fields
         if name not in ("ctx", "type_comment", "kind") and not (is_emptied and name == "body")])
 
@@ -3928,6 +3928,24 @@ def _key(node, empties=None):
 def _shell(node):
     """Return the key of a tree with all function bodies emptied."""
     return _key(node, lambda function: True)
+
+
+def _is_generator(node):
+    """Tell whether a function has a `yield` of its own: it is asked for like its parameters."""
+    import ast
+    todo = list(node.body) if isinstance(node.body, list) else [node.body]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, (ast.Yield, ast.YieldFrom)):
+            return True
+        if type(each).__name__ not in _FUNCTIONS + ("Lambda", "ClassDef"):
+            todo += ast.iter_child_nodes(each)
+    return False
+
+
+def _signature_key(node):
+    """What others may have copied of a function: its parameters, and what a call gives."""
+    return type(node).__name__, _is_generator(node), _key(node.args, False)
 
 
 def _doc_key(node):
@@ -4789,6 +4807,9 @@ class _Apply:
     def _put_code(self, function, state, path=None, is_changed=True):
         """Give a function its code and defaults, with what takes that back if it is still ours."""
         before = function.__code__, function.__defaults__, function.__kwdefaults__
+        if (before[0].co_flags ^ state[0].co_flags) & _CODE_KINDS:
+            _forget_kinds()
+            self.journal.on_undo(_forget_kinds)
         if is_changed:
             self.old_codes[id(before[0])] = path or function.__qualname__, before[0]
         self.journal.on_undo(lambda: function.__code__ is state[0] and _swap(function, *before),
@@ -4851,9 +4872,10 @@ class _Apply:
             setattr(new, name, getattr(raw, name))
         self.fold_function(raw, new)
         self._clear_caches(raw, scope.prefix + pair.new.node.name)
-        if pair.old is not None and (
-                _key(pair.old.node.args, False) != _key(pair.new.node.args, False)):
-            self.refielded[id(raw)] = raw       # such as a dependency of FastAPI's handlers
+        if pair.old is not None and _signature_key(pair.old.node) != _signature_key(pair.new.node):
+            is_call = scope.cls is not None and pair.new.node.name in ("__init__", "__call__")
+            for each in [raw, scope.cls] if is_call else [raw]:
+                self.refielded[id(each)] = each     # such as a dependency of FastAPI's handlers
 
     def _evaluate(self, scope, pair, raw):
         """Make the function of a `def` anew, without decorators, with the defaults that stay."""
@@ -4865,19 +4887,23 @@ class _Apply:
 
     def _raw(self, scope, pair):
         """Return the live function of a `def`, below whatever its decorators have made of it."""
-        name, space = pair.new.node.name, scope.edit.space
+        name, space = (pair.new or pair.old).node.name, scope.edit.space
         value, line = scope.get(name), (pair.old or pair.new).start + 1
-        code = scope.edit.new.code_of(pair.new.node)
+        code = pair.new and scope.edit.new.code_of(pair.new.node)
         if value is _MISSING:
             return None
+        alike = []
         for source in (_functions_in(value), self._live_functions(scope.edit)):
             found = [each for each in source if each.__code__.co_name == name
                      and each.__globals__ is space and each.__qualname__ == scope.prefix + name]
             exact = [each for each in found if each.__code__ is code] or [
-                each for each in found if each.__code__.co_firstlineno == line]
-            if exact or found and scope.count(name) == 1:
-                return (exact or found)[0]
-        return None
+                each for each in found if each.__code__.co_firstlineno == line
+                and each.__code__ not in scope.edit.new.codes.get((name, line), ())]
+            if exact:
+                return exact[0]
+            alike += found
+        is_only = pair.new is not None and scope.count(name) == 1
+        return alike[0] if alike and is_only else None
 
     def _made_by(self, scope, pair):
         """Return what a `def` has made: what has its name, unless that is a namesake's."""
@@ -5043,27 +5069,40 @@ class _Apply:
                     edits[name] = _unedited(name, known)
             for edit in list(edits.values()):
                 for pair in edit.pairs:
-                    if pair.change in _LEFT_ALONE and id(pair.new) not in done and (
-                            self._copies_fields(edit, pair.new)):
-                        done.add(id(pair.new))
+                    is_new = pair.change in _LEFT_ALONE and id(pair.new) not in done and (
+                        self._reads_refielded(edit, pair.new))
+                    done.update([id(pair.new)] if is_new else ())
+                    if is_new and not self._copies_fields(edit, pair.new):
+                        values = _values_of(edit.space, pair.new.binds)     # whose readers did
+                        self.refielded.update((id(each), each) for each in values if not _is(
+                            each, _PLAIN_TYPES + _REGISTRIES + (tuple,)))
+                    elif is_new:
                         self._rebuild_models()
                         self.report.add("followed", edit.name, [pair.new.node.name])
                         (self._redecorate if pair.new.is_function else self._run)(
                             _Scope(edit), pair)
 
-    def _copies_fields(self, edit, statement):
-        """Tell whether a definition has copied what it reads."""
+    def _reads_refielded(self, edit, statement):
+        """Tell whether a definition reads what has other fields, not to call or decorate with it."""
+        if statement.kind == "Assign":
+            return self._are_refielded(
+                _values_of(edit.space, statement.names.reads - statement.names.calls))
         if not statement.is_definition:
             return False
-        names, node = statement.names, statement.node
-        value = edit.space.get(node.name)
+        names, value = statement.names, edit.space.get(statement.node.name)
         if statement.is_function:
-            reads = names.reads - names.heads
-            return not _is_transparent(node) and self._are_refielded(
-                _values_of(edit.space, reads))
-        return _is(value, type) and any(
-            each.has_fields and each.fits(value) for each in _CLASS_KINDS) and self._are_refielded(
+            bare = [each for each in statement.node.decorator_list if type(each).__name__ != "Call"]
+            return self._are_refielded(_values_of(
+                edit.space, names.reads - names.calls - _Names(bare).reads))
+        return _is(value, type) and self._are_refielded(
             _values_of(edit.space, names.reads) + list(value.__mro__[1:]))
+
+    def _copies_fields(self, edit, statement):
+        """Tell whether a definition copies what it reads, as it is decorated or has fields."""
+        return not _is_transparent(statement.node) if statement.is_function else (
+            statement.is_definition and any(
+                each.has_fields and each.fits(edit.space[statement.node.name])
+                for each in _CLASS_KINDS))
 
     def _are_refielded(self, values):
         """Tell whether one of some values, or a base of it, is among `refielded`."""
@@ -5186,14 +5225,17 @@ class _Apply:
         """Take back the registrations of definitions that are gone; names go at the very end."""
         names = _bound_by(pair.new for pair in pairs if pair.new is not None)
         for pair in pairs:
-            if pair.change == "gone" and pair.old.is_definition and pair.old.node.name not in names:
+            if pair.change == "gone" and pair.old.is_definition:
+                raw = self._raw(scope, pair) if pair.old.is_function else None
                 value = scope.get(pair.old.node.name)
+                if pair.old.node.name in names:
+                    value = _MISSING if raw is None else raw    # a namesake has the name
                 if value is not _MISSING:
                     self._learn()
                     reached = self.snapshot(scope.edit, *[
                         each.old for each in pairs if each is pair or (
                             each.old is not None and pair.old.node.name in each.old.names.reads)])
-                    targets = {id(value)} | {id(each) for each in _functions_in(value)}
+                    targets = {id(each) for each in (value, raw, *_functions_in(value))}
                     if not _Registrations(self, reached, targets).drop() and not (
                             _is_transparent(pair.old.node)):
                         self._note_not_retired(scope, pair.old)
@@ -5405,6 +5447,9 @@ class _Apply:
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
         combinations = list(_combinations(old, new))
         olds = dict(old._member_map_)
+        if [(name, each._value_) for name, each in olds.items()] != [
+                (name, each._value_) for name, each in new._member_map_.items()]:
+            self.refielded[id(old)] = old
         for kept, member in combinations:
             olds.setdefault(member._name_, kept)  # A | B gets a name
         for name, member in new._member_map_.items():
@@ -5983,7 +6028,13 @@ def _put_on_class(apply, cls, name, value):
             type(value).__set_name__(value, cls, name)
         return
     read, write, key = _attribute(cls, name)
-    apply.journal.on_undo(lambda: write(before), key)
+
+    def take_back():
+        if before is _MISSING and _is_mapped(cls, name):
+            raise RuntimeError("SQLAlchemy has mapped %s.%s to its table; it stays" % (
+                cls.__qualname__, name))
+        write(before)
+    apply.journal.on_undo(take_back, key)
     setattr(cls, name, value)
 
 
@@ -6753,7 +6804,27 @@ def _forget_fastapi_routes():
         each.openapi_schema = None
 
 
-_CACHES = {"django.urls.resolvers": _forget_django_urls, "fastapi.routing": _forget_fastapi_routes}
+def _forget_kinds():
+    """FastAPI keeps of each function whether it is a coroutine or a generator."""
+    module = sys.modules.get("fastapi.dependencies.models")
+    for value in list(_space_of(module).values()):
+        getattr(value, "cache_clear", int)()
+
+
+def _follow_starlette_handlers():
+    """Starlette copies the handlers of exceptions when the first request comes."""
+    for app in _instances_of(sys.modules["starlette.applications"].Starlette):
+        layer = app.middleware_stack
+        while layer is not None:
+            for key, handler in app.exception_handlers.items():
+                if hasattr(layer, "add_exception_handler") and key not in (500, Exception):
+                    layer.add_exception_handler(key, handler)
+            layer = getattr(layer, "app", None)
+
+
+_CACHES = {"starlette.applications": _follow_starlette_handlers,
+           "django.urls.resolvers": _forget_django_urls,
+           "fastapi.routing": _forget_fastapi_routes}
 
 
 # --- Kinds: tables ---

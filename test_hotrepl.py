@@ -7308,13 +7308,21 @@ def second():
         # file: app.py
         from fastapi import FastAPI, Depends, HTTPException, Request
         from fastapi.responses import JSONResponse
-        from models import Item
+        from models import Item, Out
         import more
         STATE = {"items": {}}
         app = FastAPI()
 
         def settings():
             return "settings 1"
+
+        class Page:
+            def __init__(self, size: int = 1):
+                self.size = size
+
+        @app.get("/page", response_model=Out)
+        def page(page: Page = Depends()):
+            return {"size": page.size, "name": "name", "price": 1}
 
         @app.middleware("http")
         async def mark(request, call_next):
@@ -7350,6 +7358,9 @@ def second():
         class Item(BaseModel):
             name: str
             price: float = 1.5
+
+        class Out(BaseModel):
+            size: int
         # file: more.py
         from fastapi import APIRouter
         router = APIRouter()
@@ -7366,7 +7377,7 @@ def second():
             answer = client.get(path)
             return answer.status_code, answer.json(), answer.headers.get("X-Mark")
         ASK = {path: lambda path=path: get(path) for path in (
-            "/", "/item/3", "/item/3?colour=red", "/article/3", "/new", "/more/about", "/more/new", "/more/about?n=2", "/lost")}
+            "/", "/item/3", "/item/3?colour=red", "/article/3", "/new", "/more/about", "/more/new", "/more/about?n=2", "/lost", "/page", "/page?size=3", "/page?more=3")}
         ASK["post"] = lambda: client.post("/items", json={"name": "a", "size": 3, "price": 2}).json()
         ASK["post nothing"] = lambda: client.post("/items", json={}).status_code
         ASK["schema"] = lambda: client.get("/openapi.json").json()
@@ -7387,6 +7398,13 @@ def second():
            Edit("another dependency", "@app.get(\"/\")", "def other():\n    return 'other'\n\n@app.get(\"/\")",
                 "Depends(settings)", "Depends(other)"),
            Edit("dependency gets a parameter", "def settings():", "def settings(level: int = 7):", '"settings 1"', '"settings %d" % level'),
+           Edit("dependency becomes a generator", 'return "settings 1"', 'yield "settings 2"'),
+           Edit("constructor of a dependency", "size: int = 1", "size: int = 1, more: int = 2", "self.size = size", "self.size = size * more"),
+           Edit("field of a response", "size: int\n", "size: int\n    name: str\n"),
+           Edit("handler becomes a coroutine", "def item(", "async def item("),
+           Edit("handler is a coroutine no more", "async def home(", "def home("),
+           Edit("exception handler added", "@app.exception_handler(KeyError)", "@app.exception_handler(404)\nasync def none(request: Request, error):\n"
+                "    return JSONResponse(404, 404)\n\n@app.exception_handler(KeyError)"),
            Edit("handler added", '@app.get("/lost")', '@app.get("/new")\ndef new():\n    return "new"\n\n@app.get("/lost")'),
            Edit("handler renamed", "def item(", "def article(", '"/item/{number}"', '"/article/{number}"'),
            Edit("router's handler added", "about 1\"\n", 'about 1"\n\n@router.get("/new")\ndef new():\n    return "new"\n'),
@@ -8075,6 +8093,10 @@ def before(sender, instance, **options):
            Edit("default", "x=1", "x=2"),
            Edit("task renamed", 'name="named"', 'name="other"'),
            Edit("function renamed", "def shared", "def new", named="note: app.(shared|new): what its old decorator registered", alone=True),
+           Edit("task removed", """@app.task(bind=True, name="named", max_retries=2)
+def bound(self, x=1):
+    return ["bound 1", self.name, self.max_retries, x]
+""", ""),
            Edit("task added", "@app.task(base", "@app.task\ndef new():\n    return 'new'\n\n@app.task(base"),
            ),
 
