@@ -5083,7 +5083,7 @@ class _Apply:
                             _Scope(edit), pair)
 
     def _reads_refielded(self, edit, statement):
-        """Tell whether a definition reads what has other fields, not to call or decorate with it."""
+        """Tell whether a definition reads what has other fields, but not to call it."""
         if statement.kind == "Assign":
             return self._are_refielded(
                 _values_of(edit.space, statement.names.reads - statement.names.calls))
