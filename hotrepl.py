@@ -13363,13 +13363,13 @@ def _dial(address, ssl_context=None, is_plain=False, deadline=None):
                       % (where, exc.strerror or exc)) from exc
     try:
         owner = _check_owner(sock, where, ssl_context is not None or is_plain)
+        if ssl_context is not None:
+            sock = _encrypted(sock, ssl_context, where, time_left_s(deadline))
+        sock.settimeout(time_left_s(deadline))    # a stopped process answers nothing at all
+        return sock, owner
     except BaseException:
         sock.close()
         raise
-    if ssl_context is not None:
-        sock = _encrypted(sock, ssl_context, where, time_left_s(deadline))
-    sock.settimeout(time_left_s(deadline))    # a process that is stopped answers nothing at all
-    return sock, owner
 
 
 def _connect_to(address, deadline):
