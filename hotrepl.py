@@ -6441,20 +6441,24 @@ class _Readers:
         spaces = {id(edit.space) for edit in self._apply.edits if self._values[edit.name]}
         below = {cls.__module__ for base in self._bases.values() for cls in _all_classes(base)}
         for module, known in list(_hot.known.items()):
+            if module in self._apply.by_name:
+                continue
             space = _space_of(known.module())
             names = self._values[module] | {
                 name for name, value in list(space.items()) if id(value) in self._codes
                 or id(value) in self._modules or type(value) is types.FunctionType
                 and id(value.__globals__) in spaces}
-            if module not in self._apply.by_name and (
-                    module in below or names and _mentions_at_import(known.text or b"", names)):
+            if module in below or names and _mentions_at_import(known.text or b"", names):
                 source = self.source_of(module)
                 self._report_users(_Follower(module, space), source.statements if source else ())
 
     def _report_users(self, module, statements):
+        """Name those of some statements that used what is another now, as far as they have run."""
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
         for each in statements:
-            if not each.is_main_guard and each.kind not in ("Import", "ImportFrom") and (
+            runs_nothing = each.is_function and not _executed_children(each.node)    # as most
+            if not runs_nothing and not each.is_main_guard and (
+                    each.kind not in ("Import", "ImportFrom")) and (
                     line is None or each.end < line):
                 used = self._used_at_import(each, module.space, self._values[module.name])
                 if used:
