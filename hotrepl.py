@@ -5235,7 +5235,7 @@ class _Apply:
                     reached = self.snapshot(scope.edit, *[
                         each.old for each in pairs if each is pair or (
                             each.old is not None and pair.old.node.name in each.old.names.reads)])
-                    targets = {id(each) for each in (value, raw, *_functions_in(value))}
+                    targets = {id(each) for each in (value, raw or value, *_functions_in(value))}
                     if not _Registrations(self, reached, targets).drop() and not (
                             _is_transparent(pair.old.node)):
                         self._note_not_retired(scope, pair.old)

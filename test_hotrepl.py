@@ -6447,6 +6447,19 @@ class RealPrograms(Workspace):
         report = self.again(text % "")
         self.assertEqual([f() for f in m.HANDLERS], ["z"], report)
 
+    def test_class_that_is_taken_away_takes_only_its_own_entry_along(self):
+        text = "R = {'none': None}\ndef reg(cls):\n    R[cls.__name__] = cls\n    return cls\n%s"
+        m = self.load(text % "@reg\nclass C: pass\n")
+        self.again(text % "")
+        self.assertEqual(m.R, {"none": None})
+
+    def test_namesake_that_is_taken_away_takes_its_own_entry_along(self):
+        text = "import functools\n@functools.singledispatch\ndef f(x): return 'other'\n" \
+               "@f.register(int)\ndef _(x): return 'int'\n%s"
+        m = self.load(text % "@f.register(str)\ndef _(x): return 'str'\n")
+        self.again(text % "")
+        self.assertEqual((m.f(1), m.f("a")), ("int", "other"))
+
     def test_handler_whose_body_changed_is_registered_once_and_stays_where_it_is(self):
         text = "import atexit\nRUNS = []\nHANDLERS = []\ndef on(f):\n    RUNS.append(1)\n    HANDLERS.append(f)\n    return f\n" \
                "@on\ndef a(): return %d\n@on\ndef b(): return 'b'\n"
