@@ -6566,18 +6566,19 @@ class _Registrations:
 
     def drop(self):
         """Take the old entries out for good; tell whether there were any."""
-        self._take_out()
+        self._take_out(True)
         for each in self._flasks:
             each.open()
             each.close()
         return bool(self.taken)
 
-    def _take_out(self):
+    def _take_out(self, is_gone=False):
         """Take what leads to the old definition out of all containers."""
         for container in self._places if self._targets else ():
             entries = _entries(container)
             kept = [(key, value) for key, value in entries if id(key) not in self._targets
-                    and (_container_kind(value) or not _leads_to(value, self._targets))]
+                    and (_container_kind(value) and not (is_gone and id(value) in self._targets)
+                         or not _leads_to(value, self._targets))]
             if len(kept) < len(entries):
                 self.taken.append(container)
                 _put_entries(container, kept)
