@@ -6447,6 +6447,30 @@ class RealPrograms(Workspace):
         report = self.again(text % "")
         self.assertEqual([f() for f in m.HANDLERS], ["z"], report)
 
+    def test_attribute_that_was_given_the_new_class_has_the_old_one(self):
+        text = "class H: pass\nh = H()\ndef reg(n):\n    def deco(cls):\n        h.last = cls\n        return cls\n    return deco\n" \
+               "@reg(%d)\nclass C: pass\n"
+        m = self.load(text % 1)
+        kept = m.C
+        self.again(text % 2)
+        self.assertIs(m.C, kept)
+        self.assertIs(m.h.last, kept)
+
+    def test_function_becomes_a_generic_one_and_back(self):
+        text = "import functools\n%sdef f(x): return 'other'\n%s"
+        m = self.load(text % ("", ""))
+        held = m.f
+        self.again(text % ("@functools.singledispatch\n", "@f.register(int)\ndef _(x): return 'int'\n"))
+        self.assertEqual((m.f(1), held(1), held("a")), ("int", "int", "other"))
+        self.again(text % ("", ""))
+        self.assertEqual((m.f(1), held(1)), ("other", "other"))
+
+    def test_default_of_what_is_no_function_any_more_makes_the_function(self):
+        m = self.load("def f(a=1): return a\n")
+        m.f = None
+        self.again("def f(a=2): return a\n")
+        self.assertEqual(m.f(), 2)
+
     def test_class_that_is_taken_away_takes_only_its_own_entry_along(self):
         text = "R = {'none': None}\ndef reg(cls):\n    R[cls.__name__] = cls\n    return cls\n%s"
         m = self.load(text % "@reg\nclass C: pass\n")
