@@ -9220,15 +9220,25 @@ def server_owner(sock):
     PermissionError: it is at an address of this machine, and no process that can be seen has it.
     """
     with suppress(Refused):
-        return _holder(identify(sock))
+        return _holder_by_now(identify(sock))
     theirs = sock.getpeername()
     listener = listener_at(theirs)
     with suppress(Refused):       # accepted meanwhile, and the listener may be gone
-        return _holder(identify(sock))
+        return _holder_by_now(identify(sock))
     if listener.uid is None:
         raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s port %d"
                               % theirs[:2])
     return _holder(listener)
+
+
+def _holder_by_now(peer):
+    """See _holder; a socket that is accepted just now has an owner before a process has it."""
+    for _ in range(20):
+        uid = _holder(peer)
+        if uid is not None or not peer.inode:
+            break
+        time.sleep(0.01)
+    return uid
 
 
 def listener_at(address):
@@ -13195,7 +13205,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
 
         def call_control(port):
             control, other = _dial(locate_control(port), ssl_context, is_plain, deadline)
-            if other != owner:
+            # What root's process has accepted is that of whom it has become meanwhile.
+            if other not in (owner, 0) and (ssl_context is not None or server_owner(sock) != other):
                 control.close()
                 raise PermissionError(errno.EACCES, "the control port is another user's than the "
                                       "REPL port, so nothing was sent there")
