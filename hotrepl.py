@@ -9010,7 +9010,7 @@ class Door:
         names.update(value for kind, value in shown.get("subjectAltName", ()))
         if self.allow_names and not names & self.allow_names:
             raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
-        if shown and CLIENT_PURPOSE not in tls.getpeercert(True):
+        if shown and CLIENT_PURPOSE not in _purposes(tls.getpeercert(True)):
             raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
 
     def ask_token(self, sock, peer, is_control, check=None, timeout_s=ADMISSION_TIMEOUT_S):
@@ -9099,7 +9099,7 @@ class Door:
             refusals, self._refusals = self._refusals, {}
         for (host, uid), (_, left_out) in refusals.items():
             if left_out:
-                self.audit("refused", peer=Peer(host or "unix socket", uid), left_out=left_out)
+                self.audit("refused", peer=Peer(host or "this machine", uid), left_out=left_out)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
@@ -9113,8 +9113,33 @@ class Door:
             audit_log.log(level, "%s %s", event, text)
 
 
-# The extended key usage clientAuth, 1.3.6.1.5.5.7.3.2, as it stands in a certificate (RFC 5280).
-CLIENT_PURPOSE = bytes.fromhex("06082b06010505070302")
+# Object identifiers as they stand in a certificate: clientAuth, 1.3.6.1.5.5.7.3.2, and extKeyUsage.
+CLIENT_PURPOSE, EXTENDED_KEY_USAGE = bytes.fromhex("2b06010505070302"), bytes.fromhex("551d25")
+
+
+def _purposes(certificate):
+    """Return what a certificate in DER may be used for, object identifiers (RFC 5280, 4.2.1.12)."""
+    (_, whole), = _der(certificate)
+    (_, signed), *_ = _der(whole)
+    for _, wrapped in [part for part in _der(signed) if part[0] == 0xA3]:     # the extensions
+        (_, extensions), = _der(wrapped)
+        for _, extension in _der(extensions):
+            (_, name), *_, (_, value) = _der(extension)
+            if name == EXTENDED_KEY_USAGE:
+                (_, purposes), = _der(value)
+                return [purpose for _, purpose in _der(purposes)]
+    return []
+
+
+def _der(data):
+    """Yield (tag, content) of the elements in `data` (X.690, 8.1)."""
+    while data:
+        tag, size, at = data[0], data[1], 2
+        if size & 0x80:           # that many bytes have the size
+            at += size & 0x7F
+            size = int.from_bytes(data[2:at], "big")
+        yield tag, data[at:at + size]
+        data = data[at + size:]
 
 
 def _checked_token(token):
@@ -9175,8 +9200,8 @@ class Peer:
 
     @property
     def who(self):
-        """What all connections of one user on one machine have in common."""
-        return self.host, self.uid
+        """What all connections of one user have in common: of this machine, or of another one."""
+        return (self.host if self.uid is None else "", self.uid)
 
     def __str__(self):
         return "%s uid %s%s%s" % (
@@ -9262,7 +9287,7 @@ def come_as_its_user(sock, address):
 def _holder(peer):
     """Return the uid of a Peer; of a TCP socket that root made root looks whose it is by now.
 
-    None: nobody who can be seen from here holds it.
+    None: nobody who can be seen from here holds it. What another user made stays that user's.
     """
     if peer.uid != 0 or not peer.inode or effective_uid() != 0:
         return peer.uid
@@ -9271,18 +9296,21 @@ def _holder(peer):
         pids = [name for name in os.listdir("/proc") if name.isdigit()]
     for pid in pids:
         with suppress(OSError):   # it has ended
-            if _has_open("/proc/%s/fd" % pid, link):
+            if _has_open("/proc/%s/task" % pid, link):
                 with open("/proc/%s/status" % pid) as status:
                     found = re.search(r"(?m)^Uid:\t(.*)", status.read()).group(1).split()
                 uids.add(0 if "0" in found else int(found[1]))
     return max(uids, default=None)
 
 
-def _has_open(folder, link):
-    for name in os.listdir(folder):
-        with suppress(OSError):   # it was closed
-            if os.readlink(os.path.join(folder, name)) == link:
-                return True
+def _has_open(tasks, link):
+    """Return whether a process has a file open; a thread may have descriptors of its own."""
+    for task in os.listdir(tasks):
+        folder = os.path.join(tasks, task, "fd")
+        for name in os.listdir(folder):
+            with suppress(OSError):   # it was closed
+                if os.readlink(os.path.join(folder, name)) == link:
+                    return True
     return False
 
 
@@ -12020,8 +12048,9 @@ class Link:
     def _receive_hello(self):
         """Return the session's number, and where the control channel is; the rest are events."""
         text, address, match, later = b"", None, None, []
+        end = self.deadline or time.monotonic() + ANSWER_LIMIT_S
         while not (match and address is not None):
-            if not select.select([self.sock], [], [], time_left_s(self.deadline))[0]:
+            if len(later) > 99 or not select.select([self.sock], [], [], time_left_s(end))[0]:
                 raise socket.timeout("timed out")
             self._receive()
             for kind, data in take_all(self.events):
@@ -12950,6 +12979,8 @@ class Execution:
         with self._signals():
             if not self._turn:    # the banner and the first prompt
                 self._pass_on_until_turn(is_shown=False)
+            if self._link.is_closed:
+                _gone("it closed the connection")
             if place:
                 self._link.ask("Place", **place)
 

@@ -11186,11 +11186,64 @@ class FalseServers(AccessCase):
             code = ("import os\n" + code).replace('print("listening"', self.DROPPED % (ATTACKER, ATTACKER) + 'print("listening"')
             false_server = self.as_user(0, json.dumps(["127.0.0.1", port]), "token: ", code=code)
             false_server.until("listening\n")
-            code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
-            self.assertEqual((code, out), (1, ""))
-            self.assertIn("is uid %d's\n" % ATTACKER, said)
-            self.assertIn("the server wants its token", said)
-            self.assert_heard_nothing(false_server)
+            self.assert_is_attackers(port, false_server)
+
+    def assert_is_attackers(self, port, false_server):
+        code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("is uid %d's\n" % ATTACKER, said)
+        self.assertIn("the server wants its token", said)
+        self.assert_heard_nothing(false_server)
+
+    # Root holds a listener and does nothing with it. Another user accepts, in a thread with descriptors of its own,
+    # and not before our client has looked.
+    HIDDEN = r"""
+import array, ctypes, json, os, select, socket, sys, threading, time
+port, uid, is_roots = json.loads(sys.argv[1])
+def listen():
+    made = socket.socket()
+    made.bind(("127.0.0.1", port))
+    made.listen(8)
+    return made
+def accept():
+    ctypes.CDLL(None).unshare(0x400)      # CLONE_FILES
+    is_alone.set()
+    is_closed.wait()
+    print("listening", flush=True)
+    while True:
+        select.select([listener], [], [])
+        time.sleep(0.5)
+        sock, _ = listener.accept()
+        sock.sendall(b"token: ")
+        print("visited", flush=True)
+        for data in iter(lambda: sock.recv(999), b""):
+            print("GOT %r" % data, flush=True)
+listener = listen() if is_roots else None
+here, there = socket.socketpair()
+if os.fork():
+    there.close()
+    kept = here.recvmsg(1, 99)
+    here.recv(1)
+else:
+    here.close()
+    os.setgroups([]); os.setgid(uid); os.setuid(uid)
+    listener = listener or listen()
+    there.sendmsg([b"!"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener.fileno()]))])
+    is_alone, is_closed = threading.Event(), threading.Event()
+    threading.Thread(target=accept).start()
+    is_alone.wait()
+    os.close(listener.fileno())
+    is_closed.set()
+    there.recv(1)     # until the other one is killed
+    os._exit(0)
+"""
+
+    def test_root_is_told_of_a_listener_that_only_root_seems_to_hold(self):
+        for is_roots in (False, True):
+            port = free_port()
+            false_server = self.as_user(0, json.dumps([port, ATTACKER, is_roots]), code=self.HIDDEN)
+            false_server.until("listening\n")
+            self.assert_is_attackers(port, false_server)
 
     def test_root_visits_a_server_that_was_roots_and_became_another_users(self):
         server = self.server(uid=0, then=self.DROPPED % (OWNER, OWNER) + "print('dropped', flush=True)\ninput()")
@@ -11406,7 +11459,9 @@ class OddReplies(AccessCase):
                     for name in re.findall(rb'"command": "(\w+)"', data):
                         said = reply if name.decode() == command else self.OK
                         requests.sendall(said if isinstance(said, bytes) else message(json.dumps(said).encode()))
-                        if name == b"TurnMarks":
+                        if name == b"TurnMarks" and command == "Close":
+                            sock.shutdown(socket.SHUT_RDWR)
+                        elif name == b"TurnMarks":
                             sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
                         if name == b"Outcome":
                             return
@@ -11450,6 +11505,27 @@ class OddReplies(AccessCase):
         for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
             with self.subTest(repr(hello[:50])):
                 self.assert_one_line(self.visitor("", {}, hello))
+
+    def test_one_that_goes_before_its_first_prompt_is_one_line(self):
+        self.assert_one_line(self.visitor("Close", {}))
+
+    @once("slow")
+    def test_one_that_talks_without_end_before_its_first_line_is_one_line(self):
+        for piece, pause_s in ((b"\xff\xfanlines\xff\xf0" * 99, 0), (b"\xff\xf9", 0), (b"R", 2.0)):
+            listener = self.keep(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(1)
+
+            def talk():
+                with listener.accept()[0] as sock, contextlib.suppress(OSError):
+                    while True:
+                        sock.sendall(piece)
+                        time.sleep(pause_s)
+            self.spawn(talk)
+            with self.subTest(piece[:9]):
+                self.assert_one_line(self.keep(Program(python_command(
+                    SOURCE_PATH, "exec", "127.0.0.1:%d" % listener.getsockname()[1], "-c", "6*7"),
+                    stdin=subprocess.DEVNULL)))
 
     def test_a_control_port_that_none_can_be_is_one_line(self):
         for place in (65536, 99999):
@@ -12123,8 +12199,9 @@ class Encryption(AccessCase):
         return self.executed(server, "--cafile", self.server_files, "--cert", path)
 
     def test_a_certificate_that_is_not_for_clients_is_none(self):
-        for purpose in ("serverAuth", ""):
-            path = self.certificate(self.folder(), "alice" + purpose, "DNS:localhost", purpose)
+        # The last one names that purpose elsewhere.
+        for purpose, more in ("serverAuth", ""), ("", ""), ("", "\n1.2.3.4 = DER:06:08:2B:06:01:05:05:07:03:02"):
+            path = self.certificate(self.folder(), "alice" + purpose, "DNS:localhost" + more, purpose)
             self.assertEqual(self.with_certificate(path)[:2], [1, ""])
             self.expect_warning("refused", "TLS handshake failed" if purpose else "is not for clients")
 
@@ -13503,6 +13580,14 @@ class Audit(AccessCase):
         lines = self.refusals()
         self.assertEqual(len(lines), 3 + hotrepl.PEERS_REMEMBERED)
         self.assertEqual(lines[-2], "refused peer='10.0.0.1 uid unknown' left_out=2")
+
+    def test_a_user_of_this_machine_is_one_peer_from_whatever_address(self):
+        hotrepl.REFUSALS_PER_S, door = 0.001, hotrepl.Door()
+        for at in range(9):
+            door.refuse(hotrepl.Peer("127.0.0.%d:5" % at, 1600), "some reason")
+        door.write_left_out()
+        self.assertEqual(len(self.refusals()), 2)
+        self.assertEqual(self.refusals()[-1], "refused peer='this machine uid 1600' left_out=8")
 
     def refusals(self):
         return [each for each in self.records if each.startswith("refused")]
