@@ -8994,7 +8994,9 @@ class Debuggers(Case):
 
     def test_stepping_past_the_end_of_an_input_of_any_kind_ends_at_the_prompt(self):
         self.client.block(self.STOP)
-        inputs = ["stop(1)", "x = stop(1)", "x = stop(1); y = 2", "stop(1) / 0", "[stop(n) for n in (1,)]"]
+        inputs = ["stop(1)", "x = stop(1)", "x = stop(1); y = 2", "stop(1) / 0"]
+        if sys.version_info[:2] != (3, 12):       # which warns of any traced comprehension outside functions
+            inputs.append("[stop(n) for n in (1,)]")
         for source in inputs:
             for command in ("next", "step", "return"):
                 with self.subTest(source=source, command=command):
