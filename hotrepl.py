@@ -9258,9 +9258,10 @@ def server_owner(sock):
 
 def _holder_by_now(peer):
     """See _holder; a socket that is accepted just now has an owner before a process has it."""
-    for _ in range(20):
+    end = time.monotonic() + 0.2
+    for tries in range(20):       # few, where there are many processes to look at
         uid = _holder(peer)
-        if uid is not None or not peer.inode:
+        if uid is not None or not peer.inode or tries and time.monotonic() > end:
             break
         time.sleep(0.01)
     return uid
@@ -12917,6 +12918,7 @@ class Execution:
     """
 
     GRACE_S = 2.0
+    LONGEST_S = 1e9               # select() takes not much more
 
     def __init__(self, server, label=""):
         self._server = server
@@ -12943,6 +12945,7 @@ class Execution:
         command, where the code stands in a module's file.
         """
         self._output, outcome, code = output, {}, 1
+        timeout_s = timeout_s and min(timeout_s, self.LONGEST_S)
         self._is_late = self._is_interrupted = False
         self._deadline = None
         try:
@@ -13411,7 +13414,7 @@ def _dial(address, ssl_context=None, is_plain=False, deadline=None):
     try:
         owner = _check_owner(sock, where, ssl_context is not None or is_plain)
         if ssl_context is not None:
-            sock = _encrypted(sock, ssl_context, where, time_left_s(deadline))
+            sock = _encrypted(sock, ssl_context, where, deadline)
         sock.settimeout(time_left_s(deadline))    # a stopped process answers nothing at all
         return sock, owner
     except BaseException:
@@ -13431,7 +13434,11 @@ def _connect_to(address, deadline):
             (DEFAULT_BIND, "::1") if name == b"localhost" else (name,))
             for each in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
     for family, place in found:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock = socket.socket(family, socket.SOCK_STREAM)
+        except OSError as exc:    # this system has no IPv6, say
+            error = exc
+            continue
         try:
             if family != socket.AF_UNIX:
                 come_as_its_user(sock, place)
@@ -13467,14 +13474,16 @@ def _check_owner(sock, where, is_vouched):
     return owner
 
 
-def _encrypted(sock, ssl_context, where, limit_s):
+def _encrypted(sock, ssl_context, where, deadline):
     """Return a plain socket that talks through TLS over `sock`; a thread carries the bytes."""
     name = "localhost" if where.startswith("unix:") else where.partition(" ")[0]
     try:
-        sock.settimeout(limit_s)
+        sock.settimeout(time_left_s(deadline))
         tls = ssl_context.wrap_socket(sock, server_hostname=name)
     except (OSError, ValueError) as exc:      # ssl.SSLError is an OSError
         sock.close()
+        if deadline is not None and isinstance(exc, socket.timeout):
+            raise
         raise ConnectionError(errno.EPROTO, "no TLS with %s: %s; the server must have an "
                               "ssl_context, and --cafile must name who signed its certificate"
                               % (where, exc)) from exc
@@ -13641,7 +13650,8 @@ class _History:
     def __init__(self, readline):
         self._readline = readline
         path = os.path.expanduser(os.environ.get("HOTREPL_HISTORY", "~/.hotrepl_history"))
-        self._path = "" if path.startswith("~") else path     # nobody knows our home
+        # "~": nobody knows our home.
+        self._path = "" if path.startswith("~") or path == os.devnull else path
         self._last = ""           # the entry of this session that was added last
         self._error = None        # why one could not be saved
         self._is_ours = hasattr(readline, "set_auto_history")     # else input() adds each line
@@ -13690,7 +13700,8 @@ class _History:
     def _open(self, flags, mode):
         descriptor = open_own(self._path, flags)
         if os.name == "posix":    # an older one, or a copy
-            os.fchmod(descriptor, 0o600)
+            with suppress(OSError):       # a disk without modes, or to read only
+                os.fchmod(descriptor, 0o600)
         return open(descriptor, mode, encoding="utf-8")
 
     def _read(self):

@@ -12652,6 +12652,11 @@ class PeerOverTcp(AccessParts):
             with self.assertRaises(OSError):
                 hotrepl.server_owner(client)
 
+    def test_whose_server_it_is_is_not_looked_for_again_and_again_where_that_takes_long(self):
+        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer: time.sleep(0.3)) as look:
+            self.assertIsNone(hotrepl._holder_by_now(hotrepl.Peer("127.0.0.1:1", 0, inode=5)))
+        self.assertEqual(look.call_count, 2)
+
     def test_listener_on_the_peers_port_is_not_the_peer(self):
         listener, other = self.listen().getsockname(), self.listen().getsockname()
         self.assertIsNone(hotrepl.owner_by_netlink(listener, other))
@@ -13338,7 +13343,36 @@ class FirstLine(AccessParts):
 
 
 @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "this system has no unix sockets")
+class ClientSockets(AccessParts):
+    def test_an_address_of_a_family_that_is_missing_here_is_passed_over(self):
+        address = self.listen().getsockname()
+        found = [(family, socket.SOCK_STREAM, 0, "", address) for family in (254, socket.AF_INET)]
+        with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found):
+            sock = self.keep(hotrepl._connect_to(("both", address[1]), None))
+        self.assertEqual(sock.getpeername(), address)
+        with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found[:1]):
+            self.assertRaises(OSError, hotrepl._connect_to, ("both", address[1]), None)
+
+    def test_a_tls_handshake_too_is_over_in_time(self):
+        import ssl
+        address, context = self.listen().getsockname(), ssl.create_default_context()
+        with self.assertRaises(socket.timeout):
+            hotrepl._dial(address, context, deadline=time.monotonic() + 0.2)
+
+
 class PrivateFiles(AccessParts):
+    @unittest.skipUnless(hasattr(os, "fchmod"), "needs modes")
+    def test_a_history_stays_where_its_mode_can_not_be_set(self):
+        path = os.path.join(self.temporary(), "history")
+        with unittest.mock.patch.dict(os.environ, HOTREPL_HISTORY=path):
+            with unittest.mock.patch.object(os, "fchmod", side_effect=OSError(30, "read-only")):
+                for expected in ([], [unittest.mock.call("40 + 2")]):
+                    readline = unittest.mock.Mock()
+                    history = hotrepl._History(readline)
+                    self.assertEqual(readline.add_history.mock_calls, expected)
+                    history.add("40 + 2", False)
+                    self.assertIsNone(history._error)
+
     def test_runtime_folder_is_in_the_session_folder(self):
         base = self.temporary()
         with unittest.mock.patch.dict(os.environ, XDG_RUNTIME_DIR=base):
@@ -16705,10 +16739,14 @@ class Histories(Case):
         with open(self.path) as file:
             self.assertEqual([json.loads(line) for line in file][1:], ["40 + 2", "del sys.ps1"])
 
-    def test_an_empty_name_means_none(self):
+    def test_an_empty_name_means_none_and_so_does_that_of_nothing(self):
         home = self.folder().path
         self.visit(("40 + 2", "\n42"), HOTREPL_HISTORY="", HOME=home)
         self.assertNotIn(".hotrepl_history", os.listdir(home))
+        terminal = self.served.terminal(HOTREPL_HISTORY=os.devnull)
+        terminal.ask("40 + 2", "\n42")
+        terminal.press("^D")
+        self.assertNotIn("history", terminal.end()[1])
 
     def test_answers_are_not_kept(self):
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
@@ -17997,7 +18035,8 @@ class ExecStream(Case):
         program = self.begin()
         found, code = self.ask(program, {"code": "while True: pass", "timeout": 0.2})
         self.assertEqual((found[-1]["exception"]["type"], code), ("KeyboardInterrupt", 124))
-        self.assertEqual(self.ask(program, {"code": "6*7", "timeout": 20}), ([{"value": "42"}], 0))
+        for seconds in 20, 1e300:
+            self.assertEqual(self.ask(program, {"code": "6*7", "timeout": seconds}), ([{"value": "42"}], 0))
 
     def test_a_request_may_stand_in_a_module(self):
         program = self.begin()
