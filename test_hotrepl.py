@@ -20313,7 +20313,7 @@ class Readme(unittest.TestCase):
 
     def test_the_newest_change_is_this_version(self):
         changes = self.text.split("\n## Changes\n")[1]
-        self.assertEqual(re.search(r"(?m)^### (\S+)", changes).group(1), hotrepl.__version__)
+        self.assertEqual(re.search(r"(?m)^### ([\w.]+)", changes).group(1), hotrepl.__version__)
 
     def test_every_name_at_the_prompt_is_in_its_table(self):
         section = self.text.split("\n## At the prompt\n")[1].split("\n## ")[0]
