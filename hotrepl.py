@@ -4292,7 +4292,8 @@ class _Evidence:
         """Note the names of the module that no statement of the file binds."""
         is_clear = "*" not in names and _INDIRECT.isdisjoint(self.source.code.co_names)
         for name, value in list(self.space.items()):
-            if name in names or name.startswith("__") or _is(value, types.ModuleType):
+            if name in names or not _is(name, str) or name.startswith("__") or (
+                    _is(value, types.ModuleType)):
                 continue
             if _has_console_code(value):
                 self._tell(name)
@@ -4318,8 +4319,11 @@ def _bases_fit(node, space, cls):
             bases.append(names.get(each.attr))
         else:
             bases.append(space.get(getattr(each, "id", None)))
-    live = [each for each in cls.__bases__ if each.__module__ != "typing"]
-    return (bases or [object]) == (live or [object]) or not all(_is(each, type) for each in bases)
+    if not all(_is(each, type) for each in bases):
+        return True
+    said, live = [[id(each) for each in some if each is not object and each.__module__ != "typing"]
+                  for some in (bases, cls.__bases__)]
+    return said == live
 
 
 def _literals(node):
@@ -4863,6 +4867,8 @@ class _Apply:
         """Give the old function what changed in its head; no decorator is called."""
         raw = self._raw(scope, pair)
         self.snapshot(scope.edit, pair.new)
+        if raw is not None and raw.__closure__:     # a cell may get a new type parameter
+            self._learn()
         new = raw and self._evaluate(scope, pair, raw)
         if new is None or new.__code__.co_freevars != raw.__code__.co_freevars:
             self._run(scope, pair)
@@ -5313,6 +5319,8 @@ class _Apply:
                 old.__code__.co_freevars != new.__code__.co_freevars):
             return self.forward(old, new)
         self.stands_for(old, new)       # first: what it wraps, or its cells, may hold it again
+        if "registry" in vars(old) and "registry" in vars(new):
+            self._keep_registered(new, dict(old.registry))
         attributes = {name: self.fold(vars(old).get(name, _MISSING), value)
                       for name, value in vars(new).items()}
         if old.__globals__ is new.__globals__ and (
@@ -5339,6 +5347,15 @@ class _Apply:
             self.put(_attribute(old, "__dict__"), attributes)
         self._put_code(old, state, is_changed=_behaviour(old.__code__) != _behaviour(state[0]))
         return old
+
+    def _keep_registered(self, new, registry):
+        """singledispatch: implementations that other modules registered go on counting."""
+        def register():
+            for cls, function in registry.items():
+                space = getattr(function, "__globals__", None)
+                if cls not in new.registry and not any(space is edit.space for edit in self.edits):
+                    new.register(cls, function)
+        self.afterwards.append(register)
 
     def forward(self, old, new):
         """Let an old function call what the name is now: a callable of another kind."""
@@ -5447,8 +5464,9 @@ class _Apply:
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
         combinations = list(_combinations(old, new))
         olds = dict(old._member_map_)
-        if [(name, each._value_) for name, each in olds.items()] != [
-                (name, each._value_) for name, each in new._member_map_.items()]:
+        if list(olds) != list(new._member_map_) or any(
+                type(each._value_) in _PLAIN_TYPES + (bool, tuple) and not _is_plain_equal(
+                    each._value_, new._member_map_[name]._value_) for name, each in olds.items()):
             self.refielded[id(old)] = old
         for kept, member in combinations:
             olds.setdefault(member._name_, kept)  # A | B gets a name
@@ -5529,11 +5547,16 @@ class _Apply:
         self.afterwards.append(old.cache_clear)
         if type(new) is types.FunctionType:
             return self.fold(old.__wrapped__, new)      # which is cached no more
-        self.fold(old.__wrapped__, new.__wrapped__)
+        if self.fold(old.__wrapped__, new.__wrapped__) is not old.__wrapped__:
+            return new
         if old.cache_info().maxsize != new.cache_info().maxsize:
             self.stuck[old.__qualname__,
                        "whoever holds the lru_cache object keeps its maxsize"] += 1
-        return new
+            return new
+        self.put(_attribute(old, "__dict__"), {
+            key: self.current(value) for key, value in vars(new).items()})
+        self.stands_for(old, new)
+        return old
 
     def fold_instance(self, old, new):
         """What a decorator that is a class has made of a function."""
@@ -6013,7 +6036,7 @@ class _ClassSpace(dict):
     def __missing__(self, name):
         if name in ("__annotations__", "__name__", "__annotate_func__", "__module__"):
             raise KeyError(name)
-        return vars(self._cls)[name]
+        return vars(self._cls)[_mangled(name, self._cls.__name__)]    # decorators come unmangled
 
 
 def _put_on_class(apply, cls, name, value):
@@ -6621,7 +6644,7 @@ class _Registrations:
     def _folded_entry(self, old, new):
         """The old object of an entry goes on, with the content of the new one."""
         if old is new or not _is_plain_instance(old) or not _is_plain_instance(new) or (
-                _is(new, tuple) or _container_kind(new)):
+                _is(new, tuple) or _container_kind(new) or type(new) is _LRU_CACHE):
             return new
         olds, news = type(old), type(new)
         if olds is not news:            # each has its own class, such as Celery's tasks
@@ -7275,7 +7298,8 @@ def _evaluated_nodes(node, is_lazy):
 
 def _mentions_at_import(text, names):
     """Tell fast, without parsing it, whether a text may use some names outside of functions."""
-    words = re.compile(rb"\b(?:%s)\b" % b"|".join(map(str.encode, names)))
+    words = re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % b"|".join(
+        re.escape(name).encode() for name in names if _is(name, str)))
     indent, depth = None, 0     # of the function whose body is skipped; of the brackets of its head
     for line in text.splitlines() if words.search(text) else ():
         rest = line.lstrip()
@@ -7293,9 +7317,10 @@ def _mentions_at_import(text, names):
 
 
 def _names_at_import(code):
-    """Return the names that code uses, with the bodies of classes in it, not of functions."""
+    """Return the names that code uses, with classes and comprehensions in it, not functions."""
     return set(code.co_names).union(*[_names_at_import(each) for each in _nested_codes(code)
-                                      if not each.co_flags & 1])
+                                      if not each.co_flags & 1 or (
+                                          each.co_name.endswith(("comp>", "<genexpr>")))])
 
 
 # --- History, patch and hooks ---
@@ -8011,9 +8036,9 @@ def _type_params(space, path):
     """Return {name: type parameter} (PEP 695) that the body of a class finds: its own, and those
     of the classes around it. `path` is the class's, in the module with these names.
     """
-    found = {}
+    found, outer = {}, None
     for name in path:
-        space = vars(space[name])
+        space, outer = vars(space[_mangled(name, outer)]), name
         found.update((each.__name__, each) for each in space.get("__type_params__", ()))
     return found
 

@@ -3258,6 +3258,24 @@ class OnlyWhatChangedRuns(Workspace):
             """)
         self.assertEqual(output, "['X'] 2\n")
 
+    def test_readers_elsewhere_are_named_in_comprehensions_and_whatever_the_letters(self):
+        self.load("RATE = 1\ndef f(): return 1\n")
+        self.load("""
+            import m
+            from m import f
+            globals().update({"a(b": f, 1: f})
+            L = [m.RATE * i for i in range(3)]
+            S = sum(m.RATE for i in range(3))
+            F = lambda: [m.RATE]
+            Y = f()
+            """, "n")
+        report = self.again("RATE = 2\ndef f(): return 2\n")
+        self.assertEqual(report.not_run_again, [
+            "L = [m.RATE * i for i in range(3)] (RATE changed)",
+            "S = sum(m.RATE for i in range(3)) (RATE changed)",
+            "Y = f() (f changed)"])
+        self.assertTrue(hotrepl._mentions_at_import("x = \u00e9".encode(), {"\u00e9"}))
+
     def test_constant_imported_elsewhere_with_a_star_follows(self):
         output = self.run_script("""
             import hotrepl
@@ -3433,6 +3451,7 @@ class OnlyWhatChangedRuns(Workspace):
                 ("A", "B", True), ("A", "A, B", True), ("A", "", True), ("", "A", True), ("", "abc.ABC", True),
                 ("abc.ABC", "A", True), ("A, B", "A, B", False), ("abc.ABC", "abc.ABC", False), ("", "", False),
                 ("object", "", False), ("typing.Generic[T]", "typing.Generic[T]", False),
+                ("typing.IO", "typing.IO", False), ("A, typing.BinaryIO", "A, typing.BinaryIO", False),
                 ("A, typing.Generic[T]", "A, typing.Generic[T]", False),
                 ("A, metaclass=abc.ABCMeta", "A, metaclass=abc.ABCMeta", False),
                 ("collections.namedtuple('P', 'x y')", "collections.namedtuple('P', 'x y')", False))):
@@ -3687,6 +3706,11 @@ class NewSyntaxReloaded(Workspace):
         self.assertEqual(m.C.m.__annotations__["y"], m.C.__type_params__[1])
         self.assertEqual(m.C.__annotations__, {"y": list[m.C.__type_params__[1]]})
         self.assertEqual(m.C[int, str].__args__, (int, str))
+
+    def test_a_function_that_uses_its_type_parameters_gets_a_default(self):
+        self.check("def f[T](x=@@): return T, x\nclass C:\n    def m[T](self, x=@@): return T, x\n",
+                   lambda m: (m.f() == (*m.f.__type_params__, m.f.__defaults__[0]), m.C().m()[1]),
+                   (True, 1), (True, 2), (3, 12))
 
     def test_a_changed_default_of_a_type_parameter(self):
         self.check("def f[T = tuple[int, @@]](x: T): pass\n",
@@ -4114,6 +4138,31 @@ class IdentityIsKept(Workspace):
         self.assertEqual((held(0), m.f(0)), (2, 2))
         self.assertIs(m.f, held)
 
+    def test_lru_cache_that_is_made_anew_stays_the_one_that_is_held(self):
+        m, change = self.change("import functools\n@functools.lru_cache()\ndef f(x=0): return @@\n",
+                                everything=True)
+        held = m.f
+        change()
+        self.assertEqual((held(), m.f()), (2, 2))
+        self.assertIs(m.f, held)
+        self.again("import functools\n@functools.lru_cache()\ndef f(x=3): return x\n")
+        self.assertEqual((held(), m.f()), (3, 3))
+
+    def test_registered_lru_cache_forgets_its_results(self):
+        m, change = self.change("""
+            import functools
+            R = []
+            def register(f):
+                R.append(f)
+                return f
+            @register
+            @functools.lru_cache()
+            def f(x=@@): return x
+            """)
+        self.assertEqual(m.f(), 1)
+        change()
+        self.assertEqual((m.f(), [f() for f in m.R]), (2, [2]))
+
     def test_contextmanager_sees_new_code(self):
         m, change = self.change("import contextlib\n@contextlib.contextmanager\n"
                                 "def f():\n    yield @@\n")
@@ -4173,6 +4222,13 @@ class IdentityIsKept(Workspace):
 
     def test_singledispatch_keeps_implementations_from_elsewhere(self):
         m, change = self.change("import functools\n@functools.singledispatch\ndef f(x): return @@\n")
+        m.f.register(bytes)(lambda x: "bytes")
+        change()
+        self.assertEqual((m.f(0), m.f(b"")), (2, "bytes"))
+
+    def test_singledispatch_that_is_made_anew_keeps_implementations_from_elsewhere(self):
+        m, change = self.change("import functools\n@functools.singledispatch\ndef f(x): return @@\n",
+                                everything=True)
         m.f.register(bytes)(lambda x: "bytes")
         change()
         self.assertEqual((m.f(0), m.f(b"")), (2, "bytes"))
@@ -4616,6 +4672,35 @@ class IdentityIsKept(Workspace):
         n, cls = m.C.N(), m.C.N
         change()
         self.assertEqual((n.m(), m.C.N is cls), (2, True))
+
+    def test_private_nested_class_and_private_decorator_follow(self):
+        m, change = self.change("""
+            class C:
+                def __deco(f): return f
+                class __N:
+                    @staticmethod
+                    def m(x=@@): return x
+                @__deco
+                def get(self, x=@@): return self.__N.m(), x
+            """)
+        held = m.C()
+        change()
+        self.assertEqual(held.get(), (2, 2))
+
+    def test_enum_whose_values_cannot_be_compared_changes(self):
+        m, change = self.change("""
+            import enum
+            class Bad:
+                def __bool__(self): raise ValueError("ambiguous")
+            class V:
+                def __init__(self, n): self.n = n
+                def __eq__(self, other): return Bad()
+            class E(enum.Enum):
+                A = V(@@)
+            """)
+        held = m.E.A
+        change()
+        self.assertEqual((held.value.n, m.E.A is held), (2, True))
 
     def test_metaclass_attribute_changes(self):
         m, change = self.change("class M(type):\n    tag = @@\n    def hello(cls): return @@\n"
