@@ -12592,6 +12592,7 @@ class Terminal:
         """Show a block that fills the screen again: readline leaves out the lines in its middle."""
         import shutil
         columns, lines = shutil.get_terminal_size()
+        columns = columns or 80   # 3.6 has 0 where the terminal was told no size
         if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
             self.write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
 
@@ -12704,8 +12705,11 @@ class Terminal:
 
     def _next_key(self):
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
-        if _read_without_waiting():   # the line begins
-            self._ahead = len(self._typed) + _count_typed()
+        try:
+            if _read_without_waiting():   # the line begins
+                self._ahead = len(self._typed) + _count_typed()
+        except Exception:         # termios.error: the terminal is gone; readline is C
+            self._ending = EOFError()
         key = self._next_bytes(1)
         if key == b"\0" and self._ahead > 0:      # Linux makes that of it in the other mode
             key = CTRL_D

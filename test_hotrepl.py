@@ -16845,6 +16845,23 @@ class Histories(Case):
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
+class OddTerminals(Case):
+    def test_one_that_is_gone_ends_the_line(self):
+        import termios
+        terminal = hotrepl.Terminal(unittest.mock.Mock())
+        with unittest.mock.patch.object(hotrepl, "_read_without_waiting", side_effect=termios.error(5, "gone")):
+            self.assertEqual(terminal._next_key(), b"")
+        self.assertIsInstance(terminal._ending, EOFError)
+
+    def test_one_that_knows_no_size_shows_what_was_typed_as_any_does(self):
+        terminal = hotrepl.Terminal(unittest.mock.Mock())
+        with unittest.mock.patch.object(shutil, "get_terminal_size", return_value=os.terminal_size((0, 0))):
+            with unittest.mock.patch.object(terminal, "write") as write:
+                terminal._show_tall(">>> x\n" * 100)
+        write.assert_not_called()
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
 class Leaving(Case):
     def test_ctrl_d_leaves_with_0(self):
         served = self.serve()
