@@ -4416,6 +4416,10 @@ class _Journal:
                 functools.partial(_content, container),
                 functools.partial(_restore_container, container))
 
+    def keeps(self, container):
+        """Tell whether undo puts back what a container held before."""
+        return id(container) in self._kept
+
     def _keep(self, read, restore, key=None):
         """Have undo call `restore` with what is read now and, once sealed, what is read then."""
         before, after = read(), []
@@ -4578,6 +4582,7 @@ class _Apply:
         self.readers = _Readers(self)   # what was made of what changed
         self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
+        self.recalled = {}              # id -> class whose call is another: only functions copy it
 
     def patch(self, old, new):
         """Fold `new` into `old`; both go on living."""
@@ -4880,8 +4885,9 @@ class _Apply:
         self._clear_caches(raw, scope.prefix + pair.new.node.name)
         if pair.old is not None and _signature_key(pair.old.node) != _signature_key(pair.new.node):
             is_call = scope.cls is not None and pair.new.node.name in ("__init__", "__call__")
-            for each in [raw, scope.cls] if is_call else [raw]:
-                self.refielded[id(each)] = each     # such as a dependency of FastAPI's handlers
+            self.refielded[id(raw)] = raw       # such as a dependency of FastAPI's handlers
+            if is_call:
+                self.recalled[id(scope.cls)] = scope.cls
 
     def _evaluate(self, scope, pair, raw):
         """Make the function of a `def` anew, without decorators, with the defaults that stay."""
@@ -5101,7 +5107,7 @@ class _Apply:
             return self._are_refielded(_values_of(
                 edit.space, names.reads - names.calls - _Names(bare).reads))
         return _is(value, type) and self._are_refielded(
-            _values_of(edit.space, names.reads) + list(value.__mro__[1:]))
+            _values_of(edit.space, names.reads) + list(value.__mro__[1:]), is_called=False)
 
     def _copies_fields(self, edit, statement):
         """Tell whether a definition copies what it reads, as it is decorated or has fields."""
@@ -5110,9 +5116,10 @@ class _Apply:
                 each.has_fields and each.fits(edit.space[statement.node.name])
                 for each in _CLASS_KINDS))
 
-    def _are_refielded(self, values):
-        """Tell whether one of some values, or a base of it, is among `refielded`."""
-        return any(id(each) in self.refielded for value in values
+    def _are_refielded(self, values, is_called=True):
+        """Tell whether one of some values, or a base of it, is among `refielded`, or `recalled`."""
+        return any(id(each) in self.refielded or is_called and id(each) in self.recalled
+                   for value in values
                    for each in (value.__mro__ if _is(value, type) else (value,)))
 
     # Statements that run. They run beside the module, and what they bind is settled afterwards:
@@ -7934,7 +7941,8 @@ def _redirect_holder(journal, holder, moves):
         before = _content(holder)
         after = _redirected(before, moves)
         _restore_container(holder, after)
-        journal.on_undo(functools.partial(_restore_container, holder, before, after))
+        if not journal.keeps(holder):       # else what came and went meanwhile would come back
+            journal.on_undo(functools.partial(_restore_container, holder, before, after))
 
 
 def _redirected(content, moves):

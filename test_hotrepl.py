@@ -4673,6 +4673,16 @@ class IdentityIsKept(Workspace):
         change()
         self.assertEqual((n.m(), m.C.N is cls), (2, True))
 
+    def test_undo_of_a_namesake_that_is_gone_leaves_nothing_in_a_registry(self):
+        text = "R = []\ndef register(f):\n    R.append(f)\n    return f\n" \
+               "@register\ndef f(): return 1\n%s"
+        m = self.load(text % "@register\ndef f(): return 2\n")
+        held = list(m.R)
+        self.again(text % "")
+        self.assertEqual((m.R, m.f()), (held[:1], 1))
+        undo()
+        self.assertEqual((m.R, m.f, [f() for f in m.R]), (held, held[1], [1, 2]))
+
     def test_private_nested_class_and_private_decorator_follow(self):
         m, change = self.change("""
             class C:
@@ -5346,6 +5356,13 @@ class Stale(Workspace):
                             "    x: int\n    y: int\n    z: InitVar[int]\n")
         self.assertStale(report, "P", "'y', which has no default", 2)
         self.assertEqual((len(report.stale), held[0].x, m.P(1, 2, 3).y), (1, 1, 2))
+
+    @unittest.skipIf(sys.version_info < (3, 7), "dataclasses came with 3.7")
+    def test_dataclass_that_has_an_object_whose_constructor_changed_does_not_run_again(self):
+        text = "import dataclasses\nRUNS = []\nclass Item:\n    def __init__(self, %s): pass\n" \
+               "@dataclasses.dataclass\nclass D:\n    item: Item = None\n    RUNS.append(1)\n"
+        m = self.load(text % "n=1")
+        self.assertEqual((self.again(text % "n=1, m=2").followed, m.RUNS), ([], [1]))
 
     @unittest.skipIf(sys.version_info < (3, 7), "dataclasses came with 3.7")
     def test_dataclass_elsewhere_whose_base_has_a_new_field_follows(self):
