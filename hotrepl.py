@@ -12685,6 +12685,8 @@ class Terminal:
         import getpass
         if self._ending is not None:
             raise self._ending
+        if sys.stdin is None:     # it was closed before we began
+            raise EOFError
         return getpass.getpass(prompt) if self._is_secret else input(_hide_escapes(prompt))
 
     def _next_bytes(self, count, misses=5):

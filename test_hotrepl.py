@@ -16870,6 +16870,13 @@ class OddTerminals(Case):
             self.assertEqual(terminal._next_key(), b"")
         self.assertIsInstance(terminal._ending, EOFError)
 
+    def test_none_at_all_is_the_end_of_what_is_typed(self):
+        served = self.serve()
+        program = self.keep(Program(["sh", "-c", 'exec "$@" <&-', "sh"] + python_command(
+            SOURCE_PATH, "connect", "%s:%d" % served.server.address)))
+        code, _, err = program.end()
+        self.assertEqual((code, err), (0, ""))
+
     def test_one_that_knows_no_size_shows_what_was_typed_as_any_does(self):
         terminal = hotrepl.Terminal(unittest.mock.Mock())
         with unittest.mock.patch.object(shutil, "get_terminal_size", return_value=os.terminal_size((0, 0))):
