@@ -8056,7 +8056,8 @@ def _run_body(code, space, cls, params):
 
     Return {name: value} of what it defines.
     """
-    known, found = dict(params, **{".type_params": ()}), _ClassSpace(cls)
+    known, found = {_mangled(name, cls.__name__): params[name] for name in params}, _ClassSpace(cls)
+    known[".type_params"] = ()
     cells = tuple(types.CellType(known[name]) for name in code.co_freevars)     # novm
     exec(code, space, found, **({"closure": cells} if cells else {}))
     for name, value in ("__classcell__", cls), ("__classdictcell__", vars(cls)):

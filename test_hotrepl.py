@@ -3712,6 +3712,10 @@ class NewSyntaxReloaded(Workspace):
                    lambda m: (m.f() == (*m.f.__type_params__, m.f.__defaults__[0]), m.C().m()[1]),
                    (True, 1), (True, 2), (3, 12))
 
+    def test_a_class_with_a_private_type_parameter(self):
+        self.check("class C[__T]:\n    def m(self, x=@@): return str(__T), x\n",
+                   lambda m: m.C().m(), ("__T", 1), ("__T", 2), (3, 12))
+
     def test_a_changed_default_of_a_type_parameter(self):
         self.check("def f[T = tuple[int, @@]](x: T): pass\n",
                    lambda m: m.f.__type_params__[0].__default__.__args__[1], 1, 2, (3, 13))
