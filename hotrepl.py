@@ -9279,21 +9279,25 @@ def server_owner(sock):
     PermissionError: it is at an address of this machine, and no process that can be seen has it.
     """
     with suppress(Refused):
-        return _holder_by_now(identify(sock))
+        return _holder_by_now(sock)
     theirs = sock.getpeername()
     listener = listener_at(theirs)
     with suppress(Refused):       # accepted meanwhile, and the listener may be gone
-        return _holder_by_now(identify(sock))
+        return _holder_by_now(sock)
     if listener.uid is None:
         raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s port %d"
                               % theirs[:2])
     return _holder(listener)
 
 
-def _holder_by_now(peer):
-    """See _holder; a socket that is accepted just now has an owner before a process has it."""
+def _holder_by_now(sock):
+    """Return the _holder of the other end; Refused: it is closed by now.
+
+    What is accepted just now has an owner before a process has it.
+    """
     end = time.monotonic() + 0.2
     for tries in range(20):       # few, where there are many processes to look at
+        peer = identify(sock)
         uid = _holder(peer)
         if uid is not None or not peer.inode or tries and time.monotonic() > end:
             break

@@ -12759,9 +12759,18 @@ class PeerOverTcp(AccessParts):
                 hotrepl.server_owner(client)
 
     def test_whose_server_it_is_is_not_looked_for_again_and_again_where_that_takes_long(self):
+        client, _ = self.connect(self.listen())
         with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer: time.sleep(0.3)) as look:
-            self.assertIsNone(hotrepl._holder_by_now(hotrepl.Peer("127.0.0.1:1", 0, inode=5)))
+            self.assertIsNone(hotrepl.server_owner(client))
         self.assertEqual(look.call_count, 2)
+
+    def test_a_server_that_closes_while_it_is_looked_for_is_who_listens_there(self):
+        listener = self.listen()
+        client, served = self.connect(listener)
+        look = hotrepl._holder
+        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer: (
+                served.close() if served.fileno() != -1 else look(peer))):
+            self.assertEqual(hotrepl.server_owner(client), os.geteuid())
 
     def test_listener_on_the_peers_port_is_not_the_peer(self):
         listener, other = self.listen().getsockname(), self.listen().getsockname()
