@@ -8761,6 +8761,7 @@ class Placed:
         """Run it in its module; return the value of the last statement, if it is an expression."""
         import ast
         tree = self._compile(self._whole_source(), more_flags=ast.PyCF_ONLY_AST)
+        self._compile(tree)       # nothing runs where the compiler, not the parser, finds an error
         holder, value = tree.body[0] if self._path else tree, None
         for node in holder.body:
             holder.body, value = [node], None

@@ -10708,6 +10708,7 @@ class FromEditors(Case):
                 ("x = 1\n", {"file": "/no/such/file.py"}, "no module that is loaded here is '/no/such/file.py'"),
                 ("x = 1\n", {"module": "no.such"}, "no module that is loaded here is 'no.such'"),
                 ("    def pay(self):\n        pass\n", {"within": "Shop", "line": 5}, "no class 'Shop' in "),
+                ("new = 1\nreturn new\n", {"line": 6}, "SyntaxError"),
                 ("def step(x, y=1/0):\n    pass\n", {"line": 6}, "ZeroDivisionError")):
             with self.subTest(source=source, place=place):
                 self.assertIn(expected, self.send(source, **place))
