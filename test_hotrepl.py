@@ -18325,8 +18325,8 @@ class Finding(NotesCase):
                                    "hotrepl.main(['exec', '-c', '6*7']); print(sorted({'ast', 'queue', 'encodings.idna', "
                                    "'shutil', 'getpass', 'subprocess'} & set(sys.modules) - before))"
                                    % os.path.dirname(SOURCE_PATH)])).end()
-        # 3.14's argparse imports dataclasses, and with them ast, for its colours.
-        others = ["ast"] if sys.version_info[:2] == (3, 14) else []
+        # Argparse does: 3.14's imports dataclasses, and with them ast, for its colours.
+        others = {(3, 8): ["shutil"], (3, 14): ["ast"]}.get(sys.version_info[:2], [])
         self.assertEqual(found[:2], [0, "42\n%s\n" % others])
 
     def test_list_is_no_visitor(self):
