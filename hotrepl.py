@@ -12393,8 +12393,9 @@ class Conversation:
             self._state = "at work"       # the next press finds us on the way out
             raise Left
         self._ahead.clear()
-        self._answers.append(INTERRUPT)
-        is_answer = len(self._answers) == 1
+        press = bytearray(INTERRUPT)      # no other one is this: the next may come at any line here
+        self._answers.append(press)
+        is_answer = self._answers[0] is press
         if is_answer:
             self.link.send(INTERRUPT)
             self.link.wake()

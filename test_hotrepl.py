@@ -15785,6 +15785,34 @@ class CtrlC(Case):
             self.terminal.until(">>> ")
         self.assert_nothing_is_left()
 
+    @once("slow")
+    def test_one_that_comes_while_another_is_dealt_with_hurts_nothing(self):
+        folder = self.folder()
+        folder.write("traced.py", """
+            import os, signal, sys
+            import hotrepl
+            line, port, control_port = map(int, sys.argv[1:])
+            def trace(frame, event, arg):
+                global line
+                if frame.f_code.co_name == "on_interrupt" and "hotrepl" in frame.f_code.co_filename:
+                    line -= event == "line"
+                    if line == 0 and event == "line":
+                        os.kill(os.getpid(), signal.SIGINT)
+                    return trace
+            sys.settrace(trace)
+            hotrepl.connect("127.0.0.1", port, control_port)
+            """)
+        server = self.serve().server
+        for line in range(1, 16):     # of what the handler and its helper run
+            terminal = self.keep(folder.terminal("traced.py", str(line), str(server.address[1]),
+                                                 str(server.control_address[1]), TERM="xterm", HOTREPL_HISTORY=""))
+            terminal.until(">>> ")
+            terminal.press("^C")
+            terminal.until("KeyboardInterrupt\n")
+            terminal.until(">>> ")
+            terminal.ask("6*7", "\n42")
+            terminal.close()
+
     def assert_nothing_is_left(self):
         self.terminal.ask_when_quiet()
         self.assertIsNone(self.terminal.process.poll())
