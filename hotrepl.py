@@ -11921,6 +11921,9 @@ def _listen(bind, port, parameter):
 @contextmanager
 def _token_file(address, token):
     """Keep `token` where our client finds it, for this user alone."""
+    if lasting_uids() != {effective_uid()}:       # who reads the file would be let in
+        raise PermissionError("a token would be a file of a user that this process is by seteuid() "
+                              "only; call start() as who the process is")
     path = token_path(address)
     write_private(path, token)
     try:
@@ -13134,8 +13137,9 @@ def _ask_outcome(link):
         outcome = link.ask("Outcome").get("outcome")
         is_sound = type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
         if "exception" in outcome:
-            texts = [outcome["exception"][name] for name in ("type", "message", "traceback")]
-            is_sound = is_sound and all(isinstance(text, str) for text in texts)
+            known = {name: outcome["exception"][name] for name in ("type", "message", "traceback")}
+            is_sound = is_sound and all(isinstance(text, str) for text in known.values())
+            outcome = dict(outcome, exception=known)
     except ProtocolError as exc:
         raise ServerGone(str(exc)) from exc
     except (AttributeError, LookupError, TypeError):
@@ -13291,9 +13295,16 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
                 raise PermissionError(errno.EACCES, "the control port is another user's than the "
                                       "REPL port, so nothing was sent there")
             return control
+
+        def tokens():
+            # It asks, so it has accepted; before that it may have been another's who listened.
+            if owner is not None and ssl_context is None and server_owner(sock) != owner:
+                raise PermissionError(errno.EACCES, "the server is another user's by now, so "
+                                      "nothing was sent")
+            yield from _tokens(address, token, is_ours, is_trusted)
         try:
-            token = _show_token(sock, _tokens(address, token, is_ours, is_trusted), deadline)
-            link.meet(call_control, token is not None, streams)
+            shown = _show_token(sock, tokens(), deadline)
+            link.meet(call_control, shown is not None, streams)
         except socket.timeout as exc:
             if deadline is not None:
                 raise
@@ -13578,7 +13589,11 @@ def _tokens(address, token, is_ours, is_trusted):
     elif is_ours:
         yield from stored_tokens(address)
     while sys.stdin is not None and sys.stdin.isatty():
-        yield getpass.getpass("token: ")
+        try:
+            typed = getpass.getpass("token: ")
+        except EOFError:
+            return
+        yield typed
 
 
 def noted_servers():

@@ -11347,6 +11347,33 @@ else:
     os._exit(0)
 """
 
+    def test_who_root_is_for_a_while_gets_no_token_of_its_server(self):
+        code = "os.seteuid(%d)\ntry: hotrepl.start({}, port=0, control_port=0, token=True)\n" \
+               "except PermissionError as exc: print(exc)" % OWNER
+        out, err = self.as_user(0, code=code).end()[1:]
+        self.assertIn("by seteuid() only", out, err)
+
+    def test_root_shows_no_token_to_who_was_not_to_be_seen_when_it_connected(self):
+        port = free_port()
+        hidden = self.HIDDEN.replace("    is_alone.set()\n    is_closed.wait()\n", """\
+    one, two = socket.socketpair()
+    one.sendmsg([b"!"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener.fileno()]))])
+    os.close(listener.fileno())       # from here on it is in flight alone
+    is_alone.set()
+    is_closed.wait()
+""").replace("    while True:\n", """\
+    time.sleep(2)
+    os.dup2(array.array("i", two.recvmsg(1, 99)[1][0][2])[0], listener.fileno())
+    while True:
+""", 1)
+        self.assertEqual(hidden.count("in flight") + hidden.count("dup2"), 2)
+        false_server = self.as_user(0, json.dumps([port, ATTACKER, True]), code=hidden)
+        false_server.until("listening\n")
+        code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("is another user's by now, so nothing was sent", said)
+        self.assert_heard_nothing(false_server)
+
     def test_root_is_told_of_a_listener_that_only_root_seems_to_hold(self):
         for is_roots in (False, True):
             port = free_port()
@@ -11573,6 +11600,7 @@ class OddReplies(AccessCase):
                         elif name == b"TurnMarks":
                             sock.sendall(b"\xff\xfakprimary\xff\xf0\xff\xf9")
                         if name == b"Outcome":
+                            requests.recv(9999)       # until the client has left
                             return
                         if name == b"TurnMarks" and command == "Outcome":
                             sock.recv(9999)
@@ -11614,6 +11642,23 @@ class OddReplies(AccessCase):
         for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
             with self.subTest(repr(hello[:50])):
                 self.assert_one_line(self.visitor("", {}, hello))
+
+    def test_what_an_exception_has_besides_is_left_out(self):
+        odd = {"type": "a", "message": "b", "traceback": "c\n", "x": 5}
+        place = self.odd("Outcome", dict(self.OK, outcome={"exception": odd}))
+        words = python_command(SOURCE_PATH, "exec", "--json", place, "-c", "6*7")
+        code, out, said = self.keep(Program(words, stdin=subprocess.DEVNULL)).end()
+        del odd["x"]
+        self.assertEqual((code, list(map(json.loads, out.splitlines())), said), (1, [{"exception": odd}, {"exit": 1}], ""))
+
+    def test_end_of_file_where_the_token_is_asked_for_is_one_line(self):
+        place = self.odd("", {}, b"token: ")
+        terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", place), HOTREPL_HISTORY="", TERM="xterm"))
+        terminal.until("token: ")
+        terminal.press("^D")
+        code, said = terminal.end()
+        self.assertEqual((code, "Traceback" in said), (1, False))
+        self.assertIn("the server wants its token", said)
 
     def test_one_that_goes_before_its_first_prompt_is_one_line(self):
         self.assert_one_line(self.visitor("Close", {}))
