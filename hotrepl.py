@@ -12033,7 +12033,7 @@ ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for 
 PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
 HALF_LINE_S = 0.02                # a line whose end does not come for so long is shown
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
-PROMPT_LIMIT_BYTES = 4096         # what comes in a line longer than that is no prompt
+PROMPT_LIMIT_BYTES = 400          # more is text: readline writes past its memory at 256 rows
 UNREACHED_MS = 15000              # so long no machine takes a request (a firewall): there is none
 
 
@@ -12580,7 +12580,7 @@ class Terminal:
         A line that is long it does not stand behind.
         """
         prompt, self._held = self._held, b""
-        if self._is_line_open or len(self._line) > PROMPT_LIMIT_BYTES:
+        if self._is_line_open or len(self._line + prompt) > PROMPT_LIMIT_BYTES:
             self.end_line()
         if self._line:
             self.write(b"\r")     # it is written again

@@ -16073,6 +16073,20 @@ class LongLines(Case):
         terminal.until("xx\n>>> ")
         terminal.ask("6*7", "\n42")
 
+    def test_a_prompt_of_any_length_does_the_line_editor_no_harm(self):    # GNU readline's heap, at 256 rows
+        terminal = self.serve().terminal(columns=10)
+        terminal.type("import sys, time\n")
+        terminal.until(">>> ")
+        terminal.type("w = sys.stdout.write\n")
+        terminal.until(">>> ")
+        terminal.type("w('x' * 4090); time.sleep(.3); input('y' * 4090 + '!')\n")
+        terminal.until("!")
+        terminal.until("!")
+        terminal.type("it\n")
+        terminal.until("'it'")
+        terminal.until(">>> ")
+        terminal.ask("6*7", "\n42")
+
     @once("slow")
     def test_exec_passes_one_on_in_linear_time(self):
         served = self.serve()
