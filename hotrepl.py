@@ -12396,7 +12396,7 @@ class Conversation:
             self._state = "at work"       # the next press finds us on the way out
             raise Left
         self._ahead.clear()
-        press = bytearray(INTERRUPT)      # no other one is this: the next may come at any line here
+        press = bytes(bytearray(INTERRUPT))       # no other: the next may come at any line here
         self._answers.append(press)
         is_answer = self._answers[0] is press
         if is_answer:
