@@ -6486,8 +6486,9 @@ class _Readers:
         """Name those of some statements that used what is another now, as far as they have run."""
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
         for each in statements:
-            runs_nothing = each.is_function and not _executed_children(each.node)    # as most
-            if not runs_nothing and not each.is_main_guard and (
+            reads_nothing = each.is_function and _LITERALS.issuperset(     # as most
+                type(child).__name__ for child in _executed_children(each.node))
+            if not reads_nothing and not each.is_main_guard and (
                     each.kind not in ("Import", "ImportFrom")) and (
                     line is None or each.end < line):
                 used = self._used_at_import(each, module.space, self._values[module.name])
@@ -7282,6 +7283,7 @@ def _nests_none(function):
 _RUN_AT_ONCE = {"__init_subclass__", "__new__", "__init__", "__set_name__", "__call__",
                 "__prepare__", "__class_getitem__", "__post_init__"}
 _RUN_BELOW = {"__init_subclass__", "__class_getitem__"}
+_LITERALS = {"Constant", "Num", "Str", "Bytes", "NameConstant"}      # all but the first: 3.6, 3.7
 
 
 def _evaluated_nodes(node, is_lazy):
@@ -9346,8 +9348,10 @@ def _holder(peer):
 def _has_open(tasks, link):
     """Return whether a process has a file open; a thread may have descriptors of its own."""
     for task in os.listdir(tasks):
-        folder = os.path.join(tasks, task, "fd")
-        for name in os.listdir(folder):
+        folder, names = os.path.join(tasks, task, "fd"), []
+        with suppress(OSError):       # this thread has ended
+            names = os.listdir(folder)
+        for name in names:
             with suppress(OSError):   # it was closed
                 if os.readlink(os.path.join(folder, name)) == link:
                     return True
@@ -12093,7 +12097,9 @@ class Link:
         text, address, match, later = b"", None, None, []
         end = self.deadline or time.monotonic() + ANSWER_LIMIT_S
         while not (match and address is not None):
-            if len(later) > 99 or not select.select([self.sock], [], [], time_left_s(end))[0]:
+            if len(later) > 99:
+                _gone("it marks turns and sends no first line")
+            if not select.select([self.sock], [], [], time_left_s(end))[0]:
                 raise socket.timeout("timed out")
             self._receive()
             for kind, data in take_all(self.events):
@@ -13812,12 +13818,15 @@ def main(argv=None):
         return 2
 
 
+def _help_width():
+    """To find that out itself argparse imports shutil, and that bz2, lzma and more."""
+    columns = os.environ.get("COLUMNS", "")
+    return int(columns) - 2 if columns.isdigit() else 78
+
+
 def _parser():
     import argparse
-    # To find the width out itself argparse imports shutil, and that bz2, lzma and more.
-    columns = os.environ.get("COLUMNS", "")
-    style = functools.partial(argparse.RawDescriptionHelpFormatter,
-                              width=int(columns) - 2 if columns.isdigit() else 78)
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, width=_help_width())
     parser = argparse.ArgumentParser(
         prog="hotrepl.py", formatter_class=style,
         description="Talk to a running Python process, and change it.", epilog=_EXAMPLES)
@@ -14358,10 +14367,10 @@ def _split_address(text, default_port):
     return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
 
 
-def _read_file(path, hint=""):
+def _read_file(path, hint="", limit_bytes=-1):
     try:
         with open(path, "rb") as file:
-            return file.read()
+            return file.read(limit_bytes)
     except OSError as exc:
         _say("can't read %r: %s%s" % (path, exc.strerror, hint))
         raise SystemExit(2) from exc
@@ -14372,7 +14381,7 @@ def _read_token(path):
     if os.path.exists(path) and not os.path.isfile(path):
         _say("%r is no file that can hold a token" % path)
         raise SystemExit(2)
-    text = _read_file(path)[:1024].decode("ascii", "replace").strip()
+    text = _read_file(path, limit_bytes=1024).decode("ascii", "replace").strip()
     try:
         _checked_token(text)
     except (TypeError, ValueError) as exc:

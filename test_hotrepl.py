@@ -11362,11 +11362,19 @@ else:
     is_alone.set()
     is_closed.wait()
 """).replace("    while True:\n", """\
-    time.sleep(2)
+    is_called.wait()
     os.dup2(array.array("i", two.recvmsg(1, 99)[1][0][2])[0], listener.fileno())
     while True:
 """, 1)
-        self.assertEqual(hidden.count("in flight") + hidden.count("dup2"), 2)
+        # Root, who holds it, sees that our client has connected, and so has looked a moment later.
+        hidden = hidden.replace("    here.recv(1)\n", """\
+    select.select([listener], [], [])
+    time.sleep(2)
+    here.send(b"!")
+    here.recv(1)
+""").replace("    there.recv(1) ", "    there.recv(1)\n    is_called.set()\n    there.recv(1) ").replace(
+            "is_alone, is_closed = ", "is_called, is_alone, is_closed = threading.Event(), ")
+        self.assertEqual([hidden.count(each) for each in ("in flight", "dup2", "is_called")], [1, 1, 3])
         false_server = self.as_user(0, json.dumps([port, ATTACKER, True]), code=hidden)
         false_server.until("listening\n")
         code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
