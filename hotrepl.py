@@ -907,7 +907,9 @@ class StreamRouter(Installed):
 
     def shows_values(self):
         """Return whether a session's values are shown by none but the session itself."""
-        return self.is_bound() and sys.displayhook.default is sys.__displayhook__
+        hook = sys.__dict__.get("displayhook")
+        return (hook is self._ours.get("displayhook") and hook.default is sys.__displayhook__
+                and sys.stdout is self._ours["stdout"])
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
@@ -1610,8 +1612,8 @@ class Interrupts:
 
     def expect(self):
         """Get ready for an input: from here on a request is for what it evaluates."""
-        with self._lock:          # who asks just now has sent it by now
-            self._state = self.DUE
+        self._state = self.DUE
+        if self._is_asked:
             self._forget()
 
     def close(self):
@@ -1619,8 +1621,7 @@ class Interrupts:
         self._state = self.CLOSED
         self._evaluation += 1
         if self._is_asked:
-            with self._lock:
-                self._forget()
+            self._forget()
 
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
@@ -1633,9 +1634,8 @@ class Interrupts:
 
     def withdraw(self):
         """Take back a request that has not arrived: Ctrl+Z after a Ctrl+C that changed nothing."""
-        with self._lock:
-            self._evaluation += 1
-            self._forget()
+        self._evaluation += 1
+        self._forget()
 
     def run(self, function, *args):
         """Return what `function` returns, called with interrupts on. They are off afterwards."""
@@ -1727,9 +1727,9 @@ class Interrupts:
             raise kept
 
     def _forget(self):
-        """Take back what was sent and has not arrived, or was kept; the lock is held."""
-        self._kept.clear()
-        if self._is_asked:
+        """Take back what was sent and has not arrived, or was kept."""
+        with self._lock:          # who asks just now has sent it by now
+            self._kept.clear()
             self._cancel()
 
     def _settle(self):
@@ -1833,8 +1833,8 @@ class ConsoleMixin:
 
     def __init__(self, namespace, evaluator):
         self.evaluator = evaluator
-        self.serial = next(_serials)  # among the consoles of the process, and ...
-        self.inputs = 0           # how many inputs were run: both number their file names
+        # For each input a file name, by the numbers of the console and of the input.
+        self._names = map(("<hotrepl %d:%%d>" % next(_serials)).__mod__, itertools.count(1))
         self.source = ""          # what runs now, for its traceback
         self.filename = ""        # by which linecache knows it
         # imacropy's runs code already.
@@ -1849,12 +1849,10 @@ class ConsoleMixin:
 
     def run_line(self, line):
         """Run `line`, or keep it until more come; return whether the console wants more."""
-        import linecache
         if self.buffer:
-            self.source = "%s\n%s" % (self.source, line)
-            linecache.cache[self.filename] = _lines_entry(self.filename, self.source)
+            self._begin(self.filename, "%s\n%s" % (self.source, line))
             return self.push(line)
-        self._begin(line)
+        self._begin(next(self._names), line)
         if "?" in line and self._answer(line):
             return False
         code_object = self._compile_whole(line) if self._is_plain else None
@@ -1869,7 +1867,7 @@ class ConsoleMixin:
         `name` stands for it in tracebacks, in place of a number.
         """
         source = source.rstrip() + "\n"
-        self._begin(source, name)
+        self._begin(name or next(self._names), source)
         if "?" in source and self._answer(source):
             return
         try:
@@ -1884,22 +1882,21 @@ class ConsoleMixin:
             if code_objects[1] is not None:
                 self.runcode(code_objects[1])
 
-    def _begin(self, source, name=None):
-        """Get ready for a new input: tracebacks, stacks() and pdb find its lines from here on."""
+    def _begin(self, filename, source):
+        """Let tracebacks, stacks() and pdb find the lines of what runs now, not of the last input.
+        """
         import linecache
         if self.filename not in linecache.cache:
             restore_sources()
-        self.forget()
-        self.inputs += 1
-        self.filename = name or "<hotrepl %d:%d>" % (self.serial, self.inputs)
-        self.source = source
-        linecache.cache[self.filename] = _lines_entry(self.filename, source)
+        elif self.filename not in _remembered:    # no function has come from it
+            linecache.cache.pop(self.filename, None)
+        self.filename, self.source = filename, source
+        if source:
+            linecache.cache[filename] = _lines_entry(filename, source)
 
     def forget(self):
-        """Let go of the lines of the last input, unless a function has come from it."""
-        import linecache
-        if self.filename not in _remembered:
-            linecache.cache.pop(self.filename, None)
+        """Let go of the lines of the last input."""
+        self._begin("", "")
 
     def _compile_whole(self, line):
         """Return the code of a line that is complete and right; None: the console has to see it.
@@ -10043,13 +10040,12 @@ class Connection:
                 self.lock.release()
 
     def collect(self, function):
-        """Call `function`; what it sends is only put."""
-        with self.lock:
-            self._is_corked = True
-            try:
-                function()
-            finally:
-                self._is_corked = False
+        """Call `function`; what it sends is only put. The caller holds the lock."""
+        self._is_corked = True
+        try:
+            function()
+        finally:
+            self._is_corked = False
 
     def receive(self):
         """Return what came, b"" at end-of-file; blocks."""
@@ -10270,15 +10266,15 @@ class Session:
             async_raise(job, SystemExit)
         return job.value or Completions(len(line), [], None)
 
-    def run_awaitable(self, function, *args):
+    def run_awaitable(self, function):
         """Return the result of a function, called, or awaited, where such things run."""
         own = current_evaluator()
         try:
             if self.server.run_coroutine is not None:
-                return run_by(self.server.run_coroutine, own.context, function, *args)
+                return run_by(self.server.run_coroutine, own.context, function)
             if self.server.loop is None and self._own_loop is None:
                 self._own_loop = OwnLoop()
-            return run_on_loop(self.loops()[0], own.context, function, *args)
+            return run_on_loop(self.loops()[0], own.context, function)
         except (KeyboardInterrupt, SystemExit):
             own.context = own.context.copy()      # what goes on there keeps the other
             raise
@@ -10343,9 +10339,14 @@ class Session:
                 self._own_loop.close()
 
     def keep_value(self, value):
-        """Let `_` be `value`."""
+        """Let `_` be `value`.
+
+        What goes with the last one does so in an eval(): a warning that it was never awaited then
+        does not name this file.
+        """
         last, self.value = [self.value], value
-        _drop(last)
+        if type(last[0]) not in _PLAIN:
+            eval(_CLEAR, {"values": last})
 
     def forget(self):
         """In a forked child: close our copy of the socket, which leaves the parent's alone."""
@@ -10609,36 +10610,36 @@ class Evaluator(Job):
         `runcode` runs it instead, unless it awaits. Interrupts are on, and only here. The text of
         the value goes out with the next prompt, where that is soon.
         """
-        session = self.session
         if not ROUTER.is_bound():
             ROUTER.bind(self.streams)
-        if session.error is not None:
+        if self.session.error is not None:
             self._recall_error()
-        self._lent = lent = _Lent(namespace)
-        if session.value is not None:
-            lent.put(session.value)
+        run, use = self.interrupts.run, use or self._show
         prompts = _of_sys("ps1"), _of_sys("ps2")
+        self._lent = lent = _Lent(namespace, self.session.value)
         try:
-            text = self._evaluate(code_object, namespace, use or self._show, runcode)
+            if (code_object.co_flags & CO_COROUTINE
+                    or code_object.co_names and self._is_for_loop(code_object.co_names)):
+                function = types.FunctionType(code_object, namespace)
+                value = run(self.session.run_awaitable, function)
+                self._unsent = run(self.context.run, use, value)
+            elif runcode is not None:
+                run(self.context.run, runcode, code_object)
+            else:
+                self._unsent = run(
+                    self.context.run, _evaluate_here, code_object, namespace, self, use)
         finally:
             if self.trace is not None or sys.gettrace() is not None:
                 self._stop_tracing()
             lent.take_back()
             if prompts != (_of_sys("ps1"), _of_sys("ps2")):
                 _restore_prompts(prompts, self.console.source)
-        self._unsent = text
 
-    def _evaluate(self, code_object, namespace, use, runcode):
-        """Run it where it belongs: here, on an event loop, or as the console's class does it."""
-        run, context = self.interrupts.run, self.context
-        is_awaited = code_object.co_flags & CO_COROUTINE
-        if (is_awaited or code_object.co_names) and _is_for_loop(code_object, self.session.server):
-            value = run(self.session.run_awaitable, _evaluate_awaiting if is_awaited
-                        else _evaluate_there, code_object, namespace)
-            return run(self.context.run, use, value)
-        if runcode is not None:
-            return run(context.run, runcode, code_object)
-        return run(context.run, _evaluate_here, code_object, namespace, self, use)
+    def _is_for_loop(self, names):
+        """Return whether an input with these names calls what asyncio has only in a loop."""
+        return bool(ALLOW_AWAIT and self.session.server.run_coroutine is None
+                    and ("asyncio" in sys.modules or "asyncio" in names)
+                    and not LOOP_NAMES.isdisjoint(names))
 
     def answer(self, code_object, namespace, wants_source):
         """Show the docstring or the source of what `code_object` evaluates to."""
@@ -10652,7 +10653,6 @@ class Evaluator(Job):
         text = self._text_of(value)
         if text is not None:
             self._write_value(text)
-            self._lent.put(value)
 
     @contextmanager
     def showing_last_value(self, is_wanted):
@@ -10869,6 +10869,7 @@ class Evaluator(Job):
             cut = VALUE_LIMIT // 2
             text = "%s\n... %d characters left out; print(_) shows all ...\n%s" % (
                 text[:cut], len(text) - 2 * cut, text[-cut:])
+        self._lent.put(value)
         self.session.keep_value(value)
         return text + "\n"
 
@@ -10937,58 +10938,30 @@ def _evaluate_here(code, names, own, use):
     return use(value[1])
 
 
-def _evaluate_there(code_object, namespace):
-    """Run code in the thread of an event loop."""
-    return eval(code_object, namespace)
-
-
-async def _evaluate_awaiting(code_object, namespace):
-    """Run code that awaits at its top level, on an event loop."""
-    return await eval(code_object, namespace)
-
-
 LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
-
-
-def _is_for_loop(code_object, server):
-    """Return whether the input awaits, or names what asyncio has only for code in a loop."""
-    return bool(code_object.co_flags & CO_COROUTINE or (
-        ALLOW_AWAIT and server.run_coroutine is None
-        and ("asyncio" in sys.modules or "asyncio" in code_object.co_names)
-        and not LOOP_NAMES.isdisjoint(code_object.co_names)))
-
-
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
-_PLAIN = {int, float, str, bool, bytes, type(None), type(_MISSING)}
+_PLAIN = {int, float, str, bool, bytes, type(None)}
 
 
 class _Lent:
     """The session's last value under `_` for one evaluation, where that name is free."""
 
-    def __init__(self, namespace):
+    def __init__(self, namespace, value):
         is_free = "_" not in namespace and not hasattr(builtins, "_")
-        self._names = namespace if is_free else {"_": None}
-        self._value = [_MISSING]
+        self._names = namespace if is_free else {}
+        self._value = None        # what `_` is; None: it is not there, as for a last value of None
+        self.put(value)
 
     def put(self, value):
         """Let `_` be `value`, unless the user has put something there meanwhile."""
-        if self._names.get("_", _MISSING) is self._value[0]:
-            self._names["_"] = value
-            self._value, last = [value], self._value
-            _drop(last)
+        if value is not None and self._names.get("_") is self._value:
+            self._names["_"] = self._value = value
 
     def take_back(self):
         """Let the name be free again, unless the user has given it another value."""
-        if self._value[0] is not _MISSING:
-            if self._names.get("_") is self._value[0]:
-                del self._names["_"]
-            _drop(self._value)
-
-
-def _drop(values):
-    """Let go of a user's value; a warning of what is never awaited does not name this file."""
-    if type(values[0]) not in _PLAIN:
-        eval(_CLEAR, {"values": values})
+        if self._value is not None and self._names.get("_") is self._value:
+            del self._names["_"]
+        self._names, self._value = {}, None
 
 
 def prompt_text(name, default):
