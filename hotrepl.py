@@ -9632,44 +9632,76 @@ def unix_listener(path):
     """Listen at `path` for our uid alone, as a context; afterwards our file is gone.
 
     A file that a killed server left is replaced; one that answers is EADDRINUSE. There is no moment
-    in which others could connect: before listen() nobody can, and by then the mode is 0600. Who may
-    write to its folder can put a link there, which is not followed.
+    in which others could connect: before listen() nobody can, and by then the mode is 0600.
     """
     limit_bytes = 107 if sys.platform.startswith("linux") else 103
     if len(os.fsencode(path)) > limit_bytes or "\0" in path:
         raise ValueError("unix socket path %r must have no NUL and at most %d bytes, it has %d; "
                          "pass a shorter one" % (path, limit_bytes, len(os.fsencode(path))))
-    with OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        _remove_stale(path)
+    with ExitStack() as undo:
+        listener = undo.enter_context(OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM))
         with suppress(OSError):   # Linux: bind() gives it to the file
             os.fchmod(listener.fileno(), 0o600)
         try:
-            listener.bind(path)
+            with safe_folder(path) as (folder, name):
+                _remove_stale(folder, name, path)
+                listener.bind(path)
+                made = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                undo.callback(remove_made, path, made)
+                if made.st_mode & 0o077:      # elsewhere
+                    os.chmod(path, 0o600, follow_symlinks=False)
         except OSError as exc:
             raise type(exc)(exc.errno, "a program listens at %s, or it is no socket; stop it, "
                             "remove it or pass another path" % path
                             if exc.errno == errno.EADDRINUSE else
                             "can't listen at %s: %s" % (path, exc.strerror)) from exc
-        ours = os.lstat(path)
-        try:
-            if ours.st_mode & 0o077:      # elsewhere; a link in its place is another's
-                os.chmod(path, 0o600, follow_symlinks=False)
-            listener.listen(BACKLOG)
-            listener.setblocking(False)
-            yield listener
-        finally:                  # while it is open, its inode can't be another file's
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.lstat(path), ours):
-                    os.unlink(path)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+        yield listener
 
 
-def _remove_stale(path):
-    """Make way for a socket at `path`: remove one that nobody answers."""
+def _remove_stale(folder, name, path):
+    """Make way for a socket: remove one that nobody answers; else OSError, EADDRINUSE."""
     with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)     # it may be alive and full
-        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
-        if is_socket and probe.connect_ex(path) == errno.ECONNREFUSED:
-            os.unlink(path)
+        is_socket = stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+        if sys.platform.startswith("linux"):
+            path = "/proc/self/fd/%d/%s" % (folder, name)
+        if not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED:
+            raise OSError(errno.EADDRINUSE, "in use")
+        os.unlink(name, dir_fd=folder)
+
+
+@contextmanager
+def safe_folder(path):
+    """Yield a descriptor of the folder of the file `path`, and its name, for arguments dir_fd.
+
+    The way to it may lead elsewhere a moment later, where it goes through folders of other users.
+    PermissionError: others can replace files in the folder itself.
+    """
+    if os.name != "posix":        # the folder of the user's profile keeps others out
+        yield None, path
+        return
+    place, name = os.path.split(path)
+    folder = os.open(place, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
+    try:
+        info = os.fstat(folder)
+        is_shared = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
+        if is_shared or info.st_uid not in (0, effective_uid()):
+            raise PermissionError(
+                errno.EPERM, "others may replace files in %s (mode %o, uid %d); pass a path in a "
+                "folder that only we may write to" % (place, info.st_mode & 0o7777, info.st_uid))
+        yield folder, name
+    finally:
+        os.close(folder)
+
+
+def remove_made(path, made):
+    """Remove the file `path` if it is still the one of which `made` is what os.stat said."""
+    with suppress(OSError), safe_folder(path) as (folder, name):      # it may be gone, with that
+        info = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if os.path.samestat(info, made) and info.st_mtime_ns == made.st_mtime_ns:
+            os.unlink(name, dir_fd=folder)
 
 
 def token_path(address):
@@ -9794,17 +9826,23 @@ def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
 
 
 def write_private(path, content):
-    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all."""
-    new = "%s.%s" % (path, os.urandom(8).hex())
+    """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all.
+
+    Return what `remove_made` takes.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with open(os.open(new, flags, 0o600), "wb") as file:
-            file.write(content)
-        os.replace(new, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(new)
-        raise
+    with safe_folder(path) as (folder, name):
+        new = "%s.%s" % (name, os.urandom(8).hex())
+        try:
+            with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
+                file.write(content)
+            made = os.stat(new, dir_fd=folder)
+            os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=folder)
+            raise
+    return path, made
 
 
 def namespaces():
@@ -11373,8 +11411,11 @@ class Server:
             for each in listeners:        # a child that was forked just now holds it as well
                 undo.callback(shut_down, each)
             if self.door.token is not None:
-                undo.enter_context(_token_file(self.address, self.door.token))
-            undo.callback(_remove_note, _write_note(self))
+                undo.callback(remove_made, *_store_token(self.address, self.door.token))
+            try:
+                undo.callback(remove_made, *_write_note(self))
+            except OSError as exc:        # no folder to write to: it can be reached nevertheless
+                log.debug("no note of the server at %s: %s", _join_address(self.address), exc)
             self._begin_accepting(undo, listeners)
             for enter, leave, *what in ((MAIN.install, MAIN.uninstall),
                                         (GUESTS.enter, GUESTS.leave, self.namespace),
@@ -11874,42 +11915,23 @@ def _listen(bind, port, parameter):
         raise
 
 
-@contextmanager
-def _token_file(address, token):
-    """Keep `token` where our client finds it, for this user alone."""
+def _store_token(address, token):
+    """Write `token` to where our client finds it, for this user alone; return what was made."""
     if lasting_uids() != {effective_uid()}:       # who reads the file would be let in
         raise PermissionError("a token would be a file of a user that this process is by seteuid() "
                               "only; call start() as who the process is")
-    path = token_path(address)
-    write_private(path, token)
-    try:
-        yield
-    finally:
-        with suppress(OSError):   # it was removed with the folder, say
-            if read_private(path) == token:
-                os.unlink(path)
+    return write_private(token_path(address), token)
 
 
 def _write_note(server):
-    """Let the client find `server` by a note in the runtime folder; return its path, or None."""
+    """Let the client find `server` by a note in the runtime folder; return what was made."""
     places = ["unix:" + each if isinstance(each, str) else "tcp:%s %d" % each[:2]
               for each in (server.address, server.control_address)]
     note = [os.getpid(), process_mark(os.getpid()), time.time(), " ".join(namespaces()), *places,
             *getattr(sys, "argv", [])]
-    try:
-        name = NOTE_NAME % (os.getpid(), os.urandom(4).hex())
-        path = os.path.join(runtime_folder(), name)
-        write_private(path, "\0".join(map(str, note)).encode("utf-8", "surrogatepass"))
-        return path
-    except OSError as exc:        # no folder to write to: it can be reached nevertheless
-        log.debug("no note of the server at %s: %s", _join_address(server.address), exc)
-        return None
-
-
-def _remove_note(path):
-    with suppress(OSError):       # it was removed with the folder, say
-        if path is not None:
-            os.unlink(path)
+    name = NOTE_NAME % (os.getpid(), os.urandom(4).hex())
+    return write_private(os.path.join(runtime_folder(), name),
+                         "\0".join(map(str, note)).encode("utf-8", "surrogatepass"))
 
 
 def _explain(exc, bind, port, parameter):

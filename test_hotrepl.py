@@ -11564,6 +11564,75 @@ else:
             self.assertEqual(self.ran("unix:" + path), [0, "42\n", ""])
             server.finish("\n")
 
+    def folder_of(self, uid, mode, name):
+        path = os.path.join(self.base, name)
+        os.mkdir(path)
+        os.chown(path, uid, uid)
+        os.chmod(path, mode)
+        return path
+
+    def test_a_unix_socket_and_its_token_are_made_only_where_nobody_else_can_replace_them(self):
+        ours, shared = self.folder_of(OWNER, 0o755, "ours"), self.folder_of(0, 0o1777, "shared")
+        for folder, uid in ((ours, OWNER), (shared, OWNER), (shared, 0)):
+            server = self.as_user(uid, code="hotrepl.start({}, unix=%r, token=True); input()" % (folder + "/socket"))
+            eventually(lambda: os.path.exists(folder + "/socket.token"))
+            self.assertEqual(self.ran("unix:%s/socket" % folder, uid=uid), [0, "42\n", ""])
+            server.finish("\n")
+            self.assertEqual(os.listdir(folder), [])
+        for folder, uid in ((self.folder_of(ATTACKER, 0o755, "theirs"), 0), (self.folder_of(ATTACKER, 0o1777, "open"), OWNER),
+                            (self.folder_of(0, 0o777, "all"), OWNER), (self.folder_of(OWNER, 0o775, "group"), OWNER)):
+            code, out, said = self.as_user(uid, "serve", "--unix", folder + "/socket").end()
+            self.assertEqual((code, out), (1, ""))
+            self.assertRegex(said, r"\Ahotrepl: can't listen at %s/socket: others may replace files in %s [^\n]*\n\Z"
+                             % (folder, folder))
+            self.assertEqual(os.listdir(folder), [])
+
+    # Each look at a file goes to one folder of ours, whatever is done to a file then to another one.
+    SWAPPING = r"""
+import os, socket
+way, here, there = %r
+def point(target):
+    os.symlink(target, way + ".new")
+    os.rename(way + ".new", way)
+def meanwhile(before, after, owner, *names):
+    for name in names:
+        def call(*args, original=getattr(owner, name), **options):
+            point(before)
+            try:
+                return original(*args, **options)
+            finally:
+                point(after)
+        setattr(owner, name, call)
+meanwhile(here, there, os, "stat", "lstat", "fstat", "open")
+meanwhile(here, there, socket.socket, "connect_ex")
+meanwhile(there, here, os, "unlink", "replace", "chmod")
+meanwhile(here, here, hotrepl.OwnSocket, "bind")
+server = hotrepl.start({}, unix=way + "/socket", token=True)
+point(here)
+server.stop()
+"""
+
+    def test_who_changes_the_way_to_our_folder_has_no_other_file_of_ours_removed(self):
+        here, there = self.folder_of(OWNER, 0o700, "here"), self.folder_of(OWNER, 0o700, "there")
+        way = os.path.join(self.folder_of(ATTACKER, 0o777, "way"), "way")
+        os.symlink(here, way)
+        os.mkdir(self.home(OWNER, "hotrepl"), 0o700)
+        os.chown(self.home(OWNER, "hotrepl"), OWNER, OWNER)
+        for end in ("", ".control"):
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(here + "/socket" + end)
+            os.chown(here + "/socket" + end, OWNER, OWNER)
+        live = [self.false_server(there + "/socket" + end, uid=OWNER) for end in ("", ".control")]
+        with open(there + "/socket.token", "w") as file:
+            file.write("another one's")
+        said = self.as_user(OWNER, code=self.SWAPPING % ((way, here, there),)).end()
+        self.assertEqual(sorted(os.listdir(there)), ["socket", "socket.control", "socket.token"], said)
+        with open(there + "/socket.token") as file:
+            self.assertEqual(file.read(), "another one's", said)
+        for end, each in zip(("", ".control"), live):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(there + "/socket" + end)
+
     def test_where_the_system_can_not_tell_the_user_has_to_say_so(self):
         server = self.server(options="control_port=0, token='a-token-of-ours!'")
         hidden = "hotrepl.tcp_owner = lambda *_: (None, None); sys.exit(hotrepl.main())"
