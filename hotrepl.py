@@ -12035,6 +12035,7 @@ class Link:
         self.is_ended = False     # the server says that the session ended as the user wanted
         self.is_closed = False    # the server closed the REPL channel
         self.loss = ""            # why there is no control channel any more
+        self._named = None        # what the server says of its control channel, once it did
         self._marks = MarkDecoder()
         self._messages = MessageDecoder()
         self._woken, self._wake = socket.socketpair()     # a byte for each `wake`
@@ -12067,31 +12068,26 @@ class Link:
         self.ask("TurnMarks", kinds=True, streams=streams)
 
     def _receive_hello(self):
-        """Return the session's number, and where the control channel is; the rest are events."""
-        text, address, match, later = b"", None, None, []
-        end = self.deadline or time.monotonic() + ANSWER_LIMIT_S
-        while not (match and address is not None):
-            if len(later) > 99:
+        """Return the session's number, and what is said of the control channel, once both came."""
+        match, end = None, self.deadline or time.monotonic() + ANSWER_LIMIT_S
+        while not (match and self._named is not None):
+            if len(self.events) > 999:
                 _gone("it marks turns and sends no first line")
             if not select.select([self.sock], [], [], time_left_s(end))[0]:
                 raise socket.timeout("timed out")
             self._receive()
-            for kind, data in take_all(self.events):
-                if kind == "control":
-                    address = data
-                elif kind == "data":
-                    text += data
-                else:
-                    later.append((kind, data))
+            text = b"".join(data for kind, data in self.events if kind == "data")
             match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\n", text)
-            if not match and (b"\n" in text or address is not None or len(text) > RECEIVE_BYTES):
+            is_other = b"\n" in text or self._named is not None or len(text) > RECEIVE_BYTES
+            if not match and is_other:
                 _gone("its first line is %s, expected 'REPL session N connected.'"
                       % shorten(text.partition(b"\n")[0]))
             if self.is_closed:
                 _gone("it closed the connection at once")
         self.hello = match.group()
+        later = [each for each in take_all(self.events) if each[0] != "data"]
         self.events.extend([("data", text[match.end():])] + later)
-        return int(match.group(1)), address
+        return int(match.group(1)), self._named
 
     def close(self):
         """Close both connections."""
@@ -12141,6 +12137,23 @@ class Link:
                 replies[0].get("reason", "refused without a reason")).replace("\n", " ")), 300))
         return replies[0]
 
+    def until_turn(self, take, pause):
+        """Have `take(kind, bytes)` what comes until the server waits for us; return for what.
+
+        "": it closed the connection. `pause(is_quiet)` does what is due before we wait, and says
+        how long that may take, None: for ever; `is_quiet`: while we waited last nothing came.
+        """
+        word, is_quiet = "primary", False
+        while True:
+            for kind, data in take_all(self.events):
+                if kind in ("turn", "closed"):
+                    return word if kind == "turn" else ""
+                if kind == "kind":
+                    word = data.decode("ascii", "replace")
+                take(kind, data)
+            self.wait(pause(is_quiet))
+            is_quiet = not self.events
+
     def wait(self, timeout_s=None):
         """Send requests, and take in what comes within that time, or until `wake`."""
         self._send_requests()
@@ -12169,6 +12182,8 @@ class Link:
                 self.notes.append(payload)
             elif kind == "eof":
                 self.is_ended = True
+            elif kind == "control":
+                self._named = payload
             else:
                 self.events.append(("stream" if kind == "block" else kind, payload))
         if not data:
@@ -12255,7 +12270,12 @@ class Conversation:
                 self.terminal.show(self.link.hello)
                 self.terminal.begin()
                 while True:
-                    self._answer(self._show_until_turn())
+                    kind = self.link.until_turn(self._show, self._pause)
+                    self._show_notes()
+                    if not kind:
+                        self.terminal.end_line()
+                        _gone("it closed the connection")
+                    self._answer(kind)
             except Left:
                 return 0
             except (ProtocolError, ServerGone) as exc:
@@ -12264,30 +12284,18 @@ class Conversation:
                 print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
                 return 1
 
-    def _show_until_turn(self):
-        """Show what comes until the server waits for us; return for what."""
-        word = "primary"
-        while True:
-            for kind, data in take_all(self.link.events):
-                if kind == "turn":
-                    self._show_notes()
-                    return word
-                if kind == "kind":
-                    word, self._state = data.decode("ascii", "replace"), "at work"
-                elif kind == "data" and self._state != "dropping":
-                    self.terminal.show(data)
-                elif kind == "closed":
-                    self.terminal.end_line()
-                    raise ServerGone("it closed the connection")
-            self._show_notes()
-            self.link.wait(self._patience_s())
-            if not self.link.events:
-                self.terminal.show_held()
-            if self._explain_at is not None and time.monotonic() >= self._explain_at:
-                self._ask_why()
+    def _show(self, kind, data):
+        if kind == "kind":        # the prompt comes next
+            self._state = "at work"
+        elif kind == "data" and self._state != "dropping":
+            self.terminal.show(data)
 
-    def _patience_s(self):
-        """Return how long nothing can be due but what comes; None: for ever."""
+    def _pause(self, is_quiet):
+        if is_quiet:
+            self.terminal.show_held()
+        if self._explain_at is not None and time.monotonic() >= self._explain_at:
+            self._ask_why()
+        self._show_notes()
         if self.terminal.holds_back():
             return HALF_LINE_S
         return self._explain_at and max(0.0, self._explain_at - time.monotonic())
@@ -12941,13 +12949,13 @@ class Execution:
     """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
 
     A context manager. It connects for the first, and again where the session before is over.
-    `server` has the arguments of `connect`; what we say ourselves begins with `label`. Ctrl+C and a
-    timeout interrupt the code; what does not end after that, by a second Ctrl+C or GRACE_S, is left
-    behind.
+    `server` has the arguments of `connect`; what we say ourselves begins with `label`. What comes
+    first interrupts the code, Ctrl+C or the end of its time; what comes next leaves it behind.
     """
 
-    GRACE_S = 2.0
+    GRACE_S = 2.0                 # for what is interrupted as its time is over
     LONGEST_S = 1e9               # select() takes not much more
+    LATE, PRESSED = 124, 130      # why the code was interrupted: what we exit with
 
     def __init__(self, server, label=""):
         self._server = server
@@ -12955,11 +12963,10 @@ class Execution:
         self._link = None         # None: there is no session
         self._undo = ExitStack()  # ends it
         self._output = None       # takes what the code prints that runs
-        self._deadline = None     # when the code is to be interrupted; None: it does not run yet
+        self._deadline = None     # when the code is to be interrupted, or left
+        self._cause = 0           # LATE or PRESSED; 0: it was not interrupted
         self._turn = 0            # how many go-aheads came
         self._stream = "stdout"   # what the data belongs to that comes
-        self._is_late = False     # the deadline has passed
-        self._is_interrupted = False      # Ctrl+C was pressed
 
     def __enter__(self):
         return self
@@ -12973,34 +12980,33 @@ class Execution:
         `output` is a PlainOutput or JsonOutput of its own. `place` has the fields of the Place
         command, where the code stands in a module's file.
         """
-        self._output, outcome, code = output, {}, 1
+        self._output, self._deadline, self._cause = output, None, 0
+        outcome, code = {}, 1
         timeout_s = timeout_s and min(timeout_s, self.LONGEST_S)
-        self._is_late = self._is_interrupted = False
-        self._deadline = None
         try:
-            self._prepare(place, timeout_s)
-            outcome = self._evaluate(source, timeout_s)
-            code = 124 if self._is_late else _exit_code(outcome)
+            self._connect(timeout_s)
+            with self._signals():
+                outcome = self._evaluate(source, place, timeout_s)
+            code = self.LATE if self._cause == self.LATE else _exit_code(outcome)
         except Left:
-            code = self._leave()
+            if self._cause:
+                print("hotrepl: it has not ended; left it running there", file=sys.stderr)
+            code = self._cause or 1
+            self._end()
         except ProtocolError as exc:      # it can't stand in that place
             outcome, code = self._say(exc, exc), 2
-        except socket.timeout as exc:
-            self._end()
-            outcome, code = self._say("no answer in time", exc), 124
         except (OSError, ServerGone) as exc:
+            is_late = isinstance(exc, socket.timeout)
+            code = self.LATE if is_late else 1
+            outcome = self._say("no answer in time" if is_late else "the server is gone: %s" % exc
+                                if isinstance(exc, ServerGone) else exc.strerror or exc, exc)
             self._end()
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._is_late, code = True, self._leave()
-            else:
-                outcome = self._say("the server is gone: %s" % exc if isinstance(exc, ServerGone)
-                                    else exc.strerror or exc, exc)
         with suppress(OSError):
             output.finish(outcome, code)
         return code
 
-    def _prepare(self, place, timeout_s):
-        """Have a session that waits for the code, within the time; socket.timeout if not."""
+    def _connect(self, timeout_s):
+        """Have a session, within the time; socket.timeout if not."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s + self.GRACE_S
         if self._link is None:
             channels = _channels(*self._server, deadline=deadline, streams=True)
@@ -13008,34 +13014,57 @@ class Execution:
             self._undo.callback(channels.__exit__, None, None, None)
             self._link, self._turn, self._stream = link, 0, "stdout"
         self._link.deadline = deadline
-        with self._signals():
-            if not self._turn:    # the banner and the first prompt
-                self._pass_on_until_turn(is_shown=False)
-            if self._link.is_closed:
-                _gone("it closed the connection")
-            if place:
-                self._link.ask("Place", **place)
 
     def _end(self):
         self._link = None
         self._undo.close()
 
-    def _evaluate(self, source, timeout_s):
+    def _evaluate(self, source, place, timeout_s):
         """Run `source` to its end and return what the server says of that."""
         link = self._link
+        if not self._turn and self._until_turn() == "" or link.is_closed:
+            _gone("it closed the connection")
+        if place:
+            link.ask("Place", **place)
         if timeout_s is not None:
             self._deadline = time.monotonic() + timeout_s
             link.deadline = self._deadline + self.GRACE_S
-        with self._signals():
-            link.sock.settimeout(time_left_s(link.deadline, None))    # it may not read what we send
-            link.send(BEGIN + BLOCK_KIND + source + END)
-            while self._pass_on_until_turn() in IN_EVALUATION:
-                link.send(END_OF_FILE)    # there is nobody who could answer
-            outcome = _ask_outcome(link)
-            if link.is_closed:
-                self._end()
-                return outcome if "exit" in outcome else _gone("it closed the connection")
-            return outcome
+        link.sock.settimeout(time_left_s(link.deadline, None))    # it may not read what we send
+        link.send(BEGIN + BLOCK_KIND + source + END)
+        while self._until_turn() in IN_EVALUATION:
+            link.send(END_OF_FILE)        # there is nobody who could answer
+        outcome = _ask_outcome(link)
+        if link.is_closed:
+            self._end()
+            return outcome if "exit" in outcome else _gone("it closed the connection")
+        return outcome
+
+    def _until_turn(self):
+        word = self._link.until_turn(self._pass_on, self._pause)
+        self._turn += 1
+        return word
+
+    def _pass_on(self, kind, data):
+        """Print what comes, but for the banner and the first prompt."""
+        if kind == "stream":
+            self._stream = _STREAM_NAMES.get(data, "stdout")
+        elif kind == "data" and self._turn:
+            try:
+                self._output.write(self._stream, data)
+            except OSError as exc:        # whoever read our output has gone
+                self._interrupt()
+                raise Left from exc
+
+    def _pause(self, is_quiet):
+        if self._deadline is None:
+            return time_left_s(self._link.deadline, None)
+        if time.monotonic() >= self._deadline:
+            if self._cause == self.LATE:
+                raise Left
+            self._cause = self.LATE
+            self._deadline = time.monotonic() + self.GRACE_S
+            self._interrupt()
+        return max(0.0, self._deadline - time.monotonic())
 
     @contextmanager
     def _signals(self):
@@ -13047,41 +13076,11 @@ class Execution:
         finally:
             signal.signal(signal.SIGINT, before)
 
-    def _pass_on_until_turn(self, is_shown=True):
-        """Pass on what comes until the server waits for us; return for what, or "" at the end."""
-        word = ""
-        while True:
-            limit_s = self._patience_s()
-            for kind, data in take_all(self._link.events):
-                if kind == "data" and is_shown:
-                    self._pass_on(data)
-                elif kind == "stream":
-                    self._stream = _STREAM_NAMES.get(data, "stdout")
-                elif kind == "kind":
-                    word = data.decode("ascii", "replace")
-                elif kind in ("turn", "closed"):
-                    self._turn += 1
-                    return word if kind == "turn" else ""
-            self._link.wait(limit_s)
-
-    def _patience_s(self):
-        """Return how long to wait; where the time is over, interrupt the code, or leave it."""
-        if self._deadline is None:
-            return time_left_s(self._link.deadline, None)
-        if time.monotonic() >= self._deadline:
-            if self._is_late:
-                raise Left
-            self._is_late = True
-            self._deadline = time.monotonic() + self.GRACE_S
-            self._interrupt()
-        return max(0.0, self._deadline - time.monotonic())
-
-    def _pass_on(self, data):
-        try:
-            self._output.write(self._stream, data)
-        except OSError as exc:    # whoever read our output has gone
-            self._interrupt()
-            raise Left from exc
+    def _on_interrupt(self, signum, frame):
+        is_first, self._cause = not self._cause, self._cause or self.PRESSED
+        if not is_first or not self._turn:
+            raise Left
+        self._interrupt()
 
     def _interrupt(self):
         self._link.post("KeyboardInterrupt", turn=self._turn, answered=True)
@@ -13090,18 +13089,6 @@ class Execution:
         """Say what went wrong; return it as an outcome."""
         print("hotrepl: %s%s" % (self._label, text), file=sys.stderr)
         return {"exception": describe_exception(exc)}
-
-    def _leave(self):
-        self._end()
-        if self._is_late or self._is_interrupted:
-            print("hotrepl: it has not ended; left it running there", file=sys.stderr)
-        return 124 if self._is_late else 130 if self._is_interrupted else 1
-
-    def _on_interrupt(self, signum, frame):
-        is_first, self._is_interrupted = not self._is_interrupted, True
-        if not is_first or not self._turn:
-            raise Left
-        self._interrupt()
 
 
 _STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
