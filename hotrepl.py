@@ -13359,9 +13359,9 @@ def _ssh_words(target, path, port, control_port, has_shell):
     return words, far_path
 
 
-# Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C, which
-# is for the server, reaches all programs here: ssh is to ignore it. It can miss the first signal.
-_SSH = """trap "" INT
+# Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C and
+# Ctrl+Z, which are for the server, reach all programs here. ssh can miss the first signal.
+_SSH = """trap "" INT TSTP
 exec 3<&0 </dev/null
 "$@" <"$0" 3<&- & ssh=$!
 { read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!

@@ -12615,16 +12615,23 @@ class Ssh(AccessCase):
         self.assertEqual(code, 1)
         return said
 
-    def test_our_client_comes_through_and_ctrl_c_is_for_the_server_not_for_ssh(self):
+    def test_our_client_comes_through_and_ctrl_c_and_ctrl_z_are_for_the_server_not_for_ssh(self):
         words, env = self.command()
-        terminal = self.served.keep(Terminal(words, **env))
+        # Where no shell could continue it the system stops nobody.
+        terminal = self.served.keep(Terminal([tool("sh"), "-i"], PS1="[sh] ", ENV="", **env))
+        terminal.until("[sh] ")
+        terminal.type(" ".join(map(shlex.quote, words)) + "\n")
         terminal.until(">>> ")
-        terminal.type("exec('print(\\'st\\' + \\'art\\')\\nwhile True: pass')\n")
-        terminal.until("start\n")
-        terminal.press("^C")
-        terminal.until("KeyboardInterrupt")
+        terminal.type("ended = []\n")
         terminal.until(">>> ")
-        terminal.ask("6*7", "42")
+        for key, answer in (("^Z", "fetches its value\n"), ("^C", "KeyboardInterrupt")):
+            terminal.type("exec('print(\\'st\\' + \\'art\\')\\nwhile not ended: pass')\n")
+            terminal.until("start\n")
+            terminal.press(key)
+            terminal.until(answer)
+            terminal.until(">>> ")
+            terminal.ask("6*7", "42")
+        terminal.ask("ended = [1]; [each.join() for each in jobs()], fg(jobs()[0].number)", "([None], None)")
 
     def test_ssh_ends_with_the_client_and_leaves_nothing(self):
         words, env = self.command()
