@@ -11389,6 +11389,23 @@ else:
             false_server.until("listening\n")
             self.assert_is_attackers(port, false_server)
 
+    LOOKS = """
+import os
+def listdir(path=".", original=os.listdir):
+    if path == "/proc":
+        print("looks by", sys._getframe(2).f_code.co_name, flush=True)
+    return original(path)
+os.listdir = listdir
+sys.exit(hotrepl.main())
+"""
+
+    def test_roots_client_looks_once_for_whom_it_has_to_come(self):
+        for uid, looks in ((0, 1), (OWNER, 0)):
+            place = "127.0.0.1:%d" % self.server(uid=uid).ports[0]
+            code, out, said = self.as_user(0, "exec", place, "-c", "6*7", code=self.LOOKS).end()
+            self.assertEqual((code, out.splitlines()[-1]), (0, "42"), said)
+            self.assertEqual(out.count("looks by come_as_its_user\n"), looks)
+
     def test_root_visits_a_server_that_was_roots_and_became_another_users(self):
         server = self.server(uid=0, then=self.DROPPED % (OWNER, OWNER) + "print('dropped', flush=True)\ninput()")
         server.send("\n")
@@ -13593,16 +13610,16 @@ class ClientSockets(AccessParts):
         address = self.listen().getsockname()
         found = [(family, socket.SOCK_STREAM, 0, "", address) for family in (254, socket.AF_INET)]
         with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found):
-            sock = self.keep(hotrepl._connect_to(("both", address[1]), None))
+            sock = self.keep(hotrepl._connect_to(("both", address[1]), None, None))
         self.assertEqual(sock.getpeername(), address)
         with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found[:1]):
-            self.assertRaises(OSError, hotrepl._connect_to, ("both", address[1]), None)
+            self.assertRaises(OSError, hotrepl._connect_to, ("both", address[1]), None, None)
 
     def test_a_tls_handshake_too_is_over_in_time(self):
         import ssl
         address, context = self.listen().getsockname(), ssl.create_default_context()
         with self.assertRaises(socket.timeout):
-            hotrepl._dial(address, context, deadline=time.monotonic() + 0.2)
+            hotrepl._dial(address, context, False, time.monotonic() + 0.2)
 
 
 class PrivateFiles(AccessParts):
