@@ -637,12 +637,12 @@ def current_session():
 class StandIn:
     """What takes the place of something in `sys` or `os` and knows what it stands for."""
 
-    is_thread_stream = True       # by these two another copy of this file knows it, and ...
-    is_retired = False            # ... that its time is over: `default` is to be had instead
+    is_thread_stream = True       # by this and the next another copy of this file knows it, and ...
 
-    def retire(self, is_retired=True):
-        """Have whoever finds this put back too late use what it stands for, or no longer."""
-        self.is_retired = is_retired
+    @property
+    def is_retired(self):
+        """... whether its time is over: who finds it, put back too late, takes `default`."""
+        return self not in ROUTER.ours.values()
 
 
 class ThreadStream(threading.local, StandIn):
@@ -652,10 +652,10 @@ class ThreadStream(threading.local, StandIn):
     """
 
     _FAST = ("write", "flush", "readline")    # found without a property, among a thread's slots
-    _OWN = _FAST + ("target", "default", "life")      # the rest of what these hold
+    _OWN = _FAST + ("target", "default")      # the rest of what these hold
 
-    def __init__(self, default, life):
-        self._use(default).update(default=default, life=life)     # runs in each thread
+    def __init__(self, default):
+        self._use(default)["default"] = default       # runs in each thread
 
     def _use(self, stream):
         slots = self.__dict__
@@ -665,13 +665,6 @@ class ThreadStream(threading.local, StandIn):
             if method is not None:
                 slots[name] = method
         return slots
-
-    def retire(self, is_retired=True):
-        self.__dict__["life"].is_retired = is_retired
-
-    @property
-    def is_retired(self):
-        return self.__dict__["life"].is_retired
 
     def __setattr__(self, name, value):
         setattr(self.target, name, value)
@@ -732,13 +725,7 @@ for _name in _TEXT_NAMES:
 def thread_stream(default):
     """Return a stand-in for the stream `default`, which may be None."""
     is_plain = type(default) is io.TextIOWrapper and _TEXT_NAMES.issuperset(dir(default))
-    return (ThreadStream if is_plain else OddThreadStream)(default, _Life())
-
-
-class _Life:
-    """What all threads know of a ThreadStream."""
-
-    is_retired = False
+    return (ThreadStream if is_plain else OddThreadStream)(default)
 
 
 class ThreadFunction(StandIn):
@@ -856,10 +843,10 @@ class StreamRouter(Installed):
 
     def __init__(self):
         super().__init__()
-        self._ours = {}           # name in sys -> our newest stand-in; guarded by _lock
-        # (name, stand-in) after its time; guarded by _lock. They must live on: print() holds no
-        # reference to sys.stdout, so a thread that prints just now would crash without it.
-        self._kept = collections.deque(maxlen=256)
+        self.ours = {}            # name in its module -> our stand-in there; guarded by _lock
+        # (name, stand-in), also after its time; guarded by _lock. They must live on: print() holds
+        # no reference to sys.stdout, so a thread that prints just now would crash without it.
+        self._made = collections.deque(maxlen=256)
 
     def bind(self, streams):
         """Give the calling thread `streams`, a dict of name -> stream, behind sys's stand-ins.
@@ -871,13 +858,12 @@ class StreamRouter(Installed):
             if self._users and not self.is_bound():
                 self._install()
             for name in STREAM_NAMES:
-                for each in _stand_ins(_standing(sys, name)):
-                    if each is self._ours.get(name):
-                        streams[name].bind(each._use(streams[name].text))
+                if name in self.ours:
+                    streams[name].bind(self.ours[name]._use(streams[name].text))
 
     def unbind(self):
         """Have the calling thread print where the program does."""
-        for name, each in list(self._ours.items()) + list(self._kept):
+        for name, each in list(self._made):
             if name in STREAM_NAMES:
                 each._use(each.default)
 
@@ -887,7 +873,7 @@ class StreamRouter(Installed):
 
         No lock is taken: it may run in a signal handler.
         """
-        lent = [(each, each.target, name) for name, each in list(self._ours.items())
+        lent = [(each, each.target, name) for name, each in list(self.ours.items())
                 if name in STREAM_NAMES]
         for each, own, name in lent:
             each._use(make_stream(name, own))
@@ -899,7 +885,7 @@ class StreamRouter(Installed):
 
     def is_bound(self):
         """Return whether sys has still our stand-ins, without waiting for anybody."""
-        ours = self._ours
+        ours = self.ours
         try:
             return (sys.stdout is ours["stdout"] and sys.stderr is ours["stderr"]
                     and sys.stdin is ours["stdin"] and sys.displayhook is ours["displayhook"])
@@ -909,8 +895,8 @@ class StreamRouter(Installed):
     def shows_values(self):
         """Return whether a session's values are shown by none but the session itself."""
         hook = sys.__dict__.get("displayhook")
-        return (hook is self._ours.get("displayhook") and hook.default is sys.__displayhook__
-                and sys.stdout is self._ours["stdout"])
+        return (hook is self.ours.get("displayhook") and hook.default is sys.__displayhook__
+                and sys.stdout is self.ours["stdout"])
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
@@ -923,31 +909,21 @@ class StreamRouter(Installed):
         for module, name, own in self.PLACES:
             module = __import__(module)
             value = _without_retired(_standing(module, name))
-            if self._ours.get(name) not in _stand_ins(value):
-                if name in self._ours:
-                    self._retire(name)    # it may come back, as of a redirection
-                ours = self._revive(name, value)
-                if ours is None:
-                    ours = ThreadFunction(value, own) if own else thread_stream(value)
-                self._ours[name] = ours
-                setattr(module, name, self._ours[name])
+            if self.ours.get(name) not in _stand_ins(value):
+                self.ours[name] = self._stand_in(name, value, own)
+                setattr(module, name, self.ours[name])
 
-    def _retire(self, name):
-        self._ours[name].retire()
-        self._kept.append((name, self._ours.pop(name)))
-
-    def _revive(self, name, default):
-        """Return the stand-in that stood for `default` before, if one did."""
-        for each in self._kept:
-            if each[0] == name and each[1].default is default:
-                self._kept.remove(each)
-                each[1].retire(False)
-                return each[1]
-        return None
+    def _stand_in(self, name, value, own):
+        """Return what stands for `value`: what did so before, as a redirection may end."""
+        for made, each in self._made:
+            if made == name and each.default is value:
+                return each
+        each = ThreadFunction(value, own) if own else thread_stream(value)
+        self._made.append((name, each))
+        return each
 
     def _uninstall(self):
-        for name in list(self._ours):
-            self._retire(name)
+        self.ours = {}
         for module, name, _ in self.PLACES:
             module = sys.modules.get(module)
             if module is not None:
@@ -10576,7 +10552,7 @@ class Evaluator(Job):
         self._last_only = None    # a list: values are to be kept in it, not displayed
         self._lent = None         # `_` in the namespace of the evaluation, as long as that runs
         self._unsent = None       # the text of a value, which goes out with the next prompt
-        self._undo = ExitStack()  # what takes this session's share out of the process
+        self._acquired = []       # what stands in the process for us: Installed
         stdout = SessionStream("stdout", session.connection, self.interrupts, flusher=FLUSHER)
         stderr = SessionStream("stderr", session.connection, self.interrupts, earlier=stdout)
         self.streams = {"stdin": SessionInput(self._ask), "stdout": stdout, "stderr": stderr}
@@ -10594,7 +10570,7 @@ class Evaluator(Job):
                 self.context = new_context()
             for each in (ROUTER, DEBUGGERS):
                 each.acquire()
-                self._undo.callback(each.release)
+                self._acquired.append(each)
             DEBUGGERS.look()
             ROUTER.bind(self.streams)
             self._prepare_console()
@@ -10940,7 +10916,8 @@ class Evaluator(Job):
             ROUTER.unbind()
             if self.console is not None:
                 self.console.forget()
-            self._undo.close()
+            for each in self._acquired:
+                each.release()
             _here.evaluator = self.session = self.console = None
             for each in self.streams.values():
                 each.release()
