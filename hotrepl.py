@@ -655,9 +655,10 @@ class ThreadStream(threading.local, StandIn):
     _OWN = _FAST + ("target", "default")      # the rest of what these hold
 
     def __init__(self, default):
-        self._use(default)["default"] = default       # runs in each thread
+        self._use(default)["default"] = default        # runs in each thread
 
     def _use(self, stream):
+        """Let `stream` be the calling thread's own; return what it finds here: {name: value}."""
         slots = self.__dict__
         slots["target"] = stream
         for name in self._FAST:
@@ -669,21 +670,6 @@ class ThreadStream(threading.local, StandIn):
     def __setattr__(self, name, value):
         setattr(self.target, name, value)
         _forward(name)
-
-    def __iter__(self):
-        return iter(self.target)
-
-    def __next__(self):
-        return next(self.target)
-
-    def __enter__(self):
-        return self.target.__enter__()
-
-    def __exit__(self, *args):
-        return self.target.__exit__(*args)
-
-    def __repr__(self):
-        return repr(self.target)
 
 
 class _Nowhere:
@@ -708,7 +694,9 @@ class OddThreadStream(ThreadStream):
 
 def _forward(name):
     """Have ThreadStreams answer for an attribute of what they stand for."""
-    if name not in ThreadStream._OWN and not hasattr(ThreadStream, name):
+    if name in ("__iter__", "__next__", "__enter__", "__exit__", "__repr__"):
+        setattr(ThreadStream, name, lambda self, *args: getattr(self.target, name)(*args))
+    elif not (name.startswith("__") or name in ThreadStream._OWN or hasattr(ThreadStream, name)):
         setattr(ThreadStream, name, property(
             lambda self: getattr(self.target, name),
             lambda self, value: setattr(self.target, name, value),
@@ -718,8 +706,7 @@ def _forward(name):
 io.TextIOBase.register(ThreadStream)
 _TEXT_NAMES = {"mode", *dir(io.TextIOWrapper)}
 for _name in _TEXT_NAMES:
-    if not _name.startswith("__"):
-        _forward(_name)
+    _forward(_name)
 
 
 def thread_stream(default):
@@ -859,7 +846,7 @@ class StreamRouter(Installed):
                 self._install()
             for name in STREAM_NAMES:
                 if name in self.ours:
-                    streams[name].bind(self.ours[name]._use(streams[name].text))
+                    streams[name].bind(self.ours[name])
 
     def unbind(self):
         """Have the calling thread print where the program does."""
@@ -996,9 +983,9 @@ class SessionStream(OfSession, io.BufferedIOBase):
                                      newline="\n", write_through=flusher is None)
         self.text._CHUNK_SIZE = CHUNK_BYTES
 
-    def bind(self, slots):
-        """Take over `slots`, the calling thread's part of a stand-in."""
-        self._slots = slots
+    def bind(self, stand_in):
+        """Be what `stand_in` stands for in the calling thread."""
+        self._slots = stand_in._use(self.text)
         self._is_begun = True
         self.rearm()
 
@@ -1079,13 +1066,9 @@ class SessionInput(OfSession, io.TextIOBase):
         self._ask = ask
         self._rest = ""           # of a line that was read in parts
 
-    @property
-    def text(self):
-        """The stream over it, as a SessionStream has one."""
-        return self
-
-    def bind(self, slots):
-        """As a SessionStream's; nothing is to be done."""
+    def bind(self, stand_in):
+        """Be what `stand_in` stands for in the calling thread."""
+        stand_in._use(self)
 
     def release(self):
         """At the session's end: hold nothing that holds us; nothing more is asked."""
@@ -1841,7 +1824,8 @@ class ConsoleMixin:
     def run_block(self, source, name=None):
         """Run `source`, any number of statements, as one unit; show the last one's value.
 
-        `name` stands for it in tracebacks, in place of a number.
+        A class that expands macros shows that of each. `name` stands for the source in tracebacks,
+        in place of a number.
         """
         source = source.rstrip() + "\n"
         self._begin(name or next(self._names), source)
@@ -1853,7 +1837,7 @@ class ConsoleMixin:
             self.showsyntaxerror(self.filename)
             return
         if not self.own.isdisjoint(("runsource", "runcode")):     # it expands macros, or the like
-            with self._taking_blocks(), self.evaluator.showing_last_value(code_objects[1]):
+            with self._taking_blocks():
                 self.runsource(source, self.filename, "single")
         elif code_objects[0] is None or self.runcode(code_objects[0]):
             if code_objects[1] is not None:
@@ -1908,14 +1892,13 @@ class ConsoleMixin:
     @contextmanager
     def _taking_blocks(self):
         """Within this InteractiveInterpreter's runsource() takes any number of statements."""
-        before = getattr(self, "compile", None)
+        before = self.compile
         if self._has_plain_compiler:
             self.compile = _BlockCompiler(before)
         try:
             yield
         finally:
-            if before is not None:
-                self.compile = before
+            self.compile = before
 
     def runsource(self, source, filename="<input>", symbol="single"):
         """As InteractiveInterpreter's; a comment that ends in a question is none to the console."""
@@ -1972,7 +1955,10 @@ class ConsoleMixin:
         """Raise `exc`, which showing a value raised, as if the input did: on its first line."""
         line = self.source.partition("\n")[0].strip()
         name = "_" * len(line)    # as long as the line, so that no marks are below that
-        eval(compile(name, self.filename, "eval"), {}, _Raising(exc))
+
+        def fail():
+            raise exc
+        eval(compile(name, self.filename, "eval"), {}, collections.defaultdict(fail))
 
     def write(self, data):
         if "write" in self.own:
@@ -2012,17 +1998,6 @@ def _is_plumbing(code_object):
     from code import InteractiveConsole
     return (_is_own_file(code_object.co_filename)
             or code_object is InteractiveConsole.runcode.__code__)
-
-
-class _Raising(dict):
-    """A namespace in which each name raises an exception."""
-
-    def __init__(self, exc):
-        super().__init__()
-        self.exc = exc
-
-    def __missing__(self, name):
-        raise self.exc
 
 
 class _BlockCompiler:
@@ -2165,7 +2140,8 @@ class _Place:
         if self.quote:
             return self._in_string(), None
         words = self.tokens[self.first:]
-        words = words[words[:1] == ["lazy"]:]     # 3.15
+        if words[:1] == ["lazy"]:         # 3.15
+            del words[0]
         if words[:1] in (["import"], ["from"]):
             return self._importable(words[0], words[1:]), None
         if last == ".":
@@ -2388,7 +2364,7 @@ def _hint(name, called):
         call = name.strip("]") + str(signature).replace("Ellipsis", "...")
     else:
         call = lines[0] if shows_call else name + "(...)"
-    return "\n".join([call] + lines[shows_call:][:1])
+    return "\n".join([call] + lines[1 if shows_call else 0:][:1])
 
 
 def _signature(called):
@@ -10549,7 +10525,6 @@ class Evaluator(Job):
         self.is_detached = False  # it is a job now, and the session has another Evaluator
         self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
-        self._last_only = None    # a list: values are to be kept in it, not displayed
         self._lent = None         # `_` in the namespace of the evaluation, as long as that runs
         self._unsent = None       # the text of a value, which goes out with the next prompt
         self._acquired = []       # what stands in the process for us: Installed
@@ -10642,23 +10617,9 @@ class Evaluator(Job):
 
     def display(self, value):
         """Show `value` as an interactive Python does, and keep it for `_`."""
-        if self._last_only is not None:
-            self._last_only[:] = [value]
-            return
         text = self._text_of(value)
         if text is not None:
             self._write_value(text)
-
-    @contextmanager
-    def showing_last_value(self, is_wanted):
-        """Within this, display nothing; then the last value if `is_wanted` and none raised."""
-        self._last_only = shown = []
-        try:
-            yield
-        finally:
-            self._last_only = None
-        if is_wanted and shown:
-            self.display(shown[0])
 
     def show_exception(self, value, show=None):
         """Send the traceback of an exception to the client, and keep it for pdb.pm().
@@ -10836,7 +10797,7 @@ class Evaluator(Job):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
         if value is None:
             return None
-        if self._last_only is not None or not ROUTER.shows_values():
+        if not ROUTER.shows_values():
             sys.displayhook(value)
             return None
         text = self._text_of(value)
