@@ -1892,7 +1892,7 @@ class ConsoleMixin:
     @contextmanager
     def _taking_blocks(self):
         """Within this InteractiveInterpreter's runsource() takes any number of statements."""
-        before = self.compile
+        before = getattr(self, "compile", None)   # whatever made it
         if self._has_plain_compiler:
             self.compile = _BlockCompiler(before)
         try:
