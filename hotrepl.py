@@ -3250,7 +3250,10 @@ def _process_start():
 
 def _space_of(module):
     """Return the namespace of a module without running its code; of what is none, an empty one."""
-    if not _is(module, types.ModuleType) or type(module).__name__ == "_LazyModule":
+    kind = type(module)
+    if kind is types.ModuleType:
+        return module.__dict__
+    if not issubclass(kind, types.ModuleType) or kind.__name__ == "_LazyModule":
         return _NO_SPACE
     return types.ModuleType.__dict__["__dict__"].__get__(module)  # type: ignore[index]
 
@@ -3304,13 +3307,16 @@ def _is_library_folder(folder):
         for each in (folder, os.path.realpath(folder)))
 
 
+_folder_of = functools.lru_cache(maxsize=10000)(os.path.dirname)
+
+
 def _is_below_library(folder):
     return (folder + os.sep).startswith(_LIBRARY)
 
 
 def _is_library(path):
     """Tell whether a file lies in a folder of a library; what has no file counts as such."""
-    return not path or type(path) is not str or _is_library_folder(os.path.dirname(path))
+    return not path or type(path) is not str or _is_library_folder(_folder_of(path))
 
 
 def _is_library_module(name):
@@ -3346,7 +3352,7 @@ def _find_edits(module, everything, report):
     modules = _own_modules() if module is None else [_as_module(module)]
     is_asked_for = module is not None or everything
     report.looked_at = len(modules)
-    report.folders = _tops({os.path.dirname(path) for _, _, path in modules})
+    report.folders = _tops({_folder_of(path) for _, _, path in modules})
     edits = []
     for name, module_, path in modules:
         report.add("unsaved", name, _typed_over(module_))
@@ -3429,9 +3435,12 @@ class _Edit:
     def compare(self):
         """Compile the new text, parse the old one, and pair their statements."""
         self.new = _Source(self.text, self.path)
-        self.new.code  # some errors show only where the whole is compiled
         self.line = min((frame.f_lineno for frame in _top_frames(self.space)), default=None)
         self.old = _source_of(self.was, self.new)
+        # From nodes: 3.6 and 3.7 crash where they are nested too deep.
+        if self.old and self.old.flags == self.new.flags and sys.version_info >= (3, 8):
+            self.new.known = {id(each) for each in self.old.statements if each.is_definition}
+        self.new.fresh  # some errors are the compiler's
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
             self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
@@ -3537,8 +3546,11 @@ _LIKENESSES = (
 
 def _partners(olds, news):
     """Return {index in news: index in olds} of the statements that belong together."""
-    partners = {}
+    places = {id(each): i for i, each in enumerate(olds)}
+    partners = {j: places[id(each)] for j, each in enumerate(news) if id(each) in places}
     for likeness in _LIKENESSES:
+        if len(partners) in (len(olds), len(news)):
+            break
         groups = collections.defaultdict(lambda: ([], []))
         places = {i: j for j, i in partners.items()}
         for side, statements in enumerate((olds, news)):
@@ -3560,7 +3572,7 @@ def _change(old, new):
     """Return what became of a statement, as the table above has it; `old` may be None."""
     if old is None:
         return "new"
-    if old.text_key == new.text_key and old.start == new.start:
+    if old is new or old.text_key == new.text_key and old.start == new.start:
         return "same"
     if old.text_key == new.text_key or old.dump == new.dump:
         return "moved"
@@ -3577,6 +3589,8 @@ def _with_uncovered(pairs, olds, news):
     A later statement that had bound its name anew is gone or another; or it binds what it also
     reads, as in `f = wrap(f)`, and all that does so for one name must start from the first.
     """
+    if len(olds) == len(news) and all(pair.change in ("same", "body") for pair in pairs):
+        return pairs
     last_olds, last_news = _last_binders(olds), _last_binders(news)
     runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE}
     # What had covered it is no more: `def f` counts again when the second `def f` has gone.
@@ -3624,8 +3638,8 @@ class _once:
 class _Source:
     """A source text cut into statements.
 
-    With `newer`, that source's statements above and below all lines that differ are taken over,
-    as parsing costs more than all else here.
+    With `newer`, that source's statements above all lines that differ are taken over, and those
+    below where their lines are the same, as parsing costs more than all else here.
     """
 
     def __init__(self, data, path, newer=None):
@@ -3634,6 +3648,7 @@ class _Source:
         self.lines = importlib.util.decode_source(data).split("\n")
         shared = newer and self._sharing(newer)
         self.statements = shared or self._cut(0, len(self.lines))
+        self.known = ()         # ids of statements whose code runs already, at the same lines
 
     def _cut(self, start, end):
         """Return the statements that stand in some of the lines, with the numbers these have."""
@@ -3645,11 +3660,11 @@ class _Source:
     def _sharing(self, newer):
         """Return the statements, or None where the lines between are no whole statements."""
         ours, theirs = self.lines, newer.lines
-        differing = [k for k, line in enumerate(ours) if line not in theirs[k:k + 1]]
-        if len(ours) != len(theirs) or not differing:
-            return None
-        head = [each for each in newer.statements if each.end <= differing[0]]
-        tail = [each for each in newer.statements if each.start > differing[-1]]
+        above, below = [len(os.path.commonprefix([ours[::step], theirs[::step]]))
+                        for step in (1, -1)]
+        is_as_long, last = len(ours) == len(theirs), max(above, len(ours) - below)
+        head = [each for each in newer.statements if each.end <= above]
+        tail = [each for each in newer.statements if each.start >= last and is_as_long]
         start, end = head[-1].end if head else 0, tail[0].start if tail else len(ours)
         try:
             return head + self._cut(start, end) + tail
@@ -3663,20 +3678,21 @@ class _Source:
         return [_Statement(node, self, start, max(stop, start + 1), counts[start] == 1)
                 for node, start, stop in zip(nodes, starts, starts[1:] + [end])]
 
-    # Not from the nodes: 3.6 crashes where they are nested too deep.
     code = _once(lambda each: compile("\n".join(each.lines), each.path, "exec", 0, True))
+    # Without what is known; most time would go into compiling that.
+    fresh = _once(lambda each: each.compile_alone([
+        one.node for one in each.statements if id(one) not in each.known])
+        if each.known else each.code)
+    codes = _once(lambda each: _indexed(each.code))
+    fresh_codes = _once(lambda each: _indexed(each.fresh))
     # What the statements bind, also by a docstring.
     names = _once(lambda each: _bound_by(each.statements).union(
         ["__doc__"] if each.statements and each.statements[0].is_constant else []))
 
-    @_once
-    def codes(self):
-        """{path like __qualname__, or (name, first line): [code, ...]} of functions and classes."""
-        found = collections.defaultdict(list)
-        for path, code in _code_paths(_nested_codes(self.code)):
-            found[path].append(code)
-            found[code.co_name, code.co_firstlineno].append(code)
-        return found
+    def codes_at(self, name, line):
+        """Return the codes of functions and classes of a name that begin on a line."""
+        return self.fresh_codes.get((name, line)) or (
+            self.codes.get((name, line), []) if self.known else [])
 
     def has(self, code):
         """Tell whether some code in it does what `code` does."""
@@ -3717,7 +3733,7 @@ class _Source:
         consts = []
         for const in code.co_consts:
             if isinstance(const, types.CodeType):
-                found = self.codes.get((const.co_name, const.co_firstlineno), ())
+                found = self.codes_at(const.co_name, const.co_firstlineno)
                 is_like = len(found) == 1 and found[0].co_freevars == const.co_freevars and (
                     const.co_flags & 1)     # CO_OPTIMIZED: a function
                 const = found[0] if is_like else self.with_own_codes(const)
@@ -3726,12 +3742,21 @@ class _Source:
 
     def code_of(self, node, statement=None):
         """Return the code of a function; of several on one line, by the node they stand in."""
-        found = self.codes.get((_name_of(node), _first_line(node)), [None])
+        found = self.codes_at(_name_of(node), _first_line(node)) or [None]
         if len(found) == 1 or statement is None:
             return found[0]
         alike = [each for _, each in _functions_below(statement)
                  if (_name_of(each), _first_line(each)) == (_name_of(node), _first_line(node))]
         return found[min(alike.index(node), len(found) - 1)]
+
+
+def _indexed(code):
+    """Return {path like __qualname__, or (name, first line): [code, ...]} of what code makes."""
+    found = collections.defaultdict(list)
+    for path, each in _code_paths(_nested_codes(code)):
+        found[path].append(each)
+        found[each.co_name, each.co_firstlineno].append(each)
+    return found
 
 
 class _Statement:
@@ -3760,13 +3785,14 @@ class _Statement:
     decorator_dump = _once(
         lambda each: (each.kind, _key(getattr(each.node, "decorator_list", []))))
 
+    text = _once(lambda each: "\n".join(each.source.lines[each.start:each.end]).rstrip())
+    words = _once(lambda each: re.findall(r"\w+", each.text))
+
     @_once
     def text_key(self):
         """What tells fast that a statement is unchanged: its lines, else its tree."""
         # 3.6, 3.7: where a long string comes first, its last line counts as the first one.
-        if not self.is_alone or self.node.col_offset < 0:
-            return self.dump
-        return "\n".join(self.source.lines[self.start:self.end]).rstrip()
+        return self.text if self.is_alone and self.node.col_offset >= 0 else self.dump
 
     def label(self, place):
         """What pairs it with its like in another text; `place`: behind which statement."""
@@ -3811,6 +3837,12 @@ class _Statement:
         return _tests(self.node, "__name__") and _tests(self.node, "__main__")
 
     @property
+    def only_defines(self):
+        """A function without decorators, whose head is literals: nothing runs."""
+        return self.is_function and _LITERALS.issuperset(
+            type(each).__name__ for each in _executed_children(self.node))
+
+    @property
     def is_pure(self):
         """An assignment to names of an expression that runs nobody's code."""
         targets = getattr(self.node, "targets", None) or [getattr(self.node, "target", None)]
@@ -3827,6 +3859,7 @@ class _Statement:
         return shorten(line.strip().rstrip(":"), 60)
 
 
+_LITERALS = {"Constant", "Num", "Str", "Bytes", "NameConstant"}      # all but the first: 3.6, 3.7
 _PURE = set("""Constant Num Str Bytes NameConstant Name BinOp UnaryOp BoolOp Compare IfExp Tuple
     JoinedStr FormattedValue Attribute Subscript Index Load Add Sub Mult Div FloorDiv Mod Pow
     LShift RShift BitOr BitXor BitAnd MatMult UAdd USub Not Invert And Or Eq NotEq Lt LtE Gt GtE
@@ -4635,7 +4668,7 @@ class _Apply:
         Those that ran have left the numbers of what they came to, from 0 on; the others are
         those that the module had come to, counted in its old text.
         """
-        maker = _annotation_maker(edit.new.code) if sys.version_info >= (3, 14) else None
+        maker = _annotation_maker(edit.new.fresh) if sys.version_info >= (3, 14) else None
         for name in _ANNOTATIONS[0 if maker else 1:3]:
             edit.space.pop(name, None)
         if maker is None:
@@ -4838,7 +4871,7 @@ class _Apply:
                      and each.__globals__ is space and each.__qualname__ == scope.prefix + name]
             exact = [each for each in found if each.__code__ is code] or [
                 each for each in found if each.__code__.co_firstlineno == line
-                and each.__code__ not in scope.edit.new.codes.get((name, line), ())]
+                and each.__code__ not in scope.edit.new.codes_at(name, line)]
             if exact:
                 return exact[0]
             alike += found
@@ -5065,10 +5098,12 @@ class _Apply:
         if any(_is_mapped(scope.cls, name) for name in statement.binds):
             self._note_mapped(scope, statement.binds)
             return
-        self._learn()
+        reached = []
+        if not statement.only_defines or pair.change == "lost":
+            self._learn()
+            reached = self.snapshot(edit, statement, pair.old)
         if pair.change == "lost" and self._bring_back(scope, statement):
             return
-        reached = self.snapshot(edit, statement, pair.old)
         before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
                   for name in statement.binds}
         places = _Registrations(self, reached, self._targets(scope, pair))
@@ -5236,7 +5271,7 @@ class _Apply:
         """Tell whether a function, a class or what wraps it was made by this transaction."""
         if self.is_patch:
             return True
-        if id(value) in self.known or id(value) in self.olds:
+        if id(value) in (self.known or ()) or id(value) in self.olds:
             return False
         if _is(value, type):
             return value.__flags__ & _HEAP_TYPE != 0
@@ -5378,7 +5413,7 @@ class _Apply:
                     self.put(_attribute(old, name), _MISSING)
             elif pair and not _has_console_code(values[name]) and not (
                     _decorators(pair.old) <= _decorators(pair.new)) and name not in (
-                    _stored_attributes(edit.new.code) | _stored_by_methods(old)):
+                    _stored_attributes(edit.new.fresh) | _stored_by_methods(old)):
                 self.stuck["%s.%s" % (old.__qualname__, name), (
                     "it stays: whether a decorator that was taken away had put it there, or "
                     "something else, can't be told")] += len(_instances(old))
@@ -5797,11 +5832,10 @@ class _Apply:
 
 def _with_lost(edit):
     """Return the pairs, with "lost" for definitions that somebody took away, as by `del m.f`."""
-    counts = collections.Counter(name for each in edit.new.statements for name in each.binds)
-
     def is_lost(pair):
         return pair.old is not None and pair.change in _LEFT_ALONE and pair.new.is_definition and (
-            pair.new.node.name not in edit.space and counts[pair.new.node.name] == 1
+            pair.new.node.name not in edit.space
+            and sum(pair.new.node.name in each.binds for each in edit.new.statements) == 1
             and not edit.is_not_reached(pair.new) and not any(      # the module took it away itself
                 _may_drop_names(code) or pair.new.node.name in _stored_names(code, "GLOBAL")
                 for _, code in _code_paths([edit.new.code])))
@@ -6081,8 +6115,8 @@ class _Successors:
             return None
         # Only its place is another: then the lines of all its functions are, by as many.
         if pair.new is not None and pair.old.text_key == pair.new.text_key:
-            key = code.co_name, line + pair.new.start - pair.old.start
-            new = _best_match(code, self.edit.new.codes.get(key, ()))
+            new = _best_match(code, self.edit.new.codes_at(
+                code.co_name, line + pair.new.start - pair.old.start))
             return new and _Next(new, function.__qualname__, "", False, False, None, None)
         return self._mapped(pair, path, code)
 
@@ -6096,7 +6130,7 @@ class _Successors:
                 found[_name_of(each[1]), _first_line(each[1])].append(each)
         found, at = self._maps[id(pair)].get(key, []), 0
         if len(found) > 1:      # several lambdas on one line: which is it?
-            olds = self.edit.old.codes.get(key, [])
+            olds = self.edit.old.codes_at(*key)
             alike = code if code in olds else _best_match(code, olds)
             at = olds.index(alike) if alike in olds[:len(found)] else 0
         if not found:
@@ -6233,6 +6267,8 @@ class _Readers:
         # id -> function or class: code changed that may have run at import, or to derive a class
         self._codes, self._bases = {}, {}
         self._modules = set()           # ids of the edited modules, and of the packages above them
+        self._ids = set()               # of all three
+        self._spaces = set()            # ids of the namespaces of edited modules with changed values
 
     def follow(self, edit):
         """Evaluate anew what is pure and was made of changed values; follow imports of them."""
@@ -6380,9 +6416,10 @@ class _Readers:
         self._bases.update((key, value) for key, value in self._codes.items()
                            if _is(value, type) and issubclass(value, type))
         self._bases = {key: value for key, value in self._bases.items() if _is(value, type)}
-
         self._modules = {id(sys.modules.get(name)) for edit in self._apply.edits
                          for name in _with_parents(edit.name)}
+        self._ids = self._modules.union(self._codes, self._bases)
+        self._spaces = {id(each.space) for each in self._apply.edits if self._values[each.name]}
 
     def report_not_run_again(self, edit):
         """Name unchanged statements that used at import what is another now."""
@@ -6396,27 +6433,32 @@ class _Readers:
 
     def report_elsewhere(self):
         """The same in modules that are not edited, if they have what changed or derive from it."""
-        spaces = {id(edit.space) for edit in self._apply.edits if self._values[edit.name]}
         below = {cls.__module__ for base in self._bases.values() for cls in _all_classes(base)}
         for module, known in list(_hot.known.items()):
             if module in self._apply.by_name:
                 continue
-            space = _space_of(known.module())
-            names = self._values[module] | {
-                name for name, value in list(space.items()) if id(value) in self._codes
-                or id(value) in self._modules or type(value) is types.FunctionType
-                and id(value.__globals__) in spaces}
+            follower = _Follower(module, _space_of(known.module()))
+            names = self._names_in(follower)
             if module in below or names and _mentions_at_import(known.text or b"", names):
                 source = self.source_of(module)
-                self._report_users(_Follower(module, space), source.statements if source else ())
+                self._report_users(follower, source.statements if source else ())
+
+    def _names_in(self, module):
+        """Return the names by which statements of a module may have used what is another now."""
+        items = list(module.space.items())
+        if not self._spaces and self._ids.isdisjoint([id(value) for _, value in items]):
+            return self._values[module.name]
+        return self._values[module.name].union(
+            name for name, value in items if _is(name, str) and (id(value) in self._ids or any(
+                id(each.__globals__) in self._spaces for each in _callees(value))))
 
     def _report_users(self, module, statements):
         """Name those of some statements that used what is another now, as far as they have run."""
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
+        names = self._names_in(module)
         for each in statements:
-            reads_nothing = each.is_function and _LITERALS.issuperset(     # as most
-                type(child).__name__ for child in _executed_children(each.node))
-            if not reads_nothing and not each.is_main_guard and (
+            may_use = self._bases and each.kind == "ClassDef" or not names.isdisjoint(each.words)
+            if may_use and not each.is_main_guard and (
                     each.kind not in ("Import", "ImportFrom")) and (
                     line is None or each.end < line):
                 used = self._used_at_import(each, module.space, self._values[module.name])
@@ -6457,12 +6499,10 @@ class _Readers:
 
     def _read_when_called(self, value):
         """Return the changed globals that a function, or the constructor of a class, reads."""
-        function = vars(value).get("__init__") if _is(value, type) else value
-        if not _is_python_function(function):
-            return set()
-        values = self._values.get(function.__globals__.get("__name__"), set())
-        return values & set(function.__code__.co_names) and values & set(
-            _stored_names(function.__code__, "GLOBAL", ("LOAD_",)))
+        return {name for function in _callees(value) for name in self._values.get(
+            function.__globals__.get("__name__"), set()).intersection(
+                function.__code__.co_names) if name in _stored_names(
+                    function.__code__, "GLOBAL", ("LOAD_",))}
 
     def _report_copied(self, edit):
         """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
@@ -6481,6 +6521,12 @@ class _Readers:
                         name in each.names.reads - each.names.calls | inner
                         or "." + name in each.title for name in heads):
                     self._report_not_run(follower, each, heads)
+
+
+def _callees(value):
+    """Return the function that a call of a value runs: itself, or the constructor of a class."""
+    function = vars(value).get("__init__") if _is(value, type) else value
+    return [function] if _is_python_function(function) else []
 
 
 # --- Registrations: the entries that a definition made in lists and dicts ---
@@ -7067,17 +7113,23 @@ _IMPORT = Lazy(lambda: re.compile(
 
 
 def _imports_in(text, space):
-    """Yield the imports of a text, also those of its functions, found fast, without parsing."""
+    """Return the imports of a text, also those of its functions."""
+    return [(_full_name(level, base, space), names)
+            for level, base, names in _written_imports(text)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _written_imports(text):
+    """Return (level, module, names) of the imports in a text, found fast, without parsing."""
+    imports = []
     for found in _IMPORT.findall(text):
         # PyPy: None for what is not there
         dots, base, names, modules = [(each or b"").decode("utf-8", "replace") for each in found]
-        for each in modules.split(","):
-            if each.split():
-                yield each.split()[0], []
+        imports += [(0, each.split()[0], []) for each in modules.split(",") if each.split()]
         if names:
             words = [each.split() for each in names.strip("()").split(",")]
-            yield _full_name(len(dots), base, space), [
-                (each[0], each[-1]) for each in words if each]
+            imports.append((len(dots), base, [(each[0], each[-1]) for each in words if each]))
+    return imports
 
 
 def _imports_of_unchanged(name):
@@ -7211,7 +7263,6 @@ def _nests_none(function):
 _RUN_AT_ONCE = {"__init_subclass__", "__new__", "__init__", "__set_name__", "__call__",
                 "__prepare__", "__class_getitem__", "__post_init__"}
 _RUN_BELOW = {"__init_subclass__", "__class_getitem__"}
-_LITERALS = {"Constant", "Num", "Str", "Bytes", "NameConstant"}      # all but the first: 3.6, 3.7
 
 
 def _evaluated_nodes(node, is_lazy):
