@@ -3338,13 +3338,15 @@ def _as_module(module):
         module = sys.modules[module]
     if not isinstance(module, types.ModuleType):
         raise TypeError("expected a module or its name, not %r" % (module,))
-    path, file = _source_path(module), _space_of(module).get("__file__")
+    path, space = _source_path(module), _space_of(module)
+    name, file = space.get("__name__"), space.get("__file__")
+    if type(name) is not str:
+        raise ReloadError("%r has no __name__, so nobody knows what it is" % module)
     if file is None:
-        raise ReloadError("%r has no source file; use patch() for what lives in no file"
-                          % module.__name__)
+        raise ReloadError("%r has no source file; use patch() for what lives in no file" % name)
     if path is None:
-        raise ReloadError("%r is not Python source: %s" % (module.__name__, file))
-    return module.__name__, module, path
+        raise ReloadError("%r is not Python source: %s" % (name, file))
+    return name, module, path
 
 
 def _find_edits(module, everything, report):
@@ -3660,8 +3662,9 @@ class _Source:
     def _sharing(self, newer):
         """Return the statements, or None where the lines between are no whole statements."""
         ours, theirs = self.lines, newer.lines
-        above, below = [len(os.path.commonprefix([ours[::step], theirs[::step]]))
-                        for step in (1, -1)]
+        above, below = [next(
+            (k for k, (our, their) in enumerate(zip(ours[::step], theirs[::step]))
+             if our != their), min(len(ours), len(theirs))) for step in (1, -1)]
         is_as_long, last = len(ours) == len(theirs), max(above, len(ours) - below)
         head = [each for each in newer.statements if each.end <= above]
         tail = [each for each in newer.statements if each.start >= last and is_as_long]
@@ -6237,6 +6240,11 @@ def _needs_its_statement(cls, pairs):
     values = [each for each in active
               if not each.is_definition and not each.is_constant and each.kind != "Pass"]
     is_decorated = any(each.is_function and not _is_transparent(each.node) for each in active)
+    # Which of these a class has come to, only its statement tells.
+    if any(each.kind == "AnnAssign" for each in values) and any(
+            pair.new and not pair.new.is_definition and pair.new.kind != "AnnAssign"
+            and "AnnAssign" in str(pair.new.dump) for pair in pairs):
+        return True
     kind = next((each for each in _CLASS_KINDS if each.fits(cls)), None)
     return any("__slots__" in each.binds for each in values) or kind is not None and (
         bool(values) or is_decorated and kind.sees_functions)

@@ -4758,6 +4758,13 @@ class IdentityIsKept(Workspace):
         self.assertEqual((held(), held.__annotations__, held.__doc__, held.tag),
                          ((2, 2), {"return": 2}, "doc2", (2,)))
 
+    def test_annotation_changes_beside_those_in_an_if(self):
+        m, change = self.change("class C:\n    a: @@\n    if __name__:\n        b: str\n"
+                                "    else:\n        c: str\n", "int", "bytes")
+        cls = m.C
+        change()
+        self.assertEqual((m.C is cls, cls.__annotations__), (True, {"a": bytes, "b": str}))
+
     def test_function_that_becomes_async(self):
         m, change = self.change("@@ f(): return 1\n", "def", "async def")
         held = m.f
@@ -5743,6 +5750,12 @@ class Modules(Workspace):
     def test_builtin_module_is_refused(self):
         with self.assertRaisesRegex(ReloadError, "no source file"):
             reload("sys")
+
+    def test_module_without_a_name_is_refused(self):
+        m = self.load("A = 1\n")
+        del m.__name__
+        with self.assertRaisesRegex(ReloadError, "has no __name__"):
+            reload(m)
 
 
 class Patch(Workspace):
