@@ -6276,7 +6276,7 @@ class _Readers:
         self._codes, self._bases = {}, {}
         self._modules = set()           # ids of the edited modules, and of the packages above them
         self._ids = set()               # of all three
-        self._spaces = set()            # ids of the namespaces of edited modules with changed values
+        self._spaces = set()            # ids of namespaces of edited modules: values changed
 
     def follow(self, edit):
         """Evaluate anew what is pure and was made of changed values; follow imports of them."""
