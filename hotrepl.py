@@ -11948,10 +11948,12 @@ KEEPALIVE = [("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)]
 
 
 def _tune(sock):
-    """Send at once (no Nagle), and notice in the end a peer whose machine is gone."""
+    """Send at once (no Nagle), keep little on its way, and notice a peer whose machine is gone."""
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # What is in there no Ctrl+C can take back.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
         for name, value in KEEPALIVE:
             if hasattr(socket, name):
                 sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -12489,7 +12491,7 @@ class Terminal:
         self._prompt = ""         # of the line that is read
         self._is_secret = False   # which is not to be shown
         self._typed = b""         # what was read and belongs to the next line
-        self._ahead = 0           # how many keys were typed before the line was begun
+        self._is_typed_ahead = False  # the next key was typed before its line was begun
         self._line = b""          # the end of what is shown since the last newline, ...
         self._held = b""          # ... and what has come behind it
         self._is_line_open = False    # Ctrl+C ended a line there: what comes next begins a new one
@@ -12714,13 +12716,13 @@ class Terminal:
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
         try:
             if _read_without_waiting():   # the line begins
-                self._ahead = len(self._typed) + _count_typed()
+                self._is_typed_ahead = bool(self._typed or select.select([0], [], [], 0)[0])
         except Exception:         # termios.error: the terminal is gone; readline is C
             self._ending = EOFError()
         key = self._next_bytes(1)
-        if key == b"\0" and self._ahead > 0:      # Linux makes that of it in the other mode
+        if key == b"\0" and self._is_typed_ahead:     # Linux makes that of it in the other mode
             key = CTRL_D
-        self._ahead -= 1
+        self._is_typed_ahead = False
         if key == CTRL_D and not _line_buffer().strip():
             self._ending, key = EOFError(), b""
         return key
@@ -12935,13 +12937,6 @@ def _read_without_waiting():
     if modes != before:
         termios.tcsetattr(0, termios.TCSANOW, modes)
     return modes != before
-
-
-def _count_typed():
-    """Return how many bytes were typed and not read yet."""
-    import fcntl
-    import termios
-    return int.from_bytes(fcntl.ioctl(0, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 class Execution:
@@ -13457,12 +13452,9 @@ def _connect_to(address, deadline, uid):
             (DEFAULT_BIND, "::1") if name == b"localhost" else (name,))
             for each in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
     for family, place in found:
-        try:
+        sock = None
+        try:                      # it may be that this system has no IPv6
             sock = socket.socket(family, socket.SOCK_STREAM)
-        except OSError as exc:    # this system has no IPv6, say
-            error = exc
-            continue
-        try:
             if family != socket.AF_UNIX:
                 come_as_its_user(sock, place, uid)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -13470,8 +13462,9 @@ def _connect_to(address, deadline, uid):
             sock.connect(place)
             return sock
         except OSError as exc:
-            sock.close()
             error = exc
+            if sock is not None:
+                sock.close()
     raise error
 
 
@@ -14272,18 +14265,18 @@ def _find_server(options, word):
 
 
 def _choose(notes):
-    """Return the one of `notes` that the user names; SystemExit where nobody can be asked."""
-    by_pid, answer = {str(note["pid"]): note for note in notes}, "?"
+    """Return the one of `notes` that the user names; ValueError where nobody can be asked."""
+    by_pid, answer = {str(note["pid"]): note for note in notes}, None
+    table = _table(notes).decode()
     if not all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr)):
-        _say("which one? name it by its PID, or as HOST:PORT")
-        answer = ""
-    sys.stderr.write(_table(notes).decode())
-    while answer and answer not in by_pid:
+        raise ValueError("which one? name it by its PID, or as HOST:PORT\n" + table.rstrip())
+    sys.stderr.write(table)
+    while answer not in by_pid:
         sys.stderr.write("which one? PID: ")
         sys.stderr.flush()
         answer = sys.stdin.readline().strip()
-    if not answer:
-        raise SystemExit(2)
+        if not answer:
+            raise ValueError("none was named")
     return by_pid[answer]
 
 
@@ -14305,8 +14298,7 @@ def _read_source(path):
     try:
         return importlib.util.decode_source(data).encode("utf-8")
     except (SyntaxError, UnicodeError) as exc:
-        _say("can't read %r: %s" % (path, exc))
-        raise SystemExit(1) from exc
+        raise ValueError("can't read %r: %s" % (path, exc)) from exc
 
 
 def _seconds(text):
@@ -14321,7 +14313,7 @@ def _split_address(text, default_port):
     """Return (host, port) of HOST, HOST:PORT, [HOST]:PORT or a bare IPv6 address."""
     match = re.match(r"(?:\[(.*)\]|([^:@]*))(?::(\d+))?$", text)
     if not match and re.match(r"(?!unix:)[^:@/]+:[^:@/]*$", text):
-        raise SystemExit(_misuse("%r has no number as its port, expected HOST:PORT" % text))
+        raise ValueError("%r has no number as its port, expected HOST:PORT; see --help" % text)
     if not match:
         return text, default_port
     return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
@@ -14332,22 +14324,19 @@ def _read_file(path, hint="", limit_bytes=-1):
         with open(path, "rb") as file:
             return file.read(limit_bytes)
     except OSError as exc:
-        _say("can't read %r: %s%s" % (path, exc.strerror, hint))
-        raise SystemExit(2) from exc
+        raise ValueError("can't read %r: %s%s" % (path, exc.strerror, hint)) from exc
 
 
 def _read_token(path):
     """Return the token in a file. Nothing else is: a link may lead to a secret of another kind."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        _say("%r is no file that can hold a token" % path)
-        raise SystemExit(2)
-    text = _read_file(path, limit_bytes=1024).decode("ascii", "replace").strip()
+    data = b""
+    if os.path.isfile(path) or not os.path.exists(path):
+        data = _read_file(path, limit_bytes=1024)
     try:
-        _checked_token(text)
-    except (TypeError, ValueError) as exc:
-        _say("%r holds no token: 16 to 512 characters of ASCII without spaces or quotes" % path)
-        raise SystemExit(2) from exc
-    return text
+        return _checked_token(data.decode("ascii", "replace").strip()).decode()
+    except ValueError as exc:
+        raise ValueError("%r holds no token: 16 to 512 characters of ASCII without spaces or quotes"
+                         % path) from exc
 
 
 def _misuse(text):

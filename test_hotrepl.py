@@ -16217,7 +16217,7 @@ class LongLines(Case):
         terminal.press("^C")
         begun = time.monotonic()
         self.assertLess(terminal.skim(b">>> "), 100000000)
-        self.assertLess(time.monotonic() - begun, 5)
+        self.assertLess(time.monotonic() - begun, 2)
         terminal.ask("6*7", "\n42")
 
     @once("slow")
@@ -16227,7 +16227,7 @@ class LongLines(Case):
         terminal.type("print('x' * 200000000)\n")
         terminal.until("x" * 1000)
         connection = served.server.find_session(1).connection
-        eventually(lambda: connection.sending[0] > 1000000)       # so much is on its way
+        eventually(lambda: connection.sending[0] > 300000)       # so much is on its way
         terminal.press("^C")
         # The server says how far it is where it is still at a part when we ask.
         message = rb"\nhotrepl: still sending its output(, \d+ of 200 MB)?; Ctrl\+C again drops the rest\n"
@@ -16236,7 +16236,7 @@ class LongLines(Case):
             self.assertLess(time.monotonic(), end, terminal.received[-100000:].replace(b"x", b""))
             terminal.pump(0.1)
             terminal.received = terminal.received[-200000:]
-            threading.Event().wait(0.005)     # so slow is the terminal
+            threading.Event().wait(0.05)     # so slow is the terminal
         terminal._position = 0
         terminal.until("drops the rest\n")
         terminal.press("^C")
