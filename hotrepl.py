@@ -3855,11 +3855,15 @@ class _Statement:
 
     @property
     def title(self):
-        """The first line, for the report."""
-        line = self.source.lines[_first_line(self.node) - 1]
+        """Its text, or the first line where it has a body, for the report."""
+        first = _first_line(self.node)
+        text = self.source.lines[first - 1]
         if not self.is_alone:
-            line = line[max(self.node.col_offset, 0):].split(";")[0]
-        return shorten(line.strip().rstrip(":"), 60)
+            text = text[max(self.node.col_offset, 0):].split(";")[0]
+        elif not hasattr(self.node, "body"):    # 3.6, 3.7 don't know where it ends
+            last = getattr(self.node, "end_lineno", first)
+            text = " ".join(" ".join(self.source.lines[first - 1:last]).split())
+        return shorten(text.strip().rstrip(":"), 60)
 
 
 _LITERALS = {"Constant", "Num", "Str", "Bytes", "NameConstant"}      # all but the first: 3.6, 3.7
@@ -6404,8 +6408,12 @@ class _Readers:
     def _report_not_run(self, edit, statement, names, path=""):
         """Name a statement that read something else when it ran."""
         title = statement.node.name if statement.is_definition else statement.title
-        self._apply.report.add("not_run_again", edit.name, [
-            "%s%s (%s changed)" % (path, title, ", ".join(sorted(names)))])
+        sets = {name for called in statement.names.calls
+                for function in _callees(edit.space.get(called))
+                for name in _stored_names(function.__code__, "GLOBAL")}
+        self._apply.report.add("not_run_again", edit.name, ["%s%s (%s changed%s)" % (
+            path, title, ", ".join(sorted(names)),
+            "; it sets " + ", ".join(sorted(sets)) if sets else "")])
 
     def note_code(self):
         """Note whose code changed that an unchanged statement may have run at import."""
