@@ -4531,6 +4531,7 @@ class _Apply:
     def __init__(self, report, edits=(), everything=False):
         self.report, self.edits, self.everything = report, edits, everything
         self.journal = _Journal()
+        self.put = self.journal.put
         self.by_name = {edit.name: edit for edit in edits}
         self.is_patch = False           # every new object counts as made by this transaction then
         self.started = set()            # names of the modules whose turn has come
@@ -4606,7 +4607,6 @@ class _Apply:
                 ", but what these did elsewhere can't be seen: " + ", ".join(self.called)
                 if self.called else "")) from exc
         for edit in self.edits:
-            linecache.cache.pop(edit.path, None)
             put_back = _entry(_hot.known, edit.name)[1]
             self.journal.on_undo(functools.partial(put_back, edit.was or _MISSING))
             _hot.known[edit.name] = _Known(
@@ -4809,7 +4809,9 @@ class _Apply:
             inner = pair.new and scope.of_class(pair)
             if inner:
                 self._run_for_closures(inner, scope.edit.sub_pairs(pair))
-            elif pair.change in _LEFT_ALONE and _makes_functions(pair.new, scope):
+            elif pair.change in _LEFT_ALONE and not pair.new.is_main_guard and (
+                    pair.new.is_function and (scope.cls or pair.new.node.decorator_list)
+                    or pair.new.kind == "Assign" and pair.new.names.calls):
                 held = {id(each) for name in pair.new.binds
                         for each in _functions_in(scope.get(name))} & set(self.closures)
                 if held:
@@ -5197,9 +5199,6 @@ class _Apply:
             functions = [each for edit in self.edits for each in self._live_functions(edit)]
             self.known = {id(each): each for each in itertools.chain(functions, _all_classes())}
 
-    def put(self, slot, value):
-        self.journal.put(slot, value)
-
     # What the new text has no more. A definition that is gone is taken out of what its decorators
     # had put it into; its name, and those of values, go when the whole transaction is through, as
     # modules whose turn comes later may still use them.
@@ -5579,12 +5578,15 @@ class _Apply:
     def _move_classes(self):
         """Move instances and subclasses from classes that can't change in place, or are new."""
         for old, new, reason in self.moves:
-            stuck = 0
-            if isinstance(old, type) and isinstance(new, type):
-                stuck = self._move_instances({old: new})
-                for sub in old.__subclasses__():
-                    self._move_subclass(sub, old, new)
-            self.stuck[getattr(old, "__qualname__", "?"), reason] += stuck
+            is_class = isinstance(old, type) and isinstance(new, type)
+            self.stuck[getattr(old, "__qualname__", "?"), reason] += (
+                self._move_instances({old: new}) if is_class else 0)
+            for sub in old.__subclasses__() if is_class else ():
+                try:
+                    self.put(_attribute(sub, "__bases__"), tuple(
+                        new if base is old else base for base in sub.__bases__))
+                except TypeError as exc:
+                    self.stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
         discarded = {new: old for new, old in self.folded.values()
                      if isinstance(new, type) and new is not old}
         if discarded and not self.is_patch:
@@ -5599,14 +5601,6 @@ class _Apply:
             except TypeError:
                 count += 1
         return count
-
-    def _move_subclass(self, sub, old, new):
-        """Put the new class in the place of the old one among a subclass's bases."""
-        bases = tuple(new if base is old else base for base in sub.__bases__)
-        try:
-            self.put(_attribute(sub, "__bases__"), bases)
-        except TypeError as exc:
-            self.stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
 
     def _reach_what_lives(self):
         """Move and complete instances; replace what was discarded; do what was put off."""
@@ -5785,7 +5779,8 @@ class _Apply:
         for pair in edit.pairs:
             if pair.change == "value" and pair.old.acts_without_a_name and not (
                     pair.old.changes & bound or self._is_kept_out(edit, pair.new)
-                    or _targets_of(pair.old) == _targets_of(pair.new)):
+                    or _key(getattr(pair.old.node, "targets", pair.old.title)) == _key(
+                        getattr(pair.new.node, "targets", pair.new.title))):
                 self.stuck[pair.old.title, (
                     "the statement is another now; what it did before may still be there")] += 0
         unseen = sorted(set(edit.before) - edit.new.names - _IMPORT_NAMES)
@@ -5821,13 +5816,7 @@ class _Apply:
 
     def _path_of(self, code):
         """Return the path of a code that is no live function's any more."""
-        if id(code) in self.old_codes:
-            return self.old_codes[id(code)][0]
-        for edit in self.edits if not hasattr(code, "co_qualname") else ():     # 3.6-3.10
-            for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
-                if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
-                    return path
-        return getattr(code, "co_qualname", code.co_name)
+        return self.old_codes.get(id(code), [getattr(code, "co_qualname", code.co_name)])[0]
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
@@ -6189,24 +6178,11 @@ def _at_path(space, parts):
     return value
 
 
-def _makes_functions(statement, scope):
-    """Tell whether a statement may be run again for the functions that it made."""
-    return not statement.is_main_guard and (
-        statement.is_function and (scope.cls is not None or bool(statement.node.decorator_list))
-        or statement.kind == "Assign" and bool(statement.names.calls))
-
-
 def _decorator_name(node):
     """Return the last name of a decorator: `route` of `@app.route("/")`."""
     while type(node).__name__ == "Call":
         node = node.func
     return getattr(node, "attr", getattr(node, "id", ""))
-
-
-def _targets_of(statement):
-    """Return what an assignment assigns to; of another statement a text of its own."""
-    targets = getattr(statement.node, "targets", None)
-    return _key(targets) if targets and statement.kind == "Assign" else statement.title
 
 
 def _is_overload(node):
@@ -6273,7 +6249,6 @@ class _Readers:
 
     def __init__(self, apply):
         self._apply = weakref.proxy(apply)      # which has us
-        self._import_index = None       # {module: those that import from it}; made when needed
         self._sources = {}              # name -> _Source of a module that is not edited
         self._values = collections.defaultdict(set)     # module -> names of values that changed
         # id -> function or class: code changed that may have run at import, or to derive a class
@@ -6371,7 +6346,7 @@ class _Readers:
     def _follow_imports(self, edit, before):
         """Bind in modules that imported a name what it is now; return them, to go on there."""
         followers = []
-        for name in sorted(self._importers_of(edit.name)):
+        for name in sorted(self.importers.get(edit.name, ())):
             space, source = _space_of(sys.modules.get(name)), self.source_of(name)
             if source is None or space is edit.space:
                 continue
@@ -6392,11 +6367,8 @@ class _Readers:
             self._sources[name] = _source_of(_hot.known.get(name))
         return self._sources[name]
 
-    def _importers_of(self, name):
-        """Return the names of the modules that import something from one."""
-        if self._import_index is None:
-            self._import_index = _import_index(self._apply.edits)
-        return self._import_index.get(name, ())
+    # {module: names of those that import something from it}
+    importers = _once(lambda each: _import_index(each._apply.edits))
 
     def report_readers(self, edit, names):
         """Name unchanged statements that read what changed; of functions, what runs at import."""
@@ -6526,7 +6498,7 @@ class _Readers:
                  if pair.change not in _LEFT_ALONE and each.is_definition
                  for name in each.names.heads
                  if hasattr(type(edit.space.get(name)), "__iter__")}
-        importers = self._importers_of(edit.name) if heads else ()
+        importers = self.importers.get(edit.name, ()) if heads else ()
         for name in [edit.name] + sorted(importers):
             follower = _Follower(name, _space_of(sys.modules.get(name)))
             source = self.source_of(name) if heads else None
