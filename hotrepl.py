@@ -206,9 +206,6 @@ class Record(tuple):
     def __new__(cls, *values):
         return tuple.__new__(cls, values)
 
-    def __getnewargs__(self):
-        return tuple(self)
-
     def _replace(self, **items):
         return type(self)(*[items.get(name, value) for name, value in zip(self.names, self)])
 
@@ -620,6 +617,7 @@ class InputDecoder:
 # is printed less often than that is sent by the Flusher, one thread in a process.
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
+_of_sys = vars(sys).get           # names may be deleted from it
 _here = threading.local()         # .evaluator: the one whose thread this is
 
 
@@ -881,16 +879,14 @@ class StreamRouter(Installed):
 
     def shows_values(self):
         """Return whether a session's values are shown by none but the session itself."""
-        hook = sys.__dict__.get("displayhook")
-        return (hook is self.ours.get("displayhook") and hook.default is sys.__displayhook__
-                and sys.stdout is self.ours["stdout"])
+        hook = self.ours.get("displayhook")
+        return (hook is not None and hook is _of_sys("displayhook")
+                and hook.default is sys.__displayhook__ and _of_sys("stdout") is self.ours.get("stdout"))
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
         value = _standing(sys, name)
-        for each in _stand_ins(value):
-            value = each.default
-        return value
+        return _stand_ins(value)[-1].default if _stand_ins(value) else value
 
     def _install(self):
         for module, name, own in self.PLACES:
@@ -2765,33 +2761,33 @@ def _refuse_to_ask():
 # runs the handler between two bytecodes; it wakes the main thread from sleep and select, which
 # go on afterwards (PEP 475). Tk's main loop needs an event besides, to come back to Python.
 
-class MainThread:
-    """Makes calls in the main thread, for whoever waits in another."""
+class MainThread(Installed):
+    """Makes calls in the main thread, for whoever waits in another; used by servers that run."""
 
     SIGNAL = getattr(signal, "SIGURG", None)
 
     def __init__(self):
-        self._lock = threading.RLock()    # guards _users and the handler
-        self._users = 0           # servers that run
+        super().__init__()
         self._missing = ""        # why it can't work, if so
         self._before = None       # the handler before ours
         self._waiting = collections.deque()       # errands that nobody has begun
         self._running = []        # those that have, innermost last; only in the main thread
         self._waker = None        # the thread that wakes Tk last
 
-    def install(self):
-        """Take the signal if it is free and this is the main thread."""
-        with self._lock:
-            self._users += 1
-            if not self._is_installed():
-                self._missing = self._install()
+    def acquire(self):
+        """Begin to use it: take the signal if it is free and this is the main thread.
 
-    def uninstall(self):
-        """Undo one `install`; after the last, give the signal back and fail what waits."""
-        with self._lock:
-            self._users -= 1
-            if self._users:
-                return
+        It may be so now where it was not for the server before.
+        """
+        super().acquire()
+        if not self._is_installed():
+            self._missing = self._take_signal()
+
+    def _install(self):
+        """Do nothing; `acquire` has more to do."""
+
+    def _uninstall(self):
+        """Fail what waits, and give the signal back, which the main thread has to do."""
         for errand in take_all(self._waiting):
             if errand.claim():
                 errand.fail(RuntimeError(
@@ -2825,14 +2821,11 @@ class MainThread:
                     self._send_signal(waiting)
 
     def forget(self):
-        """In a forked child: no server runs."""
-        self._lock, self._users = threading.RLock(), 0
-        with suppress(ValueError):        # a thread other than the main one forked
-            self._restore()
-        self._waiting.clear()
-        self.__init__()
+        """In a forked child: no server runs, and no call."""
+        self._running, self._waker = [], None
+        super().forget()
 
-    def _install(self):
+    def _take_signal(self):
         """Take the signal; return why it can't be taken, or "". """
         if self.SIGNAL is None or not hasattr(signal, "pthread_kill"):
             return "this system has no signal for it"
@@ -2851,9 +2844,8 @@ class MainThread:
         return self.SIGNAL is not None and signal.getsignal(self.SIGNAL) == self._on_signal
 
     def _restore(self):
-        with self._lock:
-            if self._is_installed() and not self._users:
-                signal.signal(self.SIGNAL, self._before)
+        if self._is_installed() and not self._users:
+            signal.signal(self.SIGNAL, self._before)
 
     def _send_signal(self, errand):
         """Have the main thread look at what waits, unless it has begun `errand`.
@@ -10968,9 +10960,6 @@ def prompt_text(name, default):
         return default
 
 
-_of_sys = vars(sys).get
-
-
 def _restore_prompts(prompts, source):
     """Take back what a library left, and no user: code.interact(), IPython.embed()."""
     for name, value in zip(("ps1", "ps2"), prompts):
@@ -11396,7 +11385,7 @@ class Server:
             except OSError as exc:        # no folder to write to: it can be reached nevertheless
                 log.debug("no note of the server at %s: %s", _join_address(self.address), exc)
             self._begin_accepting(undo, listeners)
-            for enter, leave, *what in ((MAIN.install, MAIN.uninstall),
+            for enter, leave, *what in ((MAIN.acquire, MAIN.release),
                                         (GUESTS.enter, GUESTS.leave, self.namespace),
                                         (REGISTRY.add, REGISTRY.remove, self)):
                 enter(*what)
@@ -11806,7 +11795,6 @@ class Registry(Installed):
         for server in servers:
             server.forget()
         _go_on_loading()
-        MAIN.forget()
         FLUSHER.forget()
         for each in self.ALL:
             each.forget()
