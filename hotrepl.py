@@ -660,7 +660,7 @@ class ThreadStream(threading.local, StandIn):
         slots = self.__dict__
         slots["target"] = stream
         for name in self._FAST:
-            method = getattr(_NOWHERE if stream is None else stream, name, None)
+            method = getattr(_Nowhere if stream is None else stream, name, None)
             if method is not None:
                 slots[name] = method
         return slots
@@ -673,14 +673,7 @@ class ThreadStream(threading.local, StandIn):
 class _Nowhere:
     """Takes what a thread prints whose stream is None, as it would print nothing without us."""
 
-    def write(self, text):
-        return len(text)
-
-    def flush(self):
-        pass
-
-
-_NOWHERE = _Nowhere()
+    write, flush = len, int
 
 
 class OddThreadStream(ThreadStream):
@@ -10871,11 +10864,10 @@ class Evaluator(Job):
         return False
 
     def _write_traceback(self, text):
-        """Send a traceback, by the console's own write() where it has one."""
+        """Send a traceback, by the console's write() if that works."""
         stderr = self.streams["stderr"]
-        with suppress(BaseException):
-            if self.console is not None and "write" in self.console.own:
-                return stderr.write_as("traceback", self.console.write, text)
+        with suppress(BaseException):     # it may be the class's own, or there is no console yet
+            return stderr.write_as("traceback", self.console.write, text)
         stderr.write_as("traceback", stderr.text.write, text)
 
     def _stop_tracing(self):
