@@ -872,9 +872,7 @@ class StreamRouter(Installed):
 
     def shows_values(self):
         """Return whether a session's values are shown by none but the session itself."""
-        hook = self.ours.get("displayhook")
-        return (hook is not None and hook is _of_sys("displayhook")
-                and hook.default is sys.__displayhook__ and _of_sys("stdout") is self.ours.get("stdout"))
+        return self.is_bound() and sys.displayhook.default is sys.__displayhook__
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
@@ -9917,7 +9915,7 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 #                       in one piece; then recv blocks. Nothing is polled.
 #     Evaluator._take_  one method for each kind of input: a line, a block, Ctrl+C, ...
 #     the console       compiles it (section 6), and calls run_code for each code object
-#     evaluate          lends `_`, opens the interrupts, runs the code, closes and takes back
+#     run_code          lends `_`, opens the interrupts, runs the code, closes and takes back
 #     the next read     sends the value with the next prompt; values shown in the middle of an
 #                       input, and tracebacks, went through stdout and stderr
 #
