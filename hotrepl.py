@@ -10612,6 +10612,7 @@ class Evaluator(Job):
         try:
             if (code_object.co_flags & CO_COROUTINE
                     or code_object.co_names and self._is_for_loop(code_object.co_names)):
+                namespace.setdefault("__builtins__", vars(builtins))      # as eval() does
                 function = types.FunctionType(code_object, namespace)
                 value = run(self.session.run_awaitable, function)
                 self._unsent = run(self.context.run, use, value)

@@ -9726,6 +9726,10 @@ class AwaitAtThePrompt(Case):
         self.addCleanup(lambda: loop.is_closed() or loop.call_soon_threadsafe(loop.stop))
         return self.serve({"asyncio": asyncio, "loop": loop, "threading": threading}, loop=loop, **options)
 
+    def test_the_first_input_of_all_may_await(self):       # before anything has put builtins there
+        wire = self.serve({}).wire()
+        self.assertEqual(wire.ask("await __import__('asyncio').sleep(0, 6) + len('a')"), "7\n")
+
     def test_the_value_is_shown_and_kept(self):
         client = self.host().paired()
         self.assertEqual(client.ask("await asyncio.sleep(0, 'the value')"), "'the value'\n")
