@@ -11072,7 +11072,6 @@ class Debuggers(Installed):
     def __init__(self):
         super().__init__()
         self._undo = ExitStack()  # what takes our things out; guarded by _lock, as is the rest
-        self._loader = None       # pdb's own, while we stand before it
         self._kind = None         # the sessions' class of debuggers, while pdb is adapted
 
     def look(self):
@@ -11082,23 +11081,18 @@ class Debuggers(Installed):
             self._adapt(pdb)
 
     def find_spec(self, name, path=None, target=None):
-        """As a finder: have pdb loaded by us."""
+        """As a finder: have pdb adapted once its loader, which is made here, has loaded it."""
+        def load(module):
+            del spec.loader.exec_module
+            spec.loader.exec_module(module)
+            self._adapt(module)
         if name != "pdb":
             return None
         from importlib.machinery import PathFinder
         spec = PathFinder.find_spec(name, path, target)
         if spec is not None:
-            self._loader, spec.loader = spec.loader, self
+            setattr(spec.loader, "exec_module", load)
         return spec
-
-    def create_module(self, spec):
-        """As a loader: leave it to the import system."""
-
-    def exec_module(self, module):
-        """As a loader: load pdb as its own loader does, and adapt it."""
-        module.__loader__ = module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._adapt(module)
 
     def _adapt(self, pdb):
         """Put a stand-in before each way into the debugger, once."""
