@@ -11266,8 +11266,8 @@ class ControlConnection(threading.Thread):
         place = {name: request[name] for name in ("module", "file", "line", "within", "name")
                  if name in request}
         session = self._paired()
-        is_right = (place.get("module") or place.get("file")) and place.get("line", 1) > 0
-        if "name" in place if is_right else list(place) != ["name"]:
+        is_placed = (place.get("module") or place.get("file")) and place.get("line", 1) > 0
+        if list(place) != ["name"] and ("name" in place or not is_placed):
             raise ProtocolError("expected a module or a file, and a line from 1 on, found %s"
                                 % shorten(place))
         session.place = place
@@ -12716,16 +12716,12 @@ class Terminal:
             self._call("rl_resize_terminal")
 
     def _on_suspend(self, signum, frame):
-        if self._is_reading:
-            self._suspend()
-        else:
-            self.owner.on_suspend()
-
-    def _suspend(self):
         """Stop, as any program does on Ctrl+Z; then show the line again that is being edited.
 
         The terminal is in readline's mode then, which not every shell takes back and gives again.
         """
+        if not self._is_reading:
+            return self.owner.on_suspend()
         import termios
         if self._is_secret:       # else what follows reads it, and shows it
             termios.tcflush(0, termios.TCIFLUSH)
@@ -12917,7 +12913,7 @@ class Execution:
                 outcome = self._evaluate(source, place, timeout_s)
             code = self.LATE if self._cause == self.LATE else _exit_code(outcome)
         except Left:
-            if self._cause:
+            if self._cause and self._turn:
                 print("hotrepl: it has not ended; left it running there", file=sys.stderr)
             code = self._cause or 1
             self._end()
@@ -13526,8 +13522,7 @@ def _parse_place(text):
 
 
 def _is_alive(note):
-    if process_mark(note["pid"]) != note["process"]:
-        return False
+    """Find out without a connection, which the server would take for a visitor."""
     try:
         if os.name == "posix":
             os.kill(note["pid"], 0)
@@ -13535,11 +13530,9 @@ def _is_alive(note):
         return False
     except PermissionError:       # it has become another user's
         pass
-    return _is_listening(note["address"])
-
-
-def _is_listening(address):
-    """Find out without a connection, which the server would take for a visitor."""
+    address = note["address"]
+    if process_mark(note["pid"]) != note["process"]:
+        return False
     if isinstance(address, str):
         return os.path.exists(address)
     with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
@@ -13624,11 +13617,17 @@ class _History:
 
         `is_longer`: the last was its beginning, and is there no longer.
         """
+        import json
         entry = entry.rstrip("\n")
         if not entry.strip() or self._last == entry:
             return
         self._last = entry
-        self._save(entry)
+        try:
+            if self._path:
+                with self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a") as file:
+                    file.write(json.dumps(entry) + "\n")
+        except OSError as exc:
+            self._error = exc
         if self._is_ours:
             with suppress(Exception):
                 if is_longer:
@@ -13640,16 +13639,6 @@ class _History:
         # LC_ALL=C: Python reads UTF-8, readline can't keep it; PyPy's has errors of its own.
         with suppress(Exception):
             self._readline.add_history(entry)
-
-    def _save(self, entry):
-        import json
-        if not self._path:
-            return
-        try:
-            with self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-        except OSError as exc:
-            self._error = exc
 
     def _open(self, flags, mode):
         descriptor = open_own(self._path, flags)
@@ -13705,15 +13694,11 @@ def main(argv=None):
         return 2
 
 
-def _help_width():
-    """To find that out itself argparse imports shutil, and that bz2, lzma and more."""
-    columns = os.environ.get("COLUMNS", "")
-    return int(columns) - 2 if columns.isdigit() else 78
-
-
 def _parser():
     import argparse
-    style = functools.partial(argparse.RawDescriptionHelpFormatter, width=_help_width())
+    columns = os.environ.get("COLUMNS", "")       # else argparse imports shutil, bz2, lzma and more
+    style = functools.partial(argparse.RawDescriptionHelpFormatter,
+                              width=int(columns) - 2 if columns.isdigit() else 78)
     parser = argparse.ArgumentParser(
         prog="hotrepl.py", formatter_class=style,
         description="Talk to a running Python process, and change it.", epilog=_EXAMPLES)
@@ -13843,7 +13828,9 @@ def _start_server(options, main_module, done):
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
          % (_join_address(server.address), _join_address(server.control_address)))
-    _say("connect with: %s" % _connect_command(server))
+    _say("connect with: python %s connect %s%s"
+         % (os.path.basename(__file__), "" if options.unix is None else "unix:",
+            _join_address(server.address)))
     if server.door.token is not None:
         _say("the token is in %s" % token_path(server.address))
     return server
@@ -13965,13 +13952,6 @@ def _show_death(exc):
         print("\nOriginal exception was:", file=sys.stderr)
         sys.__excepthook__(type(exc), exc, frames)
     return 130 if isinstance(exc, KeyboardInterrupt) else 1
-
-
-def _connect_command(server):
-    words = ["python", os.path.basename(__file__), "connect", _join_address(server.address)]
-    if isinstance(server.address, str):
-        words[-1] = "unix:" + server.address
-    return " ".join(words)
 
 
 _HOST_HELP = ("HOST, HOST:PORT, unix:PATH, USER@HOST or ssh://USER@HOST:PORT by ssh, or "
