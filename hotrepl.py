@@ -5079,7 +5079,9 @@ class _Apply:
             return
         before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
                   for name in statement.binds}
-        places = _Registrations(self, reached, self._targets(scope, pair))
+        is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
+        places = _Registrations(self, reached, _ids_of(
+            scope.get(statement.node.name), statement.node.name) if is_again else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
@@ -5087,7 +5089,9 @@ class _Apply:
         for value in bound.values() if scope.cls is not None else ():
             _give_column_its_type(scope, statement.node, value)
         if statement.is_definition and pair.change == "new":
-            places.put_before(self._later_values(scope, statement))
+            places.put_before(set().union(*[     # what the definitions below it have made
+                _ids_of(scope.get(each.node.name), each.node.name) for each in scope.statements
+                if each.start > statement.start and getattr(each.node, "decorator_list", ())]))
         for name in sorted(statement.binds):
             self._settle(scope, statement, name, before[name],
                          bound.pop(name, bound.pop(scope.name_of(name), _MISSING)))
@@ -5099,18 +5103,6 @@ class _Apply:
         for name in sorted(names):
             self.report.notes.append("%s: SQLAlchemy has mapped it to its table; it stays as it is"
                                      % scope.title(name))
-
-    def _targets(self, scope, pair):
-        """Return the ids of what a definition that runs again had registered."""
-        if not pair.new.is_definition or pair.old is None and pair.change != "again":
-            return set()
-        return _ids_of(scope.get(pair.new.node.name), pair.new.node.name)
-
-    def _later_values(self, scope, statement):
-        """Return the ids of what the definitions below a statement have made."""
-        return set().union(*[
-            _ids_of(scope.get(each.node.name), each.node.name) for each in scope.statements
-            if each.start > statement.start and each.is_definition and each.node.decorator_list])
 
     def _put_docstring(self, scope, statement):
         """Only the first statement of a module or a class is its docstring."""
@@ -5714,9 +5706,9 @@ class _Apply:
             if new is None or pair.change in ("same", "moved") and not self.everything or (
                     self._is_kept_out(edit, new)):
                 continue
-            known = set(edit.before or edit.space)
-            if edit.old and pair.change != "lost":
-                known |= edit.old.names
+            was = edit.old.names if edit.old and pair.change != "lost" else ()
+            known = {name for name in new.binds if name in was or name in (
+                edit.before or edit.space)}
             names = sorted(new.binds - {"*"} - new.names.deletes)
             if not names and new.acts_without_a_name or "*" in new.binds:
                 self.report.add("changed", edit.name, [new.title])
@@ -5776,11 +5768,9 @@ class _Apply:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
                 if self._is_old(first):
-                    self.stuck[self._path_of(first.f_code), reason] += 1 + len(more)
-
-    def _path_of(self, code):
-        """Return the path of a code that is no live function's any more."""
-        return self.old_codes.get(id(code), [getattr(code, "co_qualname", code.co_name)])[0]
+                    path, _ = self.old_codes.get(id(first.f_code)) or (
+                        getattr(first.f_code, "co_qualname", first.f_code.co_name), None)
+                    self.stuck[path, reason] += 1 + len(more)
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
