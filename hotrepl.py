@@ -846,11 +846,13 @@ class StreamRouter(Installed):
                 each._use(each.default)
 
     @contextmanager
-    def lent(self, make_stream):
-        """Within this the calling thread has `make_stream(name, its own stream)` in sys.
+    def lent(self, evaluator, make_stream):
+        """Within this the calling thread is one of `evaluator`'s, which may be None, and has
+        `make_stream(name, its own stream)` in sys.
 
         No lock is taken: it may run in a signal handler.
         """
+        before, _here.evaluator = current_evaluator(), evaluator
         lent = [(each, each.target, name) for name, each in list(self.ours.items())
                 if name in STREAM_NAMES]
         for each, own, name in lent:
@@ -860,6 +862,7 @@ class StreamRouter(Installed):
         finally:
             for each, own, name in lent:
                 each._use(own)
+            _here.evaluator = before
 
     def is_bound(self):
         """Return whether sys has still our stand-ins, without waiting for anybody."""
@@ -2654,7 +2657,7 @@ class Errand:
         """Make the call; exceptions of the classes `shared` are raised here as well."""
         function, args = self._call
         try:
-            with self.printing():
+            with ROUTER.lent(self.evaluator, self._relay):    # it prints for who waits
                 self._outcome.run(function, *args)
             if isinstance(self._outcome.exception, shared):
                 raise self._outcome.exception
@@ -2681,7 +2684,7 @@ class Errand:
         step, sent = coroutine.send, None
         while True:
             try:
-                with self.printing():
+                with ROUTER.lent(self.evaluator, self._relay):
                     wanted = self.context.run(step, sent)
             except StopIteration as exc:
                 return exc.value
@@ -2689,16 +2692,6 @@ class Errand:
                 step, sent = coroutine.send, (yield wanted)
             except BaseException as exc:  # a cancellation, GeneratorExit: the coroutine's business
                 step, sent = coroutine.throw, exc
-
-    @contextmanager
-    def printing(self):
-        """Within this the calling thread prints for who waits, as long as somebody does."""
-        before, _here.evaluator = current_evaluator(), self.evaluator
-        try:
-            with ROUTER.lent(self._relay):
-                yield
-        finally:
-            _here.evaluator = before
 
     def finish(self, *_):
         """Let `wait` return."""
