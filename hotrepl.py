@@ -822,8 +822,8 @@ class StreamRouter(Installed):
     def __init__(self):
         super().__init__()
         self.ours = {}            # name in its module -> our stand-in there; guarded by _lock
-        # (name, stand-in), also after its time; guarded by _lock. They must live on: print() holds
-        # no reference to sys.stdout, so a thread that prints just now would crash without it.
+        # (name, stand-in), the newest; guarded by _lock. They must live on after their time: print()
+        # holds no reference to sys.stdout, so a thread that prints just now would crash without it.
         self._made = collections.deque(maxlen=256)
 
     def bind(self, streams):
@@ -841,7 +841,7 @@ class StreamRouter(Installed):
 
     def unbind(self):
         """Have the calling thread print where the program does."""
-        for name, each in list(self._made):
+        for name, each in list(self._made) + list(self.ours.items()):
             if name in STREAM_NAMES:
                 each._use(each.default)
 
@@ -900,6 +900,7 @@ class StreamRouter(Installed):
         return each
 
     def _uninstall(self):
+        self._made.extend([each for each in self.ours.items() if each not in self._made])
         self.ours = {}
         for module, name, _ in self.PLACES:
             module = sys.modules.get(module)
@@ -8784,7 +8785,7 @@ class Guests:
 
     def hidden(self, namespace):
         """Return the names of tools that are the program's own here."""
-        return [name for name, tool in sorted(TOOLS.items()) if namespace.get(name) is not tool]
+        return sorted(name for name, tool in TOOLS.items() if namespace.get(name) is not tool)
 
     def leave(self, namespace, is_copy=False):
         """Take them out where they are still ours, after as many calls as of `enter`.
