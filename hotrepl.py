@@ -3404,7 +3404,7 @@ class _Edit:
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
             self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
-            self.told = [found.text for found in evidence.found if found.text]
+            self.told = list(filter(None, evidence.found.values()))
         else:
             self.pairs = _pair(self.old.statements, self.new.statements,
                                self.old.flags == self.new.flags)
@@ -4074,8 +4074,6 @@ def _mangled(name, class_name):
 #   no X                    X = 1                          can't tell: X is not in the file
 # So also in classes. What is told and not done, a user who knows better does by hand.
 
-_Found = record("_Found", "path text")   # text: how it is otherwise
-
 
 def _fits(module, text, path):
     """Tell whether a text may well be the one that a module runs."""
@@ -4100,19 +4098,15 @@ class _Evidence:
         codes = [code for _, code in _code_paths([source.code])]
         self.set_globals = {name for code in codes for name in _stored_names(code, "GLOBAL")}
         self.set_attributes = {name for code in codes for name in _stored_attributes(code)}
-        self.drops_names = any(map(_may_drop_names, codes))
-        self.found = []         # _Found: what can't be told
+        self.found = {}         # path -> the sentence on what can't be told
         self.gone = []          # (path of a class or "", name) of definitions not in the text
         self.subs = {}          # id of the _Statement of a class -> pairs of its body
         self.pairs = self._look_at(source.statements, self.space, "", None)
-        names, doc = source.names, self.space.get("__doc__")
-        self._look_for_extras(names | self.set_globals)
-        if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
-            self.gone.append(("", "__doc__"))
+        self._look_for_extras(source.names | self.set_globals)
 
     def _tell(self, path, how=""):
         """Note that a name is not what the file says; without `how` only a dry run lists it."""
-        self.found.append(_Found(path, how and "%s %s" % (path, how)))
+        self.found[path] = how and "%s %s" % (path, how)
 
     def _look_at(self, statements, items, prefix, cls):
         """Return a _Pair for each statement, changed or not, of a module or a class."""
@@ -4152,7 +4146,7 @@ class _Evidence:
                 if name in literals and _is_unlike(literals[name], live):
                     self._tell(prefix + name, "is %s, the file says %s" % (
                         shorten(repr(live), 40), shorten(repr(literals[name]), 40)))
-            elif cls is not None or not self.drops_names:
+            else:
                 is_missing = statement.is_pure and len(statement.binds) == 1
                 self._tell(prefix + name, "" if is_missing else "is not there, the file has it")
         return "new" if is_missing else "same"
@@ -4162,7 +4156,7 @@ class _Evidence:
         node = statement.node
         path = prefix + node.name
         if live is _MISSING:
-            if cls is None and (node.name in self.set_globals or self.drops_names):
+            if cls is None and node.name in self.set_globals:
                 return "same"
             self._tell(path)
             return "new"
@@ -4531,7 +4525,7 @@ class _Apply:
             evidence = _Evidence(edit.module, edit.old or edit.new, edit.line)
             runs = _bound_by(pair.new for pair in edit.pairs
                              if pair.new and pair.change not in _LEFT_ALONE)
-            self.report.add("unsaved", edit.name, {each.path for each in evidence.found} - runs)
+            self.report.add("unsaved", edit.name, set(evidence.found) - runs)
             self.report.unsaved.sort()
             edit.pairs = _with_lost(edit)
             self._report_names(edit)
@@ -5075,7 +5069,7 @@ class _Apply:
                   for name in statement.binds}
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
         places = _Registrations(self, reached, _ids_of(
-            scope.get(statement.node.name), statement.node.name) if is_again else set())
+            before[statement.node.name], statement.node.name) if is_again else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
@@ -5158,19 +5152,19 @@ class _Apply:
         names = _bound_by(pair.new for pair in pairs if pair.new is not None)
         for pair in pairs:
             if pair.change == "gone" and pair.old.is_definition:
+                name = pair.old.node.name
                 raw = self._raw(scope, pair) if pair.old.is_function else None
-                value = scope.get(pair.old.node.name)
-                if pair.old.node.name in names:
+                value = scope.get(name)
+                if sum(name in (each.old or each.new).binds for each in pairs) > 1:
                     value = _MISSING if raw is None else raw    # a namesake has the name
-                if value is not _MISSING:
-                    self._learn()
-                    reached = self.snapshot(scope.edit, *[
-                        each.old for each in pairs if each is pair or (
-                            each.old is not None and pair.old.node.name in each.old.names.reads)])
-                    targets = {id(each) for each in (value, raw or value, *_functions_in(value))}
-                    if not _Registrations(self, reached, targets).drop() and not (
-                            _is_transparent(pair.old.node)):
-                        self._note_not_retired(scope, pair.old)
+                self._learn()
+                reached = self.snapshot(scope.edit, *[
+                    each.old for each in pairs if each is pair or (
+                        each.old is not None and name in each.old.names.reads)])
+                targets = {id(each) for each in (value, raw or value, *_functions_in(value))}
+                if not _Registrations(self, reached, targets).drop() and not (
+                        _is_transparent(pair.old.node)):
+                    self._note_not_retired(scope, pair.old)
         if scope.cls is not None:
             self._take_attributes(scope, pairs, names)
 
@@ -5710,7 +5704,10 @@ class _Apply:
             self.report.add("added", edit.name, [name for name in names if name not in known])
         self.report.add("cant_tell", edit.name, edit.told)
         self.report.add("removed", edit.name, edit.names_gone(is_done=bool(edit.before)) + [
-            each.title for each in self._removed_statements(edit)])
+            each.title for each in self._removed_statements(edit)] + [
+            "%s (of line %d)" % (pair.old.node.name, pair.old.start + 1) for pair in edit.pairs
+            if pair.change == "gone" and pair.old.binds <= edit.new.names
+            and getattr(pair.old.node, "decorator_list", ()) and not _is_overload(pair.old.node)])
 
     def _removed_statements(self, edit):
         """Return the statements that are gone and whose work may show in no name of their own."""
@@ -5781,7 +5778,7 @@ def _with_lost(edit):
             pair.new.node.name not in edit.space
             and sum(pair.new.node.name in each.binds for each in edit.new.statements) == 1
             and not edit.is_not_reached(pair.new) and not any(      # the module took it away itself
-                _may_drop_names(code) or pair.new.node.name in _stored_names(code, "GLOBAL")
+                pair.new.node.name in _stored_names(code, "GLOBAL")
                 for _, code in _code_paths([edit.new.code])))
     return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
 
@@ -6527,11 +6524,11 @@ class _Registrations:
     def _settle(self, container):
         """Give new entries the places of the old ones; where nothing came, the old ones return."""
         before, now = self._befores[id(container)], _entries(container)
-        news, rest = _gained(self._bases[id(container)], now, _key_of)
+        news, rest = _gained(self._bases[id(container)], now, _KEY)
         # A decorator that inserts, as at the front, knows the place better.
         if not _is(container, set) and rest != now[:len(rest)]:
             return                      # they stand where the decorator put them
-        olds = {key for key, _ in _gained(rest, before, _key_of)[0]}
+        olds = {key for key, _ in _gained(rest, before, _KEY)[0]}
         # Some is put there only once, as by `if f not in R`: what nothing came for returns.
         returns = not news and not self._has_moved(container)
         kept, result = dict(rest), []
@@ -6575,7 +6572,7 @@ class _Registrations:
         """What a new definition has registered goes in front of what stands below it made."""
         for container in self._places if later else ():
             before, now = self._befores[id(container)], _entries(container)
-            news, rest = _gained(before, now, _key_of)
+            news, rest = _gained(before, now, _KEY)
             at = next((i for i, (key, value) in enumerate(rest) if _leads_to(value, later)), None)
             if news and at is not None and rest == now[:len(rest)]:
                 _put_entries(container, rest[:at] + news + rest[at:])
@@ -6603,8 +6600,7 @@ def _put_entries(container, entries):
         item for _, item in entries))
 
 
-def _key_of(entry):
-    return entry[0]
+_KEY = operator.itemgetter(0)       # of an entry
 
 
 def _is_namespace(mapping):
@@ -6642,14 +6638,11 @@ def _leads_of(value, targets):
     fields = list((_get_dict(value) or {}).values())
     fields += [_attribute(value, member.__name__)[0]() for base in cls.__mro__
                for member in vars(base).values() if type(member) is types.MemberDescriptorType]
-    return [cls] + [each for each in fields + _taken_in(cls)
+    # Functions of a class that were defined outside of it, such as Celery's `run`.
+    fields += [each for each in map(_unwrapped, vars(cls).values())
+               if type(each) is types.FunctionType and "." not in each.__qualname__]
+    return [cls] + [each for each in fields
                     if id(each) in targets or _is(each, _WRAPPERS + (type,))]
-
-
-def _taken_in(cls):
-    """Return the functions of a class that were defined outside of it, such as Celery's `run`."""
-    return [each for each in map(_unwrapped, vars(cls).values())
-            if type(each) is types.FunctionType and "." not in each.__qualname__]
 
 
 def _unwrapped(value):
@@ -7261,9 +7254,9 @@ class _Change:
         self.who = threading.current_thread().name
 
     def __repr__(self):
-        names = ", ".join(self.names[:8] + ["..."] if len(self.names) > 8 else self.names)
-        return "%3d  %s  %s  %s %s" % (self.number, time.strftime(
-            "%H:%M:%S", time.localtime(self.when)), self.who, self.kind, names)
+        return "%3d  %s  %s  %s %s" % (
+            self.number, time.strftime("%H:%M:%S", time.localtime(self.when)), self.who, self.kind,
+            shorten(", ".join(self.names), 200))
 
 
 class _Changes(list):
@@ -7365,22 +7358,18 @@ def unpatch(old):
 
 
 def _bring_files_version(typed):
-    """Bind the names of a function that was typed over one of a file to that of the file."""
-    for name, module, path in _own_modules():
-        space = _space_of(module)
-        keys = [key for key, value in list(space.items()) if value is typed]
-        found = _statement_of(module, keys[0]) if keys else None
-        if found is None or not found[1].is_function or _is_in_file(typed.__code__, found[0]):
-            continue
-        (source, statement), journal = found, _Journal()
-        bound = {keys[0]: each for each in _functions_of([space])
-                 if each.__code__.co_name == keys[0] and _is_in_file(each.__code__, source)
-                 and each.__code__.co_firstlineno == statement.start + 1}
-        if not bound or statement.node.decorator_list:
-            exec(source.compile([statement.node]), space, bound)
-        journal.put(_entry(space, keys[0]), bound[keys[0]])
-        _hot_remember("unpatch", ["%s.%s" % (name, keys[0])], journal)
-        return True
+    """Bind the name of a function that was typed over one of a file as if it had been lost."""
+    for name, module, _ in _own_modules():
+        space, known = _space_of(module), _known_of(name, module)
+        for key in [key for key, value in list(space.items()) if value is typed][:1]:
+            found = _statement_of(module, key)
+            if found is not None and found[1].is_function and not (
+                    _is_in_file(typed.__code__, found[0])):
+                apply = _Apply(ReloadReport(), [_unedited(name, known)])
+                apply.put(_entry(space, key), _MISSING)
+                apply.commit()
+                _hot_remember("unpatch", ["%s.%s" % (name, key)], apply.journal)
+                return True
     return False
 
 
@@ -7479,7 +7468,7 @@ def _names_in(code):
 def _is_in_file(code, source):
     """Tell whether a function's code was compiled from a source's file, not by us."""
     return code.co_name not in ("forward_call", "<module>") and not _makes_annotations(code) and (
-        code.co_filename == source.path or os.path.abspath(code.co_filename) == source.path
+        code.co_filename == source.path
         or os.path.realpath(code.co_filename) == os.path.realpath(source.path))
 
 
@@ -7813,16 +7802,6 @@ def _stored_names(code, kind, how=("STORE_", "DELETE_")):
     if not any(dis.opmap[name] in code.co_code for name in names):
         return []  # most have none, and to look at each instruction costs
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
-
-
-def _may_drop_names(code):
-    """Tell whether code may take names away that it does not spell."""
-    import dis
-    names = set(code.co_names)
-    if "delattr" in names:
-        return True
-    return not names.isdisjoint(("globals", "vars", "locals", "__dict__")) and (
-        "pop" in names or dis.opmap["DELETE_SUBSCR"] in code.co_code[::2])
 
 
 def _stored_attributes(code):
