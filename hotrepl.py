@@ -6481,7 +6481,8 @@ class _Registrations:
         reached = reached + apply.keep_reached([each.app for each in self._flasks])
         spaces = {id(_get_dict(each)) for each in reached if not _container_kind(each)}
         places = {id(each): each for each in reached if _is(each, _REGISTRIES)
-                  and id(each) not in spaces and not _is_namespace(each)}
+                  and id(each) not in spaces and not (      # nor the names of a module
+                      _is(each, dict) and {"__name__", "__spec__"} <= dict.keys(each))}
         self._places = list(places.values())
         self._befores = {}              # id -> entries before all
         self._bases = {}                # id -> entries after the old ones were taken out
@@ -6601,12 +6602,6 @@ def _put_entries(container, entries):
 
 
 _KEY = operator.itemgetter(0)       # of an entry
-
-
-def _is_namespace(mapping):
-    """Tell whether a dict holds the names of a module."""
-    return _is(mapping, dict) and all(
-        dict.__contains__(mapping, name) for name in ("__name__", "__spec__"))
 
 
 def _leads_to(value, targets, depth=3):
@@ -6962,18 +6957,14 @@ def _adopt_member(cls, member):
 def _attributes_set(node):
     """Return {name: value node} of what a method assigns to its first parameter's attributes."""
     import ast
-    found, values = {}, {}      # values: id of a target -> what it gets; None: only declared
-    for each in ast.walk(node):
-        if isinstance(each, (ast.Assign, ast.AnnAssign)):
-            targets = each.targets if isinstance(each, ast.Assign) else [each.target]
-            values.update((id(target), each.value) for target in targets)
+    values = {id(target): each.value for each in ast.walk(node)     # None: it is only declared
+              if isinstance(each, (ast.Assign, ast.AnnAssign))
+              for target in getattr(each, "targets", None) or [each.target]}
     args = getattr(node.args, "posonlyargs", []) + node.args.args
-    for each in ast.walk(node) if args else ():
-        if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store) and (
-                getattr(each.value, "id", None) == args[0].arg) and (
-                values.get(id(each), each) is not None):
-            found[each.attr] = values.get(id(each), each)
-    return found
+    found = {each.attr: values.get(id(each), each) for each in ast.walk(node)
+             if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+             and args and getattr(each.value, "id", None) == args[0].arg}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _fresh_literal(node):

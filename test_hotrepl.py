@@ -3878,6 +3878,8 @@ class NothingOrAll(Workspace):
             ordered = collections.OrderedDict([("a", 1), ("b", 2)])
             chain, array, pair = collections.ChainMap({"a": 1}), bytearray(b"a"), ([1], 2)
             add = functools.partial(lambda seen, x: seen.append(x), [1])
+            line = collections.deque([1, 2], 2)
+            class Holder: x = 1
             def f(x, seen=[]): seen.append(x)
             many = {i: [Slots()] for i in range(300)}
             """)
@@ -3886,7 +3888,7 @@ class NothingOrAll(Workspace):
             return [m.slots.a, hasattr(m.slots, "b"), m.space.a, m.options.a, list(m.items),
                     dict(m.table), dict(m.count), dict(m.user), list(m.ordered.items()),
                     dict(m.chain), bytes(m.array), m.pair[0][:], m.add.args[0][:],
-                    m.f.__defaults__[0][:], len(m.many[200]), hasattr(m.many[250][0], "a"),
+                    list(m.line), m.Holder.x, hasattr(m.Holder, "y"), m.f.__defaults__[0][:], len(m.many[200]), hasattr(m.many[250][0], "a"),
                     list(m.weak)]
         before = state()
         with open(m.__file__) as file:
@@ -3898,6 +3900,8 @@ class NothingOrAll(Workspace):
                 ordered.move_to_end("a")
                 array.append(98)
                 pair[0].append(2)
+                line.append(2)
+                Holder.x = Holder.y = 2
                 add(2)
                 f(2)
                 many[200].append(2)
@@ -6035,6 +6039,20 @@ class History(Workspace):
             self.again("A = 2\n1 / 0\n")
         self.assertEqual(list(changes()), before)
 
+    def test_reload_that_changes_nothing_is_not_on_record(self):
+        self.load("A = 1\n")
+        before = list(changes())
+        self.assertEqual(repr(reload("m")), "nothing changed")
+        self.assertEqual(list(changes()), before)
+
+    def test_only_the_last_fifty_changes_are_kept(self):
+        m = self.load("def f(): return 1\n")
+        for _ in range(51):
+            patch(m.f, lambda: 2)
+        self.assertEqual(len(changes()), 50)
+        while changes():
+            undo()
+
     def test_function_typed_over_a_files_is_named_and_unpatch_brings_the_files_back(self):
         m = self.load("def f(): return 1\nX = 1\n")
         held = m.f
@@ -6606,6 +6624,29 @@ class RealPrograms(Workspace):
         m = self.load(text % "@f.register(str)\ndef _(x): return 'str'\n")
         self.again(text % "")
         self.assertEqual((m.f(1), m.f("a")), ("int", "other"))
+
+    # How `on` registers f, with which argument before and now, and what R holds then.
+    REGISTRIES = [
+        ("R.setdefault(x, []).append(f)", "1", "3", "[(1, ['h']), (2, ['g']), (3, ['f'])]"),
+        ("R.setdefault(x, []).append(f)", "3", "0", "[(3, []), (1, ['h']), (2, ['g']), (0, ['f'])]"),
+        ("R.setdefault(x, set()).add(f)", "1", "3", "[(1, ['h']), (2, ['g']), (3, ['f'])]"),
+        ("R.setdefault(x, set()).add(f)", "3", "1", "[(3, []), (1, ['f', 'h']), (2, ['g'])]"),
+        ("R.setdefault(x, collections.deque()).append(f)", "1", "3", "[(1, ['h']), (2, ['g']), (3, ['f'])]"),
+        ("R.setdefault(0, []).append((x, f)); R[0].sort(key=lambda each: each[0])", "1", "1.5", "[(0, ['h', 'f', 'g'])]"),
+        ("R.setdefault(0, []).append(weakref.ref(f))", "1", "2", "[(0, ['f', 'h', 'g'])]"),
+    ]
+
+    def test_function_that_is_registered_with_another_argument_is_where_it_belongs(self):
+        head = "import collections, weakref\nR = {}\ndef on(x):\n    def deco(f):\n        %s\n        return f\n    return deco\n"
+        rest = "@on(%s)\ndef f(): pass\n@on(1)\ndef h(): pass\n@on(2)\ndef g(): pass\n"
+        for number, (how, before, now, expected) in enumerate(self.REGISTRIES):
+            with self.subTest(how=how, before=before, now=now):
+                m = self.load(head % how + rest % before, "m%d" % number)
+                self.assertEqual(self.again(head % how + rest % now, m.__name__).notes, [])
+                kinds = {tuple: lambda each: each[1], weakref.ref: lambda each: each()}
+                found = [(key, [kinds.get(type(each), lambda each: each)(each).__name__ for each in some])
+                         for key, some in m.R.items()]
+                self.assertEqual(str([(key, sorted(some) if "set()" in how else some) for key, some in found]), expected)
 
     # Definitions of one name, each registered: which are in the old text, which in the new one; the report.
     NAMESAKES = [
