@@ -6883,7 +6883,7 @@ def _is_made_by_text(cls, name, value, pair):
     if name in _ANNOTATIONS or pair is None:
         return name in _ANNOTATIONS
     names = {_mangled(each, cls.__name__) for each in _bound_by(pair.old.body)}
-    if name in names or name == "__hash__" and value is None and "__eq__" in names:
+    if name in names or name == "__hash__" and value is None:
         return True     # Python makes a class that has __eq__ alone unhashable
     return pair.old.decorator_dump != pair.new.decorator_dump and (
         name.startswith("__") and name.endswith("__") and not _has_console_code(value))
@@ -6959,7 +6959,7 @@ def _attributes_set(node):
     import ast
     values = {id(target): each.value for each in ast.walk(node)     # None: it is only declared
               if isinstance(each, (ast.Assign, ast.AnnAssign))
-              for target in getattr(each, "targets", None) or [each.target]}
+              for target in (each.targets if isinstance(each, ast.Assign) else [each.target])}
     args = getattr(node.args, "posonlyargs", []) + node.args.args
     found = {each.attr: values.get(id(each), each) for each in ast.walk(node)
              if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)

@@ -6759,7 +6759,7 @@ class RealPrograms(Workspace):
     def test_attributes_that_an_initializer_sets_in_any_way_are_missed(self):
         text = "class C:\n    def __init__(self):\n        self.a = 1\n%sc = C()\n"
         self.load(text % "")
-        for body, names in (("self.a, self.b = 1, 2", ["b"]), ("for self.b in (1,): pass", ["b"]), ("self.c: int", [])):
+        for body, names in (("self.a, self.b = 1, 2", ["b"]), ("for self.b in (1,): pass", ["b"]), ("self.c: int", []), ("if 0: self.d", [])):
             report = repr(self.again(text % ("        %s\n" % body)))
             self.assertEqual(re.findall(r"existing instances lack (\w)", report), names, report)
             self.again(text % "")
