@@ -4130,9 +4130,7 @@ class _Evidence:
     def _change(self, statement, items, prefix, cls, counts):
         """Return what an import or an assignment needs: same or new."""
         if statement.kind in ("Import", "ImportFrom"):
-            is_future = getattr(statement.node, "module", 0) == "__future__"
-            return "new" if cls is None and not is_future and (
-                not statement.binds <= set(items)) else "same"
+            return "same" if statement.binds <= set(items) else "new"
         if statement.kind not in ("Assign", "AnnAssign") or statement.node.value is None or (
                 cls is not None and not _is_plain_class(cls)):
             return "same"

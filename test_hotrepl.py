@@ -6095,8 +6095,9 @@ class History(Workspace):
         hotrepl.on_reload(m.C, seen.append)
         self.again("class C:\n    x = 2\n")
         self.assertEqual(seen, [c])
-        with self.assertRaisesRegex(TypeError, "expected a class and a function"):
-            hotrepl.on_reload(c, seen.append)
+        for cls, function in ((c, seen.append), (m.C, c)):
+            with self.assertRaisesRegex(TypeError, "expected a class and a function"):
+                hotrepl.on_reload(cls, function)
 
     def test_hook_that_fails_undoes_all(self):
         text = "X = %d\nclass C:\n    x = %d\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n"
@@ -6634,17 +6635,38 @@ class RealPrograms(Workspace):
         ("R.setdefault(x, collections.deque()).append(f)", "1", "3", "[(1, ['h']), (2, ['g']), (3, ['f'])]"),
         ("R.setdefault(0, []).append((x, f)); R[0].sort(key=lambda each: each[0])", "1", "1.5", "[(0, ['h', 'f', 'g'])]"),
         ("R.setdefault(0, []).append(weakref.ref(f))", "1", "2", "[(0, ['f', 'h', 'g'])]"),
+        ("R.setdefault(0, []).append(Slot(x, f))", "1", "2", "[(0, ['f 2', 'h 1', 'g 2'])]"),
+        ("R.setdefault(0, []).append(Pair((x, f)))", "1", "2", "[(0, ['f 2', 'h 1', 'g 2'])]"),
+        ("R.setdefault(0, []).append(Entry(x, f))", "1", "2", "[(0, ['f 2', 'h 1', 'g 2'])]"),
     ]
 
     def test_function_that_is_registered_with_another_argument_is_where_it_belongs(self):
-        head = "import collections, weakref\nR = {}\ndef on(x):\n    def deco(f):\n        %s\n        return f\n    return deco\n"
+        head = textwrap.dedent("""
+            import collections, weakref
+            R = {}
+            class Base:
+                __slots__ = ()
+                def __init__(self, x, f): self.x, self.f = x, f
+                def shown(self): return "%%s %%s" %% (self.f.__name__, self.x)
+            class Entry(Base): pass
+            class Slot(Base):
+                __slots__ = ("x", "f")
+            class Pair(tuple):
+                x, f, shown = property(lambda self: self[0]), property(lambda self: self[1]), Base.shown
+            def on(x):
+                def deco(f):
+                    %s
+                    return f
+                return deco
+            """)
         rest = "@on(%s)\ndef f(): pass\n@on(1)\ndef h(): pass\n@on(2)\ndef g(): pass\n"
         for number, (how, before, now, expected) in enumerate(self.REGISTRIES):
             with self.subTest(how=how, before=before, now=now):
                 m = self.load(head % how + rest % before, "m%d" % number)
                 self.assertEqual(self.again(head % how + rest % now, m.__name__).notes, [])
-                kinds = {tuple: lambda each: each[1], weakref.ref: lambda each: each()}
-                found = [(key, [kinds.get(type(each), lambda each: each)(each).__name__ for each in some])
+                show = {tuple: lambda each: each[1].__name__, weakref.ref: lambda each: each().__name__,
+                        types.FunctionType: lambda each: each.__name__}
+                found = [(key, [show.get(type(each), lambda each: each.shown())(each) for each in some])
                          for key, some in m.R.items()]
                 self.assertEqual(str([(key, sorted(some) if "set()" in how else some) for key, some in found]), expected)
 
