@@ -4762,6 +4762,12 @@ class IdentityIsKept(Workspace):
         self.assertEqual((held(), held.__annotations__, held.__doc__, held.tag),
                          ((2, 2), {"return": 2}, "doc2", (2,)))
 
+    def test_defaults_that_are_taken_away_leave_none(self):
+        m = self.load("def f(a=1, *, b=1): pass\n")
+        held = m.f
+        self.again("def f(a, *, b): pass\n")
+        self.assertEqual((held.__defaults__, held.__kwdefaults__), (None, None))
+
     def test_annotation_changes_beside_those_in_an_if(self):
         m, change = self.change("class C:\n    a: @@\n    if __name__:\n        b: str\n"
                                 "    else:\n        c: str\n", "int", "bytes")
