@@ -12001,13 +12001,23 @@ class Link:
             self._wake.send(b"!")
 
     @contextmanager
-    def signals_wake(self):
-        """Have a signal end `wait`, also one that comes just before that blocks; main thread."""
-        before = signal.set_wakeup_fd(self._wake.fileno())
+    def signals(self, **handlers):
+        """Have signals call `handlers`, and end `wait`, also those that come just before it blocks.
+
+        Signals are the main thread's; another goes on without them.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
+                  for name, handler in handlers.items() if hasattr(signal, name)]
+        descriptor = signal.set_wakeup_fd(self._wake.fileno())
         try:
             yield
         finally:
-            signal.set_wakeup_fd(before)
+            signal.set_wakeup_fd(descriptor)
+            for number, handler in before:
+                signal.signal(number, handler)
 
     def ask(self, command, limit_s=None, **fields):
         """Return the reply to a request. ProtocolError: it is refused. ServerGone: none came."""
@@ -12367,6 +12377,7 @@ class Terminal:
     def __init__(self, owner):
         self.owner = owner        # a Conversation, for its on_... methods
         self._undo = ExitStack()
+        self._modes = None        # of the terminal, before we were there
         self._stdout = getattr(sys.stdout, "buffer", None)
         self._edit = self._read_cooked if _has_modes() else self._read_alone
         self._history = None      # a _History where there is readline
@@ -12385,8 +12396,9 @@ class Terminal:
         self._marks_pastes = False    # the terminal can be told to mark where one begins and ends
 
     def __enter__(self):
-        self._undo.enter_context(_kept_modes())
-        self._undo.enter_context(self._signals())     # before it is shown that we are connected
+        self._modes = self._undo.enter_context(_kept_modes())
+        self._undo.enter_context(self.owner.link.signals(     # before it is shown that we connected
+            SIGINT=self._on_interrupt, SIGTSTP=self._on_suspend, SIGWINCH=self._on_resize))
         return self
 
     def __exit__(self, *exc_info):
@@ -12638,23 +12650,6 @@ class Terminal:
 
     # Signals.
 
-    @contextmanager
-    def _signals(self):
-        """Have Ctrl+C, Ctrl+Z and a new size mean what they should."""
-        if threading.current_thread() is not threading.main_thread():
-            yield                 # signals are the main thread's; connect() works without
-            return
-        handlers = {"SIGINT": self._on_interrupt, "SIGTSTP": self._on_suspend,
-                    "SIGWINCH": self._on_resize}
-        before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
-                  for name, handler in handlers.items() if hasattr(signal, name)]
-        try:
-            with self.owner.link.signals_wake():
-                yield
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
-
     def _on_interrupt(self, signum, frame):
         self._typed = b""
         if self.owner.on_interrupt():
@@ -12678,10 +12673,7 @@ class Terminal:
         if self._is_secret:       # else what follows reads it, and shows it
             termios.tcflush(0, termios.TCIFLUSH)
         with _kept_modes():
-            cooked = termios.tcgetattr(0)
-            cooked[0] |= termios.ICRNL
-            cooked[3] |= termios.ICANON | termios.ECHO
-            termios.tcsetattr(0, termios.TCSADRAIN, cooked)
+            termios.tcsetattr(0, termios.TCSADRAIN, self._modes)
             before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             self._mark_pastes(False)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
@@ -12787,14 +12779,14 @@ def _has_modes():
 
 @contextmanager
 def _kept_modes():
-    """Afterwards the terminal is as it was before."""
+    """Yield the terminal's modes, None where it has none; afterwards they are as before."""
     if not _has_modes():
-        yield
+        yield None
         return
     import termios
     before = termios.tcgetattr(0)
     try:
-        yield
+        yield before
     finally:
         if termios.tcgetattr(0) != before:
             termios.tcsetattr(0, termios.TCSANOW, before)
@@ -12861,7 +12853,7 @@ class Execution:
         timeout_s = timeout_s and min(timeout_s, self.LONGEST_S)
         try:
             self._connect(timeout_s)
-            with self._signals():
+            with self._link.signals(SIGINT=self._on_interrupt):
                 outcome = self._evaluate(source, place, timeout_s)
             code = self.LATE if self._cause == self.LATE else _exit_code(outcome)
         except Left:
@@ -12928,7 +12920,6 @@ class Execution:
             try:
                 self._output.write(self._stream, data)
             except OSError as exc:        # whoever read our output has gone
-                self._interrupt()
                 raise Left from exc
 
     def _pause(self, is_quiet):
@@ -12941,16 +12932,6 @@ class Execution:
             self._deadline = time.monotonic() + self.GRACE_S
             self._interrupt()
         return max(0.0, self._deadline - time.monotonic())
-
-    @contextmanager
-    def _signals(self):
-        """Have Ctrl+C interrupt the code."""
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
-        try:
-            with self._link.signals_wake():
-                yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def _on_interrupt(self, signum, frame):
         is_first, self._cause = not self._cause, self._cause or self.PRESSED

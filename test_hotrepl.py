@@ -16391,8 +16391,7 @@ class NoAnswer(Case):
         link = hotrepl.Link(ours)
         self.addCleanup(link.close)
         link.loss = "there is none"
-        self.addCleanup(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, lambda *args: None))
-        with link.signals_wake():
+        with link.signals(SIGINT=lambda *args: None):
             os.kill(os.getpid(), signal.SIGINT)
             begun = time.monotonic()
             link.wait(DEADLINE_S)
