@@ -2672,16 +2672,15 @@ class Errand:
 
     async def run_coroutine(self):
         """As `run`, for a coroutine function, as a task on an event loop; `finish` is to follow."""
-        function, args = self._call
         try:
-            self._outcome.value = await self.in_steps(function, *args)
+            self._outcome.value = await self.in_steps(self._call[0])
         except BaseException as exc:      # SystemExit too: it would end the program's loop
             self._outcome.exception = exc
 
     @types.coroutine
-    def in_steps(self, function, *args):
+    def in_steps(self, function):
         """Await what the coroutine function returns; each step of it prints for who waits."""
-        coroutine = function(*args)
+        coroutine = function()
         step, sent = coroutine.send, None
         while True:
             try:
@@ -2883,7 +2882,7 @@ MAIN = MainThread()
 # what the loop's other tasks print does not come here. Ctrl+C cancels the task and waits for its
 # end; a second one leaves it alone.
 
-def run_on_loop(loop, context, function, *args):
+def run_on_loop(loop, context, function):
     """Return the result of a function, called on an asyncio loop in `context`; a coroutine's, where
     it is a coroutine function.
 
@@ -2904,9 +2903,8 @@ def run_on_loop(loop, context, function, *args):
                                % ("is closed" if loop.is_closed() else "does not run"))
 
     check()
-    is_awaited = bool(function.__code__.co_flags & CO_COROUTINE)
-    errand = (Errand(function, *args, context=context) if is_awaited
-              else Errand(context.run, function, *args))
+    is_awaited = function.__code__.co_flags & CO_COROUTINE
+    errand = Errand(function, context=context) if is_awaited else Errand(context.run, function)
     try:
         loop.call_soon_threadsafe(begin)
         return errand.wait(check)
@@ -2931,13 +2929,13 @@ def _wait_cancelled(errand, check):
         raise KeyboardInterrupt from None
 
 
-def run_by(runner, context, function, *args):
+def run_by(runner, context, function):
     """Return what `runner` makes of a coroutine in `context`, called in a thread of its own.
 
     So whatever it waits in, a KeyboardInterrupt ends the wait here.
     """
     def run():
-        return runner(_awaiting(errand.in_steps(function, *args)))
+        return runner(_awaiting(errand.in_steps(function)))
     errand = Errand(run, context=context)
     errand.claim()
     try:
