@@ -3658,20 +3658,19 @@ class _Source:
         return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
                    for others in self.codes.values() for other in others)
 
+    # What it imports from __future__.
+    futures = _once(lambda each: {
+        alias.name for one in each.statements if one.kind == "ImportFrom"
+        and one.node.module == "__future__" for alias in one.node.names})
+    # Annotations of undecorated functions are evaluated later than the `def`, or never.
+    has_lazy_annotations = _once(
+        lambda each: sys.version_info >= (3, 14) or "annotations" in each.futures)
+
     @_once
     def flags(self):
         """What `from __future__` demands of the compiler."""
         import __future__
-        names = [alias.name for each in self.statements if each.kind == "ImportFrom"
-                 and each.node.module == "__future__" for alias in each.node.names]
-        return sum(getattr(__future__, name).compiler_flag for name in set(names))
-
-    @_once
-    def has_lazy_annotations(self):
-        """Annotations of undecorated functions are evaluated later than the `def`, or never."""
-        return sys.version_info >= (3, 14) or any(
-            "annotations" == alias.name for each in self.statements if each.kind == "ImportFrom"
-            and each.node.module == "__future__" for alias in each.node.names)
+        return sum(getattr(__future__, name).compiler_flag for name in self.futures)
 
     def compile_alone(self, nodes):
         """Return the code object of some statements."""
@@ -3745,7 +3744,6 @@ class _Statement:
         lambda each: (each.kind, _key(getattr(each.node, "decorator_list", []))))
 
     text = _once(lambda each: "\n".join(each.source.lines[each.start:each.end]).rstrip())
-    words = _once(lambda each: re.findall(r"\w+", each.text))
 
     @_once
     def text_key(self):
@@ -4790,8 +4788,6 @@ class _Apply:
         """Give the old function what changed in its head; no decorator is called."""
         raw = self._raw(scope, pair)
         self.snapshot(scope.edit, pair.new)
-        if raw is not None and raw.__closure__:     # a cell may get a new type parameter
-            self._learn()
         new = raw and self._evaluate(scope, pair, raw)
         if new is None or new.__code__.co_freevars != raw.__code__.co_freevars:
             self._run(scope, pair)
@@ -4861,7 +4857,7 @@ class _Apply:
             return value
         places = _Registrations(self, reached, {id(old), id(raw)})
         value = places.renew(decorate)
-        if pair.old is not None and pair.change == "def" and not places.taken and (
+        if pair.old is not None and not places.taken and (
                 pair.old.decorator_dump != pair.new.decorator_dump) and not (
                     _is_transparent(node)):
             self._note_not_retired(scope, pair.new)
@@ -6386,7 +6382,8 @@ class _Readers:
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
         names = self._names_in(module)
         for each in statements:
-            may_use = self._bases and each.kind == "ClassDef" or not names.isdisjoint(each.words)
+            may_use = self._bases and each.kind == "ClassDef" or not names.isdisjoint(
+                re.findall(r"\w+", each.text))
             if may_use and not each.is_main_guard and (
                     each.kind not in ("Import", "ImportFrom")) and (
                     line is None or each.end < line):
