@@ -5751,9 +5751,17 @@ class _Apply:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
                 if self._is_old(first):
-                    path, _ = self.old_codes.get(id(first.f_code)) or (
-                        getattr(first.f_code, "co_qualname", first.f_code.co_name), None)
-                    self.stuck[path, reason] += 1 + len(more)
+                    self.stuck[self._path_of(first.f_code), reason] += 1 + len(more)
+
+    def _path_of(self, code):
+        """Return the path of a code that is no live function's any more."""
+        if id(code) in self.old_codes:
+            return self.old_codes[id(code)][0]
+        for edit in self.edits if not hasattr(code, "co_qualname") else ():     # 3.6-3.10
+            for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
+                if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
+                    return path
+        return getattr(code, "co_qualname", code.co_name)
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
