@@ -11903,6 +11903,7 @@ HALF_LINE_S = 0.02                # a line whose end does not come for so long i
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
 PROMPT_LIMIT_BYTES = 400          # more is text: readline writes past its memory at 256 rows
 UNREACHED_MS = 15000              # so long no machine takes a request (a firewall): there is none
+KEPT_EVENTS, KEPT_BYTES = 100, 4 << 20    # of what came and is not shown yet; then the server waits
 
 
 class Link:
@@ -11921,7 +11922,7 @@ class Link:
         self.hello = b""          # the server's first line, from `meet`
         self.deadline = deadline  # for all answers together; None: ANSWER_LIMIT_S for each
         self.events = collections.deque()
-        self.notes = collections.deque(maxlen=RECEIVE_BYTES)      # bytes to be shown at once
+        self.notes = collections.deque()      # bytes to be shown at once
         self.is_ended = False     # the server says that the session ended as the user wanted
         self.is_closed = False    # the server closed the REPL channel
         self.loss = ""            # why there is no control channel any more
@@ -11930,6 +11931,7 @@ class Link:
         self._messages = MessageDecoder()
         self._woken, self._wake = socket.socketpair()     # a byte for each `wake`
         self._unsent = collections.deque()    # (request, what takes its reply); also from handlers
+        self._text = collections.deque()  # what is to be sent on the REPL channel; as well
         self._owed = collections.deque()  # what takes the replies that are still to come, in order
         for each in (self._woken, self._wake):
             each.setblocking(False)
@@ -11942,6 +11944,7 @@ class Link:
         ServerGone, ProtocolError or OSError: it does not work out.
         """
         secret = os.urandom(16).hex()     # shows that both channels are ours
+        self.sock.setblocking(False)
         self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END + BEGIN + CONTROL_KIND + END)
         number, address = self._receive_hello()
         found = re.match(rb"(\d{1,5}) ([\w-]{16,99})\Z", address)
@@ -11951,7 +11954,6 @@ class Link:
         if (hasattr(socket, "TCP_USER_TIMEOUT")
                 and self.control.family in (socket.AF_INET, socket.AF_INET6)):
             self.control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
-        self.sock.settimeout(None)
         if is_known:
             self.ask("Authenticate", proof=found.group(2).decode("ascii"))
         self.ask("PairWithSession", id=number, secret=secret)
@@ -11961,11 +11963,9 @@ class Link:
         """Return the session's number, and what is said of the control channel, once both came."""
         match, end = None, self.deadline or time.monotonic() + ANSWER_LIMIT_S
         while not (match and self._named is not None):
-            if len(self.events) > 999:
-                _gone("it marks turns and sends no first line")
-            if not select.select([self.sock], [], [], time_left_s(end))[0]:
-                raise socket.timeout("timed out")
-            self._receive()
+            if self._is_full():
+                _gone("it says much and sends no first line")
+            self.wait(time_left_s(end))
             text = b"".join(data for kind, data in self.events if kind == "data")
             match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\n", text)
             is_other = b"\n" in text or self._named is not None or len(text) > RECEIVE_BYTES
@@ -11986,9 +11986,9 @@ class Link:
                 each.close()
 
     def send(self, data):
-        """Send bytes on the REPL channel; blocks while the server is slow."""
-        with suppress(OSError):   # it is gone: the next event tells
-            self.sock.sendall(data)
+        """Have `wait` send bytes on the REPL channel; a signal's handler may call it."""
+        self._text.append(memoryview(data))
+        self.wake()
 
     def post(self, command, use=lambda reply: None, **fields):
         """Have `wait` send a request, and call `use` with its reply, {} where there is none.
@@ -12055,9 +12055,12 @@ class Link:
             is_quiet = not self.events
 
     def wait(self, timeout_s=None):
-        """Send requests, and take in what comes within that time, or until `wake`."""
+        """Send what is to be sent, and take in what comes within that time, or until `wake`."""
         self._send_requests()
-        ready = select.select(self.sockets(), [], [], timeout_s)[0]
+        unsent = [self.sock] if self._text and not self.is_closed else []
+        ready, is_free, _ = select.select(self.sockets(), unsent, [], timeout_s)
+        if is_free:
+            self._send_text()
         if self._woken in ready:
             self._woken.recv(RECEIVE_BYTES)
         if self.sock in ready:
@@ -12067,12 +12070,29 @@ class Link:
 
     def sockets(self):
         """Return those that `wait` has to look after."""
-        return ([self._woken] + [self.sock] * (not self.is_closed)
-                + [self.control] * (not self.loss))
+        return ([self._woken] + [self.sock] * (not self.is_closed and not self._is_full())
+                + [self.control] * (self.control is not None and not self.loss))
+
+    def _is_full(self):
+        kept = [data for _, data in self.events] + list(self.notes)
+        return len(kept) > KEPT_EVENTS or sum(map(len, kept)) > KEPT_BYTES
+
+    def _send_text(self):
+        data = self._text.popleft()
+        try:
+            rest = data[self.sock.send(data):]
+        except BlockingIOError:
+            rest = data
+        except OSError:           # it is gone: the next event tells
+            return
+        if rest:
+            self._text.appendleft(rest)
 
     def _receive(self):
         try:
             data = self.sock.recv(RECEIVE_BYTES)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         for kind, payload in self._marks.feed(data):
@@ -12138,16 +12158,16 @@ class Conversation:
     --------  ---------  --------  -----------  ------------------  ----------  ---------  ------
     at work   show       asked     -            request; urged      background  -          exit 1
     urged     show       asked     -            request             background  explain    exit 1
-    in vain   show       asked     -            exit 0              background  -          exit 1
     flooded   show       asked     -            request; dropping   background  -          exit 1
     dropping  -          asked     -            request             background  explain    exit 1
     asked     (waits)    -         send         interrupt; urged    stop us     -          exit 1
-    leaving   show       asked     -            exit 0              background  -          exit 0
+    leaving   show       exit 0    -            exit 0              background  -          exit 0
 
     "asked" is at work once it is answered, or leaving after Ctrl+D at the primary prompt. A note
     is shown at once: between lines, or above the one that is edited. "explain" asks the server
-    what it does, and says so; no answer means in vain, until one comes; output still on its way:
-    flooded.
+    what it does, and says so; output still on its way: flooded. Where no answer comes, or none
+    has helped for ANSWER_LIMIT_S, it says that Ctrl+C leaves, and Ctrl+C does, with 0. So no
+    server can keep us, whatever it sends.
     """
 
     def __init__(self, link):
@@ -12158,6 +12178,9 @@ class Conversation:
         self._turn = 0            # how many go-aheads came
         self._explain_at = None   # when what was interrupted and goes on is explained
         self._is_heard = True     # the last request about that was answered
+        # When Ctrl+C, or Ctrl+D at a question, was first pressed since the last prompt or line.
+        self._pressed_at = None
+        self._may_leave = False   # we said that Ctrl+C leaves
         self._ahead = collections.deque()     # lines of a paste, for the waits that follow
         self._block = []          # the lines of the statement that is being typed
         self._is_loss_told = False    # that of the control connection
@@ -12185,7 +12208,7 @@ class Conversation:
                 return 1
 
     def _show(self, kind, data):
-        if kind == "kind":        # the prompt comes next
+        if kind == "kind" and self._state != "leaving":       # the prompt comes next
             self._state = "at work"
         elif kind == "data" and self._state != "dropping":
             self.terminal.show(data)
@@ -12206,15 +12229,26 @@ class Conversation:
             self._request("Where", self._explain)
             self._explain_at = time.monotonic() + STUCK_AFTER_S
         else:
-            self._state, self._explain_at = "in vain", None
-            self._say("%s; Ctrl+C again leaves, and it goes on" % (
-                "this can't be interrupted any more" if self.link.loss else
-                "no answer from the server: the process is stopped or very busy"))
+            self._let_leave("this can't be interrupted any more" if self.link.loss else
+                            "no answer from the server: the process is stopped or very busy")
+
+    def _let_leave(self, why):
+        self._may_leave, self._explain_at = True, None
+        self._say("%s; Ctrl+C again leaves, and it goes on" % why)
+
+    def _is_in_vain(self):
+        """Return whether the user has tried for long to end what the server does."""
+        return (self._pressed_at is not None
+                and time.monotonic() - self._pressed_at > ANSWER_LIMIT_S)
 
     def _explain(self, reply):
         """Say what the server does, and what Ctrl+C or Ctrl+Z would do now."""
         self._on_heard(reply)
-        if not reply or not self._answers or self._state != "urged":
+        if not reply or not self._answers or self._state not in ("urged", "dropping"):
+            return
+        if self._is_in_vain():
+            return self._let_leave("no prompt in %d seconds" % ANSWER_LIMIT_S)
+        if self._state == "dropping":
             return
         self._explain_at = None
         sending = reply.get("sending")
@@ -12231,10 +12265,22 @@ class Conversation:
         self.terminal.expect()
         self._answers = []        # from here on it is asked: first of all, see on_interrupt
         self._turn += 1
+        if self._state == "leaving":
+            raise Left
         self._state, self._explain_at = "at work", None
         if kind != "continuation":
             self._block = []
+        if kind in AT_PROMPT:
+            self._pressed_at = None
+        self._may_leave = False
+        if self._is_in_vain():
+            self._let_leave("it asks again and again")
+            self._show_notes()
         data = self._read(kind, self.terminal.take_prompt())
+        if data == END_OF_FILE:
+            self._pressed_at = self._pressed_at or time.monotonic()
+        elif data:
+            self._pressed_at = None
         self._answers.append(data)
         if self._answers[0] is data:
             if data == END_OF_FILE and kind in AT_PROMPT:
@@ -12251,10 +12297,10 @@ class Conversation:
                 is_more = kind == "continuation" and self._block
                 indent = _indentation(self._block) if is_more else ""
                 text = self.terminal.read(prompt, indent, is_secret=kind == "secret")
-            except EOFError:
-                return END_OF_FILE
-            except KeyboardInterrupt:
-                return b""
+            except (EOFError, KeyboardInterrupt) as exc:
+                if self._may_leave:
+                    raise Left from exc
+                return END_OF_FILE if isinstance(exc, EOFError) else b""
         if kind in AT_PROMPT:
             text = text if text.strip() else ""   # an empty line has no indentation
             self._block += text.split("\n")
@@ -12280,8 +12326,8 @@ class Conversation:
 
         A signal's handler.
         """
-        if self._state in ("leaving", "in vain"):
-            self._state = "at work"       # the next press finds us on the way out
+        if self._state == "leaving" or self._may_leave and self._answers:
+            self._state, self._may_leave = "at work", False   # the next finds us on the way out
             raise Left
         self._ahead.clear()
         press = bytes(bytearray(INTERRUPT))       # no other: the next may come at any line here
@@ -12289,11 +12335,12 @@ class Conversation:
         is_answer = self._answers[0] is press
         if is_answer:
             self.link.send(INTERRUPT)
-            self.link.wake()
         elif self._turn:
             self._request("KeyboardInterrupt", self._on_heard, turn=self._turn, answered=True)
         self._state = "dropping" if self._state in ("flooded", "dropping") else "urged"
-        self._explain_at = time.monotonic() + STUCK_AFTER_S
+        now = time.monotonic()
+        self._explain_at = self._explain_at or now + STUCK_AFTER_S    # the first press counts
+        self._pressed_at = self._pressed_at or now
         return is_answer
 
     def on_suspend(self):
@@ -12323,12 +12370,13 @@ class Conversation:
 
     def _on_heard(self, reply):
         self._is_heard = bool(reply)
-        if reply and self._state == "in vain":    # it was busy
-            self._state, self._explain_at = "urged", time.monotonic()
+        if reply and self._may_leave and not self._is_in_vain():      # it was busy
+            self._may_leave, self._explain_at = False, time.monotonic()
         if not reply:
             self._tell_loss()
             # One that answered a prompt went another way: the next prompt is about to come.
-            if self._state == "urged" and self._answers[:1] != [INTERRUPT]:
+            is_urged = self._state == "urged" and not self._may_leave
+            if is_urged and self._answers[:1] != [INTERRUPT]:
                 self._explain_at = time.monotonic()
 
     def _tell_loss(self):
@@ -12900,7 +12948,6 @@ class Execution:
         if timeout_s is not None:
             self._deadline = time.monotonic() + timeout_s
             link.deadline = self._deadline + self.GRACE_S
-        link.sock.settimeout(time_left_s(link.deadline, None))    # it may not read what we send
         link.send(BEGIN + BLOCK_KIND + source + END)
         while self._until_turn() in IN_EVALUATION:
             link.send(END_OF_FILE)        # there is nobody who could answer
@@ -12926,6 +12973,7 @@ class Execution:
                 raise Left from exc
 
     def _pause(self, is_quiet):
+        self._link.notes.clear()  # they are for people
         if self._deadline is None:
             return time_left_s(self._link.deadline, None)
         if time.monotonic() >= self._deadline:

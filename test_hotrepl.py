@@ -16464,6 +16464,136 @@ class NoAnswer(Case):
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
+class Keepers(Case):
+    """Servers that answer each request, and keep who visits them: everybody can leave, in bounded time."""
+
+    LIMIT_S = 2.0                 # here, for ten seconds
+    LEAVE = "Ctrl+C again leaves, and it goes on\n"
+    CLIENT = """
+import hotrepl, socket, sys
+def connect_to(*args, original=hotrepl._connect_to):
+    sock = original(*args)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)       # as little as the system allows
+    return sock
+hotrepl._connect_to, hotrepl.ANSWER_LIMIT_S = connect_to, %r
+sys.exit(hotrepl.main())
+"""
+
+    def visit(self, where=(), kind=b"primary", at_prompt=None, reads=True):
+        """Return the Terminal of a client that visits one.
+
+        It answers to Where with `where`, to each line with a turn for `kind`, if that is not None; or `at_prompt(sock)`
+        is called once it has given the first prompt.
+        """
+        repl, control = socket.socket(), socket.socket()
+        for each in (repl, control):
+            self.keep(each).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            each.bind(("127.0.0.1", 0))
+            each.listen(5)
+            self.addCleanup(hotrepl.shut_down, each)      # wakes who accepts, before it is waited for
+
+        def talk(sock):
+            with contextlib.suppress(OSError):
+                for data in iter(lambda: sock.recv(9999), b"") if reads else ():
+                    if kind is not None and not data.startswith(hotrepl.BEGIN):
+                        sock.sendall(b"\xff\xfak%s\xff\xf0answer? \xff\xf9" % kind)
+
+        def answer():
+            with repl.accept()[0] as sock, contextlib.suppress(OSError):
+                sock.sendall(b"REPL session 1 connected.\n\xff\xfac%d a-proof-of-nothing\xff\xf0" % control.getsockname()[1])
+                with control.accept()[0] as requests:
+                    for data in iter(lambda: requests.recv(9999), b""):
+                        for name in re.findall(rb'"command": "(\w+)"', data):
+                            said = dict(where if name == b"Where" else {}, status="ok")
+                            requests.sendall(message(json.dumps(said).encode()))
+                            if name == b"TurnMarks":
+                                sock.sendall(b"\xff\xfakprimary\xff\xf0>>> \xff\xf9")
+                                self.spawn(at_prompt or talk, sock)
+        self.spawn(answer)
+        words = python_command("-c", self.CLIENT % self.LIMIT_S, "connect", "127.0.0.1:%d" % repl.getsockname()[1])
+        terminal = self.keep(Terminal(words, cwd=os.path.dirname(SOURCE_PATH), HOTREPL_HISTORY="", TERM="xterm"))
+        terminal.until(">>> ")
+        return terminal
+
+    def leave(self, terminal, *keys):
+        """Press keys, again and again, until we are told that they lead out; then they do."""
+        deadline = time.monotonic() + DEADLINE_S
+        for key in itertools.cycle(keys):
+            terminal.press(key)
+            pressed = time.monotonic()
+            while time.monotonic() < pressed + 0.3:
+                terminal.pump(0.1)
+            if self.LEAVE in terminal.received.decode("utf-8", "replace"):
+                break
+            self.assertLess(time.monotonic(), deadline, terminal.received[-999:])
+        terminal.press(keys[0])
+        code, text = terminal.end()
+        self.assertEqual((code, "Traceback" in text), (0, False), text)
+
+    @once("slow")
+    def test_one_that_gives_no_prompt_is_left(self):
+        for where in ({"where": "in its own time"}, {"sending": [1, 2]}, {"where": ""}):
+            with self.subTest(where):
+                terminal = self.visit(where, kind=None)
+                terminal.type("6*7\n")
+                self.leave(terminal, "^C")
+
+    @once("slow")
+    def test_one_that_reads_nothing_is_left(self):
+        terminal = self.visit({"where": "in its own time"}, kind=None, reads=False)
+        paste = ("x" * 99 + "\n") * 300 + "6*7"
+        self.spawn(terminal.type, "\x1b[200~%s\x1b[201~\n" % paste if HAS_READLINE else paste + "\n")
+        terminal.until("6*7\n")
+        self.leave(terminal, "^C")
+
+    @once("slow")
+    def test_one_that_asks_again_and_again_is_left(self):
+        for kind in (b"input", b"secret", b"debugger"):
+            for keys in (("^C",), ("^D",)):
+                with self.subTest("%s %s" % (kind, keys)):
+                    terminal = self.visit(kind=kind)
+                    terminal.type("6*7\n")
+                    terminal.until("answer? ")
+                    self.leave(terminal, *keys)
+
+    def test_one_that_prompts_again_after_ctrl_d_is_left(self):
+        for kind in (b"primary", b"continuation", b"input"):
+            terminal = self.visit(kind=kind)
+            terminal.press("^D")
+            self.assertEqual(terminal.end()[0], 0)
+
+    @once("slow")
+    def test_a_line_or_a_prompt_in_between_and_nobody_is_offered_to_leave(self):
+        terminal = self.visit(kind=b"input")
+        for _ in range(8):
+            terminal.type("6*7\n")
+            terminal.until("answer? ")
+            terminal.press("^C")
+            terminal.until("answer? ")
+            time.sleep(0.4)
+        self.assertNotIn(self.LEAVE, terminal.received.decode("utf-8", "replace"))
+
+    @once("slow")
+    def test_what_one_sends_at_the_prompt_is_kept_only_so_far(self):
+        sent = []
+
+        def flood(sock, piece=b"x" * 99 + b"\n"):
+            with contextlib.suppress(OSError):
+                while sum(sent) < 60e6:
+                    sent.append(sock.send(piece * 1000))
+        for piece in (b"x" * 99 + b"\n", b"\xff\xfakword\xff\xf0", b"\xff\xfanx\n\xff\xf0" + b"x"):
+            sent.clear()
+            terminal = self.visit(at_prompt=functools.partial(flood, piece=piece))
+            before = -1
+            while before != len(sent):
+                before = len(sent)
+                while terminal.pump(1.0):
+                    terminal.received = terminal.received[-99:]
+            self.assertLess(sum(sent), 30e6, piece)
+            terminal.close()
+
+
+@unittest.skipUnless(HAS_PTY, "needs a pty")
 class WithoutControl(Case):
     """The client goes on where its control connection is lost, and says what is lost with it."""
 
