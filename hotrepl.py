@@ -12915,7 +12915,8 @@ class Execution:
         except ProtocolError as exc:      # it can't stand in that place
             outcome, code = self._say(exc, exc), 2
         except (OSError, ServerGone) as exc:
-            is_late = isinstance(exc, socket.timeout)
+            # Without a time of ours it is the system's own, after which nobody answers.
+            is_late = timeout_s is not None and isinstance(exc, socket.timeout)
             code = self.LATE if is_late else 1
             outcome = self._say("no answer in time" if is_late else "the server is gone: %s" % exc
                                 if isinstance(exc, ServerGone) else exc.strerror or exc, exc)

@@ -18224,6 +18224,18 @@ class Exec(Case):
         program.err.until("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
                           "Ctrl+C gives up\n")
 
+    @unittest.skipUnless(IS_ROOT and sys.platform.startswith("linux"), "needs root, for a network of its own")
+    def test_what_the_system_waits_for_in_vain_is_no_time_limit_of_ours(self):
+        network = ("ip link set lo up && ip route add 198.51.100.2 dev lo && "
+                   "echo 1 > /proc/sys/net/ipv4/tcp_syn_retries && ")
+        inside = ["unshare", "-n", "sh", "-c", network + 'exec "$@"', "sh"]
+        if not shutil.which("unshare") or subprocess.call(inside + ["true"], stderr=subprocess.DEVNULL):
+            self.skipTest("networks of one's own are not permitted here, or there is no iproute2")
+        program = self.keep(Program(inside + python_command(SOURCE_PATH, "exec", "--plain", "198.51.100.2", "-c", "1")))
+        code, out, said = program.end()
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("nobody answers at 198.51.100.2 port 1337 (Connection timed out)", said)
+
     @once("slow")
     def test_the_time_limit_holds_whatever_the_server_sends_or_does_not_read(self):
         greeting = b"REPL session 1 connected.\n\xff\xfac%d a-proof-of-nothing\xff\xf0"
