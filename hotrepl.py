@@ -640,7 +640,7 @@ class StandIn:
     @property
     def is_retired(self):
         """... whether its time is over: who finds it, put back too late, takes `default`."""
-        return self not in ROUTER.ours.values()
+        return self not in list(ROUTER.ours.values())
 
 
 class ThreadStream(threading.local, StandIn):
