@@ -2423,7 +2423,8 @@ class TestCompletingNames(CompletionCase):
     def test_a_list_that_ends_at_the_limit_begins_alike_as_far_as_the_whole_does(self):
         namespace = {"m%03d" % number: 1 for number in range(100)}
         matches = complete(dict(namespace, mzzz=1), "m", limit=10).matches
-        self.assertEqual((os.path.commonprefix(matches), len(set(matches))), ("m", 10))
+        self.assertEqual({each[:2] for each in matches}, {"m0", "mz"})
+        self.assertEqual(len(set(matches)), 10)
 
     def test_the_list_fits_into_a_message(self):
         namespace = {"\u00e4%d%s" % (number, "\u00e4" * 400): 1 for number in range(1000)}
