@@ -822,8 +822,8 @@ class StreamRouter(Installed):
     def __init__(self):
         super().__init__()
         self.ours = {}            # name in its module -> our stand-in there; guarded by _lock
-        # (name, stand-in), the newest; guarded by _lock. They must live on after their time: print()
-        # holds no reference to sys.stdout, so a thread that prints just now would crash without it.
+        # (name, stand-in), the newest; guarded by _lock. They live on after their time: print() has
+        # no reference to sys.stdout, so a thread that prints just now would crash without it.
         self._made = collections.deque(maxlen=256)
 
     def bind(self, streams):
