@@ -8864,27 +8864,24 @@ class Door:
             raise TypeError("allow_uids takes integers, not %s; pwd.getpwnam(name).pw_uid is one"
                             % shorten(allow_uids))
 
-    def check_bind(self, *hosts):
-        """Raise ValueError if listening on one of `hosts`, numeric addresses, lets strangers in.
+    def check_bind(self, *places):
+        """Raise ValueError if listening there, at numeric addresses or paths, lets strangers in.
 
         Makes a token where this system can't tell who connects and nothing else guards the door.
         """
-        exposed = [host for host in hosts if not _is_loopback(host)]
+        hosts = [each for each in places if "/" not in each]
+        exposed = [each for each in hosts if not _is_loopback(each)]
         is_guarded = self.token is not None or self.wants_certificate
         if self.insecure:
-            self.warn(*hosts)
+            log.warning("insecure=True: whoever can connect to %s runs code in this process",
+                        " or ".join(places))
         elif exposed and not is_guarded:
             raise ValueError(
                 "other machines can reach %s; pass token=True, or an ssl_context with verify_mode "
                 "CERT_REQUIRED, or insecure=True to let everybody in; or bind to 127.0.0.1, come "
                 "through ssh" % exposed[0])
-        elif not is_guarded and not knows_local_peers():
+        elif hosts and not is_guarded and not knows_local_peers():
             self.token = make_token()
-
-    def warn(self, *places):
-        """Say what `insecure` means there."""
-        log.warning("insecure=True: whoever can connect to %s runs code in this process",
-                    " or ".join(places))
 
     def check_peer(self, sock, netlink=None):
         """Return the Peer at the other end of `sock`, or raise Refused. Does not block."""
@@ -11283,10 +11280,7 @@ class Server:
             names = [each.getsockname() for each in listeners]
             self.address, self.control_address = [
                 name if isinstance(name, str) else name[:2] for name in names]
-            if unix is None:
-                self.door.check_bind(*{name[0] for name in names})
-            elif self.door.insecure:
-                self.door.warn(self.address)
+            self.door.check_bind(*{each if isinstance(each, str) else each[0] for each in names})
             for each in listeners:        # a child that was forked just now holds it as well
                 undo.callback(shut_down, each)
             if self.door.token is not None:
@@ -11776,21 +11770,19 @@ def _listen(bind, port, parameter):
             _plain_host(bind), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as exc:
         raise OSError(exc.errno, "%r is no address to bind: %s" % (bind, exc.strerror)) from exc
-    sock = OwnSocket(family, kind, proto)
-    try:
-        if os.name == "posix":
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        _tune(sock)               # which hands it on to what it accepts
-        sock.listen(BACKLOG)
+    with ExitStack() as undo:
+        sock = undo.enter_context(OwnSocket(family, kind, proto))
+        try:
+            if os.name == "posix":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            _tune(sock)           # which hands it on to what it accepts
+            sock.listen(BACKLOG)
+        except OSError as exc:
+            raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
         sock.setblocking(False)
+        undo.pop_all()
         return sock
-    except OSError as exc:
-        sock.close()
-        raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
-    except BaseException:
-        sock.close()
-        raise
 
 
 def _store_token(address, token):
@@ -12070,13 +12062,11 @@ class Link:
     def _send_text(self):
         data = self._text.popleft()
         try:
-            rest = data[self.sock.send(data):]
-        except BlockingIOError:
-            rest = data
-        except OSError:           # it is gone: the next event tells
-            return
-        if rest:
-            self._text.appendleft(rest)
+            data = data[self.sock.send(data):]
+        except OSError as exc:    # it is gone, which the next event tells, or takes nothing now
+            data = data if isinstance(exc, BlockingIOError) else b""
+        if data:
+            self._text.appendleft(data)
 
     def _receive(self):
         try:

@@ -20983,7 +20983,7 @@ class SecurityTable(unittest.TestCase):
             "UnixSockets.test_both_are_ours_alone_and_gone_at_the_end"),
         "`connect user@host`": (
             "Ssh.test_user_and_host_are_enough", "", "Ssh.test_a_wrong_key_is_refused_in_the_words_of_ssh",
-            "Ssh.test_our_client_comes_through_and_ctrl_c_is_for_the_server_not_for_ssh"),
+            "Ssh.test_our_client_comes_through_and_ctrl_c_and_ctrl_z_are_for_the_server_not_for_ssh"),
         "`insecure=True`": (
             "Exposure.test_insecure_lets_in_everybody_and_warns",
             "Exposure.test_insecure_lets_in_everybody_and_warns",
