@@ -5078,6 +5078,13 @@ class WhatGoesAndWhatStays(Workspace):
         report = self.again("class C:\n    a = b = 1\nX = 1\n")
         self.assertEqual((report.removed, hasattr(m.C, "b")), (["del ( C.a, C.b, )"], False))
 
+    def test_reader_of_a_name_that_is_another_function_or_module_now_is_named(self):
+        text = "import %s as lib\ndef g(): return 1\ndef h(): return 2\nf = %s\nT = {1: f, 2: lib.__name__}\n"
+        m = self.load(text % ("string", "g"))
+        report = self.again(text % ("struct", "h"))
+        self.assertEqual(report.not_run_again, ["T = {1: f, 2: lib.__name__} (f, lib changed)"])
+        self.assertEqual(m.T, {1: m.g, 2: "string"})
+
     def test_call_that_does_not_run_again_is_named_with_what_it_sets(self):
         self.load("NAMES = [1]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
         report = self.again("NAMES = [1, 2]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
