@@ -3106,9 +3106,13 @@ class ReloadReport:
 
 @contextmanager
 def _collector_off():
-    """Keep the garbage collector from walking the heap again and again while much is made."""
+    """Keep the garbage collector from walking the heap again and again while much is made.
+
+    PyPy's walks it in small steps, and without it each look at the heap would leave its garbage.
+    """
     was_on = gc.isenabled()
-    gc.disable()
+    if not IS_PYPY:
+        gc.disable()
     try:
         yield
     finally:
@@ -7845,21 +7849,17 @@ def _is_in(item, others):
 
 def _may_refer_to(values):
     """Return the objects that may refer to some values: those that do, or all there are."""
-    # get_referrers is a pass in C, five times as fast as one in Python; but not in PyPy, and each
-    # reference in the heap is compared with each argument.
-    if values and len(values) <= 20 and not IS_PYPY:
+    # get_referrers is a pass in C, five times as fast as one in Python; but each reference in the
+    # heap is compared with each argument.
+    if values and len(values) <= 20:
         return gc.get_referrers(*values)
     return gc.get_objects() if values else []
 
 
 def _referrers(values):
     """Return what refers to one of `values`."""
-    if not IS_PYPY:           # even of many: to ask each object what it refers to takes far longer
-        return [obj for k in range(0, len(values), 50)
-                for obj in gc.get_referrers(*values[k:k + 50])]
-    ids = set(map(id, values))
-    return [obj for obj in (gc.get_objects() if ids else ())
-            if not ids.isdisjoint(map(id, gc.get_referents(obj)))]
+    return [obj for k in range(0, len(values), 50)
+            for obj in gc.get_referrers(*values[k:k + 50])]
 
 
 def _functions_of(spaces):
