@@ -3745,6 +3745,10 @@ class _Statement:
         # 3.6, 3.7: where a long string comes first, its last line counts as the first one.
         return self.text if self.is_alone and self.node.col_offset >= 0 else self.dump
 
+    def mentions(self, names):
+        """Tell fast whether one of some names stands in its text."""
+        return not names.isdisjoint(re.findall(r"\w+", self.text))
+
     def label(self, place):
         """What pairs it with its like in another text; `place`: behind which statement."""
         kind = "=" if "Assign" in self.kind else self.kind
@@ -6237,7 +6241,7 @@ class _Readers:
         """
         lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
         for each in statements:
-            used = each.names.reads & names
+            used = each.mentions(names) and each.names.reads & names
             if not used or edit.runs(each):
                 continue
             live = edit.space if cls is None else vars(cls)
@@ -6384,8 +6388,7 @@ class _Readers:
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
         names = self._names_in(module)
         for each in statements:
-            may_use = self._bases and each.kind == "ClassDef" or not names.isdisjoint(
-                re.findall(r"\w+", each.text))
+            may_use = self._bases and each.kind == "ClassDef" or each.mentions(names)
             if may_use and not each.is_main_guard and (
                     each.kind not in ("Import", "ImportFrom")) and (
                     line is None or each.end < line):
