@@ -4189,7 +4189,7 @@ class _Evidence:
             statement.body, vars(cls), path + ".", cls)
         names = {_mangled(name, cls.__name__) for name in _bound_by(statement.body)}
         gone = [name for name, value in list(vars(cls).items()) if name not in names
-                and not _is(value, type) and self._is_own(value, "%s.%s" % (path, name))]
+                and self._is_own(value, "%s.%s" % (path, name))]
         self.gone += [(path, name) for name in gone]
         if _is_plain_class(cls) and not statement.node.decorator_list:
             for name in _added_to_class(statement, cls, self.set_attributes.union(gone)):
