@@ -4682,7 +4682,8 @@ class _Apply:
                 continue
             if found.code is None:
                 self.stuck[found.path, found.reason] += 1
-            elif absent and absent & _names_in(found.code):
+            elif absent and any(
+                    absent.intersection(code.co_names) for _, code in _code_paths([found.code])):
                 later.append((function, found))
             else:
                 self._swap_function(function, found)
@@ -4975,7 +4976,7 @@ class _Apply:
         for name, node in _attributes_set(pair.new.node).items():
             if name not in olds:
                 name = scope.name_of(name)
-                self.fills.append((scope.cls, name, functools.partial(_fresh_literal, node), (
+                self.fills.append((scope.cls, name, functools.partial(_literal, node), (
                     "existing instances lack %s, which %s sets now" % (name, method))))
 
     def _follow_fields(self):
@@ -6769,10 +6770,6 @@ if _LRU_CACHE is types.FunctionType:
     _LRU_CACHE = type("_NoSuchType", (), {})  # PyPy: closures, which are folded as such
 
 
-def _both(*kinds):
-    return lambda old, new: type(old) is type(new) and type(new) in kinds
-
-
 def _is_class_pair(old, new):
     """Tell whether two classes come from one statement, before and after its change."""
     return isinstance(old, type) and isinstance(new, type) and (
@@ -6805,9 +6802,10 @@ def _is_definition(value):
 _WRAPPERS = (types.FunctionType, types.MethodType, staticmethod, classmethod, property,
              functools.partial, _LRU_CACHE)
 _FOLD_RULES = (     # (fits, what to do), the first that fits
-    (_both(types.FunctionType), _Apply.fold_function),
+    (lambda old, new: type(old) is type(new) is types.FunctionType, _Apply.fold_function),
     (_is_class_pair, _Apply.fold_class),
-    (_both(staticmethod, classmethod, property), _Apply.fold_wrapper),
+    (lambda old, new: type(old) is type(new)
+     and type(new) in (staticmethod, classmethod, property), _Apply.fold_wrapper),
     (lambda old, new: type(old) is _LRU_CACHE and type(new) in (_LRU_CACHE, types.FunctionType),
      _Apply.fold_lru_cache),
     (lambda old, new: type(old) is types.FunctionType and callable(new)
@@ -6963,14 +6961,6 @@ def _attributes_set(node):
              if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
              and args and getattr(each.value, "id", None) == args[0].arg}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _fresh_literal(node):
-    """Return the value of a literal, or of a call like `list()`, else _MISSING."""
-    if type(node).__name__ == "Call" and not node.args and not node.keywords:
-        return {"list": list, "dict": dict, "set": set}.get(
-            getattr(node.func, "id", None), lambda: _MISSING)()
-    return _literal(node)
 
 
 # --- Who imports whom ---
@@ -7447,11 +7437,6 @@ def _with_consts(code, consts):
         code.co_flags, code.co_code, consts, code.co_names, code.co_varnames,
         code.co_filename, code.co_name, code.co_firstlineno, code.co_lnotab,
         code.co_freevars, code.co_cellvars)
-
-
-def _names_in(code):
-    """Return the global names that code and what is nested in it uses."""
-    return set(code.co_names).union(*map(_names_in, _nested_codes(code)))
 
 
 def _is_in_file(code, source):
@@ -7990,9 +7975,8 @@ def _typed(const):
 
 def _forget_new_modules(before):
     """Take the program's own modules out of sys.modules that a failed reload imported."""
-    own = {name for name, _, _ in _own_modules()}
-    for name in set(sys.modules) - set(before):
-        if name in own:
+    for name, _, _ in _own_modules():
+        if name not in before:
             del sys.modules[name]
 
 
