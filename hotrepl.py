@@ -74,8 +74,8 @@ LEFT OUT on purpose, so that nobody adds it unknowingly:
   - Several files, dependencies, a pip package: who copies one file owns what runs in production.
   - A thread or a timer for each session beside its own, polling: idle must cost nothing.
   - A cache of completions or of modules' folders: a wrong list is worse than 10 ms.
-  - Completion that evaluates (properties, calls, annotations) or imports, as IPython's: it would
-    run the program.
+  - Completion that evaluates (properties, calls, annotations), as IPython's: it would run the
+    program.
   - Colours and history in the server: they are the client's, and netcat's user wants none.
   - Access control within a session: who can run Python can undo it.
   - Reload when a file is saved: half an edit would run; a person, or an editor, says when.
@@ -2033,7 +2033,7 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 #     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
 # What stands before the last "." is found without a call (`_value`), and its attributes are listed.
 # `_Place.find` decides by the last token:
-#     import, from    modules; names in one that is loaded
+#     import, from    modules; names in one, from its source where it is not loaded
 #     value.          attributes
 #     value["         string keys; elsewhere in quotes: file names
 #     value(          nothing, but a hint: how to call it
@@ -2427,10 +2427,20 @@ def _copy_function(function):
 
 
 def _names_in_module(module):
-    """What a module has, if it is loaded; and its submodules."""
+    """What a module offers: asked if it is loaded, else read from its source; and submodules."""
     loaded = sys.modules.get(module)
-    names = [] if loaded is None else _attribute_names(loaded)
+    names = _names_in_source(module) if loaded is None else _attribute_names(loaded)
     return itertools.chain(names, _submodules(module))
+
+
+def _names_in_source(module):
+    """The names that a module which is not loaded binds at its top level, if it has a source."""
+    import dis
+    spec = _find_spec(module)
+    source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else ""
+    source = re.sub(r"\\[^\n]", "..", source or "")       # the parser warns of doubtful escapes
+    code = compile(source, module, "exec", 0, True)
+    return [each.argval for each in dis.get_instructions(code) if each.opname == "STORE_NAME"]
 
 
 def _submodules(package):
