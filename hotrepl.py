@@ -2629,6 +2629,7 @@ JOBS = JobTable()
 
 CO_COROUTINE = 0x80               # as in inspect
 TICK_S = 0.02                     # how often who waits for an errand looks around
+DEAF_TICKS = 10                   # then it is asked whether the main thread lets signals in
 
 
 class Errand:
@@ -2639,6 +2640,7 @@ class Errand:
         self.context = context    # a coroutine's steps run in it
         self.is_abandoned = False  # nobody waits any more; written by who waited
         self.task = None          # where it is a coroutine's: what to cancel; written by its loop
+        self.ticks = 0            # how often who waits has looked around
         self._call = function, args
         self._outcome = Outcome()         # written by who runs it
         self._printed = Backlog()
@@ -2794,7 +2796,7 @@ class MainThread(Installed):
         try:
             self._waiting.append(errand)
             self._send_signal(errand)
-            return errand.wait(self._send_signal)
+            return errand.wait(self._pursue)
         finally:
             if errand.abandon():
                 print("hotrepl: the call has begun and goes on in the main thread",
@@ -2843,6 +2845,23 @@ class MainThread(Installed):
             self._waker = threading.Thread(target=_wake_tk, args=(root,), daemon=True,
                                            name="hotrepl waker of Tk")
             self._waker.start()
+
+    def _pursue(self, errand):
+        """Send the signal again; say it, once, if the main thread does not let it in."""
+        self._send_signal(errand)
+        errand.ticks += 1
+        if errand.ticks == DEAF_TICKS and not errand.has_begun() and self._is_blocked():
+            print("hotrepl: the main thread blocks SIGURG (pthread_sigmask): it can't be "
+                  "reached while it does; Ctrl+C gives up", file=sys.stderr)
+
+    def _is_blocked(self):
+        """Return whether the main thread blocks the signal, where the system tells: proc(5)."""
+        try:
+            with open("/proc/self/task/%d/status" % os.getpid(), encoding="latin-1") as file:
+                blocked = file.read().partition("\nSigBlk:")[2].split()[0]
+        except (OSError, IndexError):
+            return False
+        return bool(int(blocked, 16) & 1 << self.SIGNAL - 1)
 
     def _on_signal(self, signum, frame):
         """Make the calls that wait, one after the other; the next one inside a running call only
