@@ -74,8 +74,7 @@ LEFT OUT on purpose, so that nobody adds it unknowingly:
   - Several files, dependencies, a pip package: who copies one file owns what runs in production.
   - A thread or a timer for each session beside its own, polling: idle must cost nothing.
   - A cache of completions or of modules' folders: a wrong list is worse than 10 ms.
-  - Completion that evaluates (properties, calls, annotations), as IPython's: it would run the
-    program.
+  - Completion that evaluates (properties, calls), as IPython's: it would run the program.
   - Colours and history in the server: they are the client's, and netcat's user wants none.
   - Access control within a session: who can run Python can undo it.
   - Reload when a file is saved: half an edit would run; a person, or an editor, says when.
@@ -2365,9 +2364,8 @@ def _signature(called):
         found = inspect.signature(_bare(called))
     except Exception:
         return None
-    plain = (type(None), bool, int, float, str, bytes)
     return found.replace(return_annotation=found.empty, parameters=[
-        p if p.default is p.empty or _is_exactly(p.default, *plain) else p.replace(default=...)
+        p.replace(default=_plain(p.default), annotation=_plain(p.annotation))
         for p in found.parameters.values()])
 
 
@@ -2419,11 +2417,34 @@ _STATEMENTS = 1 << 9              # Py_TPFLAGS_HEAPTYPE: a class statement made 
 
 
 def _copy_function(function):
-    """Return a function of the same parameters, with nothing else of what its owner gave it."""
+    """Return a function of the same signature, without what its owner put into its __dict__."""
     copy = types.FunctionType(function.__code__, {}, function.__name__, function.__defaults__,
                               function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
+    annotate = getattr(function, "__annotate__", None)
+    if annotate is None:
+        copy.__annotations__ = function.__annotations__
+    elif annotate.__code__.co_name == "__annotate__":     # else the program's own
+        import annotationlib      # 3.14: as text, since to evaluate them would run code  # novermin
+        texts = annotationlib.call_annotate_function(  # novermin
+            annotate, annotationlib.Format.STRING)  # novermin
+        copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
     return copy
+
+
+class _Shown(str):
+    """The text of an annotation, which inspect shows by its repr."""
+
+    __repr__ = str.__str__
+
+
+def _plain(value):
+    """A default or an annotation; `...` for it if its text could be a user's code or long."""
+    if type(value) is type:
+        return value if type(_class_dict(value).get("__module__", "")) is str else ...
+    if type(value) is _Shown:
+        return value if re.match(r"[\w.]+\Z", value) else ...
+    return value if _is_exactly(value, type(None), bool, int, float, str, bytes) else ...
 
 
 def _names_in_module(module):
