@@ -1814,8 +1814,7 @@ class ConsoleMixin:
     def run_block(self, source, name=None):
         """Run `source`, any number of statements, as one unit; show the last one's value.
 
-        A class that expands macros shows that of each. `name` stands for the source in tracebacks,
-        in place of a number.
+        `name` stands for it in tracebacks, in place of a number.
         """
         source = source.rstrip() + "\n"
         self._begin(name or next(self._names), source)
@@ -1827,7 +1826,7 @@ class ConsoleMixin:
             self.showsyntaxerror(self.filename)
             return
         if not self.own.isdisjoint(("runsource", "runcode")):     # it expands macros, or the like
-            with self._taking_blocks():
+            with self._taking_blocks(), self.evaluator.showing_last_value(code_objects[1]):
                 self.runsource(source, self.filename, "single")
         elif code_objects[0] is None or self.runcode(code_objects[0]):
             if code_objects[1] is not None:
@@ -10507,6 +10506,7 @@ class Evaluator(Job):
         self.is_detached = False  # it is a job now, and the session has another Evaluator
         self.context = None       # contextvars': what it evaluates runs in it; set by `run`
         self.trace = None         # what sys.settrace set at the prompt, or threading's
+        self._last_only = None    # a list: values are to be kept in it, not displayed
         self._lent = None         # `_` in the namespace of the evaluation, as long as that runs
         self._unsent = None       # the text of a value, which goes out with the next prompt
         self._acquired = []       # what stands in the process for us: Installed
@@ -10600,9 +10600,23 @@ class Evaluator(Job):
 
     def display(self, value):
         """Show `value` as an interactive Python does, and keep it for `_`."""
+        if self._last_only is not None:
+            self._last_only[:] = [value]
+            return
         text = self._text_of(value)
         if text is not None:
             self._write_value(text)
+
+    @contextmanager
+    def showing_last_value(self, is_wanted):
+        """Within this, display nothing; then the last value if `is_wanted` and none raised."""
+        self._last_only = shown = []
+        try:
+            yield
+        finally:
+            self._last_only = None
+        if is_wanted and shown:
+            self.display(shown[0])
 
     def show_exception(self, value, show=None):
         """Send the traceback of an exception to the client, and keep it for pdb.pm().
@@ -10780,7 +10794,7 @@ class Evaluator(Job):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
         if value is None:
             return None
-        if not ROUTER.shows_values():
+        if self._last_only is not None or not ROUTER.shows_values():
             sys.displayhook(value)
             return None
         text = self._text_of(value)

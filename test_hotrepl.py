@@ -1886,7 +1886,7 @@ class Consoles(Case):
         served = self.serve(console=Loud)
         self.assertEqual(served.wire().ask("PRINT(6*7)"), "42\n")
         self.assertEqual(served.paired().block("X = 6\ndef F():\n\n    RETURN = 7 * x\n    PRINT(return_)\n\n"
-                                               "for x in (1, 2): x\nX".replace("RETURN", "RETURN_")), "1\n2\n2\n")
+                                               "for x in (1, 2): x\nX".replace("RETURN", "RETURN_")), "2\n")
         self.assertIn("SyntaxError", served.paired().block("Y = 5\nd ef\n"))
         self.assertEqual(served.wire().ask("'y' in globals()"), "False\n")
 
@@ -1919,7 +1919,7 @@ class Consoles(Case):
         self.assertEqual(client.ask("1 / 0"), "it raised ZeroDivisionError: division by zero\n")
         self.assertEqual(client.control.request("Outcome")["outcome"]["exception"]["type"], "ZeroDivisionError")
         self.assertRegex(client.ask("1 = 2"), r"\Awrong in <hotrepl \d+:4>\n\Z")
-        self.assertEqual(client.block("x = 5\nx + 1\nx + 2"), "6\n7\n")
+        self.assertEqual(client.block("x = 5\nx + 1\nx + 2"), "7\n")
         self.assertRegex(client.ask("raise LookupError('fail')"), r"(?s)\Ait raised LookupError: fail\nTraceback"
                          r" .*\n  File \"<hotrepl \d+:6>\", line 1, in <module>\n[^\n]*\n(\s*[\^~]+\n)?LookupError: fail\n\Z")
         self.assertEqual(client.ask("x"), "5\n")
