@@ -5025,7 +5025,7 @@ class _Apply:
         for name, node in _attributes_set(pair.new.node).items():
             if name not in olds:
                 name = scope.name_of(name)
-                self.fills.append((scope.cls, name, functools.partial(_literal, node), (
+                self.fills.append((scope.cls, name, functools.partial(_fresh_value, node), (
                     "existing instances lack %s, which %s sets now" % (name, method))))
 
     def _follow_fields(self):
@@ -7010,6 +7010,14 @@ def _attributes_set(node):
              if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
              and args and getattr(each.value, "id", None) == args[0].arg}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _fresh_value(node):
+    """Return the value of a literal, or a new one for `list()`, `dict()`, `set()`; else _MISSING."""
+    if type(node).__name__ == "Call" and not node.args and not node.keywords:
+        makers = {"list": list, "dict": dict, "set": set}
+        return makers.get(getattr(node.func, "id", None), lambda: _MISSING)()
+    return _literal(node)
 
 
 # --- Who imports whom ---

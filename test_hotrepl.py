@@ -7149,8 +7149,10 @@ class RealPrograms(Workspace):
         text = "class Group:\n    def __init__(self):\n        self.a = 1\n%s    def m(self): return %s\n"
         m = self.load(text % ("", 1))
         groups = [m.Group() for _ in range(3)]
-        report = self.again(text % ("        self._help = None\n        self.made = list(range(3))\n", "self._help"))
+        report = self.again(text % ("        self._help = None\n        self.seen = set()\n"
+                                    "        self.made = list(range(3))\n", "self._help"))
         self.assertEqual([group.m() for group in groups], [None] * 3, report)
+        self.assertEqual([(group.seen, group.seen is groups[0].seen) for group in groups[1:]], [(set(), False)] * 2)
         self.assertRegex(repr(report), r"3 live.*\bmade\b|\bmade\b.*3 live")
 
     # What was typed
