@@ -8927,6 +8927,13 @@ class Door:
         elif hosts and not is_guarded and not knows_local_peers():
             self.token = make_token()
 
+    def token_for_file(self):
+        """Return the token, or None; PermissionError: who reads our files is not to have it."""
+        if self.token is not None and lasting_uids() != {effective_uid()}:
+            raise PermissionError("a token would be a file of a user that this process is by "
+                                  "seteuid() only; call start() as who the process is")
+        return self.token
+
     def check_peer(self, sock, netlink=None):
         """Return the Peer at the other end of `sock`, or raise Refused. Does not block."""
         try:
@@ -9571,8 +9578,8 @@ def foreign_greeting(received):
 # --- Private files: unix sockets, tokens, the runtime folder ---
 
 @contextmanager
-def unix_listener(path):
-    """Listen at `path` for our uid alone, as a context; afterwards our file is gone.
+def unix_listener(path, token=None):
+    """Listen at `path` for our uid alone, as a context, the `token` beside it; then both are gone.
 
     A file that a killed server left is replaced; one that answers is EADDRINUSE. There is no moment
     in which others could connect: before listen() nobody can, and by then the mode is 0600.
@@ -9593,6 +9600,9 @@ def unix_listener(path):
                 undo.callback(remove_made, path, made)
                 if made.st_mode & 0o077:      # elsewhere
                     os.chmod(path, 0o600, follow_symlinks=False)
+                if token is not None:
+                    undo.callback(remove_made, path + TOKEN_SUFFIX,
+                                  _write_at(folder, name + TOKEN_SUFFIX, token))
         except OSError as exc:
             raise type(exc)(exc.errno, "a program listens at %s, or it is no socket; stop it, "
                             "remove it or pass another path" % path
@@ -9773,19 +9783,23 @@ def write_private(path, content):
 
     Return what `remove_made` takes.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with safe_folder(path) as (folder, name):
-        new = "%s.%s" % (name, os.urandom(8).hex())
-        try:
-            with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
-                file.write(content)
-            made = os.stat(new, dir_fd=folder)
-            os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(new, dir_fd=folder)
-            raise
-    return path, made
+        return path, _write_at(folder, name, content)
+
+
+def _write_at(folder, name, content):
+    new = "%s.%s" % (name, os.urandom(8).hex())
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(content)
+        made = os.stat(new, dir_fd=folder)
+        os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+        return made
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=folder)
+        raise
 
 
 def namespaces():
@@ -11335,15 +11349,16 @@ class Server:
         """Bind, listen and go; for `start`. Raises what that raises, with all undone."""
         with ExitStack() as undo:
             listeners = [undo.enter_context(each)
-                         for each in _listeners(bind, port, control_port, unix)]
+                         for each in _listeners(bind, port, control_port, unix, self.door)]
             names = [each.getsockname() for each in listeners]
             self.address, self.control_address = [
                 name if isinstance(name, str) else name[:2] for name in names]
             self.door.check_bind(*{each if isinstance(each, str) else each[0] for each in names})
             for each in listeners:        # a child that was forked just now holds it as well
                 undo.callback(shut_down, each)
-            if self.door.token is not None:
-                undo.callback(remove_made, *_store_token(self.address, self.door.token))
+            token = self.door.token_for_file()
+            if unix is None and token is not None:
+                undo.callback(remove_made, *write_private(token_path(self.address), token))
             try:
                 undo.callback(remove_made, *_write_note(self))
             except OSError as exc:        # no folder to write to: it can be reached nevertheless
@@ -11797,14 +11812,14 @@ def _plain_host(host):
         return host
 
 
-def _listeners(bind, port, control_port, unix):
+def _listeners(bind, port, control_port, unix, door):
     """Yield the socket of the REPL channel, and then that of the control channel, as contexts."""
     if unix is None:
         yield _listen_near(bind, port, "port", DEFAULT_PORT)
         yield _listen_near(bind, control_port, "control_port", DEFAULT_CONTROL_PORT)
     else:
         path = os.path.abspath(os.fsdecode(unix))
-        yield unix_listener(path)
+        yield unix_listener(path, door.token_for_file())
         yield unix_listener(path + CONTROL_SUFFIX)
 
 
@@ -11842,14 +11857,6 @@ def _listen(bind, port, parameter):
         sock.setblocking(False)
         undo.pop_all()
         return sock
-
-
-def _store_token(address, token):
-    """Write `token` to where our client finds it, for this user alone; return what was made."""
-    if lasting_uids() != {effective_uid()}:       # who reads the file would be let in
-        raise PermissionError("a token would be a file of a user that this process is by seteuid() "
-                              "only; call start() as who the process is")
-    return write_private(token_path(address), token)
 
 
 def _write_note(server):

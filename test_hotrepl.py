@@ -11758,17 +11758,18 @@ sys.exit(hotrepl.main())
                              % (folder, folder))
             self.assertEqual(os.listdir(folder), [])
 
-    # Each look at a file goes to one folder of ours, whatever is done to a file then to another one.
+    # Each look at a file goes to one folder of ours, whatever is done to a file then to another one; so do looks later.
     SWAPPING = r"""
-import os, socket
-way, here, there = %r
+import itertools, os, socket
+way, here, there, opened_here = %r
+opened = itertools.count()
 def point(target):
     os.symlink(target, way + ".new")
     os.rename(way + ".new", way)
 def meanwhile(before, after, owner, *names):
     for name in names:
-        def call(*args, original=getattr(owner, name), **options):
-            point(before)
+        def call(*args, original=getattr(owner, name), name=name, **options):
+            point(there if name == "open" and next(opened) >= opened_here else before)
             try:
                 return original(*args, **options)
             finally:
@@ -11796,10 +11797,11 @@ server.stop()
         live = [self.false_server(there + "/socket" + end, uid=OWNER) for end in ("", ".control")]
         with open(there + "/socket.token", "w") as file:
             file.write("another one's")
-        said = self.as_user(OWNER, code=self.SWAPPING % ((way, here, there),)).end()
-        self.assertEqual(sorted(os.listdir(there)), ["socket", "socket.control", "socket.token"], said)
-        with open(there + "/socket.token") as file:
-            self.assertEqual(file.read(), "another one's", said)
+        for opened_here in (99, 2):
+            said = self.as_user(OWNER, code=self.SWAPPING % ((way, here, there, opened_here),)).end()
+            self.assertEqual(sorted(os.listdir(there)), ["socket", "socket.control", "socket.token"], said)
+            with open(there + "/socket.token") as file:
+                self.assertEqual(file.read(), "another one's", said)
         for end, each in zip(("", ".control"), live):
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(there + "/socket" + end)
