@@ -12204,6 +12204,7 @@ class Conversation:
     --------  ---------  --------  -----------  ------------------  ----------  ---------  ------
     at work   show       asked     -            request; urged      background  -          exit 1
     urged     show       asked     -            request             background  explain    exit 1
+    in vain   show       asked     -            exit 0              background  -          exit 1
     flooded   show       asked     -            request; dropping   background  -          exit 1
     dropping  -          asked     -            request             background  explain    exit 1
     asked     (waits)    -         send         interrupt; urged    stop us     -          exit 1
@@ -12212,8 +12213,8 @@ class Conversation:
     "asked" is at work once it is answered, or leaving after Ctrl+D at the primary prompt. A note
     is shown at once: between lines, or above the one that is edited. "explain" asks the server
     what it does, and says so; output still on its way: flooded. Where no answer comes, or none
-    has helped for ANSWER_LIMIT_S, it says that Ctrl+C leaves, and Ctrl+C does, with 0. So no
-    server can keep us, whatever it sends.
+    has helped for ANSWER_LIMIT_S, it is in vain: we say that Ctrl+C leaves, and it does, with 0,
+    also where the server asks again and again. So none can keep us, whatever it sends.
     """
 
     def __init__(self, link):
@@ -12226,7 +12227,6 @@ class Conversation:
         self._is_heard = True     # the last request about that was answered
         # When Ctrl+C, or Ctrl+D at a question, was first pressed since the last prompt or line.
         self._pressed_at = None
-        self._may_leave = False   # we said that Ctrl+C leaves
         self._ahead = collections.deque()     # lines of a paste, for the waits that follow
         self._block = []          # the lines of the statement that is being typed
         self._is_loss_told = False    # that of the control connection
@@ -12254,7 +12254,7 @@ class Conversation:
                 return 1
 
     def _show(self, kind, data):
-        if kind == "kind" and self._state != "leaving":       # the prompt comes next
+        if kind == "kind" and self._state not in ("leaving", "in vain"):      # the prompt is next
             self._state = "at work"
         elif kind == "data" and self._state != "dropping":
             self.terminal.show(data)
@@ -12279,7 +12279,7 @@ class Conversation:
                             "no answer from the server: the process is stopped or very busy")
 
     def _let_leave(self, why):
-        self._may_leave, self._explain_at = True, None
+        self._state, self._explain_at = "in vain", None
         self._say("%s; Ctrl+C again leaves, and it goes on" % why)
 
     def _is_in_vain(self):
@@ -12318,7 +12318,6 @@ class Conversation:
             self._block = []
         if kind in AT_PROMPT:
             self._pressed_at = None
-        self._may_leave = False
         if self._is_in_vain():
             self._let_leave("it asks again and again")
             self._show_notes()
@@ -12344,7 +12343,7 @@ class Conversation:
                 indent = _indentation(self._block) if is_more else ""
                 text = self.terminal.read(prompt, indent, is_secret=kind == "secret")
             except (EOFError, KeyboardInterrupt) as exc:
-                if self._may_leave:
+                if self._state == "in vain":
                     raise Left from exc
                 return END_OF_FILE if isinstance(exc, EOFError) else b""
         if kind in AT_PROMPT:
@@ -12372,8 +12371,8 @@ class Conversation:
 
         A signal's handler.
         """
-        if self._state == "leaving" or self._may_leave and self._answers:
-            self._state, self._may_leave = "at work", False   # the next finds us on the way out
+        if self._state == "leaving" or self._state == "in vain" and self._answers:
+            self._state = "at work"       # the next press finds us on the way out
             raise Left
         self._ahead.clear()
         press = bytes(bytearray(INTERRUPT))       # no other: the next may come at any line here
@@ -12383,7 +12382,8 @@ class Conversation:
             self.link.send(INTERRUPT)
         elif self._turn:
             self._request("KeyboardInterrupt", self._on_heard, turn=self._turn, answered=True)
-        self._state = "dropping" if self._state in ("flooded", "dropping") else "urged"
+        if self._state != "in vain":
+            self._state = "dropping" if self._state in ("flooded", "dropping") else "urged"
         now = time.monotonic()
         self._explain_at = self._explain_at or now + STUCK_AFTER_S    # the first press counts
         self._pressed_at = self._pressed_at or now
@@ -12416,13 +12416,12 @@ class Conversation:
 
     def _on_heard(self, reply):
         self._is_heard = bool(reply)
-        if reply and self._may_leave and not self._is_in_vain():      # it was busy
-            self._may_leave, self._explain_at = False, time.monotonic()
+        if reply and self._state == "in vain" and not self._is_in_vain():     # it was busy
+            self._state, self._explain_at = "urged", time.monotonic()
         if not reply:
             self._tell_loss()
             # One that answered a prompt went another way: the next prompt is about to come.
-            is_urged = self._state == "urged" and not self._may_leave
-            if is_urged and self._answers[:1] != [INTERRUPT]:
+            if self._state == "urged" and self._answers[:1] != [INTERRUPT]:
                 self._explain_at = time.monotonic()
 
     def _tell_loss(self):
