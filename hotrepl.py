@@ -9199,25 +9199,26 @@ def identify(sock, netlink=None):
     return Peer(address, uid, inode=inode)
 
 
-def server_owner(sock):
+def server_owner(sock, expected=None):
     """Return the uid of the server at the other end of a socket that we connected; None: unknown.
 
     It may not have accepted yet: then the listener counts, which has the connection in its queue.
+    `expected` is who it was then: root's process can accept as who it is for a while.
     PermissionError: it is at an address of this machine, and no process that can be seen has it.
     """
     with suppress(Refused):
-        return _holder_by_now(sock)
+        return _holder_by_now(sock, expected)
     theirs = sock.getpeername()
     listener = listener_at(theirs)
     with suppress(Refused):       # accepted meanwhile, and the listener may be gone
-        return _holder_by_now(sock)
+        return _holder_by_now(sock, expected)
     if listener.uid is None:
         raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s port %d"
                               % theirs[:2])
     return _holder(listener)
 
 
-def _holder_by_now(sock):
+def _holder_by_now(sock, expected):
     """Return the _holder of the other end; Refused: it is closed by now.
 
     What is accepted just now has an owner before a process has it.
@@ -9225,7 +9226,7 @@ def _holder_by_now(sock):
     end = time.monotonic() + 0.2
     for tries in range(20):       # few, where there are many processes to look at
         peer = identify(sock)
-        uid = _holder(peer)
+        uid = _holder(peer, expected)
         if uid is not None or not peer.inode or tries and time.monotonic() > end:
             break
         time.sleep(0.01)
@@ -9252,12 +9253,13 @@ def come_as_its_user(sock, address, uid):
                 os.fchown(sock.fileno(), uid, -1)
 
 
-def _holder(peer):
+def _holder(peer, expected=None):
     """Return the uid of a Peer; of a TCP socket that root made root looks whose it is by now.
 
-    None: nobody who can be seen from here holds it. What another user made stays that user's.
+    None: nobody who can be seen from here holds it. What another user made stays that user's, if
+    it is not `expected` to be root's.
     """
-    if peer.uid != 0 or not peer.inode or effective_uid() != 0:
+    if 0 not in (peer.uid, expected) or not peer.inode or effective_uid() != 0:
         return peer.uid
     uids, pids, link = set(), [], "socket:[%d]" % peer.inode
     with suppress(OSError):
@@ -9370,8 +9372,8 @@ def tcp_owner(theirs, ours, netlink=None):
     """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
 
     Inode 0 is nobody. A miss counts only in a table that lists our own end: a kernel without
-    tcp_diag and the empty /proc of a sandbox say "no such socket" to everything. It is final for an
-    address of another machine; of this one the text may list a socket that is bound to a device.
+    tcp_diag and the empty /proc of a sandbox say "no such socket" to everything. The text lists
+    what netlink misses: a socket that is bound to a device.
     """
     answer = None, None
     for look_up in functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs:
@@ -9381,8 +9383,6 @@ def tcp_owner(theirs, ours, netlink=None):
                 return _certain(owner[0]), owner[1]
             if look_up(ours, theirs):
                 answer = None, 0
-                if not is_local(theirs):
-                    break
         except OSError as exc:    # a sandbox, or not Linux
             if exc.errno in OUT_OF_DESCRIPTORS:
                 raise             # this tells nothing about the peer
@@ -13217,14 +13217,14 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
                                       "REPL port, so nothing was sent there")
             return control
 
-        def tokens():
-            # It asks, so it has accepted; before that it may have been another's who listened.
-            if owner is not None and ssl_context is None and server_owner(sock) != owner:
+        def confirm_owner():
+            # It has spoken, so it has accepted; till then it may have been another's who listened.
+            if owner is not None and ssl_context is None and server_owner(sock, owner) != owner:
                 raise PermissionError(errno.EACCES, "the server is another user's by now, so "
                                       "nothing was sent")
-            yield from _tokens(address, token, is_ours, is_trusted)
         try:
-            shown = _show_token(sock, tokens(), deadline)
+            shown = _show_token(sock, confirm_owner, _tokens(address, token, is_ours, is_trusted),
+                                deadline)
             link.meet(call_control, shown is not None, streams)
         except socket.timeout as exc:
             if deadline is not None:
@@ -13308,7 +13308,7 @@ def _ssh_words(target, path, port, control_port, has_shell):
     for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
         words += ["-L", "%s:%s" % ends]
     say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
-                         "cat /proc/net/tcp /proc/net/tcp6")
+                         _FIND_ROWS % (port, control_port))
     words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
     return words, far_path
 
@@ -13323,7 +13323,10 @@ wait $ssh 2>/dev/null; code=$?
 kill $watch 2>/dev/null
 exit $code"""
 
-# What runs over there: it says for each line that it reads whose the servers are.
+# What runs over there: it says for each line that it reads whose the servers are. Of the tables
+# only the head and the rows of our ports but for TIME_WAIT, 06: anybody can make many others.
+_FIND_ROWS = ("grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
+              "/proc/net/tcp /proc/net/tcp6")
 _SAY_OWNERS = ("while read _; do echo; echo hotrepl `id -u`; %s 2>/dev/null; echo hotrepl end; "
                "done")
 
@@ -13342,7 +13345,8 @@ def _far_owner(asked, answers, deadline, target, path, *ports):
     end = deadline or time.monotonic() + ANSWER_LIMIT_S
     while not said.endswith(b"hotrepl end\n"):
         if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
-            return NOT_SAID
+            raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
+                                  "so nothing was sent" % target)
         piece = os.read(answers.fileno(), RECEIVE_BYTES)
         if not piece:
             return NO_SHELL
@@ -13469,7 +13473,7 @@ def _encrypted(sock, ssl_context, where, deadline):
     return outer
 
 
-def _show_token(sock, tokens, deadline):
+def _show_token(sock, confirm_owner, tokens, deadline):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
     if time_left_s(deadline) > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
@@ -13484,6 +13488,8 @@ def _show_token(sock, tokens, deadline):
             begin = b""
         if not begin:
             raise ConnectionError(errno.ECONNREFUSED, "the server lets us not in: its log says why")
+        if token is None:
+            confirm_owner()
         if begin != TOKEN_PROMPT[:1]:
             return token
         for _ in TOKEN_PROMPT:

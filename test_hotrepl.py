@@ -11507,7 +11507,7 @@ else:
         out, err = self.as_user(0, code=code).end()[1:]
         self.assertIn("by seteuid() only", out, err)
 
-    def test_root_shows_no_token_to_who_was_not_to_be_seen_when_it_connected(self):
+    def test_root_says_nothing_to_who_was_not_to_be_seen_when_it_connected(self):
         port = free_port()
         hidden = self.HIDDEN.replace("    is_alone.set()\n    is_closed.wait()\n", """\
     one, two = socket.socketpair()
@@ -11529,12 +11529,14 @@ else:
 """).replace("    there.recv(1) ", "    there.recv(1)\n    is_called.set()\n    there.recv(1) ").replace(
             "is_alone, is_closed = ", "is_called, is_alone, is_closed = threading.Event(), ")
         self.assertEqual([hidden.count(each) for each in ("in flight", "dup2", "is_called")], [1, 1, 3])
-        false_server = self.as_user(0, json.dumps([port, ATTACKER, True]), code=hidden)
-        false_server.until("listening\n")
-        code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
-        self.assertEqual((code, out), (1, ""))
-        self.assertIn("is another user's by now, so nothing was sent", said)
-        self.assert_heard_nothing(false_server)
+        for greeting in ("token: ", "REPL session 1 connected.\n"):
+            false_server = self.as_user(0, json.dumps([port, ATTACKER, True]),
+                                        code=hidden.replace('b"token: "', repr(greeting.encode())))
+            false_server.until("listening\n")
+            code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
+            self.assertEqual((code, out), (1, ""))
+            self.assertIn("is another user's by now, so nothing was sent", said)
+            self.assert_heard_nothing(false_server)
 
     def test_root_is_told_of_a_listener_that_only_root_seems_to_hold(self):
         for is_roots in (False, True):
@@ -12753,6 +12755,27 @@ class Ssh(AccessCase):
         false_server.kill(signal.SIGTERM)
         self.assertNotIn("GOT", false_server.end()[1])
 
+    @once("slow")
+    def test_who_does_not_say_in_time_whose_server_is_over_there_gets_nothing(self):
+        self.restart("echo hotrepl 0; exec cat")
+        self.assertRegex(self.refused(), r"\Ahotrepl: ssh://\S+ does not say in time whose server is there, "
+                                         r"so nothing was sent\n\Z")
+        self.assertEqual(self.served.server.sessions(), [])
+
+    def test_of_the_tables_over_there_only_the_rows_come_that_tell(self):
+        listener = self.keep(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(1)
+        port = listener.getsockname()[1]
+        for is_first in [False, True] * 4:    # of the end that closes first remains a row in TIME_WAIT
+            ends = [socket.create_connection(("127.0.0.1", port)), listener.accept()[0]]
+            ends.pop(is_first).close()
+            ends[0].recv(1)
+            ends[0].close()
+        words, _ = hotrepl._ssh_words("ssh://there", "/tmp/path", port, port, True)
+        said = subprocess.check_output(words[-1], shell=True, input=b"\n").decode()
+        self.assertRegex(said, r"\A\nhotrepl 0\n *sl .*\n.*:%04X .* 0A .*\n( *sl .*\n)?hotrepl end\n\Z" % port)
+
     def test_an_account_that_may_only_forward_is_enough(self):
         self.restart("/bin/false")
         words, env = self.command()
@@ -13395,6 +13418,24 @@ class OtherNetworkNamespace(AccessParts):
                 served = self.process(self.listener, STRANGER, then=then, source=source + "=0")[1]
                 self.assertEqual(source, served.getpeername()[0])
                 self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
+
+    def test_a_user_who_is_bound_to_the_device_of_a_second_address_is_known_as_peer_and_as_server(self):
+        for words in ("addr add 203.0.113.1/24 dev", "addr add 203.0.113.2/24 dev",
+                      "-6 addr add 2001:db8:76::1/64 nodad dev",
+                      "-6 route add local 2001:db8:77::/64 dev"):       # the second's way begins at the first
+            self.assertEqual(0, ip(*words.split(), self.link).returncode)
+        served = self.process(self.listener, STRANGER, then="to-device:" + self.link, source="203.0.113.2=0")[1]
+        self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
+        for host in ("203.0.113.2", "2001:db8:77::5"):
+            listener = self.keep(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            listener.setsockopt(socket.SOL_SOCKET, 25, self.link.encode())       # SO_BINDTODEVICE
+            if ":" in host:
+                listener.setsockopt(socket.IPPROTO_IPV6, 78, 1)       # IPV6_FREEBIND
+            listener.bind((host, 0))
+            os.fchown(listener.fileno(), STRANGER, -1)
+            listener.listen(1)
+            client = self.keep(socket.create_connection((host, listener.getsockname()[1])))
+            self.assertEqual(STRANGER, hotrepl.server_owner(client), host)
 
     def test_closed_local_peer_on_another_address_of_this_machine_is_nobody(self):
         self.assertEqual(0, ip("addr", "add", "198.51.100.5/32", "dev", self.link).returncode)
