@@ -7880,14 +7880,9 @@ def _redirected(content, moves):
         return {now(key): now(value) for key, value in content.items()}
     if type(content) is set:
         return set(map(now, content))
-    others = [item for item in content if id(item) not in moves]
+    others = {id(item) for item in content if id(item) not in moves}
     return [now(item) for item in content
-            if id(item) not in moves or not _is_in(now(item), others)]
-
-
-def _is_in(item, others):
-    return any(item is other or type(item) is type(other) is tuple and item == other
-               for other in others)
+            if id(item) not in moves or id(now(item)) not in others]
 
 
 # --- Live code: what the heap and the stacks hold, and what code does ---

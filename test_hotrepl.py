@@ -4939,17 +4939,22 @@ class IdentityIsKept(Workspace):
 
     def test_registry_filled_by_a_metaclass_is_not_doubled(self):
         m, change = self.change("""
-            KINDS = []
+            import collections
+            KINDS, SET, TABLE, PAIRS = [], set(), {}, collections.deque()
             class M(type):
                 def __init__(cls, *args):
                     super().__init__(*args)
                     KINDS.append(cls)
+                    SET.add(cls)
+                    TABLE[cls] = cls
+                    PAIRS.append((cls, 1))
             class A(metaclass=M):
                 x = @@
             """)
         cls = m.A
         change()
         self.assertEqual((m.KINDS, m.A is cls, cls.x), ([cls], True, 2))
+        self.assertEqual((m.SET, m.TABLE, list(m.PAIRS)), ({cls}, {cls: cls}, [(cls, 1)]))
 
     def test_subclasses_are_not_doubled(self):
         m, change = self.change("class Base: pass\nclass A(Base):\n    x = @@\n")
