@@ -893,8 +893,10 @@ class StreamRouter(Installed):
         """Return what stands for `value`: what did so before, as a redirection may end."""
         for made, each in self._made:
             if made == name and each.default is value:
-                return each
-        each = ThreadFunction(value, own) if own else thread_stream(value)
+                self._made.remove((made, each))
+                break
+        else:
+            each = ThreadFunction(value, own) if own else thread_stream(value)
         self._made.append((name, each))
         return each
 
@@ -1570,7 +1572,7 @@ class Interrupts:
         """Turn interrupts off, and forget those that have not arrived; can be repeated."""
         self._state = self.CLOSED
         self._evaluation += 1
-        if self._is_asked:
+        if self._is_asked or self._kept:
             self._forget()
 
     def request(self, exception=KeyboardInterrupt):

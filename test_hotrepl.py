@@ -1392,6 +1392,36 @@ class Interruptions(Case):
         self.assertTrue(go.acquire(timeout=DEADLINE_S))
         self.assertEqual(len(results), 300)
 
+    def test_one_at_whatever_line_of_ours_does_not_hit_the_next_evaluation(self):
+        interrupts, lines, late = hotrepl.Interrupts(), set(), []
+
+        def ask_once_a_line(frame, event, _):
+            if frame.f_code is not hotrepl.Interrupts.run.__code__:
+                return None
+            if event == "line" and frame.f_lineno not in lines:
+                lines.add(frame.f_lineno)
+                sys.settrace(None)
+                asker = self.spawn(interrupts.request)
+                asker.join(DEADLINE_S)
+            return ask_once_a_line
+
+        def owner():
+            interrupts.adopt()
+            for _ in range(20):
+                for trace in (ask_once_a_line, None):
+                    interrupts.expect()
+                    try:
+                        sys.settrace(trace)
+                        interrupts.run(int)
+                    except KeyboardInterrupt:
+                        late.extend([max(lines)] * (trace is None))
+                    finally:
+                        sys.settrace(None)
+                        interrupts.close()
+        self.spawn(owner).join(DEADLINE_S)
+        self.assertGreater(len(lines), 5)
+        self.assertEqual(late, [])
+
     @unittest.skipIf(IS_PYPY, "PyPy raises it where it likes; the lock is released afterwards")
     def test_one_in_the_import_machinery_waits_for_its_end(self):
         interrupts, seen, begun, go = hotrepl.Interrupts(), [], threading.Event(), threading.Event()
