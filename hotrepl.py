@@ -7015,7 +7015,7 @@ def _attributes_set(node):
 
 
 def _fresh_value(node):
-    """Return the value of a literal, or a new one for `list()`, `dict()`, `set()`; else _MISSING."""
+    """Return the value of a literal, a new one for `list()`, `dict()`, `set()`, else _MISSING."""
     if type(node).__name__ == "Call" and not node.args and not node.keywords:
         makers = {"list": list, "dict": dict, "set": set}
         return makers.get(getattr(node.func, "id", None), lambda: _MISSING)()
