@@ -8864,8 +8864,9 @@ ADMISSION_LIMIT = 16              # connections that may be proving themselves a
 TOKEN_ATTEMPTS = 3                # on one connection
 FREE_GUESSES = 3                  # of a token or secret, by one peer; each further one waits longer
 GUESS_DELAY_S = 2.0               # ... up to this
-REFUSALS_PER_S = 1                # lines in the audit for one peer
-PEERS_REMEMBERED = 1000           # that guessed wrong or were refused
+REFUSALS_PER_S = 1                # lines in the audit for one peer ...
+REFUSED_PEERS = 10                # ... and of so many peers in that time
+PEERS_REMEMBERED = 1000           # that guessed wrong
 TOKEN_LIMIT_BYTES = 1024          # what is read of a peer before its token has passed
 HEADER_LIMIT_BYTES = 65536        # how far lines of HTTP are looked for behind the first
 
@@ -8895,8 +8896,8 @@ class Door:
                                   and ssl_context.verify_mode.name == "CERT_REQUIRED")
         self.tell = None                      # called with a line for people about who is refused
         self._guesses = {}        # Peer.who -> wrong guesses; any thread, a lost count does no harm
-        # Peer.who -> (when a refusal of it was logged, how many were left out since then)
-        self._refusals = {}       # guarded by _lock
+        # Whose refusals were logged since when, how many were left out since the last; by _lock
+        self._refused, self._refused_since, self._left_out = set(), -1e9, 0
         self._lock = threading.Lock()
         if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
             raise ValueError("allow_names takes a list of names, and an ssl_context with "
@@ -9036,28 +9037,25 @@ class Door:
             [compare_digest(candidate, each) for each in known])
 
     def refuse(self, peer, reason, **facts):
-        """Have a refusal on record; of many of one peer only one line a second.
+        """Have a refusal on record, one of a peer and REFUSED_PEERS in all within a second.
 
-        Its `left_out` says how many there were since the line before it.
+        Its `left_out` says how many there were since the line before it, of whomever.
         """
-        if len(self._refusals) > PEERS_REMEMBERED:
-            self.write_left_out()
-        now = time.monotonic()
         with self._lock:
-            logged, left_out = self._refusals.get(peer.who, (-1e9, 0))
-            is_due = now - logged >= 1 / REFUSALS_PER_S
-            self._refusals[peer.who] = (now, 0) if is_due else (logged, left_out + 1)
-        if is_due:
-            facts.update({"left_out": left_out} if left_out else {})
-            self.audit("refused", peer=peer, reason=reason, **facts)
+            if time.monotonic() - self._refused_since >= 1 / REFUSALS_PER_S:
+                self._refused, self._refused_since = set(), time.monotonic()
+            if peer.who in self._refused or len(self._refused) >= REFUSED_PEERS:
+                self._left_out += 1
+                return
+            self._refused.add(peer.who)
+            left_out, self._left_out = self._left_out, 0
+        facts.update({"left_out": left_out} if left_out else {})
+        self.audit("refused", peer=peer, reason=reason, **facts)
 
     def write_left_out(self):
-        """Have on record how many refusals no line came after; forget who they were."""
-        with self._lock:
-            refusals, self._refusals = self._refusals, {}
-        for (host, uid), (_, left_out) in refusals.items():
-            if left_out:
-                self.audit("refused", peer=Peer(host or "this machine", uid), left_out=left_out)
+        """Have on record how many refusals no line came after."""
+        if self._left_out:
+            self.audit("refused", left_out=self._left_out)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
@@ -9151,15 +9149,18 @@ class Peer:
         self.host = address.rpartition(":")[0]    # the address without the port
         self.uid = uid            # None: can't be known
         self.pid = pid            # of the process that connected; None: can't be known
-        self.inode = inode        # of its TCP socket; None or 0: not known
+        self.inode = inode        # of its TCP socket; None: not known; 0: nobody has it
         self.certificate = ""     # whose TLS certificate was shown and verified
         self.needs_token = False  # the Door's decision
         self.over = threading.Event()     # its Admission was ended from outside: it waits no more
 
     @property
     def who(self):
-        """What all connections of one user have in common: of this machine, or of another one."""
-        return (self.host if self.uid is None else "", self.uid)
+        """What all connections of one user have in common: of this machine, or of another one.
+
+        Nobody, whose connection was over at once, is one too, whatever the address.
+        """
+        return (self.host if self.uid is None and self.inode != 0 else "", self.uid)
 
     def __str__(self):
         return "%s uid %s%s%s" % (
@@ -9189,11 +9190,12 @@ def identify(sock, netlink=None):
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
-        raise Refused("%s was gone before it was identified" % address, Peer(address)) from exc
+        raise Refused("%s was gone before it was identified" % address,
+                      Peer(address, inode=0)) from exc
     if inode == 0 and (uid is not None or is_local(theirs)):
         raise Refused("%s belongs to no process that can be seen from here" % address,
-                      Peer(address))
-    return Peer(address, uid, inode=inode)
+                      Peer(address, inode=0))
+    return Peer(address, uid, inode=inode or None)
 
 
 def server_owner(sock, expected=None):
@@ -13856,7 +13858,7 @@ def _start_server(options, main_module, done):
         _say("HOTREPL_DISABLE is set: no server is started")
         done.set()
         return server
-    server.door.tell = _say
+    server.door.tell = _say_if_read
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
@@ -14301,6 +14303,14 @@ def _say(text):
             stderr.write(line)
         else:
             raw.write(line.encode(stderr.encoding, "backslashreplace"))
+
+
+def _say_if_read(text):
+    """Say it unless nobody reads just now: the thread that lets people in must not wait for it."""
+    with suppress(OSError, ValueError, TypeError):    # nothing that select() knows; no stderr
+        if not select.select([], [sys.stderr], [], 0)[1]:
+            return
+    _say(text)
 
 
 if __name__ == "__main__":

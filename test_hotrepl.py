@@ -13230,6 +13230,18 @@ class PeerOverTcp(AccessParts):
         hotrepl.identify(served)
         self.assertEqual(before, os.listdir("/proc/self/fd"))
 
+    def test_whose_connection_is_over_at_once_is_one_nobody_from_whatever_address(self):
+        listener = self.listen()
+        for at in (1, 2):
+            for is_reset in (False, True):
+                with socket.socket() as client:
+                    client.bind(("127.0.1.%d" % at, 0))
+                    client.connect(listener.getsockname())
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_reset, 0))
+                with self.assertRaises(hotrepl.Refused) as caught:
+                    hotrepl.identify(self.accept(listener))
+                self.assertEqual(("", None), caught.exception.peer.who)
+
 
 @unittest.skipUnless(IS_ROOT, "missing: root, to become another user")
 class OwnersOfSockets(AccessParts):
@@ -13384,7 +13396,7 @@ class OtherNetworkNamespace(AccessParts):
 
     def test_its_peer_is_unknown_and_refused_without_a_token(self):
         served = self.process(self.listener, prefix=self.inside)[1]
-        self.assertIsNone(hotrepl.identify(served).uid)
+        self.assertEqual(("198.51.100.2", None), hotrepl.identify(served).who)
         self.assert_refused("needs a token", hotrepl.Door().check_peer, served)
 
     def test_its_peer_needs_the_token(self):
@@ -14102,22 +14114,34 @@ class Audit(AccessCase):
         self.assertEqual((len(lines), len(left_out)), (4, 3))
         self.assertEqual(3 + sum(left_out), made + 3)
 
-    def test_refusals_of_a_peer_that_is_forgotten_are_counted_too(self):
+    def test_refusals_of_many_peers_are_ten_lines_a_second_and_all_are_counted(self):
         hotrepl.REFUSALS_PER_S, door = 0.001, hotrepl.Door()
-        for peer in [hotrepl.Peer("10.0.0.1:5")] * 3 + [
-                hotrepl.Peer("10.0.1.%d:5" % uid, uid) for uid in range(hotrepl.PEERS_REMEMBERED + 1)]:
-            door.refuse(peer, "some reason")
-        lines = self.refusals()
-        self.assertEqual(len(lines), 3 + hotrepl.PEERS_REMEMBERED)
-        self.assertEqual(lines[-2], "refused peer='10.0.0.1 uid unknown' left_out=2")
+        for uid in range(99):
+            door.refuse(hotrepl.Peer("10.0.1.1:5", uid), "some reason")
+        self.assertEqual(len(self.refusals()), 10)
+        hotrepl.REFUSALS_PER_S = 1e9
+        door.refuse(hotrepl.Peer("10.0.1.1:5"), "some reason")
+        self.assertEqual(self.refusals()[10:], ["refused peer='10.0.1.1:5 uid unknown' reason='some reason' left_out=89"])
 
-    def test_a_user_of_this_machine_is_one_peer_from_whatever_address(self):
-        hotrepl.REFUSALS_PER_S, door = 0.001, hotrepl.Door()
-        for at in range(9):
-            door.refuse(hotrepl.Peer("127.0.0.%d:5" % at, 1600), "some reason")
-        door.write_left_out()
-        self.assertEqual(len(self.refusals()), 2)
-        self.assertEqual(self.refusals()[-1], "refused peer='this machine uid 1600' left_out=8")
+    def test_a_user_of_this_machine_is_one_peer_from_whatever_address_and_nobody_is_one(self):
+        for uid, inode in ((1600, 7), (None, 0)):
+            hotrepl.REFUSALS_PER_S, door = 0.001, hotrepl.Door()
+            self.records.clear()
+            for at in range(9):
+                door.refuse(hotrepl.Peer("127.0.0.%d:5" % at, uid, inode=inode), "some reason")
+            door.write_left_out()
+            self.assertEqual(len(self.refusals()), 2)
+            self.assertEqual(self.refusals()[-1], "refused left_out=8")
+
+    def test_serve_lets_its_owner_in_while_nobody_reads_its_stderr(self):
+        served = self.folder().start(*serve_words())
+        address = "127.0.0.1", int(re.search(r":(\d+) \(REPL\)", served.err.until("\n")).group(1))
+        with contextlib.closing(Wire(address).hello()) as wire:
+            wire.ask("import os, select")
+            wire.ask("while select.select([], [2], [], 0)[1]: x = os.write(2, bytes(4096))\n")
+        self.assertEqual(self.visit(address, ""), "received b''")
+        with contextlib.closing(Wire(address).hello()) as wire:
+            self.assertEqual(wire.ask("6*7"), "42\n")
 
     def refusals(self):
         return [each for each in self.records if each.startswith("refused")]
