@@ -2851,7 +2851,8 @@ class MainThread(Installed):
 
     def _restore(self):
         if self._is_installed() and not self._users:
-            signal.signal(self.SIGNAL, self._before)
+            with suppress(ValueError):    # PyPy: a child that a thread forked
+                signal.signal(self.SIGNAL, self._before)
 
     def _send_signal(self, errand):
         """Have the main thread look at what waits, unless it has begun `errand`.
@@ -9617,8 +9618,9 @@ def _remove_stale(folder, name, path):
     with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)     # it may be alive and full
         is_socket = stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
-        if sys.platform.startswith("linux"):
-            path = "/proc/self/fd/%d/%s" % (folder, name)
+        near = "/proc/self/fd/%d/%s" % (folder, name)
+        if os.path.lexists(near) and len(os.fsencode(near)) <= 107:   # Linux
+            path = near
         if not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED:
             raise OSError(errno.EADDRINUSE, "in use")
         os.unlink(name, dir_fd=folder)
