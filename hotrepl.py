@@ -9239,16 +9239,14 @@ def listener_at(address):
     return Peer("%s:%d" % address[:2], uid, inode=inode)
 
 
-def come_as_its_user(sock, address, uid):
+def come_as_its_user(sock, address):
     """Make our new socket that of the user whose server is at `address`; only root can.
 
-    By that a server tells root from who has but got a socket that root made. `uid` is who that is,
-    where it is known: to look takes a system call for each open file of the machine.
+    By that a server tells root from who has but got a socket that root made.
     """
     if effective_uid() == 0 and hasattr(os, "fchown"):
         with suppress(OSError):   # a container's root may not
-            if uid is None and is_local(address):
-                uid = _holder(listener_at(address))
+            uid = _holder(listener_at(address)) if is_local(address) else None
             if uid:
                 os.fchown(sock.fileno(), uid, -1)
 
@@ -13210,7 +13208,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
         is_trusted = is_ours or owner is None or ssl_context is not None
 
         def call_control(port):
-            control, other = _dial(locate_control(port), ssl_context, is_plain, deadline, owner)
+            control, other = _dial(locate_control(port), ssl_context, is_plain, deadline,
+                                   is_roots=owner == 0)
             # What root's process has accepted is that of whom it has become meanwhile.
             if other not in (owner, 0) and (ssl_context is not None or server_owner(sock) != other):
                 control.close()
@@ -13379,15 +13378,15 @@ def _tell_far_owner(target, whose):
     return not (whose and is_known)
 
 
-def _dial(address, ssl_context, is_plain, deadline, expected=None):
+def _dial(address, ssl_context, is_plain, deadline, is_roots=False):
     """Return a socket that is connected to a server, and the uid of its owner; None: unknown.
 
     Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
-    user's word, vouches for it. `expected` is what is known of its owner.
+    user's word, vouches for it. `is_roots`: root holds it, as far as is known.
     """
     where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
     try:
-        sock = _connect_to(address, deadline, expected)
+        sock = _connect_to(address, deadline, is_roots)
     except OSError as exc:
         if deadline is not None and isinstance(exc, socket.timeout):
             raise
@@ -13405,7 +13404,7 @@ def _dial(address, ssl_context, is_plain, deadline, expected=None):
         raise
 
 
-def _connect_to(address, deadline, uid):
+def _connect_to(address, deadline, is_roots):
     """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if isinstance(address, str):
         found = [(socket.AF_UNIX, address)]
@@ -13421,7 +13420,8 @@ def _connect_to(address, deadline, uid):
         try:                      # it may be that this system has no IPv6
             sock = socket.socket(family, socket.SOCK_STREAM)
             if family != socket.AF_UNIX:
-                come_as_its_user(sock, place, uid)
+                if not is_roots:  # to look takes a system call for each open file of the machine
+                    come_as_its_user(sock, place)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(time_left_s(deadline, None))
             sock.connect(place)

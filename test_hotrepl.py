@@ -13870,10 +13870,10 @@ class ClientSockets(AccessParts):
         address = self.listen().getsockname()
         found = [(family, socket.SOCK_STREAM, 0, "", address) for family in (254, socket.AF_INET)]
         with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found):
-            sock = self.keep(hotrepl._connect_to(("both", address[1]), None, None))
+            sock = self.keep(hotrepl._connect_to(("both", address[1]), None, False))
         self.assertEqual(sock.getpeername(), address)
         with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found[:1]):
-            self.assertRaises(OSError, hotrepl._connect_to, ("both", address[1]), None, None)
+            self.assertRaises(OSError, hotrepl._connect_to, ("both", address[1]), None, False)
 
     def test_a_tls_handshake_too_is_over_in_time(self):
         import ssl
