@@ -6113,6 +6113,14 @@ class History(Workspace):
             self.again("A = 2\n1 / 0\n")
         self.assertEqual(list(changes()), before)
 
+    def test_undo_puts_back_what_a_statement_had_set_in_another_module(self):
+        other = self.load("STATE = 1\ndef set(x):\n    global STATE\n    STATE = x\n", "other")
+        self.load("import other\n")
+        self.again("import other\nother.set(2)\n")
+        self.assertEqual(other.STATE, 2)
+        undo()
+        self.assertEqual(other.STATE, 1)
+
     def test_reload_that_changes_nothing_is_not_on_record(self):
         self.load("A = 1\n")
         before = list(changes())
