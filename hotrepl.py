@@ -12559,7 +12559,7 @@ class Terminal:
     def take_prompt(self):
         """Return what came since the last newline, for `read` to write: the prompt.
 
-        A line that is long it does not stand behind.
+        A line that is long it does not stand behind. A byte that is no text would become three.
         """
         prompt, self._held = self._held, b""
         if self._is_line_open or len(self._line + prompt) > PROMPT_LIMIT_BYTES:
@@ -12567,7 +12567,7 @@ class Terminal:
         if self._line:
             self.write(b"\r")     # it is written again
         line, self._line = self._line + prompt, b""
-        return line.rpartition(b"\r")[2].decode("utf-8", "replace")
+        return line.rpartition(b"\r")[2].decode("utf-8", "ignore")
 
     def show_note(self, data):
         """Write lines above the one that is edited, or before what comes next."""
@@ -12644,7 +12644,7 @@ class Terminal:
         finally:
             readline.set_startup_hook(None)
         text = ctypes.string_at(line) if line else b""
-        self._library.free(ctypes.c_void_p(line))
+        self._library.rl_free(ctypes.c_void_p(line))      # its own: free() here may be another's
         return text.decode("utf-8", "surrogateescape")
 
     def _read_pypy(self, prompt, begun):
@@ -12814,9 +12814,9 @@ class Terminal:
             import ctypes
             library = ctypes.CDLL(readline.__file__)
             source = ctypes.c_void_p.in_dll(library, "rl_getc_function")
+            library.readline.restype, library.rl_free.restype = ctypes.c_void_p, None
         except (ImportError, AttributeError, OSError, ValueError):
             return                # some builds of Python
-        library.readline.restype, library.free.restype = ctypes.c_void_p, None
         self._give_key = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self._key_for_gnu)
         self._undo.callback(setattr, source, "value", source.value)
         source.value = ctypes.cast(self._give_key, ctypes.c_void_p).value

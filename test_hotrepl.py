@@ -16468,6 +16468,35 @@ class LongLines(Case):
         terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
+    CHECKED = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+
+    def has_checked_heap():
+        """Return whether a glibc from 2.34 on is here, whose malloc() and free() may be others, which look at the heap."""
+        import ctypes
+        try:
+            ctypes.CDLL("libc_malloc_debug.so.0")
+        except OSError:
+            return False
+        return HAS_READLINE
+
+    @unittest.skipUnless(has_checked_heap(), "needs GNU readline, and the malloc of glibc that checks the heap")
+    def test_a_prompt_that_is_no_text_does_the_line_editor_no_harm(self):
+        import fcntl
+        import termios
+        served = self.serve({"f": lambda: sys.stdout.buffer.write(b"\x80" * 398 + b"!") and input()})
+        terminal = served.terminal(LC_ALL="C", **self.CHECKED)
+        fcntl.ioctl(terminal._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 4, 0, 0))
+        terminal.type("f()\n")
+        terminal.until("!")
+        terminal.type("it\n")
+        terminal.until("'it'")
+
+    @unittest.skipUnless(has_checked_heap(), "needs GNU readline, and the malloc of glibc that checks the heap")
+    def test_a_line_is_given_back_to_the_heap_that_it_is_of(self):
+        terminal = self.serve().terminal(**self.CHECKED)
+        terminal.ask("len('%s')" % ("x" * 2000), "\n2000")
+        terminal.ask("6*7", "\n42")
+
     @once("slow")
     def test_exec_passes_one_on_in_linear_time(self):
         served = self.serve()
