@@ -3443,7 +3443,9 @@ class _Edit:
         self.old = _source_of(self.was, self.new)
         # From nodes: 3.6 and 3.7 crash where they are nested too deep.
         if self.old and self.old.flags == self.new.flags and sys.version_info >= (3, 8):
-            self.new.known = {id(each) for each in self.old.statements if each.is_definition}
+            last = max([each.start for each in self.new.futures], default=-1)   # not behind a `def`
+            self.new.known = {id(each) for each in self.old.statements
+                              if each.is_definition and each.start > last}
         self.new.fresh  # some errors are the compiler's
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
@@ -3593,7 +3595,8 @@ def _with_uncovered(pairs, olds, news):
     A later statement that had bound its name anew is gone or another; or it binds what it also
     reads, as in `f = wrap(f)`, and all that does so for one name must start from the first.
     """
-    if len(olds) == len(news) and all(pair.change in ("same", "body") for pair in pairs):
+    if len(olds) == len(news) and all(pair.old is old and pair.change in ("same", "body")
+                                      for pair, old in zip(pairs, olds)):
         return pairs
     last_olds, last_news = _last_binders(olds), _last_binders(news)
     runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE}
@@ -3704,19 +3707,20 @@ class _Source:
         return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
                    for others in self.codes.values() for other in others)
 
-    # What it imports from __future__.
-    futures = _once(lambda each: {
-        alias.name for one in each.statements if one.kind == "ImportFrom"
-        and one.node.module == "__future__" for alias in one.node.names})
+    # Its imports from __future__, and what they import.
+    futures = _once(lambda each: [one for one in each.statements if one.kind == "ImportFrom"
+                                  and one.node.module == "__future__"])
+    features = _once(lambda each: {
+        alias.name for one in each.futures for alias in one.node.names})
     # Annotations of undecorated functions are evaluated later than the `def`, or never.
     has_lazy_annotations = _once(
-        lambda each: sys.version_info >= (3, 14) or "annotations" in each.futures)
+        lambda each: sys.version_info >= (3, 14) or "annotations" in each.features)
 
     @_once
     def flags(self):
         """What `from __future__` demands of the compiler."""
         import __future__
-        return sum(getattr(__future__, name).compiler_flag for name in self.futures)
+        return sum(getattr(__future__, name).compiler_flag for name in self.features)
 
     def compile_alone(self, nodes):
         """Return the code object of some statements."""
@@ -4144,11 +4148,15 @@ class _Evidence:
         codes = [code for _, code in _code_paths([source.code])]
         self.set_globals = {name for code in codes for name in _stored_names(code, "GLOBAL")}
         self.set_attributes = {name for code in codes for name in _stored_attributes(code)}
+        self.drops_names = any(map(_may_drop_names, codes))
         self.found = {}         # path -> the sentence on what can't be told
         self.gone = []          # (path of a class or "", name) of definitions not in the text
         self.subs = {}          # id of the _Statement of a class -> pairs of its body
         self.pairs = self._look_at(source.statements, self.space, "", None)
-        self._look_for_extras(source.names | self.set_globals)
+        names, doc = source.names, self.space.get("__doc__")
+        self._look_for_extras(names | self.set_globals)
+        if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
+            self.gone.append(("", "__doc__"))
 
     def _tell(self, path, how=""):
         """Note that a name is not what the file says; without `how` only a dry run lists it."""
@@ -4190,7 +4198,7 @@ class _Evidence:
                 if name in literals and _is_unlike(literals[name], live):
                     self._tell(prefix + name, "is %s, the file says %s" % (
                         shorten(repr(live), 40), shorten(repr(literals[name]), 40)))
-            else:
+            elif cls is not None or not self.drops_names:
                 is_missing = statement.is_pure and len(statement.binds) == 1
                 self._tell(prefix + name, "" if is_missing else "is not there, the file has it")
         return "new" if is_missing else "same"
@@ -4200,7 +4208,7 @@ class _Evidence:
         node = statement.node
         path = prefix + node.name
         if live is _MISSING:
-            if cls is None and node.name in self.set_globals:
+            if cls is None and (node.name in self.set_globals or self.drops_names):
                 return "same"
             self._tell(path)
             return "new"
@@ -4241,7 +4249,7 @@ class _Evidence:
             statement.body, vars(cls), path + ".", cls)
         names = {_mangled(name, cls.__name__) for name in _bound_by(statement.body)}
         gone = [name for name, value in list(vars(cls).items()) if name not in names
-                and self._is_own(value, "%s.%s" % (path, name))]
+                and not _is(value, type) and self._is_own(value, "%s.%s" % (path, name))]
         self.gone += [(path, name) for name in gone]
         if _is_plain_class(cls) and not statement.node.decorator_list:
             for name in _added_to_class(statement, cls, self.set_attributes.union(gone)):
@@ -4906,7 +4914,7 @@ class _Apply:
             value = scope.decorate(node, raw)
             _evaluated(value)
             return value
-        places = _Registrations(self, reached, {id(old), id(raw)})
+        places = _Registrations(self, reached, _ids([old, raw]))
         value = places.renew(decorate)
         if pair.old is not None and not places.taken and (
                 pair.old.decorator_dump != pair.new.decorator_dump) and not (
@@ -5108,8 +5116,8 @@ class _Apply:
             reached = self.snapshot(edit, statement, pair.old)
         if pair.change == "lost" and self._bring_back(scope, statement):
             return
-        before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
-                  for name in statement.binds}
+        before = {name: _MISSING if pair.change == "lost" else self._made_by(scope, pair) if (
+            statement.is_function) else scope.get(name) for name in statement.binds}
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
         places = _Registrations(self, reached, _ids_of(
             before[statement.node.name], statement.node.name) if is_again else set())
@@ -5174,11 +5182,18 @@ class _Apply:
                  and each.__module__ == scope.edit.name and not _has_console_code(each)
                  and all(function.__globals__ is scope.edit.space
                          for function in _functions_in(each))]
-        if len(found) == 1:
+        # Not a namesake, nor what a decorator has kept in a closure, to make another one of it.
+        is_it = len(found) == 1 and (is_class or (
+            found[0].__code__.co_firstlineno == statement.start + 1) and not (
+                statement.node.decorator_list and any(
+                    found[0] is inner for each in gc.get_objects()
+                    if _is_python_function(each) and each.__globals__ is not globals()
+                    for inner in _wrapped_by(each))))
+        if is_it:
             scope.put(self, name, found[0])
         elif statement.names.heads:
             self.readers.report_readers(scope.edit, {name})
-        return len(found) == 1
+        return is_it
 
     def _learn(self):
         """Note the functions and classes that are alive: what is none of them was made here."""
@@ -5204,7 +5219,7 @@ class _Apply:
                 reached = self.snapshot(scope.edit, *[
                     each.old for each in pairs if each is pair or (
                         each.old is not None and name in each.old.names.reads)])
-                targets = {id(each) for each in (value, raw or value, *_functions_in(value))}
+                targets = _ids([value, raw or value, *_functions_in(value)])
                 if not _Registrations(self, reached, targets).drop() and not (
                         _is_transparent(pair.old.node)):
                     self._note_not_retired(scope, pair.old)
@@ -5824,12 +5839,15 @@ class _Apply:
 
 def _with_lost(edit):
     """Return the pairs, with "lost" for definitions that somebody took away, as by `del m.f`."""
+    if any(pair.change == "lost" for pair in edit.pairs):
+        return edit.pairs               # unpatch wants this one back
+
     def is_lost(pair):
         return pair.old is not None and pair.change in _LEFT_ALONE and pair.new.is_definition and (
             pair.new.node.name not in edit.space
             and sum(pair.new.node.name in each.binds for each in edit.new.statements) == 1
             and not edit.is_not_reached(pair.new) and not any(      # the module took it away itself
-                pair.new.node.name in _stored_names(code, "GLOBAL")
+                _may_drop_names(code) or pair.new.node.name in _stored_names(code, "GLOBAL")
                 for _, code in _code_paths([edit.new.code])))
     return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
 
@@ -5837,7 +5855,15 @@ def _with_lost(edit):
 def _ids_of(value, name):
     """Return the ids of what a definition made: the value of its name, and the function in it."""
     functions = _functions_in(value) if not _is(value, type) else ()
-    return {id(value)} | {id(each) for each in functions if each.__code__.co_name == name}
+    return _ids([value] + [each for each in functions if each.__code__.co_name == name])
+
+
+def _ids(values):
+    """Return the ids of values, without constants, which others that mean something else hold."""
+    return {id(each) for each in values if type(each) not in _CONSTANTS}
+
+
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, tuple)
 
 
 _VALUES = ("value", "again", "new")
@@ -7009,10 +7035,10 @@ def _attributes_set(node):
               if isinstance(each, (ast.Assign, ast.AnnAssign))
               for target in (each.targets if isinstance(each, ast.Assign) else [each.target])}
     args = getattr(node.args, "posonlyargs", []) + node.args.args
-    found = {each.attr: values.get(id(each), each) for each in ast.walk(node)
-             if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
-             and args and getattr(each.value, "id", None) == args[0].arg}
-    return {name: value for name, value in found.items() if value is not None}
+    return {each.attr: values.get(id(each), each) for each in ast.walk(node)
+            if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+            and args and getattr(each.value, "id", None) == args[0].arg
+            and values.get(id(each), each) is not None}
 
 
 def _fresh_value(node):
@@ -7404,8 +7430,11 @@ def _bring_files_version(typed):
             found = _statement_of(module, key)
             if found is not None and found[1].is_function and not (
                     _is_in_file(typed.__code__, found[0])):
-                apply = _Apply(ReloadReport(), [_unedited(name, known)])
-                apply.put(_entry(space, key), _MISSING)
+                edit = _unedited(name, known)
+                last = _last_binders(edit.new.statements)[key]
+                edit.pairs = [pair._replace(change="lost") if pair.new is last else pair
+                              for pair in edit.pairs]
+                apply = _Apply(ReloadReport(), [edit])
                 apply.commit()
                 _hot_remember("unpatch", ["%s.%s" % (name, key)], apply.journal)
                 return True
@@ -7836,6 +7865,15 @@ def _stored_names(code, kind, how=("STORE_", "DELETE_")):
     if not any(dis.opmap[name] in code.co_code for name in names):
         return []  # most have none, and to look at each instruction costs
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
+
+
+def _may_drop_names(code):
+    """Tell whether code may take names away that it does not spell."""
+    import dis
+    names = set(code.co_names)
+    return "delattr" in names or not names.isdisjoint(
+        ("globals", "vars", "locals", "__dict__")) and (
+            "pop" in names or dis.opmap["DELETE_SUBSCR"] in code.co_code[::2])
 
 
 def _stored_attributes(code):

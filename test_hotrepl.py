@@ -3491,6 +3491,32 @@ class OnlyWhatChangedRuns(Workspace):
         self.load(text, is_noted=False)
         self.assertEqual(repr(reload("m")), "nothing changed")
 
+    def test_unknown_old_source_and_classes_that_a_metaclass_puts_into_others(self):
+        text = """
+            class Meta(type):
+                def __init__(cls, name, bases, space):
+                    cls.DoesNotExist = type("DoesNotExist", (Exception,), {
+                        "__module__": cls.__module__, "__qualname__": cls.__qualname__ + ".DoesNotExist"})
+            class Model(metaclass=Meta):
+                def m(self): return %d
+            """
+        m = self.load(text % 1, is_noted=False)
+        error = m.Model.DoesNotExist
+        self.again(text % 2)
+        self.assertEqual((m.Model().m(), m.Model.DoesNotExist), (2, error))
+
+    def test_namesakes_that_change_places_and_bodies(self):
+        text = "def f(%s=0): return %d\ndef f(%s=0): return %d\n"
+        m = self.load(text % ("x", 1, "y", 2))
+        self.again(text % ("y", 3, "x", 4))
+        self.assertEqual(m.f(x=1), 4)
+
+    def test_import_from_the_future_that_comes_too_late_is_refused(self):
+        text = "from __future__ import division\ndef f(): pass\n%sx = 1\n"
+        self.load(text % "", "late")
+        with self.assertRaisesRegex(ReloadError, "beginning of the file"):
+            self.again(text % "from __future__ import annotations\n", "late")
+
     def test_unknown_old_source_and_other_base_classes(self):
         sys.dont_write_bytecode = True
         text = "import collections, abc, typing\nT = typing.TypeVar('T')\nclass A: pass\nclass B: pass\n" \
@@ -5078,9 +5104,11 @@ class WhatGoesAndWhatStays(Workspace):
         self.assertEqual([name for name in ("__all__", "__getattr__") if name in vars(m)], [])
 
     def test_docstring_of_a_module_taken_away_goes(self):
-        m = self.load("'doc'\nA = 1\n")
-        self.assertEqual((self.again("A = 1\n").removed, m.__doc__), (["__doc__"], None))
-        self.assertEqual(repr(self.again("A = 1 \n")), "nothing changed")
+        for is_noted in (True, False):
+            m = self.load("'doc'\nA = 1\n", name="m%d" % is_noted, is_noted=is_noted)
+            report = self.again("A = 1\n", name=m.__name__)
+            self.assertEqual((m.__doc__, report.removed), (None, ["__doc__"]), is_noted)
+            self.assertEqual(repr(self.again("A = 1 \n", name=m.__name__)), "nothing changed")
 
     def test_empty_file_takes_all_names_away(self):
         m = self.load("A = 1\ndef f(): pass\n")
@@ -5191,6 +5219,20 @@ class WhatGoesAndWhatStays(Workspace):
         report = self.again("A = 2\ndef f(): pass\ndef g(): pass\ndel f\ndef h():\n    global g\n"
                             "    del g\nh()\n")
         self.assertEqual((str(report), hasattr(m, "f"), hasattr(m, "g")), ("changed: A", False, False))
+
+    def test_function_that_the_module_pops_from_its_namespace_does_not_come_back(self):
+        text = "def f(): pass\nclass C: pass\nA = [globals().pop(name) for name in ('f', 'C')]\n"
+        for is_noted in (True, False):
+            m = self.load(text, "m%d" % is_noted, is_noted)
+            self.assertEqual(str(reload(m, dry_run=True)), "nothing changed")
+            self.assertEqual((str(reload(m)), hasattr(m, "f")), ("nothing changed", False))
+
+    def test_decorated_function_that_was_deleted_comes_back_decorated(self):
+        m = self.load("def twice(f):\n    def inner(): return 2 * f()\n    return inner\n@twice\ndef f(): return 1\n")
+        held = m.f
+        del m.f
+        reload(m)
+        self.assertEqual((m.f(), held()), (2, 2))
 
     def test_what_was_registered_with_a_function_that_comes_back_new_is_reported(self):
         m = self.load("import functools\n@functools.singledispatch\ndef f(x): return 0\n"
@@ -6183,6 +6225,19 @@ class History(Workspace):
             with self.assertRaisesRegex(TypeError, "expected a class and a function"):
                 hotrepl.on_reload(cls, function)
 
+    def test_unpatch_brings_back_what_was_named_and_nothing_else(self):
+        for number, text in enumerate((
+                "def f(): return 1\ndef g(): pass\n",
+                "def f(): return 0\nHELD = [f]\ndef f(): return 1\ndef g(): pass\n",
+                "def f(): return 1\ndef g():\n    global f\n    f = 3\n",
+                "def deco(f):\n    def inner(): return f() - 1\n    return inner\n"
+                "@deco\ndef f(): return 2\ndef g(): pass\nHELD = [f]\n")):
+            with self.subTest(text):
+                m = self.load(text, "m%d" % number)
+                exec(compile("def f(): return 5\ndel g\n", "<input>", "exec"), vars(m))
+                hotrepl.unpatch(m.f)
+                self.assertEqual((m.f(), hasattr(m, "g")), (1, False))
+
     def test_hook_that_fails_undoes_all(self):
         text = "X = %d\nclass C:\n    x = %d\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n"
         m = self.load(text % (1, 1))
@@ -6775,6 +6830,16 @@ class RealPrograms(Workspace):
                 found = repr(self.again(heads[kind] + text[1], m.__name__))
                 self.assertEqual(([str(f()) for f in m.R], found), (list(news), report.replace("|", "\n")))
 
+    def test_constants_that_a_decorator_returns_stay_where_others_have_put_them(self):
+        head = "R = [None, True, 'name', ()]\nTABLE = {'name': None, 'a': True}\ndef on(x):\n    def deco(f):\n" \
+               "        R.append(f)\n        TABLE['f'] = f\n        return %s\n    return deco\n"
+        for number, value in enumerate(("None", "True", "'name'", "()")):
+            m = self.load(head % value + "@on(1)\ndef f(): pass\n", "m%d" % number)
+            self.again(head % value + "@on(2)\ndef f(): pass\n", m.__name__)
+            self.assertEqual((m.R[:4], len(m.R), list(m.TABLE)), ([None, True, "name", ()], 5, ["name", "a", "f"]), value)
+            self.again(head % value, m.__name__)
+            self.assertEqual((m.R, m.TABLE), ([None, True, "name", ()], {"name": None, "a": True}), value)
+
     def test_class_whose_namesake_stays_may_be_registered_still_which_is_named(self):
         text = "R = []\ndef reg(c):\n    R.append(c)\n    return c\n%s@reg\nclass f: x = 2\n"
         self.load(text % "@reg\nclass f: x = 1\n")
@@ -6865,7 +6930,8 @@ class RealPrograms(Workspace):
     def test_attributes_that_an_initializer_sets_in_any_way_are_missed(self):
         text = "class C:\n    def __init__(self):\n        self.a = 1\n%sc = C()\n"
         self.load(text % "")
-        for body, names in (("self.a, self.b = 1, 2", ["b"]), ("for self.b in (1,): pass", ["b"]), ("self.c: int", []), ("if 0: self.d", [])):
+        for body, names in (("self.a, self.b = 1, 2", ["b"]), ("for self.b in (1,): pass", ["b"]), ("self.c: int", []), ("if 0: self.d", []),
+                            ("self.e = str()\n        self.e: str", ["e"])):
             report = repr(self.again(text % ("        %s\n" % body)))
             self.assertEqual(re.findall(r"existing instances lack (\w)", report), names, report)
             self.again(text % "")
