@@ -3803,7 +3803,8 @@ class _Statement:
 
     def mentions(self, names):
         """Tell fast whether one of some names stands in its text."""
-        return not names.isdisjoint(re.findall(r"\w+", self.text))
+        return not names.isdisjoint(re.findall(r"\w+", self.text)) or (
+            max(self.text, default="") > "\x7f")        # there Python names some otherwise
 
     def label(self, place):
         """What pairs it with its like in another text; `place`: behind which statement."""

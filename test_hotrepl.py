@@ -3252,6 +3252,12 @@ class OnlyWhatChangedRuns(Workspace):
         self.assertEqual((m.A, m.B, m.C, report.not_run_again, report.followed),
                          (5, 6, 12, [], ["B", "C"]))
 
+    def test_statement_mentions_a_name_whatever_the_form_of_its_letters(self):
+        for text, name, expected in (("B = \u00b5 + 1\n", "\u03bc", True), ("B = a + 1\n", "a", True),
+                                     ("B = aa + 1\n", "a", False)):       # a micro sign is a mu
+            statement, = hotrepl._Source(text.encode("utf-8"), "m.py").statements
+            self.assertEqual(statement.mentions({name}), expected, text)
+
     def test_reader_whose_value_the_program_has_changed_is_listed(self):
         m = self.load("A = 1\nB = A + 1\n")
         m.B = 9
@@ -3515,7 +3521,7 @@ class OnlyWhatChangedRuns(Workspace):
         text = "from __future__ import division\ndef f(): pass\n%sx = 1\n"
         self.load(text % "", "late")
         with self.assertRaisesRegex(ReloadError, "beginning of the file"):
-            self.again(text % "from __future__ import annotations\n", "late")
+            self.again(text % "from __future__ import division\n", "late")
 
     def test_unknown_old_source_and_other_base_classes(self):
         sys.dont_write_bytecode = True
