@@ -13217,7 +13217,7 @@ class PeerOverTcp(AccessParts):
 
     def test_whose_server_it_is_is_not_looked_for_again_and_again_where_that_takes_long(self):
         client, _ = self.connect(self.listen())
-        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer: time.sleep(0.3)) as look:
+        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer, _=None: time.sleep(0.3)) as look:
             self.assertIsNone(hotrepl.server_owner(client))
         self.assertEqual(look.call_count, 2)
 
@@ -13225,7 +13225,7 @@ class PeerOverTcp(AccessParts):
         listener = self.listen()
         client, served = self.connect(listener)
         look = hotrepl._holder
-        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer: (
+        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer, _=None: (
                 served.close() if served.fileno() != -1 else look(peer))):
             self.assertEqual(hotrepl.server_owner(client), os.geteuid())
 
