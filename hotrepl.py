@@ -11987,6 +11987,7 @@ ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for 
 PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
 HALF_LINE_S = 0.02                # a line whose end does not come for so long is shown
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
+HASTE_S = 3.0                     # who answers a question so fast by Ctrl+C wants to leave it
 PROMPT_LIMIT_BYTES = 400          # more is text: readline writes past its memory at 256 rows
 UNREACHED_MS = 15000              # so long no machine takes a request (a firewall): there is none
 KEPT_EVENTS, KEPT_BYTES = 100, 4 << 20    # of what came and is not shown yet; then the server waits
@@ -12359,11 +12360,15 @@ class Conversation:
         if self._is_in_vain():
             self._let_leave("it asks again and again")
             self._show_notes()
+        begun = time.monotonic()
         data = self._read(kind, self.terminal.take_prompt())
-        if data == END_OF_FILE:
-            self._pressed_at = self._pressed_at or time.monotonic()
-        elif data:
+        ended = time.monotonic()
+        if data not in (b"", END_OF_FILE):
             self._pressed_at = None
+            if self._state == "in vain":
+                self._state = "at work"
+        elif self._pressed_at is None or ended - begun > HASTE_S:     # who thinks is in no haste
+            self._pressed_at = ended
         self._answers.append(data)
         if self._answers[0] is data:
             if data == END_OF_FILE and kind in AT_PROMPT:

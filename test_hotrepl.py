@@ -16781,8 +16781,8 @@ sys.exit(hotrepl.main())
         terminal.until(">>> ")
         return terminal
 
-    def leave(self, terminal, *keys):
-        """Press keys, again and again, until we are told that they lead out; then they do."""
+    def until_offered(self, terminal, *keys):
+        """Press keys, again and again, until we are told that they lead out."""
         deadline = time.monotonic() + DEADLINE_S
         for key in itertools.cycle(keys):
             terminal.press(key)
@@ -16792,6 +16792,10 @@ sys.exit(hotrepl.main())
             if self.LEAVE in terminal.received.decode("utf-8", "replace"):
                 break
             self.assertLess(time.monotonic(), deadline, terminal.received[-999:])
+
+    def leave(self, terminal, *keys):
+        """Press keys until we are told that they lead out; then they do."""
+        self.until_offered(terminal, *keys)
         terminal.press(keys[0])
         code, text = terminal.end()
         self.assertEqual((code, "Traceback" in text), (0, False), text)
@@ -16838,6 +16842,35 @@ sys.exit(hotrepl.main())
             terminal.until("answer? ")
             time.sleep(0.4)
         self.assertNotIn(self.LEAVE, terminal.received.decode("utf-8", "replace"))
+
+    @once("slow")
+    def test_who_drops_what_was_begun_after_a_while_is_not_offered_to_leave(self):
+        terminal = self.visit(kind=b"debugger")
+        terminal.type("where\n")
+        for _ in range(2):
+            terminal.until("answer? ")
+            terminal.type("half")
+            time.sleep(hotrepl.HASTE_S + 0.3)
+            terminal.press("^C")
+        terminal.until("answer? ")
+        self.assertNotIn(self.LEAVE, terminal.received.decode("utf-8", "replace"))
+
+    @once("slow")
+    def test_a_line_takes_the_offer_to_leave_back(self):
+        def talk(sock):
+            with contextlib.suppress(OSError):
+                for data in iter(lambda: sock.recv(9999), b""):
+                    if b"work" not in data and not data.startswith(hotrepl.BEGIN):
+                        sock.sendall(b"\xff\xfakinput\xff\xf0answer? \xff\xf9")
+        terminal = self.visit({"where": "in its own time"}, at_prompt=talk)
+        terminal.type("6*7\n")
+        self.until_offered(terminal, "^C")
+        terminal.until("answer? ")
+        terminal.type("work\n")
+        terminal.until("work\n")
+        time.sleep(0.5)
+        terminal.press("^C")
+        terminal.until("no reaction yet")
 
     @once("slow")
     def test_what_one_sends_at_the_prompt_is_kept_only_so_far(self):
