@@ -3255,8 +3255,8 @@ class OnlyWhatChangedRuns(Workspace):
     def test_statement_mentions_a_name_whatever_the_form_of_its_letters(self):
         for text, name, expected in (("B = \u00b5 + 1\n", "\u03bc", True), ("B = a + 1\n", "a", True),
                                      ("B = aa + 1\n", "a", False)):       # a micro sign is a mu
-            statement, = hotrepl._Source(text.encode("utf-8"), "m.py").statements
-            self.assertEqual(statement.mentions({name}), expected, text)
+            source = hotrepl._Source(text.encode("utf-8"), "m.py")
+            self.assertEqual(source.statements[0].mentions({name}), expected, text)
 
     def test_reader_whose_value_the_program_has_changed_is_listed(self):
         m = self.load("A = 1\nB = A + 1\n")
