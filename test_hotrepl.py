@@ -1327,11 +1327,14 @@ class Interruptions(Case):
             for _ in range(rng.randrange(300)):
                 pass
         thread.join(DEADLINE_S)
-        eventually(lambda: "hotrepl interrupt" not in [each.name for each in threading.enumerate()],
-                   "the end of the threads that see them arrive")
+        self.wait_for_senders()
         self.assertEqual(set(counts) - {"rounds", "hits"}, set(), counts)
         self.assertGreater(counts["hits"], 0)
         return counts
+
+    def wait_for_senders(self):
+        eventually(lambda: "hotrepl interrupt" not in [each.name for each in threading.enumerate()],
+                   "the end of the threads that see them arrive")
 
     def test_calls_can_be_traced_after_one_that_was_taken_back(self):      # 3.11 went on for ever
         traced = []
@@ -1419,6 +1422,7 @@ class Interruptions(Case):
                         sys.settrace(None)
                         interrupts.close()
         self.spawn(owner).join(DEADLINE_S)
+        self.wait_for_senders()
         self.assertGreater(len(lines), 5)
         self.assertEqual(late, [])
 
