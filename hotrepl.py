@@ -5183,12 +5183,13 @@ class _Apply:
                  and each.__module__ == scope.edit.name and not _has_console_code(each)
                  and all(function.__globals__ is scope.edit.space
                          for function in _functions_in(each))]
-        # Not a namesake, nor what a decorator has kept in a closure, to make another one of it.
+        # Not a namesake, nor what a decorator has made another one of, which is what was bound.
         is_it = len(found) == 1 and (is_class or (
             found[0].__code__.co_firstlineno == statement.start + 1) and not (
                 statement.node.decorator_list and any(
                     found[0] is inner for each in gc.get_objects()
-                    if _is_python_function(each) and each.__globals__ is not globals()
+                    if _is(each, _WRAPPERS) and (
+                        getattr(each, "__globals__", None) is not globals())
                     for inner in _wrapped_by(each))))
         if is_it:
             scope.put(self, name, found[0])

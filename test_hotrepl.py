@@ -6247,6 +6247,10 @@ class History(Workspace):
                 exec(compile("def f(): return 5\ndel g\n", "<input>", "exec"), vars(m))
                 hotrepl.unpatch(m.f)
                 self.assertEqual((m.f(), hasattr(m, "g")), (1, False))
+        m = self.load("import functools\n@functools.lru_cache()\ndef f(): return 1\nHELD = f\n", "cached")
+        exec(compile("def f(): return 5\n", "<input>", "exec"), vars(m))
+        hotrepl.unpatch(m.f)
+        self.assertEqual((m.f(), m.f.cache_info().misses), (1, 1))
 
     def test_hook_that_fails_undoes_all(self):
         text = "X = %d\nclass C:\n    x = %d\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n"
