@@ -1944,12 +1944,15 @@ class ConsoleMixin:
 
     def raise_in_input(self, exc):
         """Raise `exc`, which showing a value raised, as if the input did: on its first line."""
+        import ast
         line = self.source.partition("\n")[0].strip()
-        name = "_" * len(line)    # as long as the line, so that no marks are below that
+        # As long as the line, so that no marks are below that.
+        place = {"lineno": 1, "end_lineno": 1, "col_offset": 0, "end_col_offset": len(line)}
 
         def fail():
             raise exc
-        eval(compile(name, self.filename, "eval"), {}, collections.defaultdict(fail))
+        call = ast.Call(ast.Name("fail", ast.Load(), **place), [], [], **place)
+        eval(compile(ast.Expression(call), self.filename, "eval"), {"fail": fail})
 
     def write(self, data):
         if "write" in self.own:

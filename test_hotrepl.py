@@ -15073,6 +15073,8 @@ class Exceptions(Case):
         self.assertRegex(text, r'(?s)File "<hotrepl .*line 1, in <module>\n    \[R\(\)\]\n.*, in __repr__\n')
         self.assertNotIn("hotrepl.py", text)
         self.assertIn(", in <module>\n    S()\n", client.ask("S()"))
+        client.ask("S.__repr__ = lambda self: {}[0]")
+        self.assertRegex(client.ask("S()"), r"(?s)\ATraceback .*, in <lambda>\n[^\n]*\n(?: +[~^]+\n)?KeyError: 0\n\Z")
 
     def test_what_was_typed_outlives_an_emptied_linecache(self):
         client = self.serve().paired()
