@@ -205,6 +205,9 @@ class Record(tuple):
     def __new__(cls, *values):
         return tuple.__new__(cls, values)
 
+    def __getnewargs__(self):     # for copy and pickle
+        return tuple(self)
+
     def _replace(self, **items):
         return type(self)(*[items.get(name, value) for name, value in zip(self.names, self)])
 

@@ -5366,6 +5366,7 @@ class Stale(Workspace):
         held = [m.C(), m.C()]
         report = self.again("class C:\n    __slots__ = ('a', 'b')\n    def m(self): return 2\n")
         self.assertStale(report, "C", "__slots__", 2)
+        self.assertEqual(pickle.loads(pickle.dumps(report)).stale, report.stale)
         self.assertRegex(str(report), r"(?m)^stale: C: .*__slots__.* \(2 live\)$")
         self.assertEqual((m.C().m(), held[0].m(), type(held[0]) is m.C), (2, 2, False))
 
