@@ -9684,7 +9684,8 @@ def safe_folder(path):
     folder = os.open(place, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     try:
         info = os.fstat(folder)
-        is_shared = info.st_mode & 0o022 and not info.st_mode & stat.S_ISVTX
+        others = 0o002 if _is_own_group(info.st_gid) else 0o022
+        is_shared = info.st_mode & others and not info.st_mode & stat.S_ISVTX
         if is_shared or info.st_uid not in (0, effective_uid()):
             raise PermissionError(
                 errno.EPERM, "others may replace files in %s (mode %o, uid %d); pass a path in a "
@@ -9692,6 +9693,17 @@ def safe_folder(path):
         yield folder, name
     finally:
         os.close(folder)
+
+
+def _is_own_group(gid):
+    """Return whether our user is alone in a group, as pam_umask(8) knows it, and sets 002 then."""
+    with suppress(ImportError, KeyError):
+        import grp
+        import pwd
+        group, user = grp.getgrgid(gid), pwd.getpwuid(effective_uid())
+        is_named_so = group.gr_name == user.pw_name and gid == user.pw_gid != 0
+        return is_named_so and set(group.gr_mem) <= {user.pw_name}
+    return False
 
 
 def remove_made(path, made):

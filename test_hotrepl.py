@@ -11382,8 +11382,8 @@ class Pairing(AccessCase):
 # A process that becomes `uid` before it runs the code in argv[2], or the command line in argv[3:]; what may
 # be imported later, from folders that this user may not read, is imported first.
 AS_USER = r"""
-import argparse, ast, base64, code, ctypes, encodings.idna, fnmatch, getpass, gettext, hmac, importlib.util, inspect
-import json, locale, logging, os, pdb, pty, queue, readline, secrets, selectors, shutil, signal, socket, ssl, struct
+import argparse, ast, base64, code, ctypes, encodings.idna, fnmatch, getpass, gettext, grp, hmac, importlib.util, inspect
+import json, locale, logging, os, pdb, pty, pwd, queue, readline, secrets, selectors, shutil, signal, socket, ssl, struct
 import subprocess, sys, tempfile, termios, textwrap, time, traceback, tty
 sys.path.insert(0, %r)
 import hotrepl
@@ -11397,7 +11397,7 @@ else:
     sys.exit(hotrepl.main())
 """
 
-OWNER, ATTACKER = 1500, 1600
+OWNER, ATTACKER, DAEMON = 1500, 1600, 1      # the last has a name, and a group of that name
 
 # What a false server does: greets as a true one, and prints what it gets, byte for byte.
 FALSE_SERVER = r"""
@@ -11884,7 +11884,8 @@ sys.exit(hotrepl.main())
 
     def test_a_unix_socket_and_its_token_are_made_only_where_nobody_else_can_replace_them(self):
         ours, shared = self.folder_of(OWNER, 0o755, "ours"), self.folder_of(0, 0o1777, "shared")
-        for folder, uid in ((ours, OWNER), (shared, OWNER), (shared, 0)):
+        group = self.folder_of(DAEMON, 0o775, "daemon")       # a group of its own
+        for folder, uid in ((ours, OWNER), (shared, OWNER), (shared, 0), (group, DAEMON)):
             server = self.as_user(uid, code="hotrepl.start({}, unix=%r, token=True); input()" % (folder + "/socket"))
             eventually(lambda: os.path.exists(folder + "/socket.token"))
             self.assertEqual(self.ran("unix:%s/socket" % folder, uid=uid), [0, "42\n", ""])
