@@ -6302,9 +6302,10 @@ class _Readers:
                     dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
                     names)
                 self._values[follower.name] |= names
-            if any(before.get(name, _MISSING) is not follower.space.get(name, _MISSING)
-                   for name in (set(before) | set(follower.space)) - _IMPORT_NAMES):
-                todo += self._follow_imports(follower, before)
+            changed = {name for name in (set(before) | set(follower.space)) - _IMPORT_NAMES
+                       if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)}
+            if changed:
+                todo += self._follow_imports(follower, before, changed)
 
     def values_of(self, edit, before):
         """Return {name: (old, new)} of plain values that changed."""
@@ -6373,10 +6374,12 @@ class _Readers:
                     self._apply._put_code(function, (function.__code__,) + _as_defaults(
                         function.__code__, live), is_changed=False)
 
-    def _follow_imports(self, edit, before):
+    def _follow_imports(self, edit, before, changed):
         """Bind in modules that imported a name what it is now; return them, to go on there."""
         followers = []
-        for name in sorted(self.importers.get(edit.name, ())):
+        for name, names in sorted(self.importers.get(edit.name, {}).items()):
+            if changed.isdisjoint(names) and "*" not in names:
+                continue
             space, source = _space_of(sys.modules.get(name)), self.source_of(name)
             if source is None or space is edit.space:
                 continue
@@ -6397,7 +6400,7 @@ class _Readers:
             self._sources[name] = _source_of(_hot.known.get(name))
         return self._sources[name]
 
-    # {module: names of those that import something from it}
+    # {module: {name of one that imports something from it: what}}
     importers = _once(lambda each: _import_index(each._apply.edits))
 
     def report_readers(self, edit, names):
@@ -7110,8 +7113,8 @@ def _imports_of(nodes, space):
 
 
 _IMPORT = Lazy(lambda: re.compile(
-    rb"^[ \t]*(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
-    rb"(\([^)]*\)|[^\n#]*)|import[ \t]+([^\n#]*))", re.M))
+    rb"(?:^|[:;])[ \t]*(?:lazy[ \t]+)?(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
+    rb"(\([^)]*\)|[^\n#;]*)|import[ \t]+([^\n#;]*))", re.M))
 
 
 def _imports_in(text, space):
@@ -7130,6 +7133,8 @@ def _written_imports(text):
         imports += [(0, each.split()[0], []) for each in modules.split(",") if each.split()]
         if names:
             words = [each.split() for each in names.strip("()").split(",")]
+            if re.search(r"[^\w\s(),]", names, re.A):
+                words.append("*")         # a comment, or other letters: it may be any name
             imports.append((len(dots), base, [(each[0], each[-1]) for each in words if each]))
     return imports
 
@@ -7159,15 +7164,14 @@ def _text_of_new(name):
 
 
 def _import_index(edits):
-    """Return {module: names of the program's modules that import from it}."""
-    index = collections.defaultdict(set)
-    for name, known in list(_hot.known.items()):
-        for base, names in _imports_in(known.text or b"", _space_of(sys.modules.get(name))):
-            if names:
-                index[base].add(name)
-    for edit in edits:
-        for base, names in _imports_in(edit.text, edit.space):
-            index[base].add(edit.name)
+    """Return {module: {name of one of the program's that imports from it: set of names}}."""
+    index = collections.defaultdict(lambda: collections.defaultdict(set))
+    edited = {edit.name for edit in edits}
+    texts = [(name, known.text or b"") for name, known in list(_hot.known.items())]
+    for name, text in texts + [(edit.name, edit.text) for edit in edits]:
+        for base, names in _imports_in(text, _space_of(sys.modules.get(name))):
+            if names or name in edited:
+                index[base][name].update(imported for imported, _ in names)
     return index
 
 
