@@ -9254,7 +9254,6 @@ def server_owner(sock, expected=None):
 
     It may not have accepted yet: then the listener counts, which has the connection in its queue.
     `expected` is who it was then: root's process can accept as who it is for a while.
-    PermissionError: it is at an address of this machine, and no process that can be seen has it.
     """
     with suppress(Refused):
         return _holder_by_now(sock, expected)
@@ -9262,9 +9261,6 @@ def server_owner(sock, expected=None):
     listener = listener_at(theirs)
     with suppress(Refused):       # accepted meanwhile, and the listener may be gone
         return _holder_by_now(sock, expected)
-    if listener.uid is None:
-        raise PermissionError(errno.EPERM, "nobody who can be seen from here holds %s port %d"
-                              % theirs[:2])
     return _holder(listener)
 
 
@@ -9420,8 +9416,7 @@ def tcp_owner(theirs, ours, netlink=None):
     """Return (uid, inode) of the peer's end; (None, 0) for a miss, (None, None) if nobody can tell.
 
     Inode 0 is nobody. A miss counts only in a table that lists our own end: a kernel without
-    tcp_diag and the empty /proc of a sandbox say "no such socket" to everything. The text lists
-    what netlink misses: a socket that is bound to a device.
+    tcp_diag and the empty /proc of a sandbox say "no such socket" to everything.
     """
     answer = None, None
     for look_up in functools.partial(owner_by_netlink, netlink=netlink), owner_by_procfs:
@@ -9441,20 +9436,29 @@ def owner_by_netlink(theirs, ours, netlink=None):
     """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
 
     Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer. It
-    is asked as for a packet that came by the loopback device, as all between two sockets of this
-    machine do: it finds what is bound to that device, and the listener that would get the packet,
-    whatever its family and address.
+    is asked as for a packet that came by one device after the other: it finds what is bound to a
+    device, and the listener that would get the packet, whatever its family and address.
     """
     if netlink is None:
         with open_netlink() as netlink:
             return owner_by_netlink(theirs, ours, netlink)
+    scope = (theirs + (0, 0))[3]
+    found = _ask_netlink(netlink, theirs, ours, scope or LOOPBACK)
+    if not scope and found is None:
+        for device, _ in getattr(socket, "if_nameindex", list)():     # PyPy 7.3 has none
+            found = found or _ask_netlink(netlink, theirs, ours, device)
+    return found
+
+
+def _ask_netlink(netlink, theirs, ours, device):
+    """See owner_by_netlink."""
     ends, number = (_packed(theirs[0]), _packed(ours[0])), next(_queries) & 0xFFFFFFFF
     netlink.sendto(struct.pack(
         "=IHHII4BI4s16s16sIII",
         72, 20, 1, number, 0,     # nlmsghdr: SOCK_DIAG_BY_FAMILY
         socket.AF_INET if len(ends[0]) == 4 else socket.AF_INET6, socket.IPPROTO_TCP, 0, 0,
         0xFFFFFFFF, struct.pack("!HH", theirs[1], ours[1]), *ends,      # inet_diag_req_v2
-        (theirs + (0, 0))[3] or LOOPBACK, 0xFFFFFFFF, 0xFFFFFFFF), (0, 0))
+        device, 0xFFFFFFFF, 0xFFFFFFFF), (0, 0))
     answered, sender = None, None
     while answered != number or sender != 0:      # others are to queries whose answer nobody took
         answer, (sender, _) = netlink.recvfrom(512)
@@ -9475,12 +9479,13 @@ _queries = itertools.count(1)     # their numbers
 
 
 def owner_by_procfs(theirs, ours):
-    """Do what owner_by_netlink does by reading the kernel's tables as text, in milliseconds.
-
-    It finds a listener at that very address only.
-    """
+    """Do what owner_by_netlink does by reading the kernel's tables as text, in milliseconds."""
     names = _proc_names(theirs), _proc_names(ours)
-    for table in "/proc/net/tcp", "/proc/net/tcp6":
+    if not ours[1]:               # whoever listens there may do so at all addresses
+        for host in [host for size, host in _ANYBODY.items() if size >= len(_packed(theirs[0]))]:
+            names[0].extend(_proc_names((host, theirs[1])))
+            names[1].extend(_proc_names((host, 0)))
+    for table in "/proc/self/net/tcp", "/proc/self/net/tcp6":
         if os.path.exists(table) or not table.endswith("6"):      # no IPv6, no tcp6
             with open(table) as rows:
                 for row in rows:
@@ -13286,9 +13291,9 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
 
         def confirm_owner():
             # It has spoken, so it has accepted; till then it may have been another's who listened.
-            if owner is not None and ssl_context is None and server_owner(sock, owner) != owner:
-                raise PermissionError(errno.EACCES, "the server is another user's by now, so "
-                                      "nothing was sent")
+            if ssl_context is None and server_owner(sock, owner) != owner:
+                raise PermissionError(errno.EACCES, "the server is another user's by now, or "
+                                      "nobody's, so nothing was sent")
         try:
             shown = _show_token(sock, confirm_owner, _tokens(address, token, is_ours, is_trusted),
                                 deadline)
@@ -13349,7 +13354,7 @@ def _tunnel(target, port, control_port, deadline, has_shell=True):
                 time.sleep(0.02)
             confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
                                         port, control_port)
-            if has_shell and confirm() == NO_SHELL:
+            if has_shell and confirm(is_first=True) == NO_SHELL:
                 with _tunnel(target, port, control_port, deadline, has_shell=False) as found:
                     yield found
             else:
@@ -13392,34 +13397,44 @@ exit $code"""
 
 # What runs over there: it says for each line that it reads whose the servers are. Of the tables
 # only the head and the rows of our ports but for TIME_WAIT, 06: anybody can make many others.
-_FIND_ROWS = ("grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
-              "/proc/net/tcp /proc/net/tcp6")
-_SAY_OWNERS = ("while read _; do echo; echo hotrepl `id -u`; %s 2>/dev/null; echo hotrepl end; "
-               "done")
+_FIND_ROWS = ("[ -e /proc/self/net/tcp ] && echo hotrepl table; "
+              "grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
+              "/proc/self/net/tcp /proc/self/net/tcp6")
+# First it says that it is there, for which it needs no other process: others can see to it that
+# there are no more.
+_SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`; %s 2>/dev/null; "
+               "echo hotrepl end; done")
 
 
 NO_SHELL, NOT_SAID = "no shell", "not said"       # an account that may forward only; no /proc
 
 
-def _far_owner(asked, answers, deadline, target, path, *ports):
+def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
     """Return whose the server is, as the other machine says it, where we are root there.
 
     "" for our user's, NO_SHELL, or NOT_SAID. PermissionError: it is another's, and we aren't root.
+    ConnectionError: a shell is there, and does not say it; `is_first`: maybe none is.
     """
-    said = b""
+    said, mark = b"", b"hotrepl shell\n"
     with suppress(OSError):       # it has ended
         os.write(asked, b"\n")
     end = deadline or time.monotonic() + ANSWER_LIMIT_S
-    while not said.endswith(b"hotrepl end\n"):
+    while not (mark in said and said.endswith(b"hotrepl end\n")):
         if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
             raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
                                   "so nothing was sent" % target)
         piece = os.read(answers.fileno(), RECEIVE_BYTES)
-        if not piece:
+        if not piece and is_first and mark not in said:
             return NO_SHELL
+        if not piece:
+            break
         said += piece
-    lines = [line.split() for line in said[said.index(b"hotrepl "):].splitlines()]
-    user = lines[0][-1:]
+    lines = [line.split() for line in said.partition(mark)[2].splitlines()] or [[]]
+    user, has_rows = lines[0][1:], any(words[:1] == [b"sl"] for words in lines)
+    if lines[-1] != [b"hotrepl", b"end"] or not user or (
+            [b"hotrepl", b"table"] in lines and not has_rows):
+        raise ConnectionError(errno.ECONNABORTED, "%s can't say whose server is there, so nothing "
+                              "was sent" % target)
     if path:
         owners = {words[0] for words in lines if len(words) == 1}
     else:
@@ -13428,7 +13443,7 @@ def _far_owner(asked, answers, deadline, target, path, *ports):
         owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
                   and (words[3] == b"0A" or words[9] != b"0")}
     others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
-    is_nobodys = not owners and any(words[:1] == [b"sl"] for words in lines)
+    is_nobodys = not owners and has_rows
     if is_nobodys or others and user != [b"0"]:
         raise PermissionError(errno.EACCES, "the server at %s is %s over there, not that of whom "
                               "ssh lets in, so nothing was sent"
@@ -13506,10 +13521,7 @@ def _check_owner(sock, where, is_vouched):
     Root may visit another user's, as it may do all else, and is told so.
     """
     ours = effective_uid()
-    try:
-        owner = server_owner(sock)
-    except PermissionError:       # as behind a container's published port
-        owner = None
+    owner = server_owner(sock)    # None also behind a container's published port
     if owner is None and not is_vouched:
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
                               "nothing was sent; come by --tls or ssh, or pass --plain to send "

@@ -11684,8 +11684,38 @@ else:
             false_server.until("listening\n")
             code, out, said = self.ran("127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
             self.assertEqual((code, out), (1, ""))
-            self.assertIn("is another user's by now, so nothing was sent", said)
+            self.assertIn("is another user's by now, or nobody's, so nothing was sent", said)
             self.assert_heard_nothing(false_server)
+
+    IN_FLIGHT = r"""
+import array, os, socket, sys, time
+port, uid = map(int, sys.argv[1:])
+with socket.socket() as listener:
+    listener.bind(("127.0.0.1", port))
+    listener.listen(8)
+    os.setgroups([]); os.setgid(uid); os.setuid(uid)
+    one, two = socket.socketpair()
+    one.sendmsg([b"!"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener.fileno()]))])
+print("listening", flush=True)
+def is_called():
+    with open("/proc/net/tcp") as rows:
+        return any(row.split()[1].endswith(":%04X" % port) and row.split()[3] == "01" for row in rows)
+while not is_called():
+    time.sleep(0.01)
+time.sleep(2)
+sock, _ = socket.socket(fileno=array.array("i", two.recvmsg(1, 99)[1][0][2])[0]).accept()
+sock.sendall(b"token: ")
+print("GOT %r" % sock.recv(999), flush=True)
+"""
+
+    def test_whom_nobody_could_see_is_looked_for_again_before_he_gets_a_token(self):
+        port = free_port()
+        false_server = self.as_user(0, str(port), str(ATTACKER), code=self.IN_FLIGHT)
+        false_server.until("listening\n")
+        code, out, said = self.ran("--plain", "127.0.0.1:%d" % port, uid=0, HOTREPL_TOKEN="a-token-of-ours!")
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("is another user's by now, or nobody's, so nothing was sent", said)
+        self.assertNotIn("GOT b'a", false_server.end()[1])
 
     def test_root_is_told_of_a_listener_that_only_root_seems_to_hold(self):
         for is_roots in (False, True):
@@ -12914,6 +12944,30 @@ class Ssh(AccessCase):
                                          r"so nothing was sent\n\Z")
         self.assertEqual(self.served.server.sessions(), [])
 
+    def test_a_shell_over_there_that_cannot_say_whose_server_is_there_is_not_taken_for_none(self):
+        for name in ("no-id", "no-grep"):
+            os.mkdir(self.file(name))
+            for there in {"sh", "id", "grep"} - {name[3:]}:
+                os.symlink(tool(there), os.path.join(self.file(name), there))
+        os.chmod(self.path, 0o755)
+        self.restart("sh " + self.file("shell"))
+        for command in (
+                # It can make no process: another user there has seen to that.
+                self.AS_OWNER.replace(" sh ", " %s --nproc=0 sh " % tool("prlimit")),
+                'export PATH=%s; eval "$SSH_ORIGINAL_COMMAND"' % self.file("no-id"),
+                'export PATH=%s; eval "$SSH_ORIGINAL_COMMAND"' % self.file("no-grep")):
+            with self.subTest(command):
+                self.write("shell", command, 0o644)
+                self.assertRegex(self.refused(), r"(?m)^hotrepl: ssh://\S+ can't say whose server is there, so nothing was sent$")
+                self.assertEqual(self.served.server.sessions(), [])
+
+    def test_a_shell_that_is_gone_at_the_second_look_was_there_at_the_first(self):
+        with open(os.devnull, "r+b", 0) as gone:
+            look = functools.partial(hotrepl._far_owner, gone.fileno(), gone, None, "ssh://there", None, 1337, 8128)
+            self.assertEqual(look(is_first=True), hotrepl.NO_SHELL)
+            with self.assertRaisesRegex(ConnectionError, "can't say whose server is there, so nothing was sent"):
+                look()
+
     def test_of_the_tables_over_there_only_the_rows_come_that_tell(self):
         listener = self.keep(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -12926,7 +12980,7 @@ class Ssh(AccessCase):
             ends[0].close()
         words, _ = hotrepl._ssh_words("ssh://there", "/tmp/path", port, port, True)
         said = subprocess.check_output(words[-1], shell=True, input=b"\n").decode()
-        self.assertRegex(said, r"\A\nhotrepl 0\n *sl .*\n.*:%04X .* 0A .*\n( *sl .*\n)?hotrepl end\n\Z" % port)
+        self.assertRegex(said, r"\A\nhotrepl shell\nhotrepl 0\nhotrepl table\n *sl .*\n.*:%04X .* 0A .*\n( *sl .*\n)?hotrepl end\n\Z" % port)
 
     def test_an_account_that_may_only_forward_is_enough(self):
         self.restart("/bin/false")
@@ -13233,8 +13287,7 @@ class PeerOverTcp(AccessParts):
             self.assertEqual(os.geteuid(), hotrepl.server_owner(client), (listening, host))
             for each in (listener, served):
                 each.close()
-            with self.assertRaises(OSError):
-                hotrepl.server_owner(client)
+            self.assertIsNone(hotrepl.server_owner(client))
 
     def test_whose_server_it_is_is_not_looked_for_again_and_again_where_that_takes_long(self):
         client, _ = self.connect(self.listen())
@@ -13454,7 +13507,8 @@ class OwnersOfSockets(AccessParts):
 
     def test_a_local_address_whose_owner_is_not_found_is_refused(self):
         served = self.process(self.listen(), STRANGER, then="to-device:lo")[1]
-        with unittest.mock.patch.object(hotrepl, "LOOPBACK", 0):
+        with unittest.mock.patch.object(hotrepl, "LOOPBACK", 0), unittest.mock.patch.object(
+                socket, "if_nameindex", list, create=True):
             with unittest.mock.patch.object(hotrepl, "owner_by_procfs", side_effect=OSError):
                 self.assert_refused("belongs to no process", hotrepl.Door(token=True).check_peer, served)
 
@@ -13475,6 +13529,11 @@ class OwnersOfSockets(AccessParts):
         ran = self.unshare(["-m", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"],
                            "socket.AF_NETLINK = 254")
         self.assertEqual("False", ran)
+
+    def test_where_proc_has_processes_only_its_peers_are_known_by_the_table_of_its_own(self):
+        ran = self.unshare(["-m", "-p", "-f", "--mount-proc", "sh", "-c", 'mount -t proc -o subset=pid none /proc && exec "$@"',
+                            "sh"], "socket.AF_NETLINK = 254")
+        self.assertEqual("True", ran)
 
     def test_root_of_a_user_namespace_knows_its_peers(self):
         self.assertEqual("True", self.unshare(["-U", "-r"]))
@@ -13600,6 +13659,26 @@ class OtherNetworkNamespace(AccessParts):
             listener.listen(1)
             client = self.keep(socket.create_connection((host, listener.getsockname()[1])))
             self.assertEqual(STRANGER, hotrepl.server_owner(client), host)
+
+    def test_a_listener_at_all_addresses_that_is_bound_to_a_device_is_found_before_it_accepts(self):
+        self.assertEqual(0, ip(*"-6 addr add 2001:db8:78::1/64 nodad dev".split(), self.link).returncode)
+        self.assertEqual(0, ip(*"addr add 203.0.113.9/24 dev".split(), self.link).returncode)
+        for at, host in (("0.0.0.0", "203.0.113.9"), ("::", "203.0.113.9"), ("::", "2001:db8:78::1")):
+            listener = self.keep(socket.socket(socket.AF_INET6 if ":" in at else socket.AF_INET))
+            listener.setsockopt(socket.SOL_SOCKET, 25, self.link.encode())       # SO_BINDTODEVICE
+            listener.bind((at, 0))
+            os.fchown(listener.fileno(), STRANGER, -1)
+            listener.listen(1)
+            client = self.keep(socket.create_connection((host, listener.getsockname()[1])))
+            for gone in ("owner_by_netlink", "owner_by_procfs")[:1 + hasattr(socket, "if_nameindex")]:
+                with unittest.mock.patch.object(hotrepl, gone, side_effect=OSError):
+                    self.assertEqual(STRANGER, hotrepl.server_owner(client), (at, host, gone))
+
+    @unittest.skipUnless(hasattr(socket, "if_nameindex"), "this Python can't list the devices")
+    def test_who_is_bound_to_a_device_makes_the_server_read_no_table(self):
+        served = self.process(self.listener, STRANGER, then="to-device:" + self.link)[1]
+        with unittest.mock.patch.object(hotrepl, "owner_by_procfs", side_effect=AssertionError):
+            self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
 
     def test_closed_local_peer_on_another_address_of_this_machine_is_nobody(self):
         self.assertEqual(0, ip("addr", "add", "198.51.100.5/32", "dev", self.link).returncode)
