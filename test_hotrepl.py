@@ -23111,6 +23111,8 @@ def run_child(argv, report):
     """Run the tests that `argv` names, or all, and write the report."""
     # A shell's background job ignores it, and so would all that we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Else each reload looks for what changed in this file, too: on PyPy that can take half a minute.
+    del sys.modules["__main__"].__file__
     loader = unittest.defaultTestLoader
     if argv[1:2] and (argv[1] == "quick" or argv[1] in ONCE):
         loader = Loader(argv[1])
