@@ -2970,7 +2970,7 @@ def run_on_loop(loop, context, function):
 def _wait_cancelled(errand, check):
     import asyncio
     try:
-        if not errand.has_ended():
+        if not any(errand.has_ended() for _ in range(10)):        # most end at once
             print("hotrepl: waiting for the task to end; Ctrl+C again leaves it", file=sys.stderr)
         return errand.wait(check)
     except asyncio.CancelledError:
@@ -11086,8 +11086,8 @@ def _exit_copy(status, text):
 
 def _forget_error(error):
     """Drop from sys what pdb.pm() looks at, where it is `error`: its frames hold everything."""
-    if getattr(sys, "last_value", None) is error:
-        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+    for name in ("last_type", "last_traceback", "last_exc", "last_value"):
+        if getattr(sys, "last_value", None) is error:     # asked again: another session's may come
             _put_back(sys, name, None)
 
 

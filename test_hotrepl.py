@@ -13034,7 +13034,8 @@ class Ssh(AccessCase):
             terminal.until(answer)
             terminal.until(">>> ")
             terminal.ask("6*7", "42")
-        terminal.ask("ended = [1]; [each.join() for each in jobs()], fg(jobs()[0].number)", "([None], None)")
+        # Other tests may have left jobs: only the newest is ours.
+        terminal.ask("ended = [1]; [each.join() for each in jobs()[-1:]], fg(jobs()[-1].number)", "([None], None)")
 
     def test_ssh_ends_with_the_client_and_leaves_nothing(self):
         words, env = self.command()
