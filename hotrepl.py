@@ -9313,7 +9313,9 @@ def _holder(peer, expected=None):
             if _has_open("/proc/%s/task" % pid, link):
                 with open("/proc/%s/status" % pid) as status:
                     found = re.search(r"(?m)^Uid:\t(.*)", status.read()).group(1).split()
-                uids.add(0 if "0" in found else int(found[1]))
+                # What a user starts is root's by its file only, and holds what it was given.
+                is_roots = found[0] == "0" and (peer.uid == 0 or str(peer.uid) in found)
+                uids.add(0 if is_roots else peer.uid or int(found[0]))
     return max(uids, default=None)
 
 
@@ -9423,7 +9425,8 @@ def tcp_owner(theirs, ours, netlink=None):
         try:
             owner = look_up(theirs, ours)
             if owner:
-                return _certain(owner[0]), owner[1]
+                uid = _certain(owner[0])  # a user without a number here is another one, if we have
+                return -1 if uid is None and effective_uid() != 65534 else uid, owner[1]
             if look_up(ours, theirs):
                 answer = None, 0
         except OSError as exc:    # a sandbox, or not Linux
@@ -13276,7 +13279,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
         sock, owner = _dial(address, ssl_context, is_plain, deadline)
         link = Link(sock, deadline)
         undo.callback(link.close)
-        is_ours = owner == effective_uid() and _tell_far_owner(host, confirm())
+        whose = confirm()
+        is_ours = owner == effective_uid() and _tell_far_owner(host, whose)
         is_trusted = is_ours or owner is None or ssl_context is not None
 
         def call_control(port):
@@ -13291,7 +13295,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
 
         def confirm_owner():
             # It has spoken, so it has accepted; till then it may have been another's who listened.
-            if ssl_context is None and server_owner(sock, owner) != owner:
+            is_same = ssl_context is not None or server_owner(sock, owner) == owner
+            if not is_same or confirm() != whose:
                 raise PermissionError(errno.EACCES, "the server is another user's by now, or "
                                       "nobody's, so nothing was sent")
         try:
@@ -13355,6 +13360,9 @@ def _tunnel(target, port, control_port, deadline, has_shell=True):
             confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
                                         port, control_port)
             if has_shell and confirm(is_first=True) == NO_SHELL:
+                if ssh.wait() == 255:     # its own: others there can see to it that no shell starts
+                    raise ConnectionError(errno.ECONNABORTED, "%s starts nothing that could say "
+                                          "whose server is there, so nothing was sent" % target)
                 with _tunnel(target, port, control_port, deadline, has_shell=False) as found:
                     yield found
             else:
