@@ -73,6 +73,7 @@ logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 SOURCE_PATH = os.path.abspath(hotrepl.__file__)
 SELF_PATH = os.path.abspath(__file__)
+SELF_NAME = __file__              # as tracebacks have it; a child has no __file__, see run_child
 IS_PYPY = sys.implementation.name == "pypy"
 HAS_READLINE = not IS_PYPY        # PyPy's is pyrepl, which draws its own way
 with contextlib.suppress(ImportError):
@@ -6664,7 +6665,7 @@ class Threads(Workspace):
             # 7.3.11 dies of a look at the frames of a thread that runs compiled code. Without that,
             # a reload takes long here, where much is alive.
             program = Program(
-                python_command("--jit", "off", os.path.abspath(__file__), self.id().partition(".")[2]),
+                python_command("--jit", "off", SELF_PATH, self.id().partition(".")[2]),
                 HOTREPL_TEST_ALONE="1")
             self.addCleanup(program.close)
             code, out, err = program.end(deadline_s=6 * DEADLINE_S)
@@ -8861,7 +8862,7 @@ class Frameworks(Case):
 
     def judge(self, name):
         program = self.keep(Program(python_command(
-            "-W", "ignore", os.path.abspath(__file__), "judge", name, python=third_party("frameworks"))))
+            "-W", "ignore", SELF_PATH, "judge", name, python=third_party("frameworks"))))
         code, out, err = program.end(2 * WATCHDOG_S)
         self.assertEqual((code, out.count("\n"), err), (0, 1, ""), out)
 
@@ -9035,7 +9036,7 @@ class Upgrades(Case):
 
     def upgrade(self, release):
         program = self.keep(Program(python_command(
-            "-W", "ignore", os.path.abspath(__file__), "upgrade", release.name, release.old, release.new,
+            "-W", "ignore", SELF_PATH, "upgrade", release.name, release.old, release.new,
             python=third_party("frameworks")), HOME=os.path.expanduser("~"), **{
                 name: value for name, value in os.environ.items() if name == "XDG_CACHE_HOME"}))
         code, out, err = program.end(2 * WATCHDOG_S)
@@ -9116,7 +9117,7 @@ def is_noticed(text, tests):
 
 def tests_of_reload():
     """Return the names of the quick test classes that stand in the chapter of section 8, the slow ones last."""
-    with open(os.path.abspath(__file__), encoding="utf-8") as file:
+    with open(SELF_PATH, encoding="utf-8") as file:
         chapter = file.read().partition("# === 8. Hot patching =")[2].partition("# === Reliability")[0]
     found = [name for name in re.findall(r"(?m)^class (\w+)\(", chapter)
              if issubclass(globals()[name], unittest.TestCase) and not hasattr(globals()[name], "row")]
@@ -10310,12 +10311,12 @@ class Frames(Case):
 
     def test_frames_lists_the_functions_of_the_program_and_at_takes_their_numbers(self):
         text = self.client.ask("frames()")
-        number, line = re.search(r"^ +(\d+)  (?:Frames\.)?solve, %s:(\d+)$" % re.escape(__file__), text, re.M).groups()
+        number, line = re.search(r"^ +(\d+)  (?:Frames\.)?solve, %s:(\d+)$" % re.escape(SELF_NAME), text, re.M).groups()
         code = self.solve.__code__
         self.assertTrue(code.co_firstlineno < int(line) < code.co_firstlineno + 9)
         self.assertRegex(text, r"(?m)^thread Thread-\d+.*, daemon, ident \d+:$")
         self.assertNotIn("threading.py", text)
-        self.assertNotIn("hotrepl.py", text.replace(__file__, ""))
+        self.assertNotIn("hotrepl.py", text.replace(SELF_NAME, ""))
         self.assertEqual(self.client.ask("at(%s).label" % number), "'first'\n")
 
     def test_at_reads_the_variables_of_a_function_that_runs(self):
@@ -16150,7 +16151,7 @@ class LineEditing(Case):
                 ("f(42, some_arg", "some_argument=", "2)", "\n42"),
                 ("import colors", "colorsys", "; colorsys.__name__.upper()", "\n'COLORSYS'"),
                 ("from colorsys import rgb_to_y", "rgb_to_yiq", "; rgb_to_yiq(0, 0, 0)[0] + 41.5", "\n41.5"),
-                ("len('%s" % __file__[:-3], "test_hotrepl.py", "') and 42", "\n42")]:
+                ("len('%s" % SELF_NAME[:-3], "test_hotrepl.py", "') and 42", "\n42")]:
             self.terminal.type(typed)
             self.terminal.press("Tab")
             self.terminal.until(shown)
