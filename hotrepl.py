@@ -9192,6 +9192,15 @@ _TOKEN_REPLIES = {True: {"status": "ok"}, False: {
 # identify() for the server, in its accepting thread; server_owner() for the client, before it
 # sends anything. Both ask tcp_owner() below, or the unix socket itself.
 
+NUMBERLESS = -1                   # a user who has no number in this user namespace: another one
+_NOBODY = 65534                   # what a user namespace shows for all of these
+
+
+def owned_by(uid):
+    """Say whose something is that a user owns."""
+    return "a user's who has no number here" if uid == NUMBERLESS else "uid %d's" % uid
+
+
 class Peer:
     """Who is at the other end of a connection."""
 
@@ -9215,8 +9224,8 @@ class Peer:
 
     def __str__(self):
         return "%s uid %s%s%s" % (
-            self.address, "unknown" if self.uid is None else self.uid,
-            "" if self.pid is None else " pid %d" % self.pid,
+            self.address, {None: "unknown", NUMBERLESS: "without a number here"}.get(
+                self.uid, self.uid), "" if self.pid is None else " pid %d" % self.pid,
             self.certificate and " certificate %r" % self.certificate)
 
     def __repr__(self):           # in the audit log
@@ -9360,7 +9369,7 @@ def _unix_owner(sock):
 
 def _certain(uid):
     """Return `uid`, or None for what a user namespace shows for all whom it has no number for."""
-    if uid != 65534:
+    if uid != _NOBODY:
         return uid
     try:
         with open("/proc/self/uid_map") as table:
@@ -9425,8 +9434,9 @@ def tcp_owner(theirs, ours, netlink=None):
         try:
             owner = look_up(theirs, ours)
             if owner:
-                uid = _certain(owner[0])  # a user without a number here is another one, if we have
-                return -1 if uid is None and effective_uid() != 65534 else uid, owner[1]
+                uid = _certain(owner[0])
+                has_number = effective_uid() != _NOBODY
+                return NUMBERLESS if uid is None and has_number else uid, owner[1]
             if look_up(ours, theirs):
                 answer = None, 0
         except OSError as exc:    # a sandbox, or not Linux
@@ -13360,7 +13370,9 @@ def _tunnel(target, port, control_port, deadline, has_shell=True):
             confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
                                         port, control_port)
             if has_shell and confirm(is_first=True) == NO_SHELL:
-                if ssh.wait() == 255:     # its own: others there can see to it that no shell starts
+                with suppress(subprocess.TimeoutExpired):
+                    ssh.wait(ANSWER_LIMIT_S)
+                if ssh.poll() in (None, 255):     # others there can see to it that no shell starts
                     raise ConnectionError(errno.ECONNABORTED, "%s starts nothing that could say "
                                           "whose server is there, so nothing was sent" % target)
                 with _tunnel(target, port, control_port, deadline, has_shell=False) as found:
@@ -13535,10 +13547,10 @@ def _check_owner(sock, where, is_vouched):
                               "nothing was sent; come by --tls or ssh, or pass --plain to send "
                               "all, a token too, in clear text" % where)
     if owner not in (None, ours) and not (is_vouched or ours == 0):
-        raise PermissionError(errno.EACCES, "the server at %s is uid %d's, not yours, so "
-                              "nothing was sent; 'list' shows yours" % (where, owner))
+        raise PermissionError(errno.EACCES, "the server at %s is %s, not yours, so "
+                              "nothing was sent; 'list' shows yours" % (where, owned_by(owner)))
     if owner not in (None, ours):
-        print("hotrepl: the server at %s is uid %d's" % (where, owner), file=sys.stderr)
+        print("hotrepl: the server at %s is %s" % (where, owned_by(owner)), file=sys.stderr)
     return owner
 
 
@@ -13830,14 +13842,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.required = True      # 3.6 has no such argument
     by_name = {}
-    for name, run, usage, purpose, description in (
-            ("serve", _serve, "[options] [SCRIPT ARG ... | -m MODULE ARG ...]",
-             "run a script, a module or nothing with a server in it", _SERVE_HELP),
-            ("connect", _connect, "[options] [HOST]", "open a session with a running server",
-             _CONNECT_HELP),
-            ("exec", _exec, "[options] [HOST] (-c CODE | FILE | -)", "run code in a running server",
-             _EXEC_HELP),
-            ("list", _list, "[options]", "show the running servers of this user", _LIST_HELP)):
+    for name, run, usage, purpose, description in _SUBCOMMANDS:
         by_name[name] = commands.add_parser(
             name, help=purpose, usage="%(prog)s " + usage, description=description,
             formatter_class=style)
@@ -14266,6 +14271,16 @@ def _list(options):
     else:
         _say("no server of yours is running here")
     return 0
+
+
+_SUBCOMMANDS = (        # name, what runs it, usage, purpose, help
+    ("serve", _serve, "[options] [SCRIPT ARG ... | -m MODULE ARG ...]",
+     "run a script, a module or nothing with a server in it", _SERVE_HELP),
+    ("connect", _connect, "[options] [HOST]", "open a session with a running server",
+     _CONNECT_HELP),
+    ("exec", _exec, "[options] [HOST] (-c CODE | FILE | -)", "run code in a running server",
+     _EXEC_HELP),
+    ("list", _list, "[options]", "show the running servers of this user", _LIST_HELP))
 
 
 def _table(notes):

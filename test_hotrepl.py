@@ -12963,6 +12963,20 @@ class Ssh(AccessCase):
                 self.assertRegex(self.refused(), r"(?m)^hotrepl: ssh://\S+ can't say whose server is there, so nothing was sent$")
                 self.assertEqual(self.served.server.sessions(), [])
 
+    def test_where_ssh_itself_says_that_nothing_runs_over_there_nothing_is_sent(self):
+        self.restart("exit 255")      # as where sshd can't start a shell: another user there can see to that
+        self.assertRegex(self.refused(), r"(?m)^hotrepl: ssh://\S+ starts nothing that could say whose server is there, "
+                                         r"so nothing was sent$")
+        self.assertEqual(self.served.server.sessions(), [])
+
+    def test_root_over_there_is_told_again_once_the_server_has_spoken(self):
+        self.restart("sh " + self.file("shell"))
+        row = ": 0100007F:%04X 00000000:0000 0A 0:0 0:0 0 '$uid' 0 1" % self.served.server.address[1]
+        self.write("shell", "for uid in 0 0 1600; do read _; echo; echo hotrepl shell; echo hotrepl 0; echo hotrepl table; "
+                            "echo sl; echo '%s'; echo hotrepl end; done; cat" % row, 0o644)
+        self.assertRegex(self.refused(), r"(?m)^hotrepl: the server is another user's by now, or nobody's, so nothing was sent$")
+        self.assertEqual(self.served.server.sessions(), [])
+
     def test_a_shell_that_is_gone_at_the_second_look_was_there_at_the_first(self):
         with open(os.devnull, "r+b", 0) as gone:
             look = functools.partial(hotrepl._far_owner, gone.fileno(), gone, None, "ssh://there", None, 1337, 8128)
@@ -13544,9 +13558,27 @@ class OwnersOfSockets(AccessParts):
     def test_process_without_a_name_in_its_user_namespace_knows_nobody(self):
         self.assertEqual("False", self.unshare(["-U"]))
 
-    def unshare(self, options, code=""):
-        """Return what knows_local_peers() says in a process with namespaces of its own."""
-        code = "import socket, hotrepl as s; {}; print(s.knows_local_peers())".format(code or "0")
+    @unittest.skipUnless(IS_ROOT, "needs root, to give a socket away")
+    def test_user_without_a_number_in_our_user_namespace_is_another_one(self):
+        listener = self.listen()
+        os.fchown(listener.fileno(), 1600, -1)
+        asked = "s.listener_at(%r).uid == s.NUMBERLESS" % (listener.getsockname(),)
+        self.assertEqual("True", self.unshare(["-U", "-r"], asked=asked))
+        self.assertEqual("False", self.unshare(["-U"], asked=asked))      # nor have we one
+
+    @unittest.skipUnless(IS_ROOT, "needs root, who looks")
+    def test_what_root_made_is_held_for_root_only_by_who_can_have_accepted_as_root(self):
+        # After su, say, which others start. Who is 1600 for a while is root by its real number.
+        for ids, made_by, holder in (((0, 0, 0), 0, 0), ((1600, 1600, 1600), 0, 1600), ((1600, 0, 0), 0, 1600),
+                                     ((1600, 0, 0), 1600, 1600), ((0, 1600, 0), 1600, 0), ((0, 0, 0), 1600, 1600)):
+            program = self.keep(Program([sys.executable, "-c", "import os, socket, sys; s = socket.socket(); os.setresuid(*%r); "
+                                         "print(os.fstat(s.fileno()).st_ino, flush=True); sys.stdin.read()" % (ids,)]))
+            peer = hotrepl.Peer("there", made_by, inode=int(program.until("\n")))
+            self.assertEqual(hotrepl._holder(peer, expected=0), holder, (ids, made_by))
+
+    def unshare(self, options, code="", asked="s.knows_local_peers()"):
+        """Return what is `asked` in a process with namespaces of its own."""
+        code = "import socket, hotrepl as s; {}; print({})".format(code or "0", asked)
         ran = subprocess.run(["unshare"] + options + [sys.executable, "-c", code],
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=os.path.dirname(SOURCE_PATH))
         if b"unshare: " in ran.stdout or b"mount: " in ran.stdout:
