@@ -7113,8 +7113,8 @@ def _imports_of(nodes, space):
 
 
 _IMPORT = Lazy(lambda: re.compile(
-    rb"(?:^|[:;])[ \t]*(?:lazy[ \t]+)?(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
-    rb"(\([^)]*\)|[^\n#;]*)|import[ \t]+([^\n#;]*))", re.M))
+    rb"[\n:;][ \t]*(?:lazy[ \t]+)?(?:from[ \t]+(\.*)[ \t]*([\w.]*)[ \t]+import[ \t]+"
+    rb"(\([^)]*\)|[^\n#;]*)|import[ \t]+([^\n#;]*))"))
 
 
 def _imports_in(text, space):
@@ -7127,7 +7127,7 @@ def _imports_in(text, space):
 def _written_imports(text):
     """Return (level, module, names) of the imports in a text, found fast, without parsing."""
     imports = []
-    for found in _IMPORT.findall(text):
+    for found in _IMPORT.findall(b"\n" + text):
         # PyPy: None for what is not there
         dots, base, names, modules = [(each or b"").decode("utf-8", "replace") for each in found]
         imports += [(0, each.split()[0], []) for each in modules.split(",") if each.split()]
