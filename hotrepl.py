@@ -51,7 +51,8 @@ CONTENTS, and where to look for what. A section uses only sections above it; 14 
                               _assign_code
      9. Session tools         the names a user finds at the prompt; frames, watch, editors' code
     10. Access                who may come in: Door.check_peer, ask_token; who may not:
-                              Door.refuse; private files; TLS
+                              Door.refuse; private files; TLS; whom
+                              a client talks to: dial
     11. Sessions              one console from hello to goodbye; values and exceptions are shown
                               by the Evaluator; pdb
     12. Control channel       answer commands, one method each: Complete, KeyboardInterrupt, ...
@@ -8907,7 +8908,8 @@ GUESTS = Guests()
 # the requests of web pages in the owner's browser. Every doubt is a refusal. The client asks the
 # same questions about its server. Nothing here keeps a thread or a descriptor; any thread may call
 # it, also after a fork. The server lends its netlink socket: beside a thread that computes, to
-# make and close one takes 10 ms. Below are files for our eyes only, and TLS. Uses 2 and 3.
+# make and close one takes 10 ms. Below are files for our eyes only, TLS, and the client's way to a
+# server. Uses 2 and 3.
 # Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), sys/ucred.h.
 
 ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
@@ -9898,6 +9900,66 @@ def process_mark(pid):
         return ""
 
 
+def noted_servers():
+    """Return the notes of this user's running servers, the oldest first; see `_write_note`.
+
+    The notes of those that are gone are removed; another container's are left alone.
+    """
+    notes = []
+    for path in runtime_files("server-*.note"):
+        with suppress(OSError, ValueError):   # it stops just now; no note of ours
+            note = _read_note(path)
+            if note["namespaces"] != namespaces():
+                continue
+            if _is_alive(note):
+                notes.append(note)
+            else:
+                os.unlink(path)
+    return sorted(notes, key=lambda note: note["started"])
+
+
+def _read_note(path):
+    text = read_private(path, NOTE_LIMIT_BYTES).decode("utf-8", "surrogatepass")
+    pid, process, started, spaces, address, control_address, *argv = text.split("\0")
+    note = {"pid": int(pid), "process": process, "started": float(started),
+            "namespaces": spaces.split(), "argv": argv, "address": _parse_place(address),
+            "control_address": _parse_place(control_address)}
+    if not 0 < note["started"] <= time.time() + 1e9:
+        raise ValueError("no time of this age")
+    return note
+
+
+def _parse_place(text):
+    """Return the address that a note has, as in Server: a path or (host, port)."""
+    kind, _, place = text.partition(":")
+    host, _, port = place.rpartition(" ")
+    return place if kind == "unix" else (host, int(port))
+
+
+def _is_alive(note):
+    """Find out without a connection, which the server would take for a visitor."""
+    try:
+        if os.name == "posix":
+            os.kill(note["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:       # it has become another user's
+        pass
+    address = note["address"]
+    if process_mark(note["pid"]) != note["process"]:
+        return False
+    if isinstance(address, str):
+        return os.path.exists(address)
+    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
+        if os.name == "posix":    # else an address that was in use a minute ago counts as well
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as exc:
+            return exc.errno == errno.EADDRINUSE
+    return False
+
+
 # --- TLS: one thread carries the bytes between it and a plain socket ---
 # A TLS connection bears one thread at a time; what talks through the plain socket has several.
 # Each direction is a generator that yields what it has to wait for, a (socket, event), or None
@@ -9965,6 +10027,303 @@ def shut_down(sock, how=socket.SHUT_RDWR):
     with suppress(OSError):
         if is_own(sock):
             socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
+
+
+# --- Servers: the way to one, whose it is, and its token ---
+# The client's side of the door, for the main thread; it blocks. `dial` makes a connection, and
+# `tunnel` one through the system's ssh. Nothing is sent to a server of another user, or of an
+# unknown one, unless TLS, ssh or the user's word vouches for it.
+
+SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something ...
+ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for any reply
+
+
+def time_left_s(deadline, limit_s=ANSWER_LIMIT_S):
+    """Return how long to wait: until `deadline`, or `limit_s` where it is None; socket.timeout."""
+    if deadline is None:
+        return limit_s
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+        raise socket.timeout("timed out")
+    return left_s
+
+
+@contextmanager
+def tunnel(target, port, control_port, deadline, has_shell=True):
+    """Have the system's ssh forward both channels to private unix sockets.
+
+    Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal. Yields the
+    first one's path, and a function that looks whose server is over there.
+    """
+    import subprocess
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
+        path = os.path.join(folder, "repl")
+        words, far_path = _ssh_words(target, path, port, control_port, has_shell)
+        questions = os.path.join(folder, "questions")
+        os.mkfifo(questions)
+        asked = os.open(questions, os.O_RDWR)     # to write only would wait for a reader
+        ssh = subprocess.Popen(["sh", "-c", _SSH, questions] + words, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)
+        try:
+            while not os.path.exists(path + CONTROL_SUFFIX):  # ssh makes them in this order
+                if ssh.poll() is not None:
+                    raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
+                                          "with exit code %d" % (target, ssh.returncode))
+                time_left_s(deadline)
+                time.sleep(0.02)
+            confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
+                                        port, control_port)
+            if has_shell and confirm(is_first=True) == NO_SHELL:
+                with suppress(subprocess.TimeoutExpired):
+                    ssh.wait(ANSWER_LIMIT_S)
+                if ssh.poll() in (None, 255):     # others there can see to it that no shell starts
+                    raise ConnectionError(errno.ECONNABORTED, "%s starts nothing that could say "
+                                          "whose server is there, so nothing was sent" % target)
+                with tunnel(target, port, control_port, deadline, has_shell=False) as found:
+                    yield found
+            else:
+                yield path, confirm if has_shell else lambda: NO_SHELL
+        finally:
+            os.close(asked)
+            ssh.stdin.close()
+            ssh.wait()
+            ssh.stdout.close()
+
+
+def _ssh_words(target, path, port, control_port, has_shell):
+    """Return the command that forwards to sockets at `path`, and what path is meant over there."""
+    import shlex
+    match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
+    if not match:
+        raise ValueError("%r is no ssh address, expected ssh://USER@HOST:PORT" % target)
+    user, literal, name, ssh_port, far_path = match.groups()
+    far_ends = ([far_path, far_path + CONTROL_SUFFIX] if far_path else
+                ["127.0.0.1:%d" % each for each in (port, control_port)])
+    words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"] + ["-N"] * (not has_shell)
+    words += ["-p", ssh_port] if ssh_port else []
+    for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
+        words += ["-L", "%s:%s" % ends]
+    say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
+                         _FIND_ROWS % (port, control_port))
+    words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
+    return words, far_path
+
+
+# Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C and
+# Ctrl+Z, which are for the server, reach all programs here. ssh can miss the first signal.
+_SSH = """trap "" INT TSTP
+exec 3<&0 </dev/null
+"$@" <"$0" 3<&- & ssh=$!
+{ read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!
+wait $ssh 2>/dev/null; code=$?
+kill $watch 2>/dev/null
+exit $code"""
+
+# What runs over there: it says for each line that it reads whose the servers are. Of the tables
+# only the head and the rows of our ports but for TIME_WAIT, 06: anybody can make many others.
+_FIND_ROWS = ("[ -e /proc/self/net/tcp ] && echo hotrepl table; "
+              "grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
+              "/proc/self/net/tcp /proc/self/net/tcp6")
+# First it says that it is there, for which it needs no other process: others can see to it that
+# there are no more.
+_SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`; %s 2>/dev/null; "
+               "echo hotrepl end; done")
+
+
+NO_SHELL, NOT_SAID = "no shell", "not said"       # an account that may forward only; no /proc
+
+
+def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
+    """Return whose the server is, as the other machine says it, where we are root there.
+
+    "" for our user's, NO_SHELL, or NOT_SAID. PermissionError: it is another's, and we aren't root.
+    ConnectionError: a shell is there, and does not say it; `is_first`: maybe none is.
+    """
+    said, mark = b"", b"hotrepl shell\n"
+    with suppress(OSError):       # it has ended
+        os.write(asked, b"\n")
+    end = deadline or time.monotonic() + ANSWER_LIMIT_S
+    while not (mark in said and said.endswith(b"hotrepl end\n")):
+        if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
+            raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
+                                  "so nothing was sent" % target)
+        piece = os.read(answers.fileno(), RECEIVE_BYTES)
+        if not piece and is_first and mark not in said:
+            return NO_SHELL
+        if not piece:
+            break
+        said += piece
+    lines = [line.split() for line in said.partition(mark)[2].splitlines()] or [[]]
+    user, has_rows = lines[0][1:], any(words[:1] == [b"sl"] for words in lines)
+    if lines[-1] != [b"hotrepl", b"end"] or not user or (
+            [b"hotrepl", b"table"] in lines and not has_rows):
+        raise ConnectionError(errno.ECONNABORTED, "%s can't say whose server is there, so nothing "
+                              "was sent" % target)
+    if path:
+        owners = {words[0] for words in lines if len(words) == 1}
+    else:
+        ends = [b":%04X" % port for port in ports]
+        # Listeners, and connections that somebody has accepted.
+        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
+                  and (words[3] == b"0A" or words[9] != b"0")}
+    others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
+    is_nobodys = not owners and has_rows
+    if is_nobodys or others and user != [b"0"]:
+        raise PermissionError(errno.EACCES, "the server at %s is %s over there, not that of whom "
+                              "ssh lets in, so nothing was sent"
+                              % (target, "nobody's" if is_nobodys else "uid %s's" % others))
+    return others if owners else NOT_SAID
+
+
+def tell_far_owner(target, whose):
+    """Say whose server it is on the far side of ssh, if not ours; return whether it may be ours."""
+    is_known = whose not in (NO_SHELL, NOT_SAID)
+    if whose:
+        print("hotrepl: the server at %s %s" % (target, "is uid %s's over there" % whose if is_known
+              else "may be any user's over there: nobody there told us"), file=sys.stderr)
+    return not (whose and is_known)
+
+
+def dial(address, ssl_context, is_plain, deadline, is_roots=False):
+    """Return a socket that is connected to a server, and the uid of its owner; None: unknown.
+
+    Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
+    user's word, vouches for it. `is_roots`: root holds it, as far as is known.
+    """
+    where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
+    try:
+        sock = _connect_to(address, deadline, is_roots)
+    except OSError as exc:
+        if deadline is not None and isinstance(exc, socket.timeout):
+            raise
+        raise OSError(exc.errno, "nobody answers at %s (%s); start a server there with "
+                      "'python hotrepl.py serve' or hotrepl.start()"
+                      % (where, exc.strerror or exc)) from exc
+    try:
+        owner = _check_owner(sock, where, ssl_context is not None or is_plain)
+        if ssl_context is not None:
+            sock = _encrypted(sock, ssl_context, where, deadline)
+        sock.settimeout(time_left_s(deadline))    # a stopped process answers nothing at all
+        return sock, owner
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _connect_to(address, deadline, is_roots):
+    """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
+    if isinstance(address, str):
+        found = [(socket.AF_UNIX, address)]
+    else:
+        name, port = address
+        with suppress(UnicodeEncodeError):    # for text Python loads tables of international names
+            name = name.encode("ascii")
+        found = [(each[0], each[4]) for host in (
+            (DEFAULT_BIND, "::1") if name == b"localhost" else (name,))
+            for each in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
+    for family, place in found:
+        sock = None
+        try:                      # it may be that this system has no IPv6
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            if family != socket.AF_UNIX:
+                if not is_roots:  # to look takes a system call for each open file of the machine
+                    come_as_its_user(sock, place)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.settimeout(time_left_s(deadline, None))
+            sock.connect(place)
+            return sock
+        except OSError as exc:
+            error = exc
+            if sock is not None:
+                sock.close()
+    raise error
+
+
+def _check_owner(sock, where, is_vouched):
+    """Return the uid of a server's owner; PermissionError if it isn't ours, and nobody vouches.
+
+    Root may visit another user's, as it may do all else, and is told so.
+    """
+    ours = effective_uid()
+    owner = server_owner(sock)    # None also behind a container's published port
+    if owner is None and not is_vouched:
+        raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
+                              "nothing was sent; come by --tls or ssh, or pass --plain to send "
+                              "all, a token too, in clear text" % where)
+    if owner not in (None, ours) and not (is_vouched or ours == 0):
+        raise PermissionError(errno.EACCES, "the server at %s is %s, not yours, so "
+                              "nothing was sent; 'list' shows yours" % (where, owned_by(owner)))
+    if owner not in (None, ours):
+        print("hotrepl: the server at %s is %s" % (where, owned_by(owner)), file=sys.stderr)
+    return owner
+
+
+def _encrypted(sock, ssl_context, where, deadline):
+    """Return a plain socket that talks through TLS over `sock`; a thread carries the bytes."""
+    name = "localhost" if where.startswith("unix:") else where.partition(" ")[0]
+    try:
+        sock.settimeout(time_left_s(deadline))
+        tls = ssl_context.wrap_socket(sock, server_hostname=name)
+    except (OSError, ValueError) as exc:      # ssl.SSLError is an OSError
+        sock.close()
+        if deadline is not None and isinstance(exc, socket.timeout):
+            raise
+        raise ConnectionError(errno.EPROTO, "no TLS with %s: %s; the server must have an "
+                              "ssl_context, and --cafile must name who signed its certificate"
+                              % (where, exc)) from exc
+    inner, outer = socket.socketpair()
+    threading.Thread(target=carry, args=(tls, inner), name="hotrepl client TLS",
+                     daemon=True).start()
+    return outer
+
+
+def show_token(sock, confirm_owner, tokens, deadline):
+    """Answer the server's questions for a token; return the right one, or None."""
+    token = None
+    if time_left_s(deadline) > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
+        print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
+              "Ctrl+C gives up", file=sys.stderr)
+    while True:
+        try:
+            begin = sock.recv(1, socket.MSG_PEEK)
+        except socket.timeout:
+            raise
+        except OSError:
+            begin = b""
+        if not begin:
+            raise ConnectionError(errno.ECONNREFUSED, "the server lets us not in: its log says why")
+        if token is None:
+            confirm_owner()
+        if begin != TOKEN_PROMPT[:1]:
+            return token
+        for _ in TOKEN_PROMPT:
+            sock.settimeout(time_left_s(deadline))
+            sock.recv(1)
+        token = next(tokens, None)
+        if token is None:
+            raise PermissionError(errno.EACCES, "the server wants its token; pass --token-file or "
+                                  "set HOTREPL_TOKEN, its log or owner knows the file")
+        sock.sendall(token.encode("utf-8") + b"\n")
+
+
+def tokens_to_show(address, token, is_ours, is_trusted):
+    """Yield what may be the token: as we were told, as a server of ours left it, as is typed.
+
+    What the environment says is for servers that are not known to be another user's.
+    """
+    import getpass
+    token = token or is_trusted and os.environ.get("HOTREPL_TOKEN")
+    if token:
+        yield token
+    elif is_ours:
+        yield from stored_tokens(address)
+    while sys.stdin is not None and sys.stdin.isatty():
+        try:
+            typed = getpass.getpass("token: ")
+        except EOFError:
+            return
+        yield typed
 
 
 # === 11. Sessions ============================================================
@@ -12011,9 +12370,9 @@ REGISTRY = Registry()
 # that it hits nothing later. What was typed behind Ctrl+C waits in the terminal for its prompt.
 # A handler never sends a request itself: `Link.post` puts it down and wakes whoever waits.
 #
-# How a connection comes about. `_channels`: the way there (`_reach`, by ssh `_tunnel`), the REPL
-# channel (`_dial`, which asks the kernel whose server that is), the token if it is asked for, then
-# the control channel that the server names (`Link.meet`). Nothing is sent to an unknown owner.
+# How a connection comes about. `_channels`: the way there (`_reach`, by ssh `tunnel`), the REPL
+# channel (`dial`, which asks the kernel whose server that is), the token if it is asked for, then
+# the control channel that the server names (`Link.meet`). All but the last are section 10's.
 
 class ServerGone(Exception):
     """The server closed the connection, or does not answer."""
@@ -12023,8 +12382,6 @@ class Left(Exception):
     """The user forced the end of the client."""
 
 
-SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something ...
-ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for any reply
 PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
 HALF_LINE_S = 0.02                # a line whose end does not come for so long is shown
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
@@ -12262,16 +12619,6 @@ class Link:
 
 def _gone(why):
     raise ServerGone(why)
-
-
-def time_left_s(deadline, limit_s=ANSWER_LIMIT_S):
-    """Return how long to wait: until `deadline`, or `limit_s` where it is None; socket.timeout."""
-    if deadline is None:
-        return limit_s
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
-        raise socket.timeout("timed out")
-    return left_s
 
 
 class Conversation:
@@ -13286,15 +13633,15 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     way = _reach(host, port, control_port, deadline)
     with way as (address, locate_control, confirm), ExitStack() as undo:
-        sock, owner = _dial(address, ssl_context, is_plain, deadline)
+        sock, owner = dial(address, ssl_context, is_plain, deadline)
         link = Link(sock, deadline)
         undo.callback(link.close)
         whose = confirm()
-        is_ours = owner == effective_uid() and _tell_far_owner(host, whose)
+        is_ours = owner == effective_uid() and tell_far_owner(host, whose)
         is_trusted = is_ours or owner is None or ssl_context is not None
 
         def call_control(port):
-            control, other = _dial(locate_control(port), ssl_context, is_plain, deadline,
+            control, other = dial(locate_control(port), ssl_context, is_plain, deadline,
                                    is_roots=owner == 0)
             # What root's process has accepted is that of whom it has become meanwhile.
             if other not in (owner, 0) and (ssl_context is not None or server_owner(sock) != other):
@@ -13310,8 +13657,8 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
                 raise PermissionError(errno.EACCES, "the server is another user's by now, or "
                                       "nobody's, so nothing was sent")
         try:
-            shown = _show_token(sock, confirm_owner, _tokens(address, token, is_ours, is_trusted),
-                                deadline)
+            tokens = tokens_to_show(address, token, is_ours, is_trusted)
+            shown = show_token(sock, confirm_owner, tokens, deadline)
             link.meet(call_control, shown is not None, streams)
         except socket.timeout as exc:
             if deadline is not None:
@@ -13336,349 +13683,11 @@ def _reach(host, port, control_port, deadline):
         yield path, lambda named: path + CONTROL_SUFFIX, str
     elif host.startswith("ssh://") or "@" in host:
         forwarded = control_port or DEFAULT_CONTROL_PORT
-        with _tunnel(host, port, forwarded, deadline) as (path, confirm):
+        with tunnel(host, port, forwarded, deadline) as (path, confirm):
             yield path, lambda named: path + CONTROL_SUFFIX if named in (0, forwarded) else _gone(
                 "its control port is %d; pass --control-port %d" % (named, named)), confirm
     else:
         yield (host, port), lambda named: (host, control_port or named), str
-
-
-@contextmanager
-def _tunnel(target, port, control_port, deadline, has_shell=True):
-    """Have the system's ssh forward both channels to private unix sockets.
-
-    Keys, known hosts, agents, jump hosts are ssh's own; what it asks is on the terminal. Yields the
-    first one's path, and a function that looks whose server is over there.
-    """
-    import subprocess
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
-        path = os.path.join(folder, "repl")
-        words, far_path = _ssh_words(target, path, port, control_port, has_shell)
-        questions = os.path.join(folder, "questions")
-        os.mkfifo(questions)
-        asked = os.open(questions, os.O_RDWR)     # to write only would wait for a reader
-        ssh = subprocess.Popen(["sh", "-c", _SSH, questions] + words, stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE)
-        try:
-            while not os.path.exists(path + CONTROL_SUFFIX):  # ssh makes them in this order
-                if ssh.poll() is not None:
-                    raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
-                                          "with exit code %d" % (target, ssh.returncode))
-                time_left_s(deadline)
-                time.sleep(0.02)
-            confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
-                                        port, control_port)
-            if has_shell and confirm(is_first=True) == NO_SHELL:
-                with suppress(subprocess.TimeoutExpired):
-                    ssh.wait(ANSWER_LIMIT_S)
-                if ssh.poll() in (None, 255):     # others there can see to it that no shell starts
-                    raise ConnectionError(errno.ECONNABORTED, "%s starts nothing that could say "
-                                          "whose server is there, so nothing was sent" % target)
-                with _tunnel(target, port, control_port, deadline, has_shell=False) as found:
-                    yield found
-            else:
-                yield path, confirm if has_shell else lambda: NO_SHELL
-        finally:
-            os.close(asked)
-            ssh.stdin.close()
-            ssh.wait()
-            ssh.stdout.close()
-
-
-def _ssh_words(target, path, port, control_port, has_shell):
-    """Return the command that forwards to sockets at `path`, and what path is meant over there."""
-    import shlex
-    match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
-    if not match:
-        raise ValueError("%r is no ssh address, expected ssh://USER@HOST:PORT" % target)
-    user, literal, name, ssh_port, far_path = match.groups()
-    far_ends = ([far_path, far_path + CONTROL_SUFFIX] if far_path else
-                ["127.0.0.1:%d" % each for each in (port, control_port)])
-    words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"] + ["-N"] * (not has_shell)
-    words += ["-p", ssh_port] if ssh_port else []
-    for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
-        words += ["-L", "%s:%s" % ends]
-    say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
-                         _FIND_ROWS % (port, control_port))
-    words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
-    return words, far_path
-
-
-# Runs ssh until it ends, or until stdin does, which a killed client closes as well. Ctrl+C and
-# Ctrl+Z, which are for the server, reach all programs here. ssh can miss the first signal.
-_SSH = """trap "" INT TSTP
-exec 3<&0 </dev/null
-"$@" <"$0" 3<&- & ssh=$!
-{ read _ <&3; kill $ssh; sleep 1; kill -9 $ssh; } >/dev/null 2>&1 & watch=$!
-wait $ssh 2>/dev/null; code=$?
-kill $watch 2>/dev/null
-exit $code"""
-
-# What runs over there: it says for each line that it reads whose the servers are. Of the tables
-# only the head and the rows of our ports but for TIME_WAIT, 06: anybody can make many others.
-_FIND_ROWS = ("[ -e /proc/self/net/tcp ] && echo hotrepl table; "
-              "grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
-              "/proc/self/net/tcp /proc/self/net/tcp6")
-# First it says that it is there, for which it needs no other process: others can see to it that
-# there are no more.
-_SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`; %s 2>/dev/null; "
-               "echo hotrepl end; done")
-
-
-NO_SHELL, NOT_SAID = "no shell", "not said"       # an account that may forward only; no /proc
-
-
-def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
-    """Return whose the server is, as the other machine says it, where we are root there.
-
-    "" for our user's, NO_SHELL, or NOT_SAID. PermissionError: it is another's, and we aren't root.
-    ConnectionError: a shell is there, and does not say it; `is_first`: maybe none is.
-    """
-    said, mark = b"", b"hotrepl shell\n"
-    with suppress(OSError):       # it has ended
-        os.write(asked, b"\n")
-    end = deadline or time.monotonic() + ANSWER_LIMIT_S
-    while not (mark in said and said.endswith(b"hotrepl end\n")):
-        if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
-            raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
-                                  "so nothing was sent" % target)
-        piece = os.read(answers.fileno(), RECEIVE_BYTES)
-        if not piece and is_first and mark not in said:
-            return NO_SHELL
-        if not piece:
-            break
-        said += piece
-    lines = [line.split() for line in said.partition(mark)[2].splitlines()] or [[]]
-    user, has_rows = lines[0][1:], any(words[:1] == [b"sl"] for words in lines)
-    if lines[-1] != [b"hotrepl", b"end"] or not user or (
-            [b"hotrepl", b"table"] in lines and not has_rows):
-        raise ConnectionError(errno.ECONNABORTED, "%s can't say whose server is there, so nothing "
-                              "was sent" % target)
-    if path:
-        owners = {words[0] for words in lines if len(words) == 1}
-    else:
-        ends = [b":%04X" % port for port in ports]
-        # Listeners, and connections that somebody has accepted.
-        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
-                  and (words[3] == b"0A" or words[9] != b"0")}
-    others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
-    is_nobodys = not owners and has_rows
-    if is_nobodys or others and user != [b"0"]:
-        raise PermissionError(errno.EACCES, "the server at %s is %s over there, not that of whom "
-                              "ssh lets in, so nothing was sent"
-                              % (target, "nobody's" if is_nobodys else "uid %s's" % others))
-    return others if owners else NOT_SAID
-
-
-def _tell_far_owner(target, whose):
-    """Say whose server it is on the far side of ssh, if not ours; return whether it may be ours."""
-    is_known = whose not in (NO_SHELL, NOT_SAID)
-    if whose:
-        print("hotrepl: the server at %s %s" % (target, "is uid %s's over there" % whose if is_known
-              else "may be any user's over there: nobody there told us"), file=sys.stderr)
-    return not (whose and is_known)
-
-
-def _dial(address, ssl_context, is_plain, deadline, is_roots=False):
-    """Return a socket that is connected to a server, and the uid of its owner; None: unknown.
-
-    Nothing has been sent. PermissionError: it may be another's, and neither TLS nor `is_plain`, the
-    user's word, vouches for it. `is_roots`: root holds it, as far as is known.
-    """
-    where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
-    try:
-        sock = _connect_to(address, deadline, is_roots)
-    except OSError as exc:
-        if deadline is not None and isinstance(exc, socket.timeout):
-            raise
-        raise OSError(exc.errno, "nobody answers at %s (%s); start a server there with "
-                      "'python hotrepl.py serve' or hotrepl.start()"
-                      % (where, exc.strerror or exc)) from exc
-    try:
-        owner = _check_owner(sock, where, ssl_context is not None or is_plain)
-        if ssl_context is not None:
-            sock = _encrypted(sock, ssl_context, where, deadline)
-        sock.settimeout(time_left_s(deadline))    # a stopped process answers nothing at all
-        return sock, owner
-    except BaseException:
-        sock.close()
-        raise
-
-
-def _connect_to(address, deadline, is_roots):
-    """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
-    if isinstance(address, str):
-        found = [(socket.AF_UNIX, address)]
-    else:
-        name, port = address
-        with suppress(UnicodeEncodeError):    # for text Python loads tables of international names
-            name = name.encode("ascii")
-        found = [(each[0], each[4]) for host in (
-            (DEFAULT_BIND, "::1") if name == b"localhost" else (name,))
-            for each in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
-    for family, place in found:
-        sock = None
-        try:                      # it may be that this system has no IPv6
-            sock = socket.socket(family, socket.SOCK_STREAM)
-            if family != socket.AF_UNIX:
-                if not is_roots:  # to look takes a system call for each open file of the machine
-                    come_as_its_user(sock, place)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.settimeout(time_left_s(deadline, None))
-            sock.connect(place)
-            return sock
-        except OSError as exc:
-            error = exc
-            if sock is not None:
-                sock.close()
-    raise error
-
-
-def _check_owner(sock, where, is_vouched):
-    """Return the uid of a server's owner; PermissionError if it isn't ours, and nobody vouches.
-
-    Root may visit another user's, as it may do all else, and is told so.
-    """
-    ours = effective_uid()
-    owner = server_owner(sock)    # None also behind a container's published port
-    if owner is None and not is_vouched:
-        raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
-                              "nothing was sent; come by --tls or ssh, or pass --plain to send "
-                              "all, a token too, in clear text" % where)
-    if owner not in (None, ours) and not (is_vouched or ours == 0):
-        raise PermissionError(errno.EACCES, "the server at %s is %s, not yours, so "
-                              "nothing was sent; 'list' shows yours" % (where, owned_by(owner)))
-    if owner not in (None, ours):
-        print("hotrepl: the server at %s is %s" % (where, owned_by(owner)), file=sys.stderr)
-    return owner
-
-
-def _encrypted(sock, ssl_context, where, deadline):
-    """Return a plain socket that talks through TLS over `sock`; a thread carries the bytes."""
-    name = "localhost" if where.startswith("unix:") else where.partition(" ")[0]
-    try:
-        sock.settimeout(time_left_s(deadline))
-        tls = ssl_context.wrap_socket(sock, server_hostname=name)
-    except (OSError, ValueError) as exc:      # ssl.SSLError is an OSError
-        sock.close()
-        if deadline is not None and isinstance(exc, socket.timeout):
-            raise
-        raise ConnectionError(errno.EPROTO, "no TLS with %s: %s; the server must have an "
-                              "ssl_context, and --cafile must name who signed its certificate"
-                              % (where, exc)) from exc
-    inner, outer = socket.socketpair()
-    threading.Thread(target=carry, args=(tls, inner), name="hotrepl client TLS",
-                     daemon=True).start()
-    return outer
-
-
-def _show_token(sock, confirm_owner, tokens, deadline):
-    """Answer the server's questions for a token; return the right one, or None."""
-    token = None
-    if time_left_s(deadline) > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
-        print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
-              "Ctrl+C gives up", file=sys.stderr)
-    while True:
-        try:
-            begin = sock.recv(1, socket.MSG_PEEK)
-        except socket.timeout:
-            raise
-        except OSError:
-            begin = b""
-        if not begin:
-            raise ConnectionError(errno.ECONNREFUSED, "the server lets us not in: its log says why")
-        if token is None:
-            confirm_owner()
-        if begin != TOKEN_PROMPT[:1]:
-            return token
-        for _ in TOKEN_PROMPT:
-            sock.settimeout(time_left_s(deadline))
-            sock.recv(1)
-        token = next(tokens, None)
-        if token is None:
-            raise PermissionError(errno.EACCES, "the server wants its token; pass --token-file or "
-                                  "set HOTREPL_TOKEN, its log or owner knows the file")
-        sock.sendall(token.encode("utf-8") + b"\n")
-
-
-def _tokens(address, token, is_ours, is_trusted):
-    """Yield what may be the token: as we were told, as a server of ours left it, as is typed.
-
-    What the environment says is for servers that are not known to be another user's.
-    """
-    import getpass
-    token = token or is_trusted and os.environ.get("HOTREPL_TOKEN")
-    if token:
-        yield token
-    elif is_ours:
-        yield from stored_tokens(address)
-    while sys.stdin is not None and sys.stdin.isatty():
-        try:
-            typed = getpass.getpass("token: ")
-        except EOFError:
-            return
-        yield typed
-
-
-def noted_servers():
-    """Return the notes of this user's running servers, the oldest first; see `_write_note`.
-
-    The notes of those that are gone are removed; another container's are left alone.
-    """
-    notes = []
-    for path in runtime_files("server-*.note"):
-        with suppress(OSError, ValueError):   # it stops just now; no note of ours
-            note = _read_note(path)
-            if note["namespaces"] != namespaces():
-                continue
-            if _is_alive(note):
-                notes.append(note)
-            else:
-                os.unlink(path)
-    return sorted(notes, key=lambda note: note["started"])
-
-
-def _read_note(path):
-    text = read_private(path, NOTE_LIMIT_BYTES).decode("utf-8", "surrogatepass")
-    pid, process, started, spaces, address, control_address, *argv = text.split("\0")
-    note = {"pid": int(pid), "process": process, "started": float(started),
-            "namespaces": spaces.split(), "argv": argv, "address": _parse_place(address),
-            "control_address": _parse_place(control_address)}
-    if not 0 < note["started"] <= time.time() + 1e9:
-        raise ValueError("no time of this age")
-    return note
-
-
-def _parse_place(text):
-    """Return the address that a note has, as in Server: a path or (host, port)."""
-    kind, _, place = text.partition(":")
-    host, _, port = place.rpartition(" ")
-    return place if kind == "unix" else (host, int(port))
-
-
-def _is_alive(note):
-    """Find out without a connection, which the server would take for a visitor."""
-    try:
-        if os.name == "posix":
-            os.kill(note["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:       # it has become another user's
-        pass
-    address = note["address"]
-    if process_mark(note["pid"]) != note["process"]:
-        return False
-    if isinstance(address, str):
-        return os.path.exists(address)
-    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
-        if os.name == "posix":    # else an address that was in use a minute ago counts as well
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as exc:
-            return exc.errno == errno.EADDRINUSE
-    return False
 
 
 class _RemoteCompleter:

@@ -14094,7 +14094,7 @@ class ClientSockets(AccessParts):
         import ssl
         address, context = self.listen().getsockname(), ssl.create_default_context()
         with self.assertRaises(socket.timeout):
-            hotrepl._dial(address, context, False, time.monotonic() + 0.2)
+            hotrepl.dial(address, context, False, time.monotonic() + 0.2)
 
 
 class PrivateFiles(AccessParts):
