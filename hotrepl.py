@@ -10873,6 +10873,9 @@ class Session:
 _Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 _audit = getattr(sys, "audit", None)
 
+
+# --- What every session needs, loaded ahead ---
+
 LIBRARY = [name for name, is_needed in (
     ("ctypes", not IS_PYPY), ("_contextvars", sys.version_info >= (3, 7)), ("code", True),
     ("re", True), ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True),
@@ -10944,6 +10947,8 @@ def _hiding_file(name):
     is_known = path is not None and os.path.isfile(path) and os.path.isfile(own)
     return path if is_known and not os.path.samefile(path, own) else None
 
+
+# --- Evaluator: the thread that runs the inputs ---
 
 class Detached(BaseException):
     """This thread's session goes on in another; what it evaluated has become a job."""
@@ -11462,6 +11467,8 @@ def _forget_error(error):
         if getattr(sys, "last_value", None) is error:     # asked again: another session's may come
             _put_back(sys, name, None)
 
+
+# --- Debuggers: pdb talks to the session in whose thread it is ---
 
 def _is_bdb(thing):
     return "bdb" in sys.modules and isinstance(thing, sys.modules["bdb"].Bdb)
@@ -12357,7 +12364,7 @@ REGISTRY = Registry()
 # === 14. Client ==============================================================
 # A terminal at one end, two sockets at the other, and one thread between them. Link: both
 # sockets. Terminal: what a person sees and types. Conversation: which event means what; its
-# table says it all. Execution: for a program, it holds a Link and no terminal.
+# table says it all.
 #
 # How a line travels. The server says what it waits for, sends its prompt and go-ahead; Link
 # makes events of that; Conversation has Terminal read a line behind the prompt, and sends it,
@@ -12370,7 +12377,7 @@ REGISTRY = Registry()
 # that it hits nothing later. What was typed behind Ctrl+C waits in the terminal for its prompt.
 # A handler never sends a request itself: `Link.post` puts it down and wakes whoever waits.
 #
-# How a connection comes about. `_channels`: the way there (`_reach`, by ssh `tunnel`), the REPL
+# How a connection comes about. `open_channels`: the way there (`_reach`, by ssh `tunnel`), the REPL
 # channel (`dial`, which asks the kernel whose server that is), the token if it is asked for, then
 # the control channel that the server names (`Link.meet`). All but the last are section 10's.
 
@@ -13340,279 +13347,6 @@ def _read_without_waiting():
     return modes != before
 
 
-class Execution:
-    """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
-
-    A context manager. It connects for the first, and again where the session before is over.
-    `server` has the arguments of `connect`; what we say ourselves begins with `label`. What comes
-    first interrupts the code, Ctrl+C or the end of its time; what comes next leaves it behind.
-    """
-
-    GRACE_S = 2.0                 # for what is interrupted as its time is over
-    LONGEST_S = 1e9               # select() takes not much more
-    LATE, PRESSED = 124, 130      # why the code was interrupted: what we exit with
-
-    def __init__(self, server, label=""):
-        self._server = server
-        self._label = label
-        self._link = None         # None: there is no session
-        self._undo = ExitStack()  # ends it
-        self._output = None       # takes what the code prints that runs
-        self._deadline = None     # when the code is to be interrupted, or left
-        self._cause = 0           # LATE or PRESSED; 0: it was not interrupted
-        self._turn = 0            # how many go-aheads came
-        self._stream = "stdout"   # what the data belongs to that comes
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        self._undo.close()
-
-    def run(self, output, source, place=None, timeout_s=None):
-        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124.
-
-        `output` is a PlainOutput or JsonOutput of its own. `place` has the fields of the Place
-        command, where the code stands in a module's file.
-        """
-        self._output, self._deadline, self._cause = output, None, 0
-        outcome, code = {}, 1
-        timeout_s = timeout_s and min(timeout_s, self.LONGEST_S)
-        try:
-            self._connect(timeout_s)
-            with self._link.signals(SIGINT=self._on_interrupt):
-                outcome = self._evaluate(source, place, timeout_s)
-            code = self.LATE if self._cause == self.LATE else _exit_code(outcome)
-        except Left:
-            if self._cause and self._turn:
-                print("hotrepl: it has not ended; left it running there", file=sys.stderr)
-            code = self._cause or 1
-            self._end()
-        except ProtocolError as exc:      # it can't stand in that place
-            outcome, code = self._say(exc, exc), 2
-        except (OSError, ServerGone) as exc:
-            # Without a time of ours it is the system's own, after which nobody answers.
-            is_late = timeout_s is not None and isinstance(exc, socket.timeout)
-            code = self.LATE if is_late else 1
-            outcome = self._say("no answer in time" if is_late else "the server is gone: %s" % exc
-                                if isinstance(exc, ServerGone) else exc.strerror or exc, exc)
-            self._end()
-        with suppress(OSError):
-            output.finish(outcome, code)
-        return code
-
-    def _connect(self, timeout_s):
-        """Have a session, within the time; socket.timeout if not."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s + self.GRACE_S
-        if self._link is None:
-            channels = _channels(*self._server, deadline=deadline, streams=True)
-            link = channels.__enter__()   # 3.15: enter_context() imports inspect, and with it ast
-            self._undo.callback(channels.__exit__, None, None, None)
-            self._link, self._turn, self._stream = link, 0, "stdout"
-        self._link.deadline = deadline
-
-    def _end(self):
-        self._link = None
-        self._undo.close()
-
-    def _evaluate(self, source, place, timeout_s):
-        """Run `source` to its end and return what the server says of that."""
-        link = self._link
-        if not self._turn and self._until_turn() == "" or link.is_closed:
-            _gone("it closed the connection")
-        if place:
-            link.ask("Place", **place)
-        if timeout_s is not None:
-            self._deadline = time.monotonic() + timeout_s
-            link.deadline = self._deadline + self.GRACE_S
-        link.send(BEGIN + BLOCK_KIND + source + END)
-        while self._until_turn() in IN_EVALUATION:
-            link.send(END_OF_FILE)        # there is nobody who could answer
-        outcome = _ask_outcome(link)
-        if link.is_closed:
-            self._end()
-            return outcome if "exit" in outcome else _gone("it closed the connection")
-        return outcome
-
-    def _until_turn(self):
-        word = self._link.until_turn(self._pass_on, self._pause)
-        self._turn += 1
-        return word
-
-    def _pass_on(self, kind, data):
-        """Print what comes, but for the banner and the first prompt."""
-        if kind == "stream":
-            self._stream = _STREAM_NAMES.get(data, "stdout")
-        elif kind == "data" and self._turn:
-            try:
-                self._output.write(self._stream, data)
-            except OSError as exc:        # whoever read our output has gone
-                raise Left from exc
-
-    def _pause(self, is_quiet):
-        self._link.notes.clear()  # they are for people
-        if self._deadline is None:
-            return time_left_s(self._link.deadline, None)
-        if time.monotonic() >= self._deadline:
-            if self._cause == self.LATE:
-                raise Left
-            self._cause = self.LATE
-            self._deadline = time.monotonic() + self.GRACE_S
-            self._interrupt()
-        return max(0.0, self._deadline - time.monotonic())
-
-    def _on_interrupt(self, signum, frame):
-        is_first, self._cause = not self._cause, self._cause or self.PRESSED
-        if not is_first or not self._turn:
-            raise Left
-        self._interrupt()
-
-    def _interrupt(self):
-        self._link.post("KeyboardInterrupt", turn=self._turn, answered=True)
-
-    def _say(self, text, exc):
-        """Say what went wrong; return it as an outcome."""
-        print("hotrepl: %s%s" % (self._label, text), file=sys.stderr)
-        return {"exception": describe_exception(exc)}
-
-
-_STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
-
-
-def describe_exception(exc):
-    """Return an exception of our own as Outcome describes one."""
-    return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
-
-
-def _ask_outcome(link):
-    try:
-        outcome = link.ask("Outcome").get("outcome")
-        is_sound = type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
-        if "exception" in outcome:
-            known = {name: outcome["exception"][name] for name in ("type", "message", "traceback")}
-            is_sound = is_sound and all(isinstance(text, str) for text in known.values())
-            outcome = dict(outcome, exception=known)
-    except ProtocolError as exc:
-        raise ServerGone(str(exc)) from exc
-    except (AttributeError, LookupError, TypeError):
-        is_sound = False
-    return outcome if is_sound else _gone("its reply to Outcome makes no sense")
-
-
-def _exit_code(outcome):
-    if "exit" in outcome:
-        return outcome["exit"]
-    kind = outcome.get("exception", {"type": None})["type"]
-    return {None: 0, "KeyboardInterrupt": 130}.get(kind, 1)
-
-
-class PlainOutput:
-    """Print what comes: to stdout and stderr as the code did, byte for byte.
-
-    With a `prefix` it comes in whole lines, each behind that.
-    """
-
-    def __init__(self, prefix=""):
-        self._prefix = prefix.encode()
-        # Lines whose end has not come yet.
-        self._begun = {"stdout": bytearray(), "stderr": bytearray()}
-
-    def write(self, kind, data):
-        """Print `data`, bytes of that kind (as in STREAM_KINDS). OSError: nobody reads it."""
-        name = {"value": "stdout", "traceback": "stderr", "prompt": None}.get(kind, kind)
-        if name and self._prefix:
-            head, newline, rest = data.rpartition(b"\n")
-            lines = (self._begun[name] + head).split(b"\n") if newline else []
-            if newline:
-                self._begun[name].clear()
-            self._begun[name] += rest
-            data = b"".join(self._prefix + line + b"\n" for line in lines)
-        if name:
-            _write_out(name, data)
-
-    def finish(self, outcome, code):
-        """Tell how it ended, where that was not printed already."""
-        for name, rest in self._begun.items():
-            if rest:
-                _write_out(name, self._prefix + rest + b"\n")
-
-
-class JsonOutput:
-    """Print what comes as JSON objects, one a line; `fields` are in each.
-
-    A text, or all that one execution prints to a stream, of over `max_chars` is cut.
-    """
-
-    def __init__(self, max_chars=None, **fields):
-        import codecs
-        decoder = codecs.getincrementaldecoder("utf-8")   # characters may come in pieces
-        self._max_chars = sys.maxsize if max_chars is None else max_chars
-        self._fields = fields
-        self._printed = {"stdout": decoder(), "stderr": decoder()}
-        # Characters that may still be printed; None: a text was cut.
-        self._left = dict.fromkeys(self._printed, self._max_chars)
-        self._whole = {"value": bytearray(), "traceback": bytearray()}
-
-    def write(self, kind, data):
-        """Print `data`, bytes of that kind. OSError: nobody reads it."""
-        if kind in self._whole:
-            self._whole[kind] += data
-        elif kind in self._printed:
-            self._put_chunk(kind, data)
-
-    def finish(self, outcome, code):
-        """Print the value or the exception, and the exit code."""
-        for name in self._printed:
-            self._put_chunk(name, b"", is_last=True)
-        texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
-        if "value" in outcome:    # in full where it was displayed, else it may be cut
-            self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
-        if "exception" in outcome:
-            traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
-            self._put_cut("exception", dict(outcome["exception"], traceback=traceback_text))
-        self._put(exit=code)
-
-    def _put_cut(self, name, texts):
-        cut = {key: text[:self._max_chars] for key, text in texts.items()}
-        self._put(**{name: cut if name == "exception" else cut[name]},
-                  **{"truncated": True} if cut != texts else {})
-
-    def _put_chunk(self, name, data, is_last=False):
-        decoder, left = self._printed[name], self._left[name]
-        begun = decoder.getstate()[0]
-        try:
-            text = decoder.decode(data, is_last)
-        except UnicodeDecodeError:
-            import base64
-            decoder.reset()
-            return self._put(stream=name, base64=base64.b64encode(begun + data).decode("ascii"))
-        if not text or left is None:
-            return
-        if len(text) > left:
-            self._left[name] = None
-            return self._put(stream=name, text=text[:left], truncated=True)
-        self._left[name] -= len(text)
-        self._put(stream=name, text=text)
-
-    def _put(self, **fields):
-        import json
-        line = json.dumps(dict(self._fields, **fields)) + "\n"
-        _write_out("stdout", line.encode("ascii"))
-
-
-def _write_out(name, data):
-    stream = getattr(getattr(sys, name), "buffer", None)
-    if stream is None:            # it was closed before we began
-        return
-    try:
-        while data:               # python -u: a signal can cut a write short
-            data = data[stream.write(data):]
-        stream.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())    # Python flushes at its exit
-        raise
-
-
 def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=None,
             token=None, is_plain=False):
     """Run the client in this terminal against a server; return an exit code, 0 or 1.
@@ -13623,13 +13357,13 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=
     can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Belongs in the
     main thread, which Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
     """
-    with _channels(host, port, control_port, ssl_context, token, is_plain) as link:
+    with open_channels(host, port, control_port, ssl_context, token, is_plain) as link:
         return Conversation(link).run()
 
 
 @contextmanager
-def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=False,
-              deadline=None, streams=False):
+def open_channels(host, port, control_port, ssl_context=None, token=None, is_plain=False,
+                  deadline=None, streams=False):
     """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
     way = _reach(host, port, control_port, deadline)
     with way as (address, locate_control, confirm), ExitStack() as undo:
@@ -13642,7 +13376,7 @@ def _channels(host, port, control_port, ssl_context=None, token=None, is_plain=F
 
         def call_control(port):
             control, other = dial(locate_control(port), ssl_context, is_plain, deadline,
-                                   is_roots=owner == 0)
+                                  is_roots=owner == 0)
             # What root's process has accepted is that of whom it has become meanwhile.
             if other not in (owner, 0) and (ssl_context is not None or server_owner(sock) != other):
                 control.close()
@@ -14424,6 +14158,281 @@ def _say_if_read(text):
         if not select.select([], [sys.stderr], [], 0)[1]:
             return
     _say(text)
+
+
+# --- exec: pieces of code are run for a program, which holds a Link and no terminal ---
+
+class Execution:
+    """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
+
+    A context manager. It connects for the first, and again where the session before is over.
+    `server` has the arguments of `connect`; what we say ourselves begins with `label`. What comes
+    first interrupts the code, Ctrl+C or the end of its time; what comes next leaves it behind.
+    """
+
+    GRACE_S = 2.0                 # for what is interrupted as its time is over
+    LONGEST_S = 1e9               # select() takes not much more
+    LATE, PRESSED = 124, 130      # why the code was interrupted: what we exit with
+
+    def __init__(self, server, label=""):
+        self._server = server
+        self._label = label
+        self._link = None         # None: there is no session
+        self._undo = ExitStack()  # ends it
+        self._output = None       # takes what the code prints that runs
+        self._deadline = None     # when the code is to be interrupted, or left
+        self._cause = 0           # LATE or PRESSED; 0: it was not interrupted
+        self._turn = 0            # how many go-aheads came
+        self._stream = "stdout"   # what the data belongs to that comes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self._undo.close()
+
+    def run(self, output, source, place=None, timeout_s=None):
+        """Run `source`, bytes, and return the exit code: as of a script, 130 or 124.
+
+        `output` is a PlainOutput or JsonOutput of its own. `place` has the fields of the Place
+        command, where the code stands in a module's file.
+        """
+        self._output, self._deadline, self._cause = output, None, 0
+        outcome, code = {}, 1
+        timeout_s = timeout_s and min(timeout_s, self.LONGEST_S)
+        try:
+            self._connect(timeout_s)
+            with self._link.signals(SIGINT=self._on_interrupt):
+                outcome = self._evaluate(source, place, timeout_s)
+            code = self.LATE if self._cause == self.LATE else _exit_code(outcome)
+        except Left:
+            if self._cause and self._turn:
+                print("hotrepl: it has not ended; left it running there", file=sys.stderr)
+            code = self._cause or 1
+            self._end()
+        except ProtocolError as exc:      # it can't stand in that place
+            outcome, code = self._say(exc, exc), 2
+        except (OSError, ServerGone) as exc:
+            # Without a time of ours it is the system's own, after which nobody answers.
+            is_late = timeout_s is not None and isinstance(exc, socket.timeout)
+            code = self.LATE if is_late else 1
+            outcome = self._say("no answer in time" if is_late else "the server is gone: %s" % exc
+                                if isinstance(exc, ServerGone) else exc.strerror or exc, exc)
+            self._end()
+        with suppress(OSError):
+            output.finish(outcome, code)
+        return code
+
+    def _connect(self, timeout_s):
+        """Have a session, within the time; socket.timeout if not."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s + self.GRACE_S
+        if self._link is None:
+            channels = open_channels(*self._server, deadline=deadline, streams=True)
+            link = channels.__enter__()   # 3.15: enter_context() imports inspect, and with it ast
+            self._undo.callback(channels.__exit__, None, None, None)
+            self._link, self._turn, self._stream = link, 0, "stdout"
+        self._link.deadline = deadline
+
+    def _end(self):
+        self._link = None
+        self._undo.close()
+
+    def _evaluate(self, source, place, timeout_s):
+        """Run `source` to its end and return what the server says of that."""
+        link = self._link
+        if not self._turn and self._until_turn() == "" or link.is_closed:
+            _gone("it closed the connection")
+        if place:
+            link.ask("Place", **place)
+        if timeout_s is not None:
+            self._deadline = time.monotonic() + timeout_s
+            link.deadline = self._deadline + self.GRACE_S
+        link.send(BEGIN + BLOCK_KIND + source + END)
+        while self._until_turn() in IN_EVALUATION:
+            link.send(END_OF_FILE)        # there is nobody who could answer
+        outcome = _ask_outcome(link)
+        if link.is_closed:
+            self._end()
+            return outcome if "exit" in outcome else _gone("it closed the connection")
+        return outcome
+
+    def _until_turn(self):
+        word = self._link.until_turn(self._pass_on, self._pause)
+        self._turn += 1
+        return word
+
+    def _pass_on(self, kind, data):
+        """Print what comes, but for the banner and the first prompt."""
+        if kind == "stream":
+            self._stream = _STREAM_NAMES.get(data, "stdout")
+        elif kind == "data" and self._turn:
+            try:
+                self._output.write(self._stream, data)
+            except OSError as exc:        # whoever read our output has gone
+                raise Left from exc
+
+    def _pause(self, is_quiet):
+        self._link.notes.clear()  # they are for people
+        if self._deadline is None:
+            return time_left_s(self._link.deadline, None)
+        if time.monotonic() >= self._deadline:
+            if self._cause == self.LATE:
+                raise Left
+            self._cause = self.LATE
+            self._deadline = time.monotonic() + self.GRACE_S
+            self._interrupt()
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _on_interrupt(self, signum, frame):
+        is_first, self._cause = not self._cause, self._cause or self.PRESSED
+        if not is_first or not self._turn:
+            raise Left
+        self._interrupt()
+
+    def _interrupt(self):
+        self._link.post("KeyboardInterrupt", turn=self._turn, answered=True)
+
+    def _say(self, text, exc):
+        """Say what went wrong; return it as an outcome."""
+        print("hotrepl: %s%s" % (self._label, text), file=sys.stderr)
+        return {"exception": describe_exception(exc)}
+
+
+_STREAM_NAMES = {mark: name for name, mark in STREAM_KINDS.items()}
+
+
+def describe_exception(exc):
+    """Return an exception of our own as Outcome describes one."""
+    return {"type": type(exc).__name__, "message": str(exc), "traceback": ""}
+
+
+def _ask_outcome(link):
+    try:
+        outcome = link.ask("Outcome").get("outcome")
+        is_sound = type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
+        if "exception" in outcome:
+            known = {name: outcome["exception"][name] for name in ("type", "message", "traceback")}
+            is_sound = is_sound and all(isinstance(text, str) for text in known.values())
+            outcome = dict(outcome, exception=known)
+    except ProtocolError as exc:
+        raise ServerGone(str(exc)) from exc
+    except (AttributeError, LookupError, TypeError):
+        is_sound = False
+    return outcome if is_sound else _gone("its reply to Outcome makes no sense")
+
+
+def _exit_code(outcome):
+    if "exit" in outcome:
+        return outcome["exit"]
+    kind = outcome.get("exception", {"type": None})["type"]
+    return {None: 0, "KeyboardInterrupt": 130}.get(kind, 1)
+
+
+class PlainOutput:
+    """Print what comes: to stdout and stderr as the code did, byte for byte.
+
+    With a `prefix` it comes in whole lines, each behind that.
+    """
+
+    def __init__(self, prefix=""):
+        self._prefix = prefix.encode()
+        # Lines whose end has not come yet.
+        self._begun = {"stdout": bytearray(), "stderr": bytearray()}
+
+    def write(self, kind, data):
+        """Print `data`, bytes of that kind (as in STREAM_KINDS). OSError: nobody reads it."""
+        name = {"value": "stdout", "traceback": "stderr", "prompt": None}.get(kind, kind)
+        if name and self._prefix:
+            head, newline, rest = data.rpartition(b"\n")
+            lines = (self._begun[name] + head).split(b"\n") if newline else []
+            if newline:
+                self._begun[name].clear()
+            self._begun[name] += rest
+            data = b"".join(self._prefix + line + b"\n" for line in lines)
+        if name:
+            _write_out(name, data)
+
+    def finish(self, outcome, code):
+        """Tell how it ended, where that was not printed already."""
+        for name, rest in self._begun.items():
+            if rest:
+                _write_out(name, self._prefix + rest + b"\n")
+
+
+class JsonOutput:
+    """Print what comes as JSON objects, one a line; `fields` are in each.
+
+    A text, or all that one execution prints to a stream, of over `max_chars` is cut.
+    """
+
+    def __init__(self, max_chars=None, **fields):
+        import codecs
+        decoder = codecs.getincrementaldecoder("utf-8")   # characters may come in pieces
+        self._max_chars = sys.maxsize if max_chars is None else max_chars
+        self._fields = fields
+        self._printed = {"stdout": decoder(), "stderr": decoder()}
+        # Characters that may still be printed; None: a text was cut.
+        self._left = dict.fromkeys(self._printed, self._max_chars)
+        self._whole = {"value": bytearray(), "traceback": bytearray()}
+
+    def write(self, kind, data):
+        """Print `data`, bytes of that kind. OSError: nobody reads it."""
+        if kind in self._whole:
+            self._whole[kind] += data
+        elif kind in self._printed:
+            self._put_chunk(kind, data)
+
+    def finish(self, outcome, code):
+        """Print the value or the exception, and the exit code."""
+        for name in self._printed:
+            self._put_chunk(name, b"", is_last=True)
+        texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
+        if "value" in outcome:    # in full where it was displayed, else it may be cut
+            self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
+        if "exception" in outcome:
+            traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
+            self._put_cut("exception", dict(outcome["exception"], traceback=traceback_text))
+        self._put(exit=code)
+
+    def _put_cut(self, name, texts):
+        cut = {key: text[:self._max_chars] for key, text in texts.items()}
+        self._put(**{name: cut if name == "exception" else cut[name]},
+                  **{"truncated": True} if cut != texts else {})
+
+    def _put_chunk(self, name, data, is_last=False):
+        decoder, left = self._printed[name], self._left[name]
+        begun = decoder.getstate()[0]
+        try:
+            text = decoder.decode(data, is_last)
+        except UnicodeDecodeError:
+            import base64
+            decoder.reset()
+            return self._put(stream=name, base64=base64.b64encode(begun + data).decode("ascii"))
+        if not text or left is None:
+            return
+        if len(text) > left:
+            self._left[name] = None
+            return self._put(stream=name, text=text[:left], truncated=True)
+        self._left[name] -= len(text)
+        self._put(stream=name, text=text)
+
+    def _put(self, **fields):
+        import json
+        line = json.dumps(dict(self._fields, **fields)) + "\n"
+        _write_out("stdout", line.encode("ascii"))
+
+
+def _write_out(name, data):
+    stream = getattr(getattr(sys, name), "buffer", None)
+    if stream is None:            # it was closed before we began
+        return
+    try:
+        while data:               # python -u: a signal can cut a write short
+            data = data[stream.write(data):]
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())    # Python flushes at its exit
+        raise
 
 
 if __name__ == "__main__":
