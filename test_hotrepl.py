@@ -11479,6 +11479,7 @@ for to in iter(lambda: selectors.select.select([client, server], [], [])[0], Non
 """
 
 
+@once("slow")
 class FalseServers(AccessCase):
     """Our client, of uid 1500, against what uid 1600 does to get its token, a line or a file."""
 
@@ -11530,7 +11531,6 @@ class FalseServers(AccessCase):
         false_server.kill(signal.SIGTERM)
         self.assertNotIn("GOT", false_server.end()[1])
 
-    @once("slow")
     def test_another_user_at_localhosts_other_address_gets_nothing(self):
         for true_host, false_host in (("127.0.0.1", "::1"), ("::1", "127.0.0.1")):
             with self.subTest(true_host):
@@ -11548,7 +11548,6 @@ class FalseServers(AccessCase):
                 self.assertEqual(self.ran(str(server.process.pid))[:2], [0, "42\n"])
                 self.assert_heard_nothing(false_server)
 
-    @once("slow")
     def test_another_user_where_no_server_of_ours_runs_gets_nothing(self):
         for said in ("token: ", "REPL session 1 connected.\n>>> ", ""):
             false_server = self.false_server(["127.0.0.1", free_port()], said)
@@ -11558,7 +11557,6 @@ class FalseServers(AccessCase):
             self.assert_refused(terminal.finish("6*7\n"))
             self.assert_heard_nothing(false_server)
 
-    @once("slow")
     def test_the_word_of_our_user_is_enough_but_gives_no_file_away(self):
         server = self.server(uid=ATTACKER, options="control_port=0, allow_uids=[%d]" % OWNER)
         place = "127.0.0.1:%d" % server.ports[0]
@@ -12000,6 +11998,7 @@ server.stop()
                          [0, "42\n", ""])
 
 
+@once("slow")
 class OddReplies(AccessCase):
     """A server of our own user that says what none of ours says."""
 
@@ -12061,7 +12060,6 @@ class OddReplies(AccessCase):
                 with self.subTest("%s %.60r" % (command, reply)):
                     self.assert_one_line(self.visitor(command, reply))
 
-    @once("slow")
     def test_what_is_no_message_is_waited_behind_in_vain_and_is_one_line(self):
         for visitor in [self.visitor(command, b"no message at all") for command in ("PairWithSession", "TurnMarks")]:
             self.assert_one_line(visitor)
@@ -12097,7 +12095,6 @@ class OddReplies(AccessCase):
     def test_one_that_goes_before_its_first_prompt_is_one_line(self):
         self.assert_one_line(self.visitor("Close", {}))
 
-    @once("slow")
     def test_one_that_talks_without_end_before_its_first_line_is_one_line(self):
         for piece, pause_s in ((b"\xff\xfanlines\xff\xf0" * 99, 0), (b"\xff\xf9", 0), (b"R", 2.0)):
             listener = self.keep(socket.socket())
@@ -12122,7 +12119,6 @@ class OddReplies(AccessCase):
             self.assertEqual(ended[:2], [1, ""])
             self.assertRegex(ended[2], r"\Ahotrepl: the server is gone: it names no control channel: [^\n]*\n\Z")
 
-    @once("slow")
     def test_what_is_said_of_a_call_that_does_not_end_is_nothing_but_text(self):
         for reply in (dict(self.OK, where=self.EVIL + "\ud800"), dict(self.OK, where=[self.EVIL]), dict(self.OK, where="x",
                       sending=[1]), dict(self.OK, sending="abc"), dict(self.OK, sending=[self.EVIL, 1]), [], b"junk"):
@@ -12853,6 +12849,7 @@ class Encryption(AccessCase):
         eventually(lambda: "hotrepl admission" not in str(threading.enumerate()))
 
 
+@once("slow")
 class Ssh(AccessCase):
     """Through a real sshd on loopback."""
 
@@ -12939,7 +12936,6 @@ class Ssh(AccessCase):
         false_server.kill(signal.SIGTERM)
         self.assertNotIn("GOT", false_server.end()[1])
 
-    @once("slow")
     def test_who_does_not_say_in_time_whose_server_is_over_there_gets_nothing(self):
         self.restart("echo hotrepl 0; exec cat")
         self.assertRegex(self.refused(), r"\Ahotrepl: ssh://\S+ does not say in time whose server is there, "
@@ -18922,6 +18918,7 @@ class ExecInModules(EditedProgram):
                          [{"stream": "stdout", "text": "patched edited.step\n"}, {"exit": 0}])
 
 
+@once("slow")
 class Editors(EditedProgram):
     """The recipes of the README, in the editors themselves as far as Debian has them."""
 
@@ -19123,6 +19120,7 @@ class OutcomeCommand(Case):
         self.assertEqual(len(self.outcome(client)["value"]), hotrepl.OUTCOME_LIMIT)
 
 
+@once("slow")
 class Finding(NotesCase):
     """Notes of running servers: `list`, and what `connect` and `exec` make of them."""
 
@@ -19256,7 +19254,6 @@ class Finding(NotesCase):
                          [(each.process.pid, each.address, word) for each, word in zip(programs, "ab")])
 
     @unittest.skipUnless(hasattr(signal, "SIGSTOP"), "needs SIGSTOP")
-    @once("slow")
     def test_exec_in_all_names_one_that_is_stopped_and_goes_on(self):
         programs = self.programs("a", "b")
         programs[0].process.send_signal(signal.SIGSTOP)
