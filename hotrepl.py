@@ -9020,6 +9020,8 @@ class Door:
         peer.certificate = ",".join("=".join(pair) for pair in pairs)
         names = {value for key, value in pairs if key == "commonName"}
         names.update(value for kind, value in shown.get("subjectAltName", ()))
+        if self.wants_certificate and not shown:      # with post_handshake_auth TLS asks for none
+            raise Refused("%s showed no certificate" % peer, peer)
         if self.allow_names and not names & self.allow_names:
             raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
         if shown and CLIENT_PURPOSE not in _purposes(tls.getpeercert(True)):
@@ -9270,9 +9272,15 @@ def server_owner(sock, expected=None):
         return _holder_by_now(sock, expected)
     theirs = sock.getpeername()
     listener = listener_at(theirs)
-    with suppress(Refused):       # accepted meanwhile, and the listener may be gone
-        return _holder_by_now(sock, expected)
-    return _holder(listener)
+    # Who called setuid() since accepts as another than who listens; root itself looks who it is.
+    is_to_be_seen = listener.uid == 0 and effective_uid() != 0
+    end = time.monotonic() + (0.5 if is_to_be_seen else 0.0)
+    while True:
+        with suppress(Refused):   # accepted meanwhile, and the listener may be gone
+            return _holder_by_now(sock, expected)
+        if time.monotonic() >= end:
+            return _holder(listener)
+        time.sleep(0.01)
 
 
 def _holder_by_now(sock, expected):
@@ -9441,6 +9449,8 @@ def tcp_owner(theirs, ours, netlink=None):
                 return NUMBERLESS if uid is None and has_number else uid, owner[1]
             if look_up(ours, theirs):
                 answer = None, 0
+                if not is_local(theirs):      # no other table can know it, and text takes long
+                    break
         except OSError as exc:    # a sandbox, or not Linux
             if exc.errno in OUT_OF_DESCRIPTORS:
                 raise             # this tells nothing about the peer
@@ -9578,8 +9588,8 @@ class FirstBytes:
 
 _HEADER_END = Lazy(lambda: re.compile(
     # A blank line, or a Host: before it. `host: str` in front of a bare LF is an annotation.
-    rb"\n(?:\r?\n|(?P<host>(?i:host):(?:[^\n=#]*|[ \t]*[^\s\"#]*[ \t]*)\r\n"
-    rb"|H(?:ost|OST):[ \t]*[^\s=#]*[ \t]*\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))"))
+    rb"\n(?:\r?\n|(?P<host>(?i:host):(?:[^\n=#]*|[ \t]*(?:[^\s\"#]+[ \t]*)?)\r\n"
+    rb"|H(?:ost|OST):[ \t]*(?:[^\s=#]+[ \t]*)?\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))"))
 _UNDECIDED = Lazy(lambda: re.compile(rb"\n(?:CONNECT|STOMP)\r?\n[\w-]*:?\Z"))
 _TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
 _BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
@@ -9612,6 +9622,7 @@ _GREETINGS = (
      rb"(?: noreply)?[ \t]*\r?\n"
      rb"|(?:(?:set|add|replace|append|prepend|cas) [^\s#'\"]+|put) \d+ \d+ \d"
      rb"|(?:set|add|replace|append|prepend|cas) \S+ \d+ \d+ \d+[^\n]*\r\n"),
+    ("an LDAP or Bazaar request", rb"0[\x05-\x84][^\x02]{0,4}\x02\x01|bzr message \d"),
     ("a git request", rb"[0-9a-f]{4}git-(?:upload|receive)-(?:pack|archive)[ \0]"),
     ("a CVS request", rb"BEGIN [A-Z]+ REQUEST\s"),
     ("a STOMP frame", rb"(?:CONNECT|STOMP)\r?\n[\w-]+:[^ \n]"),
@@ -10132,6 +10143,10 @@ _SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`;
 
 
 NO_SHELL, NOT_SAID = "no shell", "not said"       # an account that may forward only; no /proc
+# What ssh can get to by 127.0.0.1: that and any address, also as IPv6's, in either byte order.
+_FAR_LOOPBACK = [begin + end for begin in (b"", b"0" * 24, b"0" * 16 + b"FFFF0000",
+                                           b"0" * 20 + b"FFFF")
+                 for end in (b"0100007F", b"7F000001", b"00000000")]
 
 
 def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
@@ -10146,6 +10161,7 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
     end = deadline or time.monotonic() + ANSWER_LIMIT_S
     while not (mark in said and said.endswith(b"hotrepl end\n")):
         if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
+            time_left_s(deadline)
             raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
                                   "so nothing was sent" % target)
         piece = os.read(answers.fileno(), RECEIVE_BYTES)
@@ -10163,9 +10179,9 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
     if path:
         owners = {words[0] for words in lines if len(words) == 1}
     else:
-        ends = [b":%04X" % port for port in ports]
+        ends = [b"%s:%04X" % each for each in itertools.product(_FAR_LOOPBACK, ports)]
         # Listeners, and connections that somebody has accepted.
-        owners = {words[7] for words in lines if len(words) > 9 and words[1][-5:] in ends
+        owners = {words[7] for words in lines if len(words) > 9 and words[1] in ends
                   and (words[3] == b"0A" or words[9] != b"0")}
     others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
     is_nobodys = not owners and has_rows
@@ -10251,7 +10267,8 @@ def _check_owner(sock, where, is_vouched):
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
                               "nothing was sent; come by --tls or ssh, or pass --plain to send "
                               "all, a token too, in clear text" % where)
-    if owner not in (None, ours) and not (is_vouched or ours == 0):
+    is_roots_right = ours == 0 and owner != NUMBERLESS        # 0 in a user namespace is not root
+    if owner not in (None, ours) and not (is_vouched or is_roots_right):
         raise PermissionError(errno.EACCES, "the server at %s is %s, not yours, so "
                               "nothing was sent; 'list' shows yours" % (where, owned_by(owner)))
     if owner not in (None, ours):
@@ -11471,7 +11488,7 @@ def _forget_error(error):
 # --- Debuggers: pdb talks to the session in whose thread it is ---
 
 def _is_bdb(thing):
-    return "bdb" in sys.modules and isinstance(thing, sys.modules["bdb"].Bdb)
+    return "bdb" in sys.modules and issubclass(type(thing), sys.modules["bdb"].Bdb)
 
 
 def _is_debugger():
@@ -11490,9 +11507,9 @@ def debugged_names(evaluator):
         asking = frame.f_locals.get("self")
         if asking is evaluator.console:
             return None
-        if isinstance(asking, InteractiveInterpreter):
+        if issubclass(type(asking), InteractiveInterpreter):
             return asking.locals
-        if pdb is not None and isinstance(asking, pdb.Pdb) and asking.curframe is not None:
+        if pdb is not None and issubclass(type(asking), pdb.Pdb) and asking.curframe is not None:
             # Up to 3.12 f_locals would undo what was assigned at the debugger's prompt.
             return dict(asking.curframe.f_globals, **vars(asking).get("curframe_locals")
                         or asking.curframe.f_locals)
@@ -11695,6 +11712,7 @@ class ControlConnection(threading.Thread):
                                             session.may_pair(self.peer, request.get("secret"))):
             raise ProtocolError(reason)
         self.session = session
+        self.server.door.audit("paired", session=session.number, peer=self.peer)
 
     def _do_TurnMarks(self, request):
         """From now on mark each wait for input, at once where the session waits."""
@@ -12153,6 +12171,11 @@ class Admission(threading.Thread):
         inner, outer = map(OwnSocket.adopt, socket.socketpair())
         try:
             self.server.take(self.channel, outer, self.peer, received)
+        except Refused:           # it is told why
+            outer.close()
+            _hold_sigpipe(True)
+            carry(self.sock, inner)
+            raise
         except BaseException:
             inner.close()
             outer.close()
@@ -12724,11 +12747,11 @@ class Conversation:
     def _explain(self, reply):
         """Say what the server does, and what Ctrl+C or Ctrl+Z would do now."""
         self._on_heard(reply)
-        if not reply or not self._answers or self._state not in ("urged", "dropping"):
+        if not reply or not self._answers or self._state in ("leaving", "in vain"):
             return
         if self._is_in_vain():
             return self._let_leave("no prompt in %d seconds" % ANSWER_LIMIT_S)
-        if self._state == "dropping":
+        if self._state != "urged":
             return
         self._explain_at = None
         sending = reply.get("sending")
