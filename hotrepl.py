@@ -10047,6 +10047,7 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 
 SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something ...
 ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for any reply
+FAR_LIMIT_BYTES = 1 << 24         # what is read of another machine about whose a server is
 
 
 def time_left_s(deadline, limit_s=ANSWER_LIMIT_S):
@@ -10160,7 +10161,9 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
         os.write(asked, b"\n")
     end = deadline or time.monotonic() + ANSWER_LIMIT_S
     while not (mark in said and said.endswith(b"hotrepl end\n")):
-        if not select.select([answers], [], [], max(0.0, end - time.monotonic()))[0]:
+        left_s = end - time.monotonic()
+        if left_s < 0 or len(said) > FAR_LIMIT_BYTES or not (
+                select.select([answers], [], [], left_s)[0]):
             time_left_s(deadline)
             raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
                                   "so nothing was sent" % target)

@@ -54,6 +54,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import timeit
 import traceback
 import types
 import unittest
@@ -9449,6 +9450,16 @@ class Debuggers(Case):
         for name in ("ps1", "ps2"):       # before 3.14 `interact` sets them for good
             vars(sys).pop(name, None)
 
+    def test_tab_asks_no_object_whose_method_waits_what_class_it_is(self):
+        self.client.block("asked = []\nclass Proxy:\n    @property\n    def __class__(self):\n        asked.append(1)\n"
+                          "        return int\n    def ask(self):\n        return input('? ')\n")
+        self.client.send("Proxy().ask()")
+        self.client.turn()
+        before = len(self.served.namespace["asked"])
+        self.assertIn("asked", self.client.control.request("Complete", line="ask", cursor=3)["matches"])
+        self.assertEqual(len(self.served.namespace["asked"]), before)
+        self.assertEqual(self.client.ask("x"), "'x'\n")
+
     def test_pdb_is_as_it_was_after_the_last_session(self):
         import pdb
         self.client.ask("pdb = __import__('pdb'); pdb.set_trace()")
@@ -13964,6 +13975,15 @@ class FirstLine(AccessParts):
             pieces = [line[start:start + 7] for start in range(0, len(line), 7)]
             self.assertEqual("an HTTP request", self.feed(*pieces))
 
+    def test_time_for_what_comes_before_a_token_grows_as_its_length(self):
+        for begin in (b"host:", b"Host:", b"cookie:", b"x: ", b"GET", b"set a", b"USER "):
+            for piece in (b" ", b"a", b" a", b"\t1"):
+                took_s = []
+                for length in (8000, 64000):
+                    text = b"x\n%s%s!" % (begin, piece * (length // len(piece)))
+                    took_s.append(min(timeit.repeat(lambda: self.feed(text), number=1, repeat=3)))
+                self.assertLess(took_s[1], 24 * took_s[0] + 0.05, text[:20])
+
     def test_telnet_in_character_mode_passes(self):
         for line in (b"x\r\0", b"\r\0x\r\0", b" \r\0\n\r\0x\n"):
             self.assertIsNone(self.feed(line), line)
@@ -14203,7 +14223,7 @@ class Audit(AccessCase):
         client.close()
         eventually(lambda: any(each.startswith("end ") for each in self.records))
         self.assertEqual([each.split()[0] for each in self.records],
-                         ["accepted", "begin", "accepted", "input", "interrupt", "end"])
+                         ["accepted", "begin", "accepted", "paired", "input", "interrupt", "end"])
         peer = "uid %d" % os.getuid()
         self.assertTrue(all(peer in each for each in self.records), self.records)
 
@@ -16947,6 +16967,17 @@ sys.exit(hotrepl.main())
         paste = ("x" * 99 + "\n") * 300 + "6*7"
         self.spawn(terminal.type, "\x1b[200~%s\x1b[201~\n" % paste if HAS_READLINE else paste + "\n")
         terminal.until("6*7\n")
+        self.leave(terminal, "^C")
+
+    @once("slow")
+    def test_one_that_only_names_what_comes_next_is_left(self):
+        def talk(sock):
+            with contextlib.suppress(OSError):
+                while True:
+                    sock.sendall(b"\xff\xfakprimary\xff\xf0")
+                    time.sleep(0.001)
+        terminal = self.visit({"where": "in its own time"}, at_prompt=talk)
+        terminal.type("6*7\n")
         self.leave(terminal, "^C")
 
     @once("slow")
