@@ -3260,8 +3260,6 @@ def _process_start():
 def _space_of(module):
     """Return the namespace of a module without running its code; of what is none, an empty one."""
     kind = type(module)
-    if kind is types.ModuleType:
-        return module.__dict__
     if not issubclass(kind, types.ModuleType) or kind.__name__ == "_LazyModule":
         return _NO_SPACE
     return types.ModuleType.__dict__["__dict__"].__get__(module)  # type: ignore[index]
@@ -3706,12 +3704,12 @@ class _Source:
 
     def codes_at(self, name, line):
         """Return the codes of functions and classes of a name that begin on a line."""
-        return self.fresh_codes.get((name, line)) or (
-            self.codes.get((name, line), []) if self.known else [])
+        found = self.fresh_codes.get((name, line))
+        return self.codes.get((name, line), []) if found is None else found
 
     def has(self, code):
         """Tell whether some code in it does what `code` does."""
-        return any(other.co_name == code.co_name and _behaviour(other) == _behaviour(code)
+        return any(_behaviour(other) == _behaviour(code)
                    for others in self.codes.values() for other in others)
 
     # Its imports from __future__, and what they import.
@@ -3906,7 +3904,7 @@ def _key(node, empties=None):
     is_emptied = empties and kind in _FUNCTIONS + ("Lambda",) and empties(node)
     return (kind, (_doc_key(node), _is_generator(node)) if is_emptied else None) + tuple([
         _key(getattr(node, name, None), empties) for name in fields
-        if name not in ("ctx", "type_comment", "kind") and not (is_emptied and name == "body")])
+        if not (is_emptied and name == "body")])
 
 
 def _shell(node):
@@ -3934,10 +3932,10 @@ def _signature_key(node):
 
 def _doc_key(node):
     """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
-    if not getattr(node, "decorator_list", None) or _is_transparent(node):
+    if not getattr(node, "decorator_list", None):
         return None
     value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
-    text = getattr(value, value._fields[0], None) if value is not None else None  # 3.6, 3.7: s
+    text = _literal(value)
     return text if type(text) is str else None
 
 
@@ -4197,19 +4195,25 @@ class _Evidence:
                 cls is not None and not _is_plain_class(cls)):
             return "same"
         skips = self.set_globals if cls is None else self.set_attributes
-        literals, is_missing = _literals(statement.node), False
+        literals, change = _literals(statement.node), "same"
         for name in statement.binds:
             live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
             if name.startswith("__") or name in skips or counts[name] > 1:
                 continue
             if live is not _MISSING:
+                if type(statement.node.value).__name__ == "Lambda" and not all(
+                        self.source.has(each.__code__)
+                        for each in self._own_functions(live, "<lambda>")):
+                    change = "new"
                 if name in literals and _is_unlike(literals[name], live):
                     self._tell(prefix + name, "is %s, the file says %s" % (
                         shorten(repr(live), 40), shorten(repr(literals[name]), 40)))
             elif cls is not None or not self.drops_names:
-                is_missing = statement.is_pure and len(statement.binds) == 1
-                self._tell(prefix + name, "" if is_missing else "is not there, the file has it")
-        return "new" if is_missing else "same"
+                if statement.is_pure and len(statement.binds) == 1:
+                    change = "new"
+                self._tell(prefix + name, (
+                    "" if change == "new" else "is not there, the file has it"))
+        return change
 
     def _change_of_definition(self, statement, live, prefix, cls, is_only):
         """Return what a definition needs: same, new, live or class."""
@@ -4247,7 +4251,7 @@ class _Evidence:
     def _is_own(self, value, path):
         """Tell whether a value was made by a definition that a file of the module had at a path."""
         if _is(value, type):
-            return (value.__module__, value.__qualname__) == (self.name, path)
+            return value.__qualname__ == path and _is_of(value, self.name)
         return any(each.__qualname__ == path
                    for each in self._own_functions(value, path.rpartition(".")[2]))
 
@@ -4301,7 +4305,7 @@ def _bases_fit(node, space, cls):
             bases.append(space.get(getattr(each, "id", None)))
     if not all(_is(each, type) for each in bases):
         return True
-    said, live = [[id(each) for each in some if each is not object and each.__module__ != "typing"]
+    said, live = [[id(each) for each in some if each is not object]
                   for some in (bases, cls.__bases__)]
     return said == live
 
@@ -4750,8 +4754,8 @@ class _Apply:
                 continue
             if found.code is None:
                 self.stuck[found.path, found.reason] += 1
-            elif absent and any(
-                    absent.intersection(code.co_names) for _, code in _code_paths([found.code])):
+            elif any(absent.intersection(code.co_names)
+                     for _, code in _code_paths([found.code])):
                 later.append((function, found))
             else:
                 self._swap_function(function, found)
@@ -4842,8 +4846,6 @@ class _Apply:
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
         old, new = pair.old.node, pair.new.node
-        if _is_overload(new):
-            return
         if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
             self._define(scope, pair)
         elif old.decorator_list and new.decorator_list:
@@ -4865,9 +4867,8 @@ class _Apply:
         self.fold_function(raw, new)
         self._clear_caches(raw, scope.prefix + pair.new.node.name)
         if pair.old is not None and _signature_key(pair.old.node) != _signature_key(pair.new.node):
-            is_call = scope.cls is not None and pair.new.node.name in ("__init__", "__call__")
             self.refielded[id(raw)] = raw       # such as a dependency of FastAPI's handlers
-            if is_call:
+            if pair.new.node.name in ("__init__", "__call__"):
                 self.recalled[id(scope.cls)] = scope.cls
 
     def _evaluate(self, scope, pair, raw):
@@ -4895,8 +4896,7 @@ class _Apply:
             if exact:
                 return exact[0]
             alike += found
-        is_only = pair.new is not None and scope.count(name) == 1
-        return alike[0] if alike and is_only else None
+        return alike[0] if alike and scope.count(name) == 1 else None
 
     def _made_by(self, scope, pair):
         """Return what a `def` has made: what has its name, unless that is a namesake's."""
@@ -4936,7 +4936,7 @@ class _Apply:
     def _fold_made(self, old, value, reached):
         """Fold what decorators returned: it is new, unless it could be reached before."""
         value = self.current(value)
-        if value is old or _evaluated(old) is value:
+        if _evaluated(old) is value:
             return old
         if id(value) in self.known or any(each is value for each in reached) or _holds(value, old):
             return value
@@ -5135,7 +5135,7 @@ class _Apply:
             self.called.append(statement.title)
         for value in bound.values() if scope.cls is not None else ():
             _give_column_its_type(scope, statement.node, value)
-        if statement.is_definition and pair.change == "new":
+        if statement.is_definition:
             places.put_before(set().union(*[     # what the definitions below it have made
                 _ids_of(scope.get(each.node.name), each.node.name) for each in scope.statements
                 if each.start > statement.start and getattr(each.node, "decorator_list", ())]))
@@ -5174,7 +5174,7 @@ class _Apply:
 
     def _bind(self, scope, name, value, statement):
         """Bind a name to what stands for its new value, if nothing below binds it again."""
-        if statement is not None and scope.cls is None:
+        if statement is not None:
             last = scope.last_binder(name)
             if last is not None and last is not statement and last.is_function and (
                     statement.is_function):
@@ -5223,12 +5223,12 @@ class _Apply:
                 raw = self._raw(scope, pair) if pair.old.is_function else None
                 value = scope.get(name)
                 if sum(name in (each.old or each.new).binds for each in pairs) > 1:
-                    value = _MISSING if raw is None else raw    # a namesake has the name
+                    value = raw     # a namesake has the name
                 self._learn()
                 reached = self.snapshot(scope.edit, *[
                     each.old for each in pairs if each is pair or (
                         each.old is not None and name in each.old.names.reads)])
-                targets = _ids([value, raw or value, *_functions_in(value)])
+                targets = _ids([value, raw, *_functions_in(value)])
                 if not _Registrations(self, reached, targets).drop() and not (
                         _is_transparent(pair.old.node)):
                     self._note_not_retired(scope, pair.old)
@@ -5245,7 +5245,7 @@ class _Apply:
         for name in sorted(own - kept) + gone:
             if _is_mapped(cls, name):
                 self._note_mapped(scope, [name])
-            elif name in vars(cls) and not isinstance(vars(cls)[name], _SLOT_TYPES):
+            elif name in vars(cls):
                 self.put(_attribute(cls, name), _MISSING)
         if "__eq__" in own - kept and vars(cls).get("__hash__", 0) is None and (
                 "__hash__" not in kept):
@@ -5413,9 +5413,7 @@ class _Apply:
         in neither text       stays: the program has put it there
         """
         values, news = dict(vars(old)), dict(vars(new))
-        skips = _CLASS_SKIPS - {"__slots__"} | (
-            {"__module__", "__qualname__"} if self.is_patch or old.__module__ != new.__module__
-            else set())
+        skips = _CLASS_SKIPS - {"__slots__"} | {"__module__"}
         edit, pair = (None, None) if self.is_patch else self._pair_of(new)
         kept = set() if pair is None or self.everything or pair.change == "again" else (
             _kept_class_names(edit, pair, old))
@@ -5451,10 +5449,7 @@ class _Apply:
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
         combinations = list(_combinations(old, new))
         olds = dict(old._member_map_)
-        if list(olds) != list(new._member_map_) or any(
-                type(each._value_) in _PLAIN_TYPES + (bool, tuple) and not _is_plain_equal(
-                    each._value_, new._member_map_[name]._value_) for name, each in olds.items()):
-            self.refielded[id(old)] = old
+        self.refielded[id(old)] = old
         for kept, member in combinations:
             olds.setdefault(member._name_, kept)  # A | B gets a name
         for name, member in new._member_map_.items():
@@ -5765,7 +5760,7 @@ class _Apply:
             known = {name for name in new.binds if name in was or name in (
                 edit.before or edit.space)}
             names = sorted(new.binds - {"*"} - new.names.deletes)
-            if not names and new.acts_without_a_name or "*" in new.binds:
+            if new.acts_without_a_name or "*" in new.binds:
                 self.report.add("changed", edit.name, [new.title])
             self.report.add("changed", edit.name, [name for name in names if name in known])
             self.report.add("added", edit.name, [name for name in names if name not in known])
@@ -5841,7 +5836,7 @@ class _Apply:
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
         code = frame.f_code
-        return id(code) in self.old_codes or not code.co_name.endswith("comp>") and any(
+        return not code.co_name.endswith("comp>") and any(
             frame.f_globals is edit.space and _is_in_file(code, edit.new) and not edit.new.has(code)
             for edit in self.edits)
 
@@ -5962,7 +5957,7 @@ class _Scope:
             wrapper = ast.parse("class X: pass").body[0]
             wrapper.name, wrapper.body = part, nodes
             nodes = [ast.copy_location(wrapper, nodes[0])]
-            if part is parts[-1] and params:
+            if params:
                 wrapper.type_params = [ast.copy_location(ast.TypeVar(name), nodes[0])
                                        for name in params]
         tree = ast.parse("")
@@ -5990,7 +5985,7 @@ class _Scope:
         else:
             space = self.in_class([bare])
         function, code = space[self.name_of(node.name)], self.edit.new.code_of(node)
-        if code is not None and code.co_freevars == function.__code__.co_freevars:
+        if code.co_freevars == function.__code__.co_freevars:
             function.__code__ = code
         return function
 
@@ -6169,7 +6164,7 @@ class _Successors:
         if not is_inner and _shell(old) != _shell(new):
             return None         # its head changed: defined anew when its turn comes
         code = self.edit.new.code_of(new, pair.new.node)
-        return _Next(code, where, "", _key(old) != _key(new), is_inner, old, new)
+        return _Next(code, where, _NO_SUCH, _key(old) != _key(new), is_inner, old, new)
 
     def _by_path(self, function, code):
         """The old text is unknown: the code of the new text with the same path, if it is clear."""
@@ -6290,10 +6285,9 @@ class _Readers:
 
     def follow(self, edit):
         """Evaluate anew what is pure and was made of changed values; follow imports of them."""
-        todo, rounds = [(edit, edit.new, edit.before)], 0
-        while todo and rounds < 100:
+        todo = [(edit, edit.new, edit.before)]
+        while todo:
             follower, source, before = todo.pop()
-            rounds += 1
             values = self.values_of(follower, before)
             if values:
                 names = set(values)
@@ -6363,7 +6357,7 @@ class _Readers:
     def _follow_defaults(self, edit, value, statement, olds, news):
         """A default that is a pure expression of a changed value, and still what that made."""
         for parameter, node in _default_nodes(statement.node).items():
-            if not _Names([node]).reads or not _is_pure_expression(node):
+            if not _is_pure_expression(node):
                 continue
             was, now = _pure_value(node, olds), _pure_value(node, news)
             for function in _functions_in(value):
@@ -7013,7 +7007,7 @@ def _combinations(old, new):
     import enum
     flags = old._value2member_map_.items() if issubclass(old, enum.Flag) else ()
     for value, kept in list(flags):
-        if kept._name_ in old._member_map_ and kept._name_ in new._member_map_:
+        if kept._name_ in new._member_map_:
             continue
         parts = [each for each in old._member_map_.values() if each._value_
                  and each._value_ & value == each._value_ and each._name_ in new._member_map_]
@@ -7128,9 +7122,9 @@ def _imports_in(text, space):
 def _written_imports(text):
     """Return (level, module, names) of the imports in a text, found fast, without parsing."""
     imports = []
-    for found in _IMPORT.findall(b"\n" + text):
-        # PyPy: None for what is not there
-        dots, base, names, modules = [(each or b"").decode("utf-8", "replace") for each in found]
+    for found in _IMPORT.finditer(b"\n" + text):
+        dots, base, names, modules = [
+            each.decode("utf-8", "replace") for each in found.groups(b"")]
         imports += [(0, each.split()[0], []) for each in modules.split(",") if each.split()]
         if names:
             words = [each.split() for each in names.strip("()").split(",")]
@@ -7167,12 +7161,10 @@ def _text_of_new(name):
 def _import_index(edits):
     """Return {module: {name of one of the program's that imports from it: set of names}}."""
     index = collections.defaultdict(lambda: collections.defaultdict(set))
-    edited = {edit.name for edit in edits}
     texts = [(name, known.text or b"") for name, known in list(_hot.known.items())]
     for name, text in texts + [(edit.name, edit.text) for edit in edits]:
         for base, names in _imports_in(text, _space_of(sys.modules.get(name))):
-            if names or name in edited:
-                index[base][name].update(imported for imported, _ in names)
+            index[base][name].update(imported for imported, _ in names)
     return index
 
 
@@ -7287,7 +7279,7 @@ def _evaluated_nodes(node, is_lazy):
     for each in node.body if type(node).__name__ == "ClassDef" else ():
         if hasattr(each, "decorator_list"):
             yield from _evaluated_nodes(each, is_lazy)
-        elif type(each).__name__ == "AnnAssign" and not is_lazy:
+        elif type(each).__name__ == "AnnAssign":
             yield each.annotation
 
 
@@ -7476,9 +7468,7 @@ def _function_like(function, code, cells):
                              function.__defaults__, tuple(cells) or None)   # (): PyPy refuses it
     new.__kwdefaults__ = function.__kwdefaults__
     new.__dict__.update(vars(function))
-    for name in ("__qualname__", "__module__", "__doc__", "__type_params__"):
-        if hasattr(function, name):
-            setattr(new, name, getattr(function, name))
+    new.__qualname__ = function.__qualname__    # 3.6-3.10: code does not know it
     _annotations(new)[1](_annotations(function)[0]())
     return new
 
@@ -7512,8 +7502,6 @@ def _new_defaults(found, function):
     A default whose text is another one must be a literal; else ValueError.
     """
     import ast
-    if found.old is None:
-        return function.__defaults__, function.__kwdefaults__
     kept = _kept_defaults(found.old, found.new, function)
     return _as_defaults(found.code, {
         name: kept[name] if name in kept else ast.literal_eval(node)
@@ -7857,8 +7845,7 @@ def _is_data(value):
     """
     cls = type(value)
     if _is_library_module(cls.__module__):
-        return type(_get_dict(value)) is dict and (
-            cls.__eq__ is not object.__eq__ or not _is_standard(cls.__module__))
+        return cls.__eq__ is not object.__eq__ or not _is_standard(cls.__module__)
     return not _is(value, types.ModuleType)
 
 
@@ -8009,7 +7996,7 @@ def _nested_codes(code):
 def _class_code(code, name):
     """Return the code of the class statement `name` in code; one with type parameters is deeper."""
     return next(each for _, each in _code_paths(_nested_codes(code))
-                if each.co_name == name and not each.co_flags & 1)
+                if each.co_name == name)
 
 
 def _type_params(space, path):
