@@ -13246,6 +13246,14 @@ class Ssh(AccessCase):
             with self.assertRaisesRegex(ConnectionError, "can't say whose server is there, so nothing was sent"):
                 look()
 
+    def test_a_far_side_that_talks_without_end_is_left_in_time(self):
+        with subprocess.Popen(["yes", "hotrepl"], stdout=subprocess.PIPE) as talker, open(os.devnull, "r+b", 0) as asked:
+            for limit_s, size, kind in ((0.1, 1 << 30, socket.timeout), (None, 1 << 20, ConnectionError)):
+                deadline = limit_s and time.monotonic() + limit_s
+                with self.assertRaises(kind), unittest.mock.patch.object(hotrepl, "FAR_LIMIT_BYTES", size):
+                    hotrepl._far_owner(asked.fileno(), talker.stdout, deadline, "ssh://there", None, 1337, 8128)
+            talker.kill()
+
     def test_of_the_tables_over_there_only_the_rows_come_that_tell(self):
         listener = self.keep(socket.socket())
         listener.bind(("127.0.0.1", 0))
