@@ -13114,7 +13114,8 @@ class Terminal:
         self.write(prompt.encode("utf-8", "surrogateescape"))
         line = b""
         while b"\n" not in line and self._ending is None:
-            line += self._next_bytes(RECEIVE_BYTES, misses=1)
+            # Of an Enter that was typed before the terminal edited, it is a CR.
+            line += self._next_bytes(RECEIVE_BYTES, misses=1).replace(b"\r", b"\n")
             if line.startswith(CTRL_D):
                 self._ending, self._typed = EOFError(), line[1:]
         if self._ending is not None:

@@ -17901,6 +17901,14 @@ class Screens(Case):
         terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
+    @unittest.skipIf(IS_PYPY, "GNU readline")
+    def test_a_secret_can_be_typed_ahead(self):
+        terminal = self.serve().terminal()
+        terminal.type("import getpass; word = getpass.getpass('secret? ')\ropensesame\r")
+        terminal.until("\nsecret? ")
+        terminal.until(">>> ")
+        terminal.ask("word == 'open' + 'sesame'", "\nTrue")
+
     def test_ctrl_c_at_getpass_interrupts_that(self):
         terminal = self.serve().terminal()
         terminal.type("import getpass; getpass.getpass('secret? ')\n")
