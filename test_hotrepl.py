@@ -17901,7 +17901,7 @@ class Screens(Case):
         terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
-    @unittest.skipIf(IS_PYPY, "GNU readline")
+    @unittest.skipUnless(HAS_READLINE, "GNU readline")
     def test_a_secret_can_be_typed_ahead(self):
         terminal = self.serve().terminal()
         terminal.type("import getpass; word = getpass.getpass('secret? ')\ropensesame\r")
