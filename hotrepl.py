@@ -3332,9 +3332,9 @@ def _is_library_module(name):
 
 
 def _is_standard(name):
-    """Tell whether a module is built in or the standard library's own."""
+    """Tell whether a library's module is built in or the standard library's own."""
     path = _space_of(sys.modules.get(name)).get("__file__")
-    return type(path) is not str or _is_below_library(path) and "-packages" not in path
+    return type(path) is not str or "-packages" not in path
 
 
 def _as_module(module):
@@ -3459,6 +3459,11 @@ class _Edit:
         else:
             self.pairs = _pair(self.old.statements, self.new.statements,
                                self.old.flags == self.new.flags)
+
+    def had_imported(self, name):
+        """Tell whether the old text had imported a name: what that is belongs to others."""
+        binder = _last_binders(self.old.statements).get(name) if self.old else None
+        return binder is not None and binder.kind in ("Import", "ImportFrom")
 
     def sub_pairs(self, pair):
         """Return the pairs of the body of a class that both texts have."""
@@ -4846,7 +4851,8 @@ class _Apply:
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
         old, new = pair.old.node, pair.new.node
-        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
+        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new) and (
+                _doc_key(old) == _doc_key(new)):
             self._define(scope, pair)
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)
@@ -4911,7 +4917,7 @@ class _Apply:
         """Call the decorators again, on the old function, whose attributes were theirs."""
         raw, node = self._raw(scope, pair), pair.new.node
         old = self._made_by(scope, pair)
-        if raw is None or old is _MISSING:
+        if raw is None:
             self._run(scope, pair)
             return
         self._learn()
@@ -4936,8 +4942,6 @@ class _Apply:
     def _fold_made(self, old, value, reached):
         """Fold what decorators returned: it is new, unless it could be reached before."""
         value = self.current(value)
-        if _evaluated(old) is value:
-            return old
         if id(value) in self.known or any(each is value for each in reached) or _holds(value, old):
             return value
         return self._fold_by_rule(old, value)
@@ -5057,7 +5061,7 @@ class _Apply:
         while size < len(self.refielded):
             size = len(self.refielded)
             for name, known in list(_hot.known.items()):
-                uses = list((_space_of(known.module()) or {}).values()) if name not in edits else ()
+                uses = list(_space_of(known.module()).values()) if name not in edits else ()
                 if self._are_refielded(uses) and self.readers.source_of(name):
                     edits[name] = _unedited(name, known)
             for edit in list(edits.values()):
@@ -5124,8 +5128,11 @@ class _Apply:
             reached = self.snapshot(edit, statement, pair.old)
         if pair.change == "lost" and self._bring_back(scope, statement):
             return
-        before = {name: _MISSING if pair.change == "lost" else self._made_by(scope, pair) if (
-            statement.is_function) else scope.get(name) for name in statement.binds}
+        before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
+                  for name in statement.binds}
+        if pair.change == "lost" or pair.change == "new" and statement.is_definition and (
+                edit.had_imported(statement.node.name)):
+            before = dict.fromkeys(before, _MISSING)
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
         places = _Registrations(self, reached, _ids_of(
             before[statement.node.name], statement.node.name) if is_again else set())
@@ -5288,7 +5295,7 @@ class _Apply:
         """Tell whether a function, a class or what wraps it was made by this transaction."""
         if self.is_patch:
             return True
-        if id(value) in (self.known or ()) or id(value) in self.olds:
+        if id(value) in (self.known or ()):
             return False
         if _is(value, type):
             return value.__flags__ & _HEAP_TYPE != 0
@@ -5685,7 +5692,6 @@ class _Apply:
         """Return what refers to one of `sources`, except for our own tables."""
         ours = {id(table) for table in [sources, self.known, self.folded, self.moves, vars(self)]}
         ours.update(id(edit.before) for edit in self.edits)
-        ours.update(map(id, (self.functions or {}).values()))
         ours.update(id(before) for _, before in self.journal._kept.values())
         return [holder for holder in _referrers(sources) if id(holder) not in ours]
 
@@ -6324,7 +6330,7 @@ class _Readers:
         """
         lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
         for each in statements:
-            used = each.mentions(names) and each.names.reads & names
+            used = each.names.reads & names
             if not used or edit.runs(each):
                 continue
             live = edit.space if cls is None else vars(cls)
@@ -6376,8 +6382,8 @@ class _Readers:
             if changed.isdisjoint(names) and "*" not in names:
                 continue
             space, source = _space_of(sys.modules.get(name)), self.source_of(name)
-            if source is None or space is edit.space:
-                continue
+            if source is None or space is edit.space or space is _NO_SPACE:
+                continue        # unknown, itself, or not loaded any more
             values, was = _imported_values(source, space, edit, before), dict(space)
             for each, value in values.items():
                 self._apply.put(_entry(space, each), value)
@@ -7149,10 +7155,12 @@ def _text_of_new(name):
     parts = name.split(".")
     for k in range(len(parts) - 1, 0, -1):
         known = _hot.known.get(".".join(parts[:k]))
-        base = os.path.join(os.path.dirname(known.path), *parts[k:]) if known else ""
+        if known is None:
+            continue
+        base = os.path.join(os.path.dirname(known.path), *parts[k:])
         for path, package in ((base + ".py", ".".join(parts[:-1])),
                               (os.path.join(base, "__init__.py"), name)):
-            if known is not None and os.path.isfile(path):
+            if os.path.isfile(path):
                 with open(path, "rb") as file:
                     return file.read(), {"__package__": package}
     return b"", {}

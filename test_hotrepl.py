@@ -7327,8 +7327,24 @@ class Scenarios(Workspace):
     BY_KEY = "R = {'n': 5}\ndef reg(key):\n    def deco(f):\n        R.setdefault(key, []).append(f)\n        return f\n    return deco\n"
     TASK = "R = {}\ndef task(n):\n    def deco(f):\n        R[f.__name__] = type('Task', (), {'run': staticmethod(f), 'n': n})()\n" \
            "        return R[f.__name__]\n    return deco\n"
+    COUNT = "N = []\ndef count(x):\n    N.append(x.__name__)\n    return x\n"
+    ENTRY = "import functools\nR = []\nclass Entry:\n    def __init__(self, f): self.f = functools.partial(f)\n" \
+            "def reg(n):\n    def deco(f):\n        R.append(Entry(f))\n        return f\n    return deco\n"
     ROWS = {
         # Diff and names
+        "main guard": (
+            "RUNS = []\nif __name__ == '__main__' or RUNS is not None:\n    RUNS.append(1)\n", "",
+            "RUNS = []\nif __name__ == '__main__' or RUNS is not None:\n    RUNS.append(2)\n", ["m.RUNS == [1]"]),
+        "name that is bound twice": ("x = 1\ny = x\nx = 2\n", "", "x = 10\ny = x + 0\nx = 20\n", ["(m.x, m.y) == (20, 10)"]),
+        "name that is bound twice in a class": (
+            "class C:\n    x = 1\n    y = x\n    x = 2\n", "", "class C:\n    x = 10\n    y = x + 0\n    x = 20\n", ["(m.C.x, m.C.y) == (20, 10)"]),
+        "name that its module has deleted again": (
+            "tmp = 1\nX = tmp\ndel tmp\n", "", "tmp = 2\nX = tmp\ndel tmp\n", ["m.X == 2", "'added' not in report"]),
+        "annotation of a name that is gone": (
+            "x: int = 1\ny: int = 1\n", "m.__annotations__", "y: int = 1\n", ["list(m.__annotations__) == ['y']"]),
+        "code whose file has another name": (
+            "def f(): return 1\n", "import os; exec(compile('def f(): return 1', os.path.relpath(m.__file__), 'exec'), vars(m))",
+            "def f(): return 2\n", ["m.f() == 2"]),
         "value that its module deletes again, and had made before": (
             "tmp = 1\nX = tmp\ntmp = 5\nY = tmp\ndel tmp\n", "", "tmp = 1\nX = tmp + 1\ntmp = 5\nY = tmp\ndel tmp\n", ["m.X == 2"]),
         "docstring": ("def f():\n    'one'\n", "", "def f():\n    'two'\n", ["m.f.__doc__ == 'two'"]),
@@ -7341,6 +7357,11 @@ class Scenarios(Workspace):
             "def f():\n    if 1:\n        def g(): return 1\n        return g\n", "g = m.f()",
             "def f():\n    if 0:\n        def g(): return 2\n        return g\n", ["g() == 1", "'stale: f.<locals>.g: the' in report"]),
         # Unknown text
+        "unknown: class that a decorator of others completes": (
+            "# file: other.py\ndef deco(cls):\n    cls.extra = 1\n    return cls\n# file: m.py\nfrom other import deco\n@deco\nclass C: pass\nX = 1\n", "m.X = 2",
+            "# file: m.py\nfrom other import deco\n@deco\nclass C: pass\nX = 1 \n", ["'extra' not in report", "'X is 2, the file says 1' in report"]),
+        "unknown: name that the file takes away": (
+            "A = 1\ndel globals()['A']\ndef f(): return 1\n", "", "A = 1\ndel globals()['A']\ndef f(): return 2\n", ["m.f() == 2", "not hasattr(m, 'A')"]),
         "unknown: body of a decorated function": (
             "N = []\ndef deco(f):\n    N.append(1)\n    return f\n@deco\ndef f(): return 1\n", "",
             "N = []\ndef deco(f):\n    N.append(1)\n    return f\n@deco\ndef f(): return 2\n", ["m.f() == 2", "m.N == [1]"]),
@@ -7363,6 +7384,12 @@ class Scenarios(Workspace):
             "class C: pass\nX = 1\n", "exec(compile('def g(self): pass\\nC.g = g', '<console>', 'exec'), vars(m)); del m.g",
             "class C: pass\nX = 1\n\n", ["\"can't tell\" not in report"]),
         # Functions
+        "cached function becomes a partial one": (
+            "import functools\n@functools.lru_cache()\ndef f(): return 1\n", "", "import functools\ndef g(): return 3\nf = functools.partial(g)\n", ["m.f() == 3"]),
+        "function in an object, then in one of another kind": (
+            "class P:\n    def __init__(self, f): self.f = f\nclass Q:\n    def __init__(self, f): self.g = f\n@P\ndef f(): return 1\n", "",
+            "class P:\n    def __init__(self, f): self.f = f\nclass Q:\n    def __init__(self, f): self.g = f\n@Q\ndef f(): return 1\n",
+            ["type(m.f) is m.Q", "m.f.g() == 1"]),
         "closure that uses more variables": (
             "def make():\n    a, b = 1, 2\n    def f(): return a\n    return f\nf = make()\n", "f = m.f",
             "def make():\n    a, b = 1, 2\n    def f(): return a, b\n    return f\nf = make()\n",
@@ -7411,12 +7438,39 @@ class Scenarios(Workspace):
             "def f(): return 1\n", "f = m.f; del m.f", "def f(a=2): return a\n", ["m.f() == 2"]),
         "function that the program has deleted is as the whole file makes it": (
             "import os\ndef f(): return os.getpid()\nX = 1\n", "code = m.f.__code__.co_code; del m.f", "import os\ndef f(): return os.getpid()\nX = 2\n",
-            ["m.f.__code__.co_code == code"]),
+            ["m.f.__code__.co_code == code", "'added: f' in report"]),
         "default that the program has set": (
             "def f(a): return a\n", "m.f.__defaults__ = (5,)", "def f(a=1): return a\n", ["m.f() == 1"]),
         "generator that goes on, of a function with another head": (
             "def g(a=1):\n    yield 1\n", "it = m.g(); next(it)", "def g(a=2):\n    yield 2\n", ["'stale: g: a suspended' in report", "next(m.g()) == 2"]),
         # Classes
+        "block of a class that binds nothing": (
+            "class C:\n    x = 1\n    if x > 5:\n        y = 1\n", "m.C.y = 7", "class C:\n    x = 1\n    if x > 5:\n        y = 2\n", ["m.C.y == 7"]),
+        "property gains a setter": (
+            "class C:\n    @property\n    def p(self): return 1\n", "c = m.C()",
+            "class C:\n    @property\n    def p(self): return 1\n    @p.setter\n    def p(self, value): self.v = value\n",
+            ["setattr(c, 'p', 5) is None and c.v == 5"]),
+        "docstring of a property": (
+            "class C:\n    @property\n    def p(self):\n        'one'\n", "", "class C:\n    @property\n    def p(self):\n        'two'\n", ["m.C.p.__doc__ == 'two'"]),
+        "descriptor that is told its name": (
+            "class D:\n    def __set_name__(self, owner, name): self.name = name\nclass C: pass\n", "",
+            "class D:\n    def __set_name__(self, owner, name): self.name = name\nclass C:\n    d = D()\n", ["m.C.d.name == 'd'"]),
+        "decorated method of a dataclass": (
+            COUNT + "import dataclasses\n@count\n@dataclasses.dataclass\nclass C:\n    x: int = 1\n    @count\n    def m(self, a): return a\n", "",
+            COUNT + "import dataclasses\n@count\n@dataclasses.dataclass\nclass C:\n    x: int = 1\n    @count\n    def m(self, a=1): return a\n",
+            ["m.N == ['m', 'C', 'm']", "m.C().m() == 1"]),
+        "attribute of an abstract class": (
+            COUNT + "import abc\n@count\nclass C(abc.ABC):\n    x = 1\n", "", COUNT + "import abc\n@count\nclass C(abc.ABC):\n    x = 2\n",
+            ["m.N == ['C']", "m.C.x == 2"]),
+        "nothing that was put on a class from outside": (
+            "class A: pass\nclass B: pass\nclass C(A): pass\n", "m.C.put = None",
+            "class A: pass\nclass B: pass\nclass C(B): pass\n", ["m.C.put is None", "m.C.__mro__[1] is m.B"]),
+        "class that was another module's": (
+            "# file: other.py\nclass C: x = 1\n# file: m.py\nfrom other import C\n", "import other",
+            "# file: m.py\nclass C: x = 2\n", ["(m.C.x, other.C.x) == (2, 1)", "'stale' not in report"]),
+        "function that was another module's": (
+            "# file: other.py\ndef f(): return 1\n# file: m.py\nfrom other import f\n", "import other",
+            "# file: m.py\ndef f(): return 2\n", ["(m.f(), other.f()) == (2, 1)"]),
         "annotation of an attribute": (
             "class C:\n    a: int = 1\n    b: int = 1\n    c: int = 1\n", "", "class C:\n    a: str = 1\n    b: int = 1\n",
             ["m.C.__annotations__ == {'a': str, 'b': int}"]),
@@ -7446,6 +7500,8 @@ class Scenarios(Workspace):
             REG + "class B:\n    @reg\n    def m(self): pass\n@reg\nclass A:\n    other = B\n", "",
             REG + "class B:\n    @reg\n    def m(self): pass\n", ["m.R == [m.B.m]"]),
         # Registrations
+        "function in a partial one in an object": (
+            ENTRY + "@reg(1)\ndef f(): pass\n", "", ENTRY + "@reg(2)\ndef f(): pass\n", ["len(m.R) == 1"]),
         "function that is registered less often": (
             "R = []\ndef reg(n):\n    def deco(f):\n        R.extend([(k, f) for k in range(n)])\n        return f\n    return deco\n@reg(2)\ndef f(): pass\n", "",
             "R = []\ndef reg(n):\n    def deco(f):\n        R.extend([(k, f) for k in range(n)])\n        return f\n    return deco\n@reg(1)\ndef f(): pass\n",
@@ -7460,6 +7516,30 @@ class Scenarios(Workspace):
             "R = []\ndef reg(n):\n    def deco(f):\n        R.append(f)\n        return f\n    return deco\n"
             "class C:\n    @reg(2)\n    def m(self): pass\nR.append(C())\n", ["m.R == [m.C.m, c]"]),
         # Readers
+        "attribute that was made of a constant": (
+            "A = 1\nclass C:\n    x = A + 1\n", "", "A = 2\nclass C:\n    x = A + 1\n", ["m.C.x == 3", "'followed: C.x' in report"]),
+        "tuple that is longer": ("T = (1,)\nU = T\n", "", "T = (1, 2)\nU = T\n", ["m.U == (1, 2)"]),
+        "class below one that looks at those below it": (
+            "class B:\n    def __init_subclass__(cls): cls.n = 1\nclass C(B): pass\nclass D(C): pass\n", "",
+            "class B:\n    def __init_subclass__(cls): cls.n = 2\nclass C(B): pass\nclass D(C): pass\n", ["'D (B changed)' in report"]),
+        "module that is imported comes first": (
+            "# file: m.py\nimport base\nX = base.V\n# file: base.py\nV = 1\n", "",
+            "# file: m.py\nimport base\nX = base.V + 0\n# file: base.py\nV = 2\n", ["m.X == 2"]),
+        "module that a function imports comes later": (
+            "# file: m.py\nX = 1\ndef f():\n    import base\n# file: base.py\nimport m\nY = m.X\n", "import base",
+            "# file: m.py\ndef f(a=1):\n    import base\nX = 2\n# file: base.py\nimport m\nY = m.X + 0\n", ["base.Y == 2"]),
+        "module that type checkers import comes later": (
+            "# file: m.py\nfrom typing import TYPE_CHECKING\nX = 1\nif TYPE_CHECKING:\n    import base\n# file: base.py\nimport m\nY = m.X\n", "import base",
+            "# file: m.py\nfrom typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import base\nX = 2\n# file: base.py\nimport m\nY = m.X + 0\n",
+            ["base.Y == 2"]),
+        "import with a comment": (
+            "# file: m.py\nx = 1\n# file: user.py\nfrom m import (  # this\n    x)\n", "import user", "# file: m.py\nx = 2\n", ["user.x == 2"]),
+        "module with a star that is not loaded any more": (
+            "# file: m.py\nx = 1\n# file: user.py\nfrom m import *\n", "import sys, user; del sys.modules['user']",
+            "# file: m.py\nx = 1\ny = 2\n", ["m.y == 2"]),
+        "name that another star brings too": (
+            "# file: a.py\nx = 1\n# file: m.py\nx = 2\ny = 1\n# file: user.py\nfrom a import *\nfrom m import *\n", "import user",
+            "# file: m.py\ny = 1\n", ["user.x == 1"]),
         "call behind a function in a module that was not edited": (
             "# file: m.py\nX = 1\ndef make(x): return [x]\n# file: user.py\nimport m\ndef f():\n    return 1\nY = m.make(m.X)\n", "",
             "# file: m.py\nX = 2\ndef make(x): return [x]\n", ["'not run again: user.Y' in report"]),
@@ -7517,6 +7597,12 @@ class Scenarios(Workspace):
             "GET = []\ndef deco(n):\n    def outer(cls):\n        GET.append(lambda: cls)\n        return cls\n    return outer\n"
             "@deco(2)\nclass C: pass\n", ["m.C is cls", "m.GET[-1]() is cls"]),
         # Journal and history
+        "annotations of a class when the reload fails": (
+            "class C:\n    a: int = 1\n", "", "class C:\n    a: str = 1\n1/0\n", ["m.C.__annotations__ == {'a': int}"]),
+        "instances of a class that another one was patched with": (
+            "class C: pass\n", "from hotrepl import patch\nclass D: pass\nd = D()\npatch(m.C, D)", "class C: pass\n", ["type(d) is D"]),
+        "module that leads to itself": (
+            "import sys\nme = sys.modules[__name__]\nA = 1\n", "", "import sys\nme = sys.modules[__name__]\nA = 1\nX = me.me.A\n", ["m.X == 1"]),
         "base class that a method of a class below it has changed": (
             "class A: n = 0\nclass B(A):\n    @classmethod\n    def hit(cls): cls.__base__.n = 5\n", "",
             "class A: n = 0\nclass B(A):\n    @classmethod\n    def hit(cls): cls.__base__.n = 5\nB.hit()\n1/0\n", ["m.A.n == 0"]),
