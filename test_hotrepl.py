@@ -11932,6 +11932,32 @@ class FalseServers(AccessCase):
         self.assertEqual(set(said.splitlines()), {"hotrepl: the server at 127.0.0.1 port %d is uid %d's" % (each, OWNER)
                                                   for each in server.ports})
 
+    # Root by a user namespace of its own, in which nobody else has a number; the network is the machine's.
+    AS_ROOT_OF_A_NAMESPACE = """
+libc = ctypes.CDLL(None)
+libc.prctl(4, 1, 0, 0, 0)     # PR_SET_DUMPABLE: /proc/self is the user's again
+if libc.unshare(0x10000000):  # CLONE_NEWUSER
+    sys.exit("no user namespace")
+with open("/proc/self/uid_map", "w") as table:
+    table.write("0 %d 1" % uid)
+assert os.geteuid() == 0
+sys.exit(hotrepl.main())
+"""
+
+    def test_who_is_root_in_a_user_namespace_only_sends_nothing_to_another_user(self):
+        with open(self.home(OWNER, "token"), "w") as file:
+            file.write("a-token-of-ours!")
+        os.chown(file.name, OWNER, OWNER)
+
+        for said in ("token: ", "REPL session 1 connected.\n>>> "):
+            false_server = self.false_server(["127.0.0.1", free_port()], said)
+            ended = self.as_user(OWNER, "exec", "--port", str(json.loads(false_server.process.args[-2])[1]), "--token-file",
+                                 file.name, "-c", "6*7", code=self.AS_ROOT_OF_A_NAMESPACE, stdin=subprocess.DEVNULL).end()
+            if "no user namespace" in ended[2]:
+                self.skipTest("user namespaces are not permitted here")
+            self.assert_refused(ended, "is a user's who has no number here, not yours, so nothing was sent")
+            self.assert_heard_nothing(false_server)
+
     def inherited(self, server):
         program = self.keep(Program([sys.executable, "-c", INHERITED, str(server.ports[0]), str(ATTACKER)]))
         return program.end()
@@ -12100,6 +12126,13 @@ sys.exit(hotrepl.main())
         code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], uid=0)
         self.assertEqual((code, out), (0, "42\n"), said)
         self.assertEqual(self.inherited(server)[1], "received b''\n" * 3)
+
+    def test_a_server_that_was_roots_and_became_ours_is_visited(self):
+        server = self.server(uid=0, then=self.DROPPED % (OWNER, OWNER) + "print('dropped', flush=True)\ninput()")
+        server.send("\n")
+        server.until("dropped\n")
+        for _ in range(3):
+            self.assertEqual(self.ran("127.0.0.1:%d" % server.ports[0]), [0, "42\n", ""])
 
     def test_the_token_of_a_containers_server_is_for_nobody_who_has_its_port_here(self):
         inside = [tool("unshare"), "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
@@ -13102,6 +13135,14 @@ class Encryption(AccessCase):
         server = self.serve(ssl_context=self.context).server
         self.assertEqual(self.executed(server, "--cafile", self.server_files), [0, "42\n", ""])
 
+    def test_one_session_too_many_is_told_so(self):
+        served = self.serve(ssl_context=self.context, max_sessions=1)
+        served.terminal("--cafile", self.server_files).ask("6*7", "42")
+        code, out, said = self.executed(served.server, "--cafile", self.server_files)
+        self.assertEqual((code, out), (1, ""))
+        self.assertIn("no more than 1 sessions are let in at once", said)
+        self.expect_warning("1 sessions are open")
+
     def test_an_unknown_signer_is_refused(self):
         server = self.serve(ssl_context=self.context).server
         self.assertIn("CERTIFICATE_VERIFY_FAILED", self.refused(server, "--tls"))
@@ -13142,6 +13183,18 @@ class Encryption(AccessCase):
             path = self.certificate(self.folder(), "alice" + purpose, "DNS:localhost" + more, purpose)
             self.assertEqual(self.with_certificate(path)[:2], [1, ""])
             self.expect_warning("refused", "TLS handshake failed" if purpose else "is not for clients")
+
+    def test_who_shows_no_certificate_is_refused_also_where_tls_asks_for_none(self):
+        self.context.verify_mode = 2      # CERT_REQUIRED
+        self.context.load_verify_locations(self.client_files)
+        for said in ("TLS handshake failed", "showed no certificate"):
+            server = self.serve(ssl_context=self.context).server
+            self.assertEqual(self.executed(server, "--cafile", self.server_files)[:2], [1, ""])
+            self.expect_warning("refused", said)
+            self.records.clear()
+            if not hasattr(self.context, "post_handshake_auth"):
+                break
+            self.context.post_handshake_auth = True       # TLS would ask for it after its handshake
 
     @once("slow")
     def test_names_in_certificates_can_be_limited(self):
@@ -13273,6 +13326,45 @@ class Ssh(AccessCase):
                                                   str(control_port), "-c", "import os; os.getuid()"]
         self.assertEqual(self.keep(Program(words, stdin=subprocess.DEVNULL, **env)).end(), [0, "1500\n", ""])
 
+    def far(self, server_code, *words, uid=ATTACKER):
+        """Return a Program that runs as a user over there, and has said that it listens."""
+        return self.keep(Program([sys.executable, "-W", "ignore", "-c", AS_USER % os.path.dirname(SOURCE_PATH), str(uid),
+                                  server_code, *words], cwd="/"))
+
+    def test_over_there_who_has_the_port_at_an_address_counts_if_ssh_can_come_to_him(self):
+        tool("setpriv")
+        self.restart(self.AS_OWNER)
+        server = self.far(SERVE.replace("control_port=0", "control_port=0, allow_uids=[0]") + "input()", uid=OWNER)
+        ports = [port for _, port in addresses(server)]
+        words, env = self.command()
+        words = words[:words.index("connect")] + ["exec", self.target, "-c", "6*7", "--control-port", str(ports[1]), "--port"]
+
+        def ran(address):
+            false_server = self.far(FALSE_SERVER, json.dumps(address), "")
+            false_server.until("listening\n")
+            ended = self.keep(Program(words + [str(address[1])], stdin=subprocess.DEVNULL, **env)).end()
+            false_server.kill(signal.SIGTERM)
+            self.assertNotIn("GOT", false_server.end()[1])
+            return ended
+        for host in ("127.0.0.2", "::1"):
+            with self.subTest(host):
+                self.assertEqual(ran([host, ports[0]]), [0, "42\n", ""])
+        for host in ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1", "::ffff:0.0.0.0"):
+            with self.subTest(host):
+                code, out, said = ran([host, free_port()])
+                self.assertEqual((code, out), (1, ""))
+                self.assertRegex(said, r"\Ahotrepl: the server at \S+ is uid 1600's over there, .*nothing was sent\n\Z")
+
+    def test_over_there_who_listens_counts_before_he_accepts_in_either_order_of_bytes(self):
+        for address in ("0" * 8, "0" * 32, "0100007F", "7F000001", "0" * 16 + "FFFF0000" + "0" * 8,
+                        "0" * 16 + "FFFF00000100007F", "0" * 16 + "0000FFFF7F000001"):
+            here, there = os.pipe()
+            with self.subTest(address), open(here, "rb", 0) as answers, open(there, "wb", 0) as said:
+                said.write(b"hotrepl shell\nhotrepl 1500\nhotrepl table\nsl\n"
+                           b": %s:0539 0:0 0A 0:0 0:0 0 1600 0 1\nhotrepl end\n" % address.encode())
+                with self.assertRaisesRegex(PermissionError, "uid 1600's over there"):
+                    hotrepl._far_owner(here, answers, None, "ssh://there", None, 1337, 8128)
+
     def test_root_over_there_is_told_whose_the_server_is_and_his_token_is_not_for_it(self):
         with socket.socket() as sock:
             sock.bind(("127.0.0.1", 0))
@@ -13292,6 +13384,14 @@ class Ssh(AccessCase):
         self.restart("echo hotrepl 0; exec cat")
         self.assertRegex(self.refused(), r"\Ahotrepl: ssh://\S+ does not say in time whose server is there, "
                                          r"so nothing was sent\n\Z")
+        self.assertEqual(self.served.server.sessions(), [])
+
+    def test_exec_ends_in_its_time_where_it_is_not_said_whose_server_is_over_there(self):
+        self.restart("echo hotrepl 0; exec cat")
+        words, env = self.command()
+        words[words.index("connect")] = "exec"
+        program = self.keep(Program(words + ["--timeout", "0.1", "-c", "6*7"], stdin=subprocess.DEVNULL, **env))
+        self.assertEqual(program.end(), [124, "", "hotrepl: no answer in time\n"])
         self.assertEqual(self.served.server.sessions(), [])
 
     def test_a_shell_over_there_that_cannot_say_whose_server_is_there_is_not_taken_for_none(self):
@@ -13819,6 +13919,21 @@ class OwnersOfSockets(AccessParts):
                 client = self.keep(socket.create_connection((reached, port)))
                 self.assertEqual(hotrepl.server_owner(client), STRANGER)
 
+    def test_what_root_listens_at_is_whose_process_accepts_there_in_time(self):
+        look = hotrepl.listener_at
+        for accept, owner in ((self.accept, STRANGER), (lambda listener: None, 0)):
+            listener = self.listen()
+            client = self.keep(socket.create_connection(listener.getsockname()))
+            later = threading.Timer(0.1, accept, [listener])
+            with unittest.mock.patch.object(hotrepl, "listener_at", side_effect=lambda address: (
+                    later.start(), look(address))[1]):
+                os.seteuid(STRANGER)      # what this process accepts is that user's now
+                try:
+                    self.assertEqual(hotrepl.server_owner(client), owner)
+                    later.join()
+                finally:
+                    os.seteuid(0)
+
     def test_another_uid_that_closed_is_not_root(self):
         served = self.process(self.listen(), STRANGER, "1+1\n", "close")[1]
         self.assert_refused("belongs to no process", hotrepl.Door().check_peer, served)
@@ -13882,6 +13997,7 @@ class OwnersOfSockets(AccessParts):
         served = self.process(self.listen(), STRANGER, then="to-device:lo")[1]
         with unittest.mock.patch.object(hotrepl, "LOOPBACK", 0), unittest.mock.patch.object(
                 socket, "if_nameindex", list, create=True):
+            self.assert_refused("uid 4242 may not connect", hotrepl.Door(token=True).check_peer, served)
             with unittest.mock.patch.object(hotrepl, "owner_by_procfs", side_effect=OSError):
                 self.assert_refused("belongs to no process", hotrepl.Door(token=True).check_peer, served)
 
@@ -13965,6 +14081,11 @@ class OtherNetworkNamespace(AccessParts):
         served = self.process(self.listener, prefix=self.inside)[1]
         self.assertEqual(("198.51.100.2", None), hotrepl.identify(served).who)
         self.assert_refused("needs a token", hotrepl.Door().check_peer, served)
+
+    def test_its_peer_makes_the_server_read_no_table(self):
+        served = self.process(self.listener, prefix=self.inside)[1]
+        with unittest.mock.patch.object(hotrepl, "owner_by_procfs", side_effect=AssertionError):
+            self.assertTrue(hotrepl.Door(token=True).check_peer(served).needs_token)
 
     def test_its_peer_needs_the_token(self):
         served = self.process(self.listener, prefix=self.inside)[1]
