@@ -9444,7 +9444,8 @@ def tcp_owner(theirs, ours, netlink=None):
                 return NUMBERLESS if uid is None and has_number else uid, owner[1]
             if look_up(ours, theirs):
                 answer = None, 0
-                if not is_local(theirs):      # no other table can know it, and text takes long
+                # Text takes long, and knows more only of what is here, or where no devices are known.
+                if hasattr(socket, "if_nameindex") and not is_local(theirs):
                     break
         except OSError as exc:    # a sandbox, or not Linux
             if exc.errno in OUT_OF_DESCRIPTORS:

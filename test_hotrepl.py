@@ -14082,6 +14082,7 @@ class OtherNetworkNamespace(AccessParts):
         self.assertEqual(("198.51.100.2", None), hotrepl.identify(served).who)
         self.assert_refused("needs a token", hotrepl.Door().check_peer, served)
 
+    @unittest.skipUnless(hasattr(socket, "if_nameindex"), "this Python can't list the devices")
     def test_its_peer_makes_the_server_read_no_table(self):
         served = self.process(self.listener, prefix=self.inside)[1]
         with unittest.mock.patch.object(hotrepl, "owner_by_procfs", side_effect=AssertionError):
