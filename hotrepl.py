@@ -9444,7 +9444,7 @@ def tcp_owner(theirs, ours, netlink=None):
                 return NUMBERLESS if uid is None and has_number else uid, owner[1]
             if look_up(ours, theirs):
                 answer = None, 0
-                # Text takes long, and knows more only of what is here, or where no devices are known.
+                # Text takes long; it knows more of what is here, or where devices are not known.
                 if hasattr(socket, "if_nameindex") and not is_local(theirs):
                     break
         except OSError as exc:    # a sandbox, or not Linux
