@@ -10130,12 +10130,12 @@ exit $code"""
 
 # What runs over there: it says for each line that it reads whose the servers are. Of the tables
 # only the head and the rows of our ports but for TIME_WAIT, 06: anybody can make many others.
-_FIND_ROWS = ("[ -e /proc/self/net/tcp ] && echo hotrepl table; "
-              "grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
+_FIND_ROWS = ("grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
               "/proc/self/net/tcp /proc/self/net/tcp6")
 # First it says that it is there, for which it needs no other process: others can see to it that
 # there are no more.
-_SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`; %s 2>/dev/null; "
+_SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`; "
+               "[ -e /proc/self/net/tcp ] && echo hotrepl table; %s 2>/dev/null; "
                "echo hotrepl end; done")
 
 
@@ -10170,13 +10170,15 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
             break
         said += piece
     lines = [line.split() for line in said.partition(mark)[2].splitlines()] or [[]]
-    user, has_rows = lines[0][1:], any(words[:1] == [b"sl"] for words in lines)
+    user, told = lines[0][1:], [words[0] for words in lines if len(words) == 1]
+    # Of paths both files: else others could put theirs there, and take it away before each look.
+    has_rows = len(told) == 2 if path else any(words[:1] == [b"sl"] for words in lines)
     if lines[-1] != [b"hotrepl", b"end"] or not user or (
             [b"hotrepl", b"table"] in lines and not has_rows):
-        raise ConnectionError(errno.ECONNABORTED, "%s can't say whose server is there, so nothing "
-                              "was sent" % target)
+        raise ConnectionError(errno.ECONNABORTED, "%s can't say whose server is there%s, so "
+                              "nothing was sent" % (target, ", or there is none" if path else ""))
     if path:
-        owners = {words[0] for words in lines if len(words) == 1}
+        owners = set(told)
     else:
         ends = [b"%s:%04X" % each for each in itertools.product(_FAR_LOOPBACK, ports)]
         # Listeners, and connections that somebody has accepted.

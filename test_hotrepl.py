@@ -13300,7 +13300,7 @@ class Ssh(AccessCase):
         self.restart(self.AS_OWNER)
         said = self.refused()
         self.assertRegex(said, r"(?m)^hotrepl: the server at \S+ is uid 0's over there, .*nothing was sent$")
-        self.assertEqual(self.served.server.sessions(), [])
+        eventually(lambda: not self.served.server.sessions())
 
     def test_ports_where_nobody_listens_over_there_get_nothing(self):
         tool("setpriv")
@@ -13384,7 +13384,7 @@ class Ssh(AccessCase):
         self.restart("echo hotrepl 0; exec cat")
         self.assertRegex(self.refused(), r"\Ahotrepl: ssh://\S+ does not say in time whose server is there, "
                                          r"so nothing was sent\n\Z")
-        self.assertEqual(self.served.server.sessions(), [])
+        eventually(lambda: not self.served.server.sessions())
 
     def test_exec_ends_in_its_time_where_it_is_not_said_whose_server_is_over_there(self):
         self.restart("echo hotrepl 0; exec cat")
@@ -13392,7 +13392,7 @@ class Ssh(AccessCase):
         words[words.index("connect")] = "exec"
         program = self.keep(Program(words + ["--timeout", "0.1", "-c", "6*7"], stdin=subprocess.DEVNULL, **env))
         self.assertEqual(program.end(), [124, "", "hotrepl: no answer in time\n"])
-        self.assertEqual(self.served.server.sessions(), [])
+        eventually(lambda: not self.served.server.sessions())
 
     def test_a_shell_over_there_that_cannot_say_whose_server_is_there_is_not_taken_for_none(self):
         for name in ("no-id", "no-grep"):
@@ -13409,13 +13409,13 @@ class Ssh(AccessCase):
             with self.subTest(command):
                 self.write("shell", command, 0o644)
                 self.assertRegex(self.refused(), r"(?m)^hotrepl: ssh://\S+ can't say whose server is there, so nothing was sent$")
-                self.assertEqual(self.served.server.sessions(), [])
+                eventually(lambda: not self.served.server.sessions())
 
     def test_where_ssh_itself_says_that_nothing_runs_over_there_nothing_is_sent(self):
         self.restart("exit 255")      # as where sshd can't start a shell: another user there can see to that
         self.assertRegex(self.refused(), r"(?m)^hotrepl: ssh://\S+ starts nothing that could say whose server is there, "
                                          r"so nothing was sent$")
-        self.assertEqual(self.served.server.sessions(), [])
+        eventually(lambda: not self.served.server.sessions())
 
     def test_root_over_there_is_told_again_once_the_server_has_spoken(self):
         self.restart("sh " + self.file("shell"))
@@ -13423,7 +13423,7 @@ class Ssh(AccessCase):
         self.write("shell", "for uid in 0 0 1600; do read _; echo; echo hotrepl shell; echo hotrepl 0; echo hotrepl table; "
                             "echo sl; echo '%s'; echo hotrepl end; done; cat" % row, 0o644)
         self.assertRegex(self.refused(), r"(?m)^hotrepl: the server is another user's by now, or nobody's, so nothing was sent$")
-        self.assertEqual(self.served.server.sessions(), [])
+        eventually(lambda: not self.served.server.sessions())
 
     def test_a_shell_that_is_gone_at_the_second_look_was_there_at_the_first(self):
         with open(os.devnull, "r+b", 0) as gone:
@@ -13431,6 +13431,22 @@ class Ssh(AccessCase):
             self.assertEqual(look(is_first=True), hotrepl.NO_SHELL)
             with self.assertRaisesRegex(ConnectionError, "can't say whose server is there, so nothing was sent"):
                 look()
+
+    def test_over_there_both_files_of_a_path_must_be_told_of(self):
+        for told, owner in (("hotrepl table\n1500\n1500\n", ""), ("", hotrepl.NOT_SAID), ("hotrepl table\n", None),
+                            ("hotrepl table\n1500\n", None), ("hotrepl table\n1500\n1600\n", None)):
+            with self.subTest(told), open(os.devnull, "r+b", 0) as asked, tempfile.TemporaryFile() as answers:
+                answers.write(("\nhotrepl shell\nhotrepl 1500\n%shotrepl end\n" % told).encode())
+                answers.seek(0)
+                look = functools.partial(hotrepl._far_owner, asked.fileno(), answers, None, "ssh://there/p", "/p", 1337, 8128)
+                if owner is not None:
+                    self.assertEqual(look(), owner)
+                else:
+                    self.assertRaisesRegex(OSError, "so nothing was sent", look)
+
+    def test_a_path_where_nobody_listens_over_there_is_an_error(self):
+        self.assertIn("can't say whose server is there, or there is none, so nothing was sent",
+                      self.refused(target=self.target + self.file("none")))
 
     def test_a_far_side_that_talks_without_end_is_left_in_time(self):
         with subprocess.Popen(["yes", "hotrepl"], stdout=subprocess.PIPE) as talker, open(os.devnull, "r+b", 0) as asked:
