@@ -3383,7 +3383,7 @@ def _find_edits(module, everything, report):
         # 3.8's compiler takes some that is too deep to be compared.
         except _COMPILE_ERRORS as exc:
             raise ReloadError("can't compile %s (%s); nothing was changed"
-                              % (edit.path, str(exc) or type(exc).__name__)) from exc
+                              % (edit.path, "%s: %s" % (type(exc).__name__, exc))) from exc
     return edits
 
 
@@ -3565,8 +3565,6 @@ def _partners(olds, news):
     places = {id(each): i for i, each in enumerate(olds)}
     partners = {j: places[id(each)] for j, each in enumerate(news) if id(each) in places}
     for likeness in _LIKENESSES:
-        if len(partners) in (len(olds), len(news)):
-            break
         groups = collections.defaultdict(lambda: ([], []))
         places = {i: j for j, i in partners.items()}
         for side, statements in enumerate((olds, news)):
@@ -3588,11 +3586,11 @@ def _change(old, new):
     """Return what became of a statement, as the table above has it; `old` may be None."""
     if old is None:
         return "new"
-    if old is new or old.text_key == new.text_key and old.start == new.start:
-        return "same"
-    if old.text_key == new.text_key or old.dump == new.dump:
+    if old.text_key == new.text_key:
+        return "same" if old.start == new.start else "moved"
+    if old.dump == new.dump:
         return "moved"
-    if old.kind == new.kind and old.shell == new.shell:
+    if old.shell == new.shell:
         return "body"
     if old.is_function and new.is_function:
         return "def"
@@ -3761,7 +3759,7 @@ class _Source:
     def code_of(self, node, statement=None):
         """Return the code of a function; of several on one line, by the node they stand in."""
         found = self.codes_at(_name_of(node), _first_line(node)) or [None]
-        if len(found) == 1 or statement is None:
+        if len(found) == 1:
             return found[0]
         alike = [each for _, each in _functions_below(statement)
                  if (_name_of(each), _first_line(each)) == (_name_of(node), _first_line(node))]
@@ -4085,7 +4083,7 @@ def _pair_functions(old, new, path=""):
         for where, each in _functions_below(node, path) if node is not None else ():
             groups[where][side].append(each)
     for ours, theirs in groups.values():
-        for node in theirs[:] if len(ours) > 1 or len(theirs) > 1 else ():
+        for node in theirs[:]:
             like = next((each for each in ours if _key(each) == _key(node)), None)
             if like is not None:
                 partners[id(like)] = node
@@ -4203,7 +4201,7 @@ class _Evidence:
         literals, change = _literals(statement.node), "same"
         for name in statement.binds:
             live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
-            if name.startswith("__") or name in skips or counts[name] > 1:
+            if name[:2] == name[-2:] == "__" or name in skips or counts[name] > 1:
                 continue
             if live is not _MISSING:
                 if type(statement.node.value).__name__ == "Lambda" and not all(
@@ -4236,7 +4234,7 @@ class _Evidence:
                 self._tell(path, "is not the class of the file")
             return "same"
         own = self._own_functions(live, node.name)
-        if not own and _has_console_code(live):
+        if _has_console_code(live):
             self._tell(path)
         is_foreign = not _is(live, (type, staticmethod, classmethod, property)) and not (
             type(live) is types.FunctionType and live.__globals__ is self.space)
@@ -4832,8 +4830,7 @@ class _Apply:
             if inner:
                 self._run_for_closures(inner, scope.edit.sub_pairs(pair))
             elif pair.change in _LEFT_ALONE and not pair.new.is_main_guard and (
-                    pair.new.is_function and (scope.cls or pair.new.node.decorator_list)
-                    or pair.new.kind == "Assign" and pair.new.names.calls):
+                    pair.new.is_function or pair.new.kind == "Assign" and pair.new.names.calls):
                 held = {id(each) for name in pair.new.binds
                         for each in _functions_in(scope.get(name))} & set(self.closures)
                 if held:
@@ -5130,7 +5127,7 @@ class _Apply:
             return
         before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
                   for name in statement.binds}
-        if pair.change == "lost" or pair.change == "new" and statement.is_definition and (
+        if pair.change == "new" and statement.is_definition and (
                 edit.had_imported(statement.node.name)):
             before = dict.fromkeys(before, _MISSING)
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
@@ -5246,7 +5243,7 @@ class _Apply:
         """Take away from a class what only statements that are gone had bound."""
         cls = scope.cls
         own = {_mangled(name, cls.__name__) for name in _bound_by(
-            pair.old for pair in pairs if pair.change != "same" and pair.old is not None)}
+            pair.old for pair in pairs if pair.old is not None)}
         kept = {_mangled(name, cls.__name__) for name in names}
         gone = [name for path, name in scope.edit.gone if path == scope.path]
         for name in sorted(own - kept) + gone:
@@ -5591,7 +5588,7 @@ class _Apply:
     def _move_classes(self):
         """Move instances and subclasses from classes that can't change in place, or are new."""
         for old, new, reason in self.moves:
-            is_class = isinstance(old, type) and isinstance(new, type)
+            is_class = isinstance(old, type)
             self.stuck[getattr(old, "__qualname__", "?"), reason] += (
                 self._move_instances({old: new}) if is_class else 0)
             for sub in old.__subclasses__() if is_class else ():
@@ -5833,11 +5830,13 @@ class _Apply:
         """Return the path of a code that is no live function's any more."""
         if id(code) in self.old_codes:
             return self.old_codes[id(code)][0]
-        for edit in self.edits if not hasattr(code, "co_qualname") else ():     # 3.6-3.10
+        if hasattr(code, "co_qualname"):        # since 3.11
+            return code.co_qualname
+        for edit in self.edits:
             for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
                 if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
                     return path
-        return getattr(code, "co_qualname", code.co_name)
+        return code.co_name
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
@@ -7217,7 +7216,7 @@ def _imported_elsewhere(source, space, edit, name):
     """Return what a module imports by a name from another module than the edited one."""
     for module_name, imported, bound in _imported_names(source, space):
         other = _space_of(sys.modules.get(module_name))
-        if other is not edit.space and name in (_public(other) if imported == "*" else [bound]):
+        if name in (_public(other) if imported == "*" else [bound]):
             return other.get(name if imported == "*" else imported, _MISSING)
     return _MISSING
 
@@ -7287,8 +7286,6 @@ def _evaluated_nodes(node, is_lazy):
     for each in node.body if type(node).__name__ == "ClassDef" else ():
         if hasattr(each, "decorator_list"):
             yield from _evaluated_nodes(each, is_lazy)
-        elif type(each).__name__ == "AnnAssign":
-            yield each.annotation
 
 
 def _mentions_at_import(text, names):
@@ -8062,7 +8059,7 @@ def _static_attributes(code):
     import dis
     steps = list(dis.get_instructions(code))
     return next((steps[k - 1].argval for k, step in enumerate(steps)
-                 if step.argval == "__static_attributes__" and k), ())
+                 if step.argval == "__static_attributes__"), ())
 
 
 def _typed(const):
