@@ -4332,8 +4332,7 @@ def _is_unlike(literal, live):
         hash(literal)  # a list or a dict is there to be changed
     except TypeError:
         return False
-    return literal is not _MISSING and (
-        type(live) is not type(literal) or _typed(live) != _typed(literal))
+    return literal is not _MISSING and _typed(live) != _typed(literal)
 
 
 def _defaults_fit(function, node):
@@ -4787,7 +4786,7 @@ class _Apply:
                 self.stuck[found.path, "a new default of its parameters is known only where it is "
                                        "defined"] += 1
                 return
-            if _doc_of(old) != _doc_of(new) and function.__doc__ == _doc_of(old):
+            if function.__doc__ == _doc_of(old):
                 self.put(_attribute(function, "__doc__"), _doc_of(new))
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
             if found.is_changed:
@@ -4992,7 +4991,7 @@ class _Apply:
         """See to what a class statement does besides its body, and to who reads its attributes."""
         cls, edit = scope.cls, scope.edit
         self._retire_gone(scope, pairs)
-        names = _bound_by(each.new for each in pairs if each.new and each.change in _VALUES)
+        names = _bound_by(each.new for each in pairs if each.change in _VALUES)
         self.readers.follow_pure(edit, scope.statements, cls, dict(edit.space, **before),
                                  dict(edit.space, **vars(cls)), names)
         active = [each for each in pairs if each.change not in _LEFT_ALONE]
@@ -5130,9 +5129,9 @@ class _Apply:
         if pair.change == "new" and statement.is_definition and (
                 edit.had_imported(statement.node.name)):
             before = dict.fromkeys(before, _MISSING)
-        is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
         places = _Registrations(self, reached, _ids_of(
-            before[statement.node.name], statement.node.name) if is_again else set())
+            before[statement.node.name], statement.node.name)
+            if statement.is_definition else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
@@ -5598,7 +5597,7 @@ class _Apply:
                 except TypeError as exc:
                     self.stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
         discarded = {new: old for new, old in self.folded.values()
-                     if isinstance(new, type) and new is not old}
+                     if isinstance(new, type)}
         if discarded and not self.is_patch:
             self._move_instances(discarded)
 
@@ -5783,7 +5782,7 @@ class _Apply:
 
     def _report_removed(self, edit):
         """Name the statements that are gone, but for those that changed what is new or gone too."""
-        bound = {name for pair in edit.pairs if pair.new is not None and pair.change in _VALUES
+        bound = {name for pair in edit.pairs if pair.change in _VALUES
                  for name in pair.new.binds} | set(edit.names_gone(is_done=bool(edit.before)))
         for each in self._removed_statements(edit):
             if not each.changes or not each.changes <= bound:
@@ -5812,7 +5811,7 @@ class _Apply:
         """Count the running frames and suspended generators that finish on old code."""
         codes = [code for _, code in self.old_codes.values()]
         for edit in self.edits:
-            if edit.old is not None and any(pair.change == "gone" for pair in edit.pairs):
+            if any(pair.change == "gone" for pair in edit.pairs):
                 codes += [code for _, code in _code_paths(_nested_codes(edit.old.code))]
         running = _running_frames()
         for frames, reason in (
@@ -5950,8 +5949,7 @@ class _Scope:
             space.pop("__conditional_annotations__", None)
             exec(code, space)
             edit.annotated[id(statement)] = space.get("__conditional_annotations__", ())
-        names = space if "*" in statement.binds else statement.binds
-        return {name: space[name] for name in names if name in space}
+        return {name: space[name] for name in statement.binds if name in space}
 
     def in_class(self, nodes):
         """Run statements in the class's scope; `super()` in what they define means the class."""
@@ -6356,7 +6354,7 @@ class _Readers:
                         self._apply.report.add("followed", edit.name, [path + name])
                     elif not _is_plain_equal(live.get(own, _MISSING), now):
                         self._report_not_run(edit, each, used, path)
-            elif cls is not None and each.kind in ("Assign", "AnnAssign"):
+            elif cls is not None:
                 self._report_not_run(edit, each, used, path)
 
     def _follow_defaults(self, edit, value, statement, olds, news):
@@ -6478,7 +6476,7 @@ class _Readers:
         line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
         names = self._names_in(module)
         for each in statements:
-            may_use = self._bases and each.kind == "ClassDef" or each.mentions(names)
+            may_use = each.kind == "ClassDef" or each.mentions(names)
             if may_use and not each.is_main_guard and (
                     each.kind not in ("Import", "ImportFrom")) and (
                     line is None or each.end < line):
@@ -7083,7 +7081,7 @@ def _with_parents(name):
 def _full_name(level, name, space):
     """Return the full name of the module that `from ...name import` leads to in a namespace."""
     if not level:
-        return name or ""
+        return name
     parts = (space.get("__package__") or "").split(".")
     return ".".join(parts[:len(parts) - level + 1] + ([name] if name else []))
 
@@ -7586,7 +7584,7 @@ def _forwarder_template(closure_size, is_async):
     kind, target = ("async def", "await target") if is_async else ("def", "target")
     source = ("def outer(%s):\n %s forward_call(*args, **kwargs):\n  if 0: (%s)\n"
               "  target = %r\n  return %s(*args, **kwargs)\n return forward_call\n" % (
-                  cells, kind, cells or "0", _TARGET, target))
+                  cells, kind, cells, _TARGET, target))
     space = {}
     exec(compile(source, "forward_call of " + __name__, "exec"), space)
     return space["outer"](*[None] * closure_size).__code__
@@ -7828,7 +7826,7 @@ def _reached_from(value):
     inners = _items(value, kind)
     if kind in (type(value), type(os.environ)):
         return [value], inners
-    if kind or _is_data(value):
+    if _is_data(value):
         return [value], itertools.chain(inners, (_get_dict(value), type(value)))
     return [], inners
 

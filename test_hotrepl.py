@@ -7346,8 +7346,16 @@ class Scenarios(Workspace):
     THREAD = "import pathlib, threading, time; m.T = 60; m.again = compile(pathlib.Path(m.__file__).read_text(), m.__file__, 'exec'); e = m.E\n" \
              "t = threading.Thread(target=exec, args=(m.again, vars(m))); t.start()\n" \
              "while m.E is e or not m.E._cond._waiters: time.sleep(0.001)\nm.RUNS.append(1); del m.again"
+    SETTER = "class C:\n    @property\n    def p(self): return 1\n    @p.setter\n    def p(self, v=1): pass\n"
+    BOUND = "R = []\nclass Obj:\n    def __init__(self, f): self.f = f\n    def call(self): self.f()\n" \
+            "def reg(n):\n    def deco(f):\n        R.append(Obj(f).call)\n        return f\n    return deco\n"
+    STATIC = "R = []\ndef reg(n):\n    def deco(f):\n        R.append(type('Task', (), {'run': staticmethod(f)})())\n        return f\n    return deco\n"
     ROWS = {
         # Diff and names
+        "statements on one line": ("H = []\nH.append(1); H.append(2)\n", "", "H = []\nH.append(1)\n", ["'H.append(2)' in report", "'H.append(1)' not in report"]),
+        "call that is another": ("H = []\nH.append(1)\n", "", "H = []\nH.append(2)\n", ["'changed: H.append(2)' in report", "m.H == [1, 2]"]),
+        "names that a loop makes by any code": (
+            "for n in ('a', 'b'):\n    globals()[n] = 1\n", "", "for n in ('a', 'c'):\n    globals()[n] = 1\n", ["'is still there: which of a, b, can' in report"]),
         "module that was imported anew": (
             "A = 1\n", "import hotrepl, pathlib, sys; pathlib.Path(m.__file__).write_text('A = 2\\nB = 1\\n'); del sys.modules['m']; import m; hotrepl.note_sources([m])",
             "A = 2\nC = 1\n", ["not hasattr(m, 'B')", "m.C == 1"]),
@@ -7407,6 +7415,17 @@ class Scenarios(Workspace):
             "def f():\n    if 1:\n        def g(): return 1\n        return g\n", "g = m.f()",
             "def f():\n    if 0:\n        def g(): return 2\n        return g\n", ["g() == 1", "'stale: f.<locals>.g: the' in report"]),
         # Unknown text
+        "unknown: attribute of a class that is not there": (
+            "import sys\nA = 1\ndelattr(sys.modules[__name__], 'A')\nclass C:\n    x = 1\n    y = 1\n", "del m.C.x",
+            "import sys\nA = 1\ndelattr(sys.modules[__name__], 'A')\nclass C:\n    x = 1\n    y = 1\n\n", ["m.C.x == 1"]),
+        "unknown: result that is not there": (
+            "N = []\ndef make():\n    N.append(1)\nX = make()\n", "del m.X", "N = []\ndef make():\n    N.append(1)\nX = make()\n\n",
+            ["m.N == [1]", "'X is not there' in report"]),
+        "unknown: setter with a default": (
+            SETTER, "", SETTER + "\n", ["report == 'nothing changed'"]),
+        "unknown: one of two functions of a name": (
+            "def f():\n    def g(): return 1\n    return g\n", "g = m.f()",
+            "def f(x=0):\n    if x:\n        def g(): return 2\n    else:\n        def g(): return 3\n    return g\n", ["'which of several' in report", "g() == 1"]),
         "unknown: private names of a class": (
             "class C:\n    __x = 1\n    def __m(self): return 1\n", "m.C._C__x = 5",
             "class C:\n    __x = 1\n    def __m(self): return 2\n", ["m.C._C__m(0) == 2", "'C.__x is 5, the file says 1' in report"]),
@@ -7450,6 +7469,16 @@ class Scenarios(Workspace):
             "class C: pass\nX = 1\n", "exec(compile('def g(self): pass\\nC.g = g', '<console>', 'exec'), vars(m)); del m.g",
             "class C: pass\nX = 1\n\n", ["\"can't tell\" not in report"]),
         # Functions
+        "decorator that returns another function": (
+            "def g(): return 9\ndef deco(n):\n    return lambda f: g if n == 2 else f\n@deco(1)\ndef f(): return 1\n", "f = m.f",
+            "def g(): return 9\ndef deco(n):\n    return lambda f: g if n == 2 else f\n@deco(2)\ndef f(): return 1\n",
+            ["m.f is m.g", "m.g() == 9", "f() == 1"]),
+        "first of two functions of a name": (
+            DECO + "@deco(1)\ndef f(): return 1\n@deco(1)\ndef f(): return 2\n", "",
+            DECO + "@deco(5)\ndef f(): return 1\n@deco(1)\ndef f(): return 2\n", ["m.f() == (1, 2)"]),
+        "size of a cache": (
+            "import functools\n@functools.lru_cache(maxsize=1)\ndef f(): return 1\n", "",
+            "import functools\n@functools.lru_cache(maxsize=2)\ndef f(): return 1\n", ["m.f.cache_info().maxsize == 2"]),
         "lambda becomes a function": ("f = lambda: 1\n", "f = m.f", "def f(): return 2\n", ["(m.f(), f()) == (2, 2)"]),
         "function that was typed over": (
             "def f(): return 1\n", "exec(compile('def f(): return 5\\ndef g(): return 6', '<console>', 'exec'), vars(m))", "def f(): return 2\n",
@@ -7521,6 +7550,21 @@ class Scenarios(Workspace):
         "generator that goes on, of a function with another head": (
             "def g(a=1):\n    yield 1\n", "it = m.g(); next(it)", "def g(a=2):\n    yield 2\n", ["'stale: g: a suspended' in report", "next(m.g()) == 2"]),
         # Classes
+        "property whose two functions are others": (
+            COUNT + SETTER.replace("    def", "    @count\n    def"), "", COUNT + SETTER.replace("    def", "    @count\n    def").replace("self", "s"),
+            ["m.N == ['p'] * 4"]),
+        "class below one that looks at those below it gains a method": (
+            "class B:\n    def __init_subclass__(cls): pass\nclass C(B): pass\n", "",
+            "class B:\n    def __init_subclass__(cls): pass\nclass C(B):\n    def m(self): return 1\n", ["'B.__init_subclass__ has not seen' in report"]),
+        "docstring of a class that the program has set": (
+            "class C:\n    x = 1\n", "m.C.__doc__ = 'set'", "class C:\n    x = 2\n", ["m.C.__doc__ == 'set'"]),
+        "text in a class that is no docstring": (
+            "class C:\n    'doc'\n    x = 1\n    'note'\n", "", "class C:\n    'doc'\n    x = 1\n", ["m.C.__doc__ == 'doc'"]),
+        "annotated attribute of a decorated class": (
+            COUNT + "@count\nclass C:\n    a: int = 1\n", "", COUNT + "@count\nclass C:\n    a: int = 2\n", ["m.N == ['C']", "m.C.a == 2"]),
+        "class that the program has replaced, below a dataclass": (
+            "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 1\nclass B(A): pass\n", "m.B = 5",
+            "import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: int = 1\n    y: int = 1\nclass B(A): pass\n", ["m.B == 5", "m.A(1, 2).y == 2"]),
         "attribute that the program has set, beside one that changes": (
             "class C:\n    x = 1\n    y = x + 1\n    z = 1\n", "m.C.y = 7", "class C:\n    x = 1\n    y = x + 1\n    z = 2\n",
             ["(m.C.y, m.C.z) == (7, 2)", "'not run again' not in report", "dry == 'changed: C'"]),
@@ -7592,6 +7636,17 @@ class Scenarios(Workspace):
             REG + "class B:\n    @reg\n    def m(self): pass\n@reg\nclass A:\n    other = B\n", "",
             REG + "class B:\n    @reg\n    def m(self): pass\n", ["m.R == [m.B.m]"]),
         # Registrations
+        "function that is put into a list behind it": (
+            "R = []\ndef f(): pass\nR.append(f)\n", "", "R = []\n", ["m.R == []"]),
+        "function in an object of another kind in a list": (
+            "R = []\nclass P:\n    p = 1\nclass Q:\n    q = 1\ndef reg(kind):\n    def deco(f):\n        R.append(kind())\n        R[-1].f = f\n"
+            "        return f\n    return deco\n@reg(P)\ndef f(): pass\n", "",
+            "R = []\nclass P:\n    p = 1\nclass Q:\n    q = 1\ndef reg(kind):\n    def deco(f):\n        R.append(kind())\n        R[-1].f = f\n"
+            "        return f\n    return deco\n@reg(Q)\ndef f(): pass\n", ["[type(x) for x in m.R] == [m.Q]", "not hasattr(m.P, 'q')"]),
+        "method of an object in a list": (
+            BOUND + "@reg(1)\ndef f(): pass\n", "", BOUND + "@reg(2)\ndef f(): pass\n", ["len(m.R) == 1"]),
+        "object of a class with the function in a list": (
+            STATIC + "@reg(1)\ndef f(): pass\n", "", STATIC + "@reg(2)\ndef f(): pass\n", ["len(m.R) == 1"]),
         "function that is gone, in a list in a dict": (
             BY_KEY + "@reg(1)\ndef f(): pass\n@reg(2)\ndef g(): pass\n", "", BY_KEY + "@reg(2)\ndef g(): pass\n", ["m.R == {'n': 5, 1: [], 2: [m.g]}"]),
         "object in an object": (
@@ -7612,6 +7667,16 @@ class Scenarios(Workspace):
             "R = []\ndef reg(n):\n    def deco(f):\n        R.append(f)\n        return f\n    return deco\n"
             "class C:\n    @reg(2)\n    def m(self): pass\nR.append(C())\n", ["m.R == [m.C.m, c]"]),
         # Readers
+        "private attribute that was made of a constant": (
+            "A = 1\nclass C:\n    __x = A + 1\n", "", "A = 2\nclass C:\n    __x = A + 1\n", ["m.C._C__x == 3"]),
+        "default of a wrapper": (
+            "A = 1\ndef deco(f):\n    def inner(a=1): return a\n    return inner\n@deco\ndef f(a=A): return a\n", "",
+            "A = 2\ndef deco(f):\n    def inner(a=1): return a\n    return inner\n@deco\ndef f(a=A): return a\n", ["m.f() == 1"]),
+        "class below one with another constructor": (
+            "class C:\n    def __init__(self): self.a = 1\nclass D(C): pass\n", "", "class C:\n    def __init__(self): self.a = 2\nclass D(C): pass\n",
+            ["'not run again' not in report"]),
+        "import of a branch that was not taken": (
+            "# file: m.py\nA = 1\n# file: user.py\nif False:\n    from m import x\n", "import user", "# file: m.py\nA = 1\nx = 1\n", ["not hasattr(user, 'x')"]),
         "name that a star brings no more": (
             "# file: m.py\n__all__ = ['x', 'y']\nx = 1\ny = 1\n# file: user.py\nfrom m import *\n", "import user",
             "# file: m.py\n__all__ = ['x']\nx = 1\ny = 1\n", ["user.x == 1", "not hasattr(user, 'y')"]),
@@ -7712,6 +7777,10 @@ class Scenarios(Workspace):
             "GET = []\ndef deco(n):\n    def outer(cls):\n        GET.append(lambda: cls)\n        return cls\n    return outer\n"
             "@deco(2)\nclass C: pass\n", ["m.C is cls", "m.GET[-1]() is cls"]),
         # Journal and history
+        "body of a class that fails": (
+            "R = []\n", "", "R = []\nclass C:\n    R.append(1)\n1/0\n", ["m.R == []"]),
+        "hook of a module that did not change": ("CALLS = []\ndef __reload__(old): CALLS.append(1)\n", "", "CALLS = []\ndef __reload__(old): CALLS.append(1)\n",
+            ["m.CALLS == []"]),
         "star when the reload fails": (
             "# file: other.py\nx = 1\n# file: m.py\nA = 1\n", "import other", "# file: m.py\nA = 1\nfrom other import *\n1/0\n",
             ["'ZeroDivisionError' in report", "not hasattr(m, 'x')"]),
