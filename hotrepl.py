@@ -10128,9 +10128,9 @@ exit $code"""
 _FIND_ROWS = ("grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 0[^6]' "
               "/proc/self/net/tcp /proc/self/net/tcp6")
 # First it says that it is there, for which it needs no other process: others can see to it that
-# there are no more.
-_SAY_OWNERS = ("while read _; do echo; echo hotrepl shell; echo hotrepl `id -u`; "
-               "[ -e /proc/self/net/tcp ] && echo hotrepl table; %s 2>/dev/null; "
+# there are no more. At once too: with StdinNull in ssh's configuration there is nothing to read.
+_SAY_OWNERS = ("echo hotrepl starts; while read _; do "
+               "echo; echo hotrepl shell; echo hotrepl `id -u`; [ -e /proc/self/net/tcp ] && echo hotrepl table; %s 2>/dev/null; "
                "echo hotrepl end; done")
 
 
@@ -10159,7 +10159,7 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
             raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
                                   "so nothing was sent" % target)
         piece = os.read(answers.fileno(), RECEIVE_BYTES)
-        if not piece and is_first and mark not in said:
+        if not piece and is_first and b"hotrepl s" not in said:
             return NO_SHELL
         if not piece:
             break

@@ -13623,6 +13623,13 @@ class Ssh(AccessCase):
             with self.assertRaisesRegex(ConnectionError, "can't say whose server is there, so nothing was sent"):
                 look()
 
+    def test_a_shell_over_there_that_has_nothing_to_read_is_not_taken_for_none(self):
+        words, env = self.command()
+        with open(self.file("ssh")) as file:
+            self.write("ssh", file.read().replace("-F none", "-F none -o StdinNull=yes"), 0o700)
+        code, _, said = self.keep(Program(words, stdin=subprocess.DEVNULL, **env)).end()
+        self.assertEqual((code, "can't say whose server is there, so nothing was sent" in said), (1, True), said)
+
     def test_over_there_both_files_of_a_path_must_be_told_of(self):
         for told, owner in (("hotrepl table\n1500\n1500\n", ""), ("", hotrepl.NOT_SAID), ("hotrepl table\n", None),
                             ("hotrepl table\n1500\n", None), ("hotrepl table\n1500\n1600\n", None)):
@@ -13659,7 +13666,7 @@ class Ssh(AccessCase):
             ends[0].close()
         words, _ = hotrepl._ssh_words("ssh://there", "/tmp/path", port, port, True)
         said = subprocess.check_output(words[-1], shell=True, input=b"\n").decode()
-        self.assertRegex(said, r"\A\nhotrepl shell\nhotrepl 0\nhotrepl table\n *sl .*\n.*:%04X .* 0A .*\n( *sl .*\n)?hotrepl end\n\Z" % port)
+        self.assertRegex(said, r"\Ahotrepl starts\n\nhotrepl shell\nhotrepl 0\nhotrepl table\n *sl .*\n.*:%04X .* 0A .*\n( *sl .*\n)?hotrepl end\n\Z" % port)
 
     def test_an_account_that_may_only_forward_is_enough(self):
         self.restart("/bin/false")
