@@ -10130,8 +10130,8 @@ _FIND_ROWS = ("grep -h -e sl -e ':%04X [^ ]*:[^ ]* 0[^6]' -e ':%04X [^ ]*:[^ ]* 
 # First it says that it is there, for which it needs no other process: others can see to it that
 # there are no more. At once too: with StdinNull in ssh's configuration there is nothing to read.
 _SAY_OWNERS = ("echo hotrepl starts; while read _; do "
-               "echo; echo hotrepl shell; echo hotrepl `id -u`; [ -e /proc/self/net/tcp ] && echo hotrepl table; %s 2>/dev/null; "
-               "echo hotrepl end; done")
+               "echo; echo hotrepl shell; echo hotrepl `id -u`; [ -e /proc/self/net/tcp ] && "
+               "echo hotrepl table; %s 2>/dev/null; echo hotrepl end; done")
 
 
 NO_SHELL, NOT_SAID = "no shell", "not said"       # an account that may forward only; no /proc
