@@ -4906,7 +4906,7 @@ class _Apply:
         if not pair.new.is_function or scope.count(name) == 1 and pair.change != "again":
             return value
         raw = self._raw(scope, pair) if pair.change != "new" else None
-        is_own = raw is None or any(each is raw for each in _functions_in(value))
+        is_own = any(each is raw for each in _functions_in(value))
         return value if is_own and pair.change != "new" else _MISSING if raw is None else raw
 
     def _redecorate(self, scope, pair):
@@ -5762,7 +5762,7 @@ class _Apply:
             known = {name for name in new.binds if name in was or name in (
                 edit.before or edit.space)}
             names = sorted(new.binds - {"*"} - new.names.deletes)
-            if new.acts_without_a_name or "*" in new.binds:
+            if new.acts_without_a_name or "*" in new.binds or new.kind == "Delete":
                 self.report.add("changed", edit.name, [new.title])
             self.report.add("changed", edit.name, [name for name in names if name in known])
             self.report.add("added", edit.name, [name for name in names if name not in known])
@@ -5947,6 +5947,8 @@ class _Scope:
             held.clear()
             apply.keep_names(statement, space)
             space.pop("__conditional_annotations__", None)
+            if statement.kind == "Delete":      # what is gone already, too
+                space.update(dict.fromkeys(statement.names.deletes.difference(space)))
             exec(code, space)
             edit.annotated[id(statement)] = space.get("__conditional_annotations__", ())
         return {name: space[name] for name in statement.binds if name in space}
@@ -6468,8 +6470,8 @@ class _Readers:
         if not self._spaces and self._ids.isdisjoint([id(value) for _, value in items]):
             return self._values[module.name]
         return self._values[module.name].union(
-            name for name, value in items if _is(name, str) and (id(value) in self._ids or any(
-                id(each.__globals__) in self._spaces for each in _callees(value))))
+            name for name, value in items if id(value) in self._ids or any(
+                id(each.__globals__) in self._spaces for each in _callees(value)))
 
     def _report_users(self, module, statements):
         """Name those of some statements that used what is another now, as far as they have run."""
@@ -7010,8 +7012,6 @@ def _combinations(old, new):
     import enum
     flags = old._value2member_map_.items() if issubclass(old, enum.Flag) else ()
     for value, kept in list(flags):
-        if kept._name_ in new._member_map_:
-            continue
         parts = [each for each in old._member_map_.values() if each._value_
                  and each._value_ & value == each._value_ and each._name_ in new._member_map_]
         try:
