@@ -6043,7 +6043,7 @@ def _put_on_class(apply, cls, name, value):
     setter = type(cls).__setattr__
     if value is _MISSING or hasattr(cls, "_member_map_") or setter is type.__setattr__:
         apply.put(_attribute(cls, name), value)
-        if value is not _MISSING and hasattr(type(value), "__set_name__"):
+        if hasattr(type(value), "__set_name__"):
             type(value).__set_name__(value, cls, name)
         return
     read, write, key = _attribute(cls, name)
@@ -6652,7 +6652,7 @@ class _Registrations:
             return new
         olds, news = type(old), type(new)
         if olds is not news:            # each has its own class, such as Celery's tasks
-            if not _is_class_pair(olds, news) or id(news) in self._apply.known:
+            if not _is_class_pair(olds, news):
                 return new
             self._apply.fold_class(olds, news)
         return self._apply.fold_instance(old, new)

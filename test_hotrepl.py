@@ -7352,6 +7352,7 @@ class Scenarios(Workspace):
     STATIC = "R = []\ndef reg(n):\n    def deco(f):\n        R.append(type('Task', (), {'run': staticmethod(f)})())\n        return f\n    return deco\n"
     ROWS = {
         # Diff and names
+        "docstring of a module that the program has set": ("A = 1\n", "m.__doc__ = 'set'", "", ["m.__doc__ == 'set'", "not hasattr(m, 'A')"]),
         "statement that deletes": ("a = b = 1\ndel a\n", "", "a = b = 1\ndel a, b\n", ["report == 'changed: del a, b'", "not hasattr(m, 'b')"]),
         "statements on one line": ("H = []\nH.append(1); H.append(2)\n", "", "H = []\nH.append(1)\n", ["'H.append(2)' in report", "'H.append(1)' not in report"]),
         "call that is another": ("H = []\nH.append(1)\n", "", "H = []\nH.append(2)\n", ["'changed: H.append(2)' in report", "m.H == [1, 2]"]),
@@ -7416,6 +7417,10 @@ class Scenarios(Workspace):
             "def f():\n    if 1:\n        def g(): return 1\n        return g\n", "g = m.f()",
             "def f():\n    if 0:\n        def g(): return 2\n        return g\n", ["g() == 1", "'stale: f.<locals>.g: the' in report"]),
         # Unknown text
+        "unknown: file that looks at its names and deletes none": (
+            "def f(): return globals()\nA = 1\n", "del m.A", "def f(): return globals()\nA = 1\n\n", ["m.A == 1"]),
+        "unknown: file that deletes, but no names": (
+            "D = {1: 1}\nD.pop(1)\nA = 1\n", "del m.A", "D = {1: 1}\nD.pop(1)\nA = 1\n\n", ["m.A == 1"]),
         "unknown: attribute of a class that is not there": (
             "import sys\nA = 1\ndelattr(sys.modules[__name__], 'A')\nclass C:\n    x = 1\n    y = 1\n", "del m.C.x",
             "import sys\nA = 1\ndelattr(sys.modules[__name__], 'A')\nclass C:\n    x = 1\n    y = 1\n\n", ["m.C.x == 1"]),
@@ -7470,6 +7475,8 @@ class Scenarios(Workspace):
             "class C: pass\nX = 1\n", "exec(compile('def g(self): pass\\nC.g = g', '<console>', 'exec'), vars(m)); del m.g",
             "class C: pass\nX = 1\n\n", ["\"can't tell\" not in report"]),
         # Functions
+        "second name of a function becomes one of its own": (
+            "def a(): return 1\nb = a\n", "", "def a(): return 1\ndef b(): return 2\n", ["(m.a(), m.b()) == (1, 2)"]),
         "function that is in an object now": (
             "class P:\n    def __init__(self, f): self.g = f\n    def __call__(self): return 'p', self.g()\ndef f(): return 1\n", "f = m.f",
             "class P:\n    def __init__(self, f): self.g = f\n    def __call__(self): return 'p', self.g()\n@P\ndef f(): return 1\n",
@@ -7650,6 +7657,10 @@ class Scenarios(Workspace):
             REG + "class B:\n    @reg\n    def m(self): pass\n@reg\nclass A:\n    other = B\n", "",
             REG + "class B:\n    @reg\n    def m(self): pass\n", ["m.R == [m.B.m]"]),
         # Registrations
+        "decorator of which nobody knows what it does": (
+            "T = [0]\ndef deco(n):\n    def outer(f):\n        T[0] += n\n        return f\n    return outer\n@deco(1)\ndef f(): pass\n", "",
+            "T = [0]\ndef deco(n):\n    def outer(f):\n        T[0] += n\n        return f\n    return outer\n@deco(2)\ndef f(): pass\n",
+            ["m.T == [3]", "'may be there still' in report"]),
         "function that is put into a list behind it": (
             "R = []\ndef f(): pass\nR.append(f)\n", "", "R = []\n", ["m.R == []"]),
         "function in an object of another kind in a list": (
