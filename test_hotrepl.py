@@ -7352,6 +7352,8 @@ class Scenarios(Workspace):
     STATIC = "R = []\ndef reg(n):\n    def deco(f):\n        R.append(type('Task', (), {'run': staticmethod(f)})())\n        return f\n    return deco\n"
     ROWS = {
         # Diff and names
+        "annotations of a module become texts": (
+            "x: int = 1\n", "m.__annotations__", "from __future__ import annotations\nx: int = 1\n", ["m.__annotations__ == {'x': 'int'}"]),
         "docstring of a module that the program has set": ("A = 1\n", "m.__doc__ = 'set'", "", ["m.__doc__ == 'set'", "not hasattr(m, 'A')"]),
         "statement that deletes": ("a = b = 1\ndel a\n", "", "a = b = 1\ndel a, b\n", ["report == 'changed: del a, b'", "not hasattr(m, 'b')"]),
         "statements on one line": ("H = []\nH.append(1); H.append(2)\n", "", "H = []\nH.append(1)\n", ["'H.append(2)' in report", "'H.append(1)' not in report"]),
@@ -7692,6 +7694,12 @@ class Scenarios(Workspace):
             "R = []\ndef reg(n):\n    def deco(f):\n        R.append(f)\n        return f\n    return deco\n"
             "class C:\n    @reg(2)\n    def m(self): pass\nR.append(C())\n", ["m.R == [m.C.m, c]"]),
         # Readers
+        "body of what is in a registry that was copied": (
+            ROUTES + "@routes.get('/a')\ndef a(): return 1\nTABLE = list(routes)\n", "",
+            ROUTES + "@routes.get('/a')\ndef a(): return 2\nTABLE = list(routes)\n", ["m.TABLE[0][1]() == 2", "'not run again' not in report"]),
+        "constant that another one covers where it was imported": (
+            "# file: m.py\nx = 1\ny = 1\n# file: user.py\nfrom m import x, y\nZ = [x]\nx = 5\n", "import user",
+            "# file: m.py\nx = 2\ny = 1\n", ["user.x == 5", "user.Z == [1]"]),
         "module of unknown text that uses a function": (
             "# file: m.py\nX = 1\ndef f(): return X\n# file: user.py\nfrom m import f\nY = 1\nglobals()['Y'] = 2\n", "import user",
             "# file: m.py\nX = 2\ndef f(): return X\n", ["m.X == 2"]),
