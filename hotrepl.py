@@ -3712,9 +3712,10 @@ class _Source:
 
     def has(self, code):
         """Tell whether some code in it does what `code` does."""
-        return any(_behaviour(other) == _behaviour(code)
-                   for others in self.codes.values() for other in others)
+        return _behaviour(code) in self.behaviours
 
+    behaviours = _once(lambda each: {
+        _behaviour(code) for codes in each.codes.values() for code in codes})
     # Its imports from __future__, and what they import.
     futures = _once(lambda each: [one for one in each.statements if one.kind == "ImportFrom"
                                   and one.node.module == "__future__"])
@@ -3907,7 +3908,7 @@ def _key(node, empties=None):
     is_emptied = empties and kind in _FUNCTIONS + ("Lambda",) and empties(node)
     return (kind, (_doc_key(node), _is_generator(node)) if is_emptied else None) + tuple([
         _key(getattr(node, name, None), empties) for name in fields
-        if not (is_emptied and name == "body")])
+        if name != "kind" and not (is_emptied and name == "body")])     # kind: of u"", it is ""
 
 
 def _shell(node):
@@ -3935,7 +3936,7 @@ def _signature_key(node):
 
 def _doc_key(node):
     """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
-    if not getattr(node, "decorator_list", None):
+    if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return None
     value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
     text = _literal(value)
@@ -4083,7 +4084,7 @@ def _pair_functions(old, new, path=""):
         for where, each in _functions_below(node, path) if node is not None else ():
             groups[where][side].append(each)
     for ours, theirs in groups.values():
-        for node in theirs[:]:
+        for node in theirs[:] if len(ours) > 1 or len(theirs) > 1 else ():
             like = next((each for each in ours if _key(each) == _key(node)), None)
             if like is not None:
                 partners[id(like)] = node
@@ -4284,7 +4285,8 @@ class _Evidence:
                 continue
             if _has_console_code(value):
                 self._tell(name)
-            elif is_clear and self._is_own(value, name):
+            elif is_clear and self._is_own(value, name) and not (    # the package may have set it
+                    _is(value, type) and value.__module__ != self.name):
                 self.gone.append(("", name))
             elif is_clear and getattr(value, "__module__", None) != __name__:
                 self._tell(name, "is not in the file")
@@ -4308,7 +4310,8 @@ def _bases_fit(node, space, cls):
             bases.append(space.get(getattr(each, "id", None)))
     if not all(_is(each, type) for each in bases):
         return True
-    said, live = [[id(each) for each in some if each is not object]
+    # 3.12: what has type parameters gets typing.Generic too.
+    said, live = [[id(each) for each in some if each is not object and each.__module__ != "typing"]
                   for some in (bases, cls.__bases__)]
     return said == live
 
@@ -4788,6 +4791,7 @@ class _Apply:
                 return
             if function.__doc__ == _doc_of(old):
                 self.put(_attribute(function, "__doc__"), _doc_of(new))
+                self._follow_doc(function, found.path, _doc_of(old))
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
             if found.is_changed:
                 self._clear_caches(function, found.path)
@@ -4812,6 +4816,14 @@ class _Apply:
                              (id(function), "__code__"))
         _swap(function, *state)
 
+    def _follow_doc(self, function, path, before):
+        """What wraps a function, such as a property, may have copied its docstring."""
+        value = _at_path(function.__globals__, path.split("."))
+        for each in [value, *_wrapped_by(value)]:
+            slot = _attribute(each, "__doc__")
+            if _holds(each, function) and _is_plain_equal(slot[0](), before):
+                self.put(slot, function.__doc__)
+
     def _clear_caches(self, function, path):
         """An lru_cache around a changed function forgets its results."""
         value = _unwrapped(_at_path(function.__globals__, path.split(".")))
@@ -4829,7 +4841,8 @@ class _Apply:
             if inner:
                 self._run_for_closures(inner, scope.edit.sub_pairs(pair))
             elif pair.change in _LEFT_ALONE and not pair.new.is_main_guard and (
-                    pair.new.is_function or pair.new.kind == "Assign" and pair.new.names.calls):
+                    pair.new.is_function and (scope.cls or pair.new.node.decorator_list)
+                    or pair.new.kind == "Assign" and pair.new.names.calls):
                 held = {id(each) for name in pair.new.binds
                         for each in _functions_in(scope.get(name))} & set(self.closures)
                 if held:
@@ -4847,8 +4860,7 @@ class _Apply:
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
         old, new = pair.old.node, pair.new.node
-        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new) and (
-                _doc_key(old) == _doc_key(new)):
+        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
             self._define(scope, pair)
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)
@@ -4866,11 +4878,13 @@ class _Apply:
         new.__dict__.update(vars(raw))
         for name in ("__name__", "__qualname__", "__module__"):     # a package may have set them
             setattr(new, name, getattr(raw, name))
+        doc, path = raw.__doc__, scope.prefix + pair.new.node.name
         self.fold_function(raw, new)
-        self._clear_caches(raw, scope.prefix + pair.new.node.name)
+        self._follow_doc(raw, path, doc)
+        self._clear_caches(raw, path)
         if pair.old is not None and _signature_key(pair.old.node) != _signature_key(pair.new.node):
             self.refielded[id(raw)] = raw       # such as a dependency of FastAPI's handlers
-            if pair.new.node.name in ("__init__", "__call__"):
+            if scope.cls is not None and pair.new.node.name in ("__init__", "__call__"):
                 self.recalled[id(scope.cls)] = scope.cls
 
     def _evaluate(self, scope, pair, raw):
@@ -5126,7 +5140,7 @@ class _Apply:
             return
         before = {name: self._made_by(scope, pair) if statement.is_function else scope.get(name)
                   for name in statement.binds}
-        if pair.change == "new" and statement.is_definition and (
+        if pair.change == "lost" or pair.change == "new" and statement.is_definition and (
                 edit.had_imported(statement.node.name)):
             before = dict.fromkeys(before, _MISSING)
         places = _Registrations(self, reached, _ids_of(
@@ -5451,8 +5465,10 @@ class _Apply:
     def fold_enum(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
         combinations = list(_combinations(old, new))
-        olds = dict(old._member_map_)
-        self.refielded[id(old)] = old
+        olds, news = dict(old._member_map_), new._member_map_
+        if list(olds) != list(news) or not all(
+                _is_plain_equal(each._value_, news[name]._value_) for name, each in olds.items()):
+            self.refielded[id(old)] = old
         for kept, member in combinations:
             olds.setdefault(member._name_, kept)  # A | B gets a name
         for name, member in new._member_map_.items():
@@ -6290,9 +6306,12 @@ class _Readers:
 
     def follow(self, edit):
         """Evaluate anew what is pure and was made of changed values; follow imports of them."""
-        todo = [(edit, edit.new, edit.before)]
+        todo, rounds = [(edit, edit.new, edit.before)], collections.Counter()
         while todo:
             follower, source, before = todo.pop()
+            rounds[follower.name] += 1
+            if rounds[follower.name] > 20:      # `N = N + 1` of two that import it in a circle
+                continue
             values = self.values_of(follower, before)
             if values:
                 names = set(values)
@@ -6329,7 +6348,7 @@ class _Readers:
         """
         lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
         for each in statements:
-            used = each.names.reads & names
+            used = each.mentions(names) and each.names.reads & names
             if not used or edit.runs(each):
                 continue
             live = edit.space if cls is None else vars(cls)
@@ -6659,7 +6678,10 @@ class _Registrations:
 
     def put_before(self, later):
         """What a new definition has registered goes in front of what stands below it made."""
+        taken = set(map(id, self.taken))        # where it has its place
         for container in self._places if later else ():
+            if id(container) in taken:
+                continue
             before, now = self._befores[id(container)], _entries(container)
             news, rest = _gained(before, now, _KEY)
             at = next((i for i, (key, value) in enumerate(rest) if _leads_to(value, later)), None)
@@ -6899,7 +6921,8 @@ _FOLD_RULES = (     # (fits, what to do), the first that fits
      _Apply.fold_lru_cache),
     (lambda old, new: type(old) is types.FunctionType and callable(new)
      and not isinstance(new, type), _Apply.forward),
-    (lambda old, new: type(old) is type(new) and _is_plain_instance(new), _Apply.fold_instance),
+    (lambda old, new: type(old) is type(new) and _is_plain_instance(new)
+     and not _is(new, functools.partial), _Apply.fold_instance),    # what it calls is in no dict
     (lambda old, new: _is_definition(old) and callable(new), _Apply.replace),
 )
 # Of classes whose fields are more than attributes: what is done beside the attributes, whether
@@ -7284,6 +7307,8 @@ def _evaluated_nodes(node, is_lazy):
     for each in node.body if type(node).__name__ == "ClassDef" else ():
         if hasattr(each, "decorator_list"):
             yield from _evaluated_nodes(each, is_lazy)
+        elif type(each).__name__ == "AnnAssign" and not is_lazy:
+            yield each.annotation
 
 
 def _mentions_at_import(text, names):

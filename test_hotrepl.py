@@ -7321,7 +7321,8 @@ class Scenarios(Workspace):
     A text with several modules is reloaded as a whole. Where the title says so, nobody knows what ran.
     """
 
-    SINCE = {"import dataclasses": (3, 7), "import annotations": (3, 7),
+    SINCE = {"import dataclasses": (3, 7), "import annotations": (3, 7), "cached_property": (3, 8),
+             "get_overloads": (3, 11), "class C[T]": (3, 12),
              "lambda: 1, lambda: 1": (3, 11)}      # codes know their columns
     DECO = "def deco(n):\n    def outer(f):\n        def inner(*args): return n, f(*args)\n        return inner\n    return outer\n"
     REG = "R = []\ndef reg(x):\n    R.append(x)\n    return x\n"
@@ -7350,6 +7351,8 @@ class Scenarios(Workspace):
     BOUND = "R = []\nclass Obj:\n    def __init__(self, f): self.f = f\n    def call(self): self.f()\n" \
             "def reg(n):\n    def deco(f):\n        R.append(Obj(f).call)\n        return f\n    return deco\n"
     STATIC = "R = []\ndef reg(n):\n    def deco(f):\n        R.append(type('Task', (), {'run': staticmethod(f)})())\n        return f\n    return deco\n"
+    SORTED = "R = []\ndef reg(n):\n    def deco(c):\n        R.append((n, c))\n        R.sort(key=lambda e: e[0])\n        return c\n    return deco\n"
+    PARTIAL = "import functools\nR = []\ndef reg(f):\n    R.append(functools.partial(f))\n    return R[-1]\n"
     ROWS = {
         # Diff and names
         "annotations of a module become texts": (
@@ -7418,6 +7421,9 @@ class Scenarios(Workspace):
         "function of a branch that is compiled away is named": (
             "def f():\n    if 1:\n        def g(): return 1\n        return g\n", "g = m.f()",
             "def f():\n    if 0:\n        def g(): return 2\n        return g\n", ["g() == 1", "'stale: f.<locals>.g: the' in report"]),
+        "u before a text is taken away": (
+            "N = []\ndef make(x):\n    N.append(x)\n    return x\nC = make(u'a')\n", "",
+            "N = []\ndef make(x):\n    N.append(x)\n    return x\nC = make('a')\n", ["m.N == ['a']", "'nothing changed' in report"]),
         # Unknown text
         "unknown: file that looks at its names and deletes none": (
             "def f(): return globals()\nA = 1\n", "del m.A", "def f(): return globals()\nA = 1\n\n", ["m.A == 1"]),
@@ -7476,6 +7482,19 @@ class Scenarios(Workspace):
         "unknown: method typed at the prompt": (
             "class C: pass\nX = 1\n", "exec(compile('def g(self): pass\\nC.g = g', '<console>', 'exec'), vars(m)); del m.g",
             "class C: pass\nX = 1\n\n", ["\"can't tell\" not in report"]),
+        "unknown: class with type parameters": (
+            "class B: pass\nclass C[T](B):\n    def m(self): return 1\n", "",
+            "class B: pass\nclass C[T](B):\n    def m(self): return 2\n", ["m.C().m() == 2", "\"can't tell\" not in report"]),
+        "unknown: class that a package has put into its module": (
+            "# file: m.py\nimport pkg\n# file: pkg/__init__.py\nfrom . import core\nclass Config: pass\ncore.Config = Config\n"
+            "# file: pkg/core.py\ndef f(): return Config\n", "",
+            "# file: pkg/core.py\ndef f(): return Config, 1\n", ["m.pkg.core.f() == (m.pkg.Config, 1)"]),
+        "unknown: pair that the program has given names": (
+            "import collections\nPair = collections.namedtuple('Pair', 'a b')\nP = (1, 2)\n", "m.P = m.Pair(1, 2)",
+            "import collections\nPair = collections.namedtuple('Pair', 'a b')\nP = (1, 2)\n\n", ["m.P.a == 1", "'P is Pair(a=1, b=2), the file says (1, 2)' in report"]),
+        "unknown: proxy in the place of a literal": (
+            "class Proxy:\n    @property\n    def __class__(self): 1/0\nP = None\n", "m.P = m.Proxy()",
+            "class Proxy:\n    @property\n    def __class__(self): 1/0\nP = None\n\n", ["'the file says None' in report"]),
         # Functions
         "second name of a function becomes one of its own": (
             "def a(): return 1\nb = a\n", "", "def a(): return 1\ndef b(): return 2\n", ["(m.a(), m.b()) == (1, 2)"]),
@@ -7572,6 +7591,34 @@ class Scenarios(Workspace):
             "def f(a): return a\n", "m.f.__defaults__ = (5,)", "def f(a=1): return a\n", ["m.f() == 1"]),
         "generator that goes on, of a function with another head": (
             "def g(a=1):\n    yield 1\n", "it = m.g(); next(it)", "def g(a=2):\n    yield 2\n", ["'stale: g: a suspended' in report", "next(m.g()) == 2"]),
+        "docstring of a cached method": (
+            "import functools\nclass C:\n    @staticmethod\n    @functools.lru_cache()\n    def f():\n        'one'\n", "f = m.C.f",
+            "import functools\nclass C:\n    @staticmethod\n    @functools.lru_cache()\n    def f():\n        'two'\n", ["m.C.f is f", "f.__doc__ == 'two'"]),
+        "docstring and default of a context manager": (
+            "import contextlib\n@contextlib.contextmanager\ndef f(a=1):\n    'one'\n    yield a\n", "f = m.f",
+            "import contextlib\n@contextlib.contextmanager\ndef f(a=2):\n    'two'\n    yield a\n",
+            ["m.f is f", "f.__doc__ == 'two'", "f().__enter__() == 2"]),
+        "docstring of a cached property": (
+            "import functools\nclass C:\n    @functools.cached_property\n    def p(self):\n        'one'\n        return 1\n", "",
+            "import functools\nclass C:\n    @functools.cached_property\n    def p(self):\n        'two'\n        return 1\n",
+            ["m.C.p.__doc__ == 'two'", "m.C().p == 1"]),
+        "docstring of a function with implementations": (
+            "import functools\n@functools.singledispatch\ndef f(x):\n    'one'\n@f.register(int)\ndef _(x): return 1\n", "",
+            "import functools\n@functools.singledispatch\ndef f(x):\n    'two'\n@f.register(int)\ndef _(x): return 1\n",
+            ["m.f.__doc__ == 'two'", "m.f(1) == 1"]),
+        "docstring of an overload": (
+            "from typing import get_overloads, overload\n@overload\ndef f(x: int):\n    'one'\n@overload\ndef f(x: str): pass\ndef f(x): return x\n", "",
+            "from typing import get_overloads, overload\n@overload\ndef f(x: int):\n    'two'\n@overload\ndef f(x: str): pass\ndef f(x): return x\n",
+            ["[each.__doc__ for each in m.get_overloads(m.f)] == ['two', None]"]),
+        "closure that the program has put in the place of a function": (
+            "def deco(f):\n    a = 1\n    def w(): return f()\n    return w\ndef f(): return 1\n", "f = m.f = m.deco(m.f)",
+            "def deco(f):\n    a = 1\n    def w(): return f(), a\n    return w\ndef f(): return 2\n", ["m.f is f", "f() == 2", "'stale' in report"]),
+        "function that was typed, is held, and goes": (
+            "def f(): return 1\n", "import hotrepl; exec(compile('def f(): return 5', '<console>', 'exec'), vars(m)); f = m.f; hotrepl.unpatch(f)",
+            "def f(): return 1\n", ["(m.f(), f()) == (1, 5)"]),
+        "function of a module with a special name": (
+            COUNT + "Q = None\ndef __call__(a): pass\ndef f(x=Q): pass\nf = count(f)\n@count\ndef g(x=Q): pass\n", "",
+            COUNT + "Q = None\ndef __call__(a, b): pass\ndef f(x=Q): pass\nf = count(f)\n@count\ndef g(x=Q): pass\n", ["m.N == ['f', 'g']"]),
         # Classes
         "property whose two functions are others": (
             COUNT + SETTER.replace("    def", "    @count\n    def"), "", COUNT + SETTER.replace("    def", "    @count\n    def").replace("self", "s"),
@@ -7693,6 +7740,14 @@ class Scenarios(Workspace):
             "class C:\n    @reg(1)\n    def m(self): pass\nR.append(C())\n", "c = m.R[1]",
             "R = []\ndef reg(n):\n    def deco(f):\n        R.append(f)\n        return f\n    return deco\n"
             "class C:\n    @reg(2)\n    def m(self): pass\nR.append(C())\n", ["m.R == [m.C.m, c]"]),
+        "class in a list that its decorator keeps in order": (
+            SORTED + "@reg(2)\nclass A: x = 1\n@reg(1)\nclass B: x = 1\n", "",
+            SORTED + "@reg(2)\nclass A(object): x = 2\n@reg(1)\nclass B: x = 1\n", ["m.R == [(1, m.B), (2, m.A)]"]),
+        "partial function that is defined in a block now": (
+            PARTIAL + "@reg\ndef f(): return 1\n", "", PARTIAL + "if True:\n    @reg\n    def f(): return 2\n", ["m.f() == 2", "m.R == [m.f]"]),
+        "function whose name was another one's": (
+            REG + "@reg\ndef f(): return 1\ng = f\n", "f = m.f", REG + "@reg\ndef f(): return 1\n@reg\ndef g(): return 2\n",
+            ["m.R == [f, m.g]", "(f(), m.g()) == (1, 2)"]),
         # Readers
         "body of what is in a registry that was copied": (
             ROUTES + "@routes.get('/a')\ndef a(): return 1\nTABLE = list(routes)\n", "",
@@ -7780,6 +7835,18 @@ class Scenarios(Workspace):
             "# file: m.py\nimport pkg\nA = 1\n# file: pkg/__init__.py\n# file: pkg/base.py\nV = 1\n", "import pkg.base",
             "# file: m.py\nimport pkg\nA = 1\nfrom pkg.fresh import Y\n# file: pkg/fresh.py\nfrom .base import V as Y\n# file: pkg/base.py\nV = 2\n",
             ["m.Y == 2"]),
+        "constant that is made of itself in a circle of modules": (
+            "# file: m.py\nimport b, a\n# file: b.py\nX = 1\nfrom a import Z as X\n# file: a.py\nfrom b import X\nK = 1\nZ = X * K\n", "",
+            "# file: a.py\nfrom b import X\nK = 2\nZ = X * K\n", ["m.a.K == 2", "m.a.Z < 2 ** 1000"]),
+        "constant that many modules have made something of": (
+            "".join("# file: u%d.py\nfrom base import A\nB = A + 1\n" % k for k in range(120)) + "# file: base.py\nA = 1\n# file: m.py\n", "import sys",
+            "# file: base.py\nA = 2\n", ["all(sys.modules['u%d' % k].B == 3 for k in range(120))"]),
+        "annotation of an attribute that nobody has evaluated": (
+            "from __future__ import annotations\nA = 1\nclass C:\n    x: A = 1\n", "",
+            "from __future__ import annotations\nA = 2\nclass C:\n    x: A = 1\n", ["'not run again' not in report"]),
+        "annotation of an attribute that was made of a constant": (
+            "A = 1\nclass C:\n    x: A = 1\n", "", "A = 2\nclass C:\n    x: A = 1\n",
+            ["'not run again: C (A changed)' in report or m.C.__annotations__ == {'x': 2}"]),
         # Kinds
         "number in an enum is another": (
             "import enum\nclass E(int, enum.Enum):\n    A = 1\n", "a = m.E.A", "import enum\nclass E(int, enum.Enum):\n    A = 2\n",
@@ -7824,6 +7891,9 @@ class Scenarios(Workspace):
             "@deco(1)\nclass C: pass\n", "cls = m.C",
             "GET = []\ndef deco(n):\n    def outer(cls):\n        GET.append(lambda: cls)\n        return cls\n    return outer\n"
             "@deco(2)\nclass C: pass\n", ["m.C is cls", "m.GET[-1]() is cls"]),
+        "enum whose members are what they were": (
+            COUNT + "import enum\nclass E(enum.Enum):\n    A = 1\n@count\ndef f(e=E.A): pass\n", "",
+            COUNT + "import enum\n@enum.unique\nclass E(enum.Enum):\n    A = 0 + 1\n@count\ndef f(e=E.A): pass\n", ["m.N == ['f']"]),
         # Journal and history
         "body of a class that fails": (
             "R = []\n", "", "R = []\nclass C:\n    R.append(1)\n1/0\n", ["m.R == []"]),
