@@ -4335,7 +4335,8 @@ def _is_unlike(literal, live):
         hash(literal)  # a list or a dict is there to be changed
     except TypeError:
         return False
-    return literal is not _MISSING and _typed(live) != _typed(literal)
+    return literal is not _MISSING and (    # first: _typed() is for constants
+        type(live) is not type(literal) or _typed(live) != _typed(literal))
 
 
 def _defaults_fit(function, node):
@@ -4789,7 +4790,7 @@ class _Apply:
                 self.stuck[found.path, "a new default of its parameters is known only where it is "
                                        "defined"] += 1
                 return
-            if function.__doc__ == _doc_of(old):
+            if _doc_of(old) != _doc_of(new) and function.__doc__ == _doc_of(old):
                 self.put(_attribute(function, "__doc__"), _doc_of(new))
                 self._follow_doc(function, found.path, _doc_of(old))
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
@@ -5143,9 +5144,9 @@ class _Apply:
         if pair.change == "lost" or pair.change == "new" and statement.is_definition and (
                 edit.had_imported(statement.node.name)):
             before = dict.fromkeys(before, _MISSING)
+        is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
         places = _Registrations(self, reached, _ids_of(
-            before[statement.node.name], statement.node.name)
-            if statement.is_definition else set())
+            before[statement.node.name], statement.node.name) if is_again else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
