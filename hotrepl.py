@@ -9287,6 +9287,9 @@ def server_owner(sock, expected=None):
     with suppress(Refused):
         return _holder_by_now(sock, expected)
     theirs = sock.getpeername()
+    # The tables also have what waits in a queue. What they have not was led elsewhere, by NAT.
+    if tcp_owner(theirs, sock.getsockname()) == (None, 0):
+        return None
     listener = listener_at(theirs)
     # Who called setuid() since accepts as another than who listens; root itself looks who it is.
     is_to_be_seen = listener.uid == 0 and effective_uid() != 0
@@ -9646,7 +9649,7 @@ _GREETINGS = (
     ("a syslog message", rb"<\d{1,3}>"),
     ("a SOCKS request", rb"\x04[\x01\x02]|\x05[\x01-\x08][\x00-\x02]"),
     # AMQP, MQTT, PostgreSQL, RDP, STUN, ...; but CR NUL is telnet's Return, in character mode
-    ("a binary protocol", rb"(?:[^\n\r\0]|\r(?!\0))*\0"),
+    ("a binary protocol", rb"[\x01\x02\x06-\x08\x0e-\x19]|(?:[^\n\r\0]|\r(?!\0))*\0"),
     # RFC 9112, whatever the bytes of the method and the target are
     ("an HTTP request", _METHOD + rb" (?:/\S*|\*|[A-Za-z][\w+.-]*:\S*|[^\s/?#]*:\d*)"
      rb" HTTP/\d\.\d\r\n"),

@@ -12175,8 +12175,8 @@ class FalseServers(AccessCase):
         program.ports = [int(port) for port in program.until("\n").split()]
         return program
 
-    def false_server(self, address, said="token: ", uid=ATTACKER):
-        program = self.as_user(uid, json.dumps(address), said, code=FALSE_SERVER)
+    def false_server(self, address, said="token: ", uid=ATTACKER, **options):
+        program = self.as_user(uid, json.dumps(address), said, code=FALSE_SERVER, **options)
         program.until("listening\n")
         return program
 
@@ -12456,6 +12456,21 @@ sys.exit(hotrepl.main())
         self.assertEqual(self.ran("127.0.0.1:%d" % port, prefix=there), [0, "42\n", ""])
         false_server = self.false_server(["127.0.0.1", port], uid=OWNER)
         self.assert_refused(self.ran("127.0.0.1:%d" % port), "the server wants its token")
+        self.assert_heard_nothing(false_server)
+
+    def test_where_packets_are_led_elsewhere_who_listens_there_is_not_taken_for_the_server(self):
+        inside = [tool("unshare"), "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+        server = self.server(options="control_port=0, token='a-token-of-ours!'", prefix=inside)
+        there = [tool("nsenter"), "-t", str(server.process.pid), "-n"]
+        where, elsewhere = "127.0.0.1:%d" % server.ports[0], free_port()
+        self.assertEqual(self.ran(where, prefix=there), [0, "42\n", ""])
+        false_server = self.false_server(["127.0.0.1", elsewhere], prefix=there)
+        led = subprocess.run(there + [tool("nft"), "add table ip t; add chain ip t c { type nat hook output priority -100; }; "
+                                      "add rule ip t c tcp dport %d redirect to :%d" % (server.ports[0], elsewhere)],
+                             stderr=subprocess.PIPE)
+        if led.returncode:
+            self.skipTest("not permitted here: " + led.stderr.decode())
+        self.assert_refused(self.ran(where, prefix=there), "the system can't tell whose server is at", "nothing was sent")
         self.assert_heard_nothing(false_server)
 
     def test_both_channels_must_be_one_users(self):
@@ -14627,6 +14642,7 @@ class DoorPolicy(AccessParts):
 
 FOREIGN = (
     b"GET / HTTP/1.1\r\nHost: localhost:1337\r\n\r\n",
+    b"\x01\n\x00\x01",        # ICE over TCP, behind its length
     b"GET / HTTP/1.0\n\n",
     b"POST / HTTP/1.1\r\nContent-Type: text/plain\r\n\r\nopen('/tmp/x','w')\n",
     b"GET /a?b=c%20d#e HTTP/1.1\r\n",
