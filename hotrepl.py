@@ -6490,8 +6490,8 @@ class _Readers:
         if not self._spaces and self._ids.isdisjoint([id(value) for _, value in items]):
             return self._values[module.name]
         return self._values[module.name].union(
-            name for name, value in items if id(value) in self._ids or any(
-                id(each.__globals__) in self._spaces for each in _callees(value)))
+            name for name, value in items if _is(name, str) and (id(value) in self._ids or any(
+                id(each.__globals__) in self._spaces for each in _callees(value))))
 
     def _report_users(self, module, statements):
         """Name those of some statements that used what is another now, as far as they have run."""
@@ -6672,7 +6672,7 @@ class _Registrations:
             return new
         olds, news = type(old), type(new)
         if olds is not news:            # each has its own class, such as Celery's tasks
-            if not _is_class_pair(olds, news):
+            if not _is_class_pair(olds, news) or id(news) in self._apply.known:
                 return new
             self._apply.fold_class(olds, news)
         return self._apply.fold_instance(old, new)
