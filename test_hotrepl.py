@@ -23840,6 +23840,8 @@ def run_interrupts(argv):
 RERUNS = 2                # how often at most
 UNLUCKY = 10              # where more than so many fail, it is no bad luck, and nothing is run again
 CRASHES = 5               # how many tests may end the child before the rest is given up
+# How many tests one child runs. On PyPy the heap grows with each, and each reload looks through it.
+CHILD_TESTS = 120 if IS_PYPY else sys.maxsize
 REPORT = "HOTREPL_TEST_REPORT"        # in a child's environment: the file it writes to
 SLOWEST = int(os.environ.get("HOTREPL_TEST_SLOWEST", "0"))    # how many tests to list with their times
 
@@ -23880,6 +23882,9 @@ class Result(unittest.TextTestResult):
     def stopTest(self, test):
         super().stopTest(test)
         self.note("ended", test.id(), time.monotonic() - self._begun)
+        if self.testsRun == CHILD_TESTS:
+            self.note("paused", "")
+            self.stop()
 
     def addSuccess(self, test):
         super().addSuccess(test)
@@ -23924,30 +23929,30 @@ class Outcome:
         handle, self._path = tempfile.mkstemp(prefix="hotrepl test report ")
         os.close(handle)
         try:
-            for _ in range(1 + CRASHES):
-                if self._run_child():
-                    return self
+            ends = collections.Counter()
+            while not ends["over"] and ends["crash"] <= CRASHES:
+                ends[self._run_child()] += 1
         finally:
             os.unlink(self._path)
         return self
 
     def _run_child(self):
-        """Run what is not in the report yet, and take that in; return whether nothing is left to run."""
+        """Run what is not in the report yet, and take that in; return how it ended: over, paused or crash."""
         script = sys.modules["__main__"].__file__
         code = subprocess.call(python_command(script, *self._words),
                                env=dict(os.environ, **{REPORT: self._path}))
-        begun, is_over = None, False
+        begun, last = None, ""
         with open(self._path, encoding="utf-8") as file:
             for kind, name, *rest in map(json.loads, file):
                 begun = {"begun": name, "ended": None}.get(kind, begun)
-                is_over = kind == "over"
+                last = kind
                 self._take(kind, name, *rest)
-        if is_over and code == 0:
-            return True
+        if last in ("over", "paused") and code == 0:
+            return last
         name = begun or "the process, between tests"
         self.failed.add(name)
         print("exit %d: %s" % (code, name), file=sys.stderr, flush=True)
-        return begun is None
+        return "over" if begun is None else "crash"
 
     def _take(self, kind, name, what=None):
         if kind in ("passed", "failed"):
@@ -24011,7 +24016,8 @@ def run_child(argv, report):
         del argv[1]
     result = unittest.main(module="__main__", argv=argv, testRunner=ChildRunner(report),
                            testLoader=loader, exit=False).result
-    result.note("over", "")
+    if result.testsRun < CHILD_TESTS:
+        result.note("over", "")
     return 0
 
 
