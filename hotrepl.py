@@ -8956,7 +8956,8 @@ class Door:
     def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None,
                  allow_names=None):
         self.allow_uids = frozenset(allow_uids or ())     # besides our effective uid and 0
-        self.allow_names = allow_names and frozenset(allow_names)     # in certificates; None: any
+        # In certificates; None: any.
+        self.allow_names = None if allow_names is None else frozenset(allow_names)
         self.token = _checked_token(token)    # bytes; None while nobody needs one
         self.insecure = insecure              # everybody comes in
         self.ssl_context = ssl_context        # None: plain text
@@ -8968,7 +8969,8 @@ class Door:
         # Whose refusals were logged since when, how many were left out since the last; by _lock
         self._refused, self._refused_since, self._left_out = set(), -1e9, 0
         self._lock = threading.Lock()
-        if isinstance(allow_names, str) or allow_names and not self.wants_certificate:
+        if isinstance(allow_names, str) or (
+                allow_names is not None and not self.wants_certificate):
             raise ValueError("allow_names takes a list of names, and an ssl_context with "
                              "verify_mode CERT_REQUIRED")
         if not all(type(uid) is int for uid in self.allow_uids):
@@ -9038,7 +9040,7 @@ class Door:
         names.update(value for kind, value in shown.get("subjectAltName", ()))
         if self.wants_certificate and not shown:      # with post_handshake_auth TLS asks for none
             raise Refused("%s showed no certificate" % peer, peer)
-        if self.allow_names and not names & self.allow_names:
+        if self.allow_names is not None and not names & self.allow_names:
             raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
         if shown and CLIENT_PURPOSE not in _purposes(tls.getpeercert(True)):
             raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
@@ -9238,9 +9240,11 @@ class Peer:
     def who(self):
         """What all connections of one user have in common: of this machine, or of another one.
 
-        Nobody, whose connection was over at once, is one too, whatever the address.
+        Nobody, whose connection was over at once, is one too, whatever the address. Whoever has one
+        address of IPv6 has all that begin with the same 64 bits.
         """
-        return (self.host if self.uid is None and self.inode != 0 else "", self.uid)
+        is_elsewhere = self.uid is None and self.inode != 0 and self.host
+        return (_packed(self.host.strip("[]"))[:8] if is_elsewhere else b"", self.uid)
 
     def __str__(self):
         return "%s uid %s%s%s" % (
@@ -14080,7 +14084,8 @@ def _table(notes):
     rows = [("PID", "ADDRESS", "STARTED", "COMMAND")]
     for note in notes:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["started"]))
-        rows.append((str(note["pid"]), _join_address(note["address"]), started, _command(note)))
+        address = printable(_join_address(note["address"]))
+        rows.append((str(note["pid"]), address, started, _command(note)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
              for row in rows]
@@ -14371,8 +14376,8 @@ def _ask_outcome(link):
 
 
 def _exit_code(outcome):
-    if "exit" in outcome:
-        return outcome["exit"]
+    if "exit" in outcome:         # what is no C int is 255, as sys.exit() has it
+        return outcome["exit"] if -1 << 31 <= outcome["exit"] < 1 << 31 else 255
     kind = outcome.get("exception", {"type": None})["type"]
     return {None: 0, "KeyboardInterrupt": 130}.get(kind, 1)
 

@@ -12782,6 +12782,11 @@ class OddReplies(AccessCase):
             with self.subTest(repr(outcome)):
                 self.assert_one_line(self.visitor("Outcome", dict(self.OK, outcome=outcome)))
 
+    def test_an_exit_status_that_no_process_can_have_is_255(self):
+        place = self.odd("Outcome", dict(self.OK, outcome={"exit": 10 ** 99}))
+        words = python_command(SOURCE_PATH, "exec", place, "-c", "6*7")
+        self.assertEqual(self.keep(Program(words, stdin=subprocess.DEVNULL)).end(), [255, "", ""])
+
     def test_first_lines_of_no_sense_are_one_line(self):
         for hello in (b"", b"\n", b"REPL session x connected.\n", self.EVIL.encode() + b"\n", b"x" * 100000):
             with self.subTest(repr(hello[:50])):
@@ -13528,10 +13533,12 @@ class Encryption(AccessCase):
         for names in (["alice"], ["bob", "alice@example.org"]):
             self.assertEqual(self.with_certificate(self.client_files, allow_names=names)[:2], [0, "42\n"])
         self.assertEqual(self.with_certificate(self.client_files, allow_names=["bob", "alic"])[:2], [1, ""])
+        self.assertEqual(self.with_certificate(self.client_files, allow_names=[])[:2], [1, ""])
         self.expect_warning("refused", "alice", "allow_names")
 
     def test_names_without_certificates_are_an_error(self):
-        for options in ({"allow_names": ["alice"]}, {"allow_names": ["alice"], "ssl_context": self.context}):
+        for options in ({"allow_names": ["alice"]}, {"allow_names": ["alice"], "ssl_context": self.context},
+                        {"allow_names": []}):
             with self.assertRaisesRegex(ValueError, "CERT_REQUIRED"):
                 hotrepl.start({}, port=0, control_port=0, **options)
 
@@ -14223,6 +14230,11 @@ class PeerOverTcp(AccessParts):
         hotrepl.identify(served)
         self.assertEqual(before, os.listdir("/proc/self/fd"))
 
+    def test_one_network_of_ipv6_is_one_who_guesses(self):
+        who = [hotrepl.Peer(host + ":1337").who for host in ("[2001:db8:0:1::5]", "[2001:db8:0:1:9::]", "[2001:db8:0:2::5]",
+                                                            "[::ffff:192.0.2.1]", "192.0.2.1", "192.0.2.2")]
+        self.assertEqual([who.index(each) for each in who], [0, 0, 2, 3, 3, 5])
+
     def test_whose_connection_is_over_at_once_is_one_nobody_from_whatever_address(self):
         listener = self.listen()
         for at in (1, 2):
@@ -14233,7 +14245,7 @@ class PeerOverTcp(AccessParts):
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", is_reset, 0))
                 with self.assertRaises(hotrepl.Refused) as caught:
                     hotrepl.identify(self.accept(listener))
-                self.assertEqual(("", None), caught.exception.peer.who)
+                self.assertEqual((b"", None), caught.exception.peer.who)
 
 
 @unittest.skipUnless(IS_ROOT, "missing: root, to become another user")
@@ -14429,7 +14441,7 @@ class OtherNetworkNamespace(AccessParts):
 
     def test_its_peer_is_unknown_and_refused_without_a_token(self):
         served = self.process(self.listener, prefix=self.inside)[1]
-        self.assertEqual(("198.51.100.2", None), hotrepl.identify(served).who)
+        self.assertEqual((socket.inet_aton("198.51.100.2"), None), hotrepl.identify(served).who)
         self.assert_refused("needs a token", hotrepl.Door().check_peer, served)
 
     @unittest.skipUnless(hasattr(socket, "if_nameindex"), "this Python can't list the devices")
