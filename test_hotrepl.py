@@ -17738,7 +17738,8 @@ sys.exit(hotrepl.main())
         It answers to Where with `where`, to each line with a turn for `kind`, if that is not None; or `at_prompt(sock)`
         is called once it has given the first prompt.
         """
-        repl, control = socket.socket(), socket.socket()
+        repl, control, threads = socket.socket(), socket.socket(), []
+        self.addCleanup(lambda: [each.join(DEADLINE_S) for each in threads])      # once the client is gone
         for each in (repl, control):
             self.keep(each).setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             each.bind(("127.0.0.1", 0))
@@ -17761,7 +17762,8 @@ sys.exit(hotrepl.main())
                             requests.sendall(message(json.dumps(said).encode()))
                             if name == b"TurnMarks":
                                 sock.sendall(b"\xff\xfakprimary\xff\xf0>>> \xff\xf9")
-                                self.spawn(at_prompt or talk, sock)
+                                threads.append(threading.Thread(target=at_prompt or talk, args=(sock,), daemon=True))
+                                threads[-1].start()
         self.spawn(answer)
         words = python_command("-c", self.CLIENT % self.LIMIT_S, "connect", "127.0.0.1:%d" % repl.getsockname()[1])
         terminal = self.keep(Terminal(words, cwd=os.path.dirname(SOURCE_PATH), HOTREPL_HISTORY="", TERM="xterm"))
