@@ -6311,7 +6311,7 @@ class _Readers:
         while todo:
             follower, source, before = todo.pop()
             rounds[follower.name] += 1
-            if rounds[follower.name] > 20:      # `N = N + 1` of two that import it in a circle
+            if rounds[follower.name] > 500:     # `N = N + 1` of two that import it in a circle
                 continue
             values = self.values_of(follower, before)
             if values:

@@ -7842,6 +7842,10 @@ class Scenarios(Workspace):
         "constant that many modules have made something of": (
             "".join("# file: u%d.py\nfrom base import A\nB = A + 1\n" % k for k in range(120)) + "# file: base.py\nA = 1\n# file: m.py\n", "import sys",
             "# file: base.py\nA = 2\n", ["all(sys.modules['u%d' % k].B == 3 for k in range(120))"]),
+        "constants that one module has of many": (
+            "# file: base.py\nA = 1\n" + "".join("# file: u%d.py\nfrom base import A\nB%d = A + 1\n" % (k, k) for k in range(40))
+            + "# file: m.py\n" + "".join("from u%d import B%d\nC%d = B%d + 1\n" % (k, k, k, k) for k in range(40)), "",
+            "# file: base.py\nA = 2\n", ["all(getattr(m, 'C%d' % k) == 4 for k in range(40))"]),
         "annotation of an attribute that nobody has evaluated": (
             "from __future__ import annotations\nA = 1\nclass C:\n    x: A = 1\n", "",
             "from __future__ import annotations\nA = 2\nclass C:\n    x: A = 1\n", ["'not run again' not in report"]),
@@ -20012,6 +20016,14 @@ class Finding(NotesCase):
         self.assertEqual(os.listdir(self.notes), [])
         message = "hotrepl: no server of yours is running here\n"
         self.assertEqual(self.hotrepl("list"), [0, "", message])
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "unix sockets")
+    def test_the_list_brings_no_control_character_of_a_path_to_the_terminal(self):
+        self.serve(unix=os.path.join(self.folder().path, "a\x1b[31m\u202eb"))
+        code, out, err = self.hotrepl("list")
+        self.assertEqual((code, err), (0, ""))
+        self.assertRegex(out, "a.*31m.*b")
+        self.assertFalse(set("\x1b\u202e") & set(out), out)
 
     def test_a_note_is_for_this_user_alone(self):
         self.serve()
