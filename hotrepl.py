@@ -28,7 +28,7 @@ displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, exec
 getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; sys.last_type,
 last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
 factory is ours while somebody follows. From start to stop: names in the namespace, where they are
-free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
+free, __name__ too; one atexit callback; SIGURG's handler,
 where it was free and start ran in the main thread. While modules for sessions are imported, once:
 a shorter sys.setswitchinterval. For the rest of the process: one fork handler (3.6: os.fork
 itself). linecache keeps the last 1,000 inputs that define something.
@@ -8840,71 +8840,32 @@ class Guests:
     """Our names in the program's namespaces, counted by servers; each only where it was free."""
 
     def __init__(self):
+        # `__name__` as code.interact() has it, but no string that a program could have there.
+        self._ours = dict(TOOLS, __name__=str(b"__console__", "ascii"))
         self._lock = threading.Lock()
-        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock ...
-        self._modules = {}        # ... and the module that stands for it, where it had no name
+        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock
 
     def enter(self, namespace):
         """Put the tools into the dict `namespace` where their names are free."""
         with self._lock:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
-            if "__name__" not in namespace:
-                self._modules[id(namespace)] = _NamespaceModule(namespace)
-            for name, tool in TOOLS.items():
-                namespace.setdefault(name, tool)
+            for name, value in self._ours.items():
+                namespace.setdefault(name, value)
 
     def hidden(self, namespace):
         """Return the names of tools that are the program's own here."""
         return sorted(name for name, tool in TOOLS.items() if namespace.get(name) is not tool)
 
-    def leave(self, namespace, is_copy=False):
-        """Take them out where they are still ours, after as many calls as of `enter`.
-
-        `is_copy`: in a forked child, which may still pickle what the prompt made.
-        """
+    def leave(self, namespace):
+        """Take them out where they are still ours, after as many calls as of `enter`."""
         with self._lock:
             self._counts[id(namespace)] -= 1
             if self._counts[id(namespace)]:
                 return
             del self._counts[id(namespace)]
-            for name, tool in TOOLS.items():
-                if namespace.get(name) is tool:
+            for name, value in self._ours.items():
+                if namespace.get(name) is value:
                     del namespace[name]
-            module = self._modules.pop(id(namespace), None)
-            if module is not None and not is_copy:
-                module.leave()
-
-
-class _NamespaceModule(types.ModuleType):
-    """Stands in sys.modules for a namespace without a name, and gives it one.
-
-    Else what is made at the prompt would belong to builtins: dataclasses, pickle and
-    typing.get_type_hints look up a class's module.
-    """
-
-    def __init__(self, namespace):
-        names = itertools.chain(["__console__"], map("__console%d__".__mod__, itertools.count(2)))
-        super().__init__(next(name for name in names if name not in sys.modules))
-        self._namespace = namespace
-        namespace["__name__"] = self._name = super().__getattribute__("__name__")
-        sys.modules[self._name] = self
-
-    @property
-    def __dict__(self):
-        return self._namespace
-
-    def __getattr__(self, name):
-        try:
-            return self._namespace[name]
-        except KeyError:
-            raise AttributeError("module %r has no attribute %r" % (self._name, name)) from None
-
-    def leave(self):
-        """Take the module and the name away where they are still ours."""
-        if sys.modules.get(self._name) is self:
-            del sys.modules[self._name]
-        if self._namespace.get("__name__") == self._name:
-            del self._namespace["__name__"]
 
 
 GUESTS = Guests()
@@ -11949,7 +11910,7 @@ class Server:
             each.close()          # and no more: the files of unix sockets are the parent's
         for each in self._members:
             each.forget()
-        GUESTS.leave(self.namespace, is_copy=True)
+        GUESTS.leave(self.namespace)
 
     def _begin_accepting(self, undo, listeners):
         """Start the server's thread; `undo`, an ExitStack, ends it and closes what it uses."""
