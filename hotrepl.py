@@ -24,14 +24,13 @@ input, so the client never guesses. Nothing runs and nothing is changed for a pr
 output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
-displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
-getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; sys.last_type,
-last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
-factory is ours while somebody follows. From start to stop: names in the namespace, where they are
-free, __name__ too; one atexit callback; SIGURG's handler,
-where it was free and start ran in the main thread. While modules for sessions are imported, once:
-a shorter sys.setswitchinterval. For the rest of the process: one fork handler (3.6: os.fork
-itself). linecache keeps the last 1,000 inputs that define something.
+displayhook and unraisablehook, os.get_terminal_size, os.system and getpass.getpass are stand-ins;
+pdb is adapted, or sys.meta_path watched for it; sys.last_type, last_value, last_traceback (and
+last_exc) are set by an exception in a session; logging's record factory is ours while somebody
+follows. From start to stop: names in the namespace, where they are free, __name__ too; one atexit
+callback; SIGURG's handler, where it was free and start ran in the main thread. While modules for
+sessions are imported, once: a shorter sys.setswitchinterval. For the rest of the process: one fork
+handler (3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -749,16 +748,14 @@ def _getpass(evaluator, default, prompt="Password: ", *args, **options):
     return evaluator.ask_secret(prompt)
 
 
-def _end_process(evaluator, default, *args, **options):
-    """What a session printed goes out before the process ends, or is replaced."""
-    evaluator.push_out()
-    return default(*args, **options)
-
-
 def _system(evaluator, default, command):
     """A session is told, once, where what the child prints goes."""
-    evaluator.hint_at_children()
-    return _end_process(evaluator, default, command)
+    session = evaluator.session
+    if not session.knows_children:
+        session.knows_children = True
+        print("hotrepl: os.system and child processes print to the program's stdout; "
+              "subprocess.getoutput() shows it here", file=sys.stderr)
+    return default(command)
 
 
 RESEND_S = 0.01
@@ -817,9 +814,7 @@ class StreamRouter(Installed):
     PLACES = (                    # (module, name in it, what a session does then; None: a stream)
         ("sys", "stdin", None), ("sys", "stdout", None), ("sys", "stderr", None),
         ("sys", "displayhook", _displayhook), ("os", "get_terminal_size", _terminal_size),
-        ("getpass", "getpass", _getpass), ("os", "_exit", _end_process),
-        ("os", "abort", _end_process), ("os", "execv", _end_process),
-        ("os", "execve", _end_process), ("os", "system", _system),
+        ("getpass", "getpass", _getpass), ("os", "system", _system),
         *([("sys", "unraisablehook", _unraisablehook)] if sys.version_info >= (3, 8) else []))
 
     def __init__(self):
@@ -10446,12 +10441,12 @@ class Connection:
         finally:
             self.sending = None
 
-    def tick(self, flush, is_patient=False):
+    def tick(self, flush):
         """Call `flush` to collect what was printed, and send what the peer takes at once.
 
-        Does nothing where somebody is sending just now, unless it `is_patient`.
+        Does nothing where somebody is sending just now.
         """
-        if self.lock.acquire(is_patient):
+        if self.lock.acquire(False):
             try:
                 self.collect(flush)
                 self.flush(may_block=False)
@@ -11124,23 +11119,12 @@ class Evaluator(Job):
             raise EOFError
         return line[:-1]
 
-    def hint_at_children(self):
-        """Say, once in a session, where child processes print."""
-        if not self.session.knows_children:
-            self.session.knows_children = True
-            print("hotrepl: os.system and child processes print to the program's stdout; "
-                  "subprocess.getoutput() shows it here", file=sys.stderr)
-
     def flush(self):
         """Have all that was printed sent, or put where the connection is corked."""
         self.streams["stdout"].text.flush()       # stderr holds nothing back
         text, self._unsent = self._unsent, None
         if text is not None:
             self.session.connection.put(text.encode("utf-8"), "value")
-
-    def push_out(self):
-        """Send all that was printed, as far as the client takes it at once."""
-        self.session.connection.tick(self.flush, is_patient=True)
 
     def _prepare_console(self):
         """Make a console, or copy the one whose evaluation has become a job."""
