@@ -476,10 +476,6 @@ class MarkDecoder:
             at = take(data, at, events)
         return events
 
-    def is_plain(self, data):
-        """Return whether `feed(data)` would give just `data`."""
-        return self._block is None and not self._rest and IAC not in data
-
     # Each of these takes what stands in `data` at `at`, and returns where the rest begins.
 
     def _take_plain(self, data, at, events):
@@ -526,14 +522,11 @@ class InputDecoder:
         self.asks_for_control = False     # the client wants to be told where the control channel is
         self._limit_bytes = limit_bytes
         self._marks = MarkDecoder(limit_bytes)
-        self._pieces = []         # of the line that is being received; empty: none is
-        self._length = 0          # of all pieces, in bytes; -1: over the limit, to be dropped
+        self._pieces = []         # of the line that is being received; none of one over the limit
+        self._length = 0          # of that line so far, in bytes
 
     def feed(self, data):
         """Take `data` apart; what it completes is appended to `ready`."""
-        if (data.endswith(b"\n") and len(data) <= self._limit_bytes and not self._pieces
-                and self._marks.is_plain(data) and CTRL_D not in data and b"\0" not in data):
-            return self._take_whole_lines(data)
         for kind, payload in self._marks.feed(data):
             if kind == "data":
                 self._take_lines(payload)
@@ -546,44 +539,31 @@ class InputDecoder:
 
     def close(self):
         """End the stream: a last line without a newline counts, then it is end-of-file."""
-        if any(self._pieces):
+        if self._length:
             self._end_line()
         self.ready.append(("eof", ""))
 
-    def _take_whole_lines(self, data):
-        """Take what nearly always comes, complete lines of text, at once."""
-        try:
-            lines = data.decode("utf-8").split("\n")
-        except UnicodeDecodeError:    # find the line that is wrong
-            return self._take_lines(data)
-        del lines[-1]
-        self.ready.extend([("line", line[:-1] if line.endswith("\r") else line)
-                           for line in lines])
-
     def _take_lines(self, data):
-        if data[:1] == b"\0" and self._pieces and self._pieces[-1].endswith(b"\r"):
-            data = b"\n" + data[1:]
-        first, *more = data.replace(b"\r\0", b"\n").split(b"\n")   # RFC 854: Return alone
+        first, *more = data.split(b"\n")
         self._add_piece(first)
         for piece in more:
             self._end_line()
             self._add_piece(piece)
 
     def _add_piece(self, piece):
-        while piece.startswith(CTRL_D) and not (self._pieces or self.secret):
+        while piece.startswith(CTRL_D) and not (self._length or self.secret):
             self.ready.append(("eof", ""))
             piece = piece[1:]
-        if self._length < 0 or not piece:
-            return
-        self._pieces.append(piece)
         self._length += len(piece)
-        if self._length > self._limit_bytes:
-            self._pieces, self._length = [b""], -1
+        if self._length <= self._limit_bytes:
+            self._pieces.append(piece)
+        else:
+            self._pieces = []
 
     def _end_line(self):
-        line, is_dropped = b"".join(self._pieces), self._length < 0
+        line, length = b"".join(self._pieces), self._length
         self._pieces, self._length = [], 0
-        if is_dropped:
+        if length > self._limit_bytes:
             self._refuse("line")
         else:
             self._append_text("line", line[:-1] if line.endswith(b"\r") else line)
@@ -9608,8 +9588,8 @@ _GREETINGS = (
     ("a STOMP frame", rb"(?:CONNECT|STOMP)\r?\n[\w-]+:[^ \n]"),
     ("a syslog message", rb"<\d{1,3}>"),
     ("a SOCKS request", rb"\x04[\x01\x02]|\x05[\x01-\x08][\x00-\x02]"),
-    # AMQP, MQTT, PostgreSQL, RDP, STUN, ...; but CR NUL is telnet's Return, in character mode
-    ("a binary protocol", rb"[\x01\x02\x06-\x08\x0e-\x19]|(?:[^\n\r\0]|\r(?!\0))*\0"),
+    # AMQP, MQTT, PostgreSQL, RDP, STUN, ...
+    ("a binary protocol", rb"[\x01\x02\x06-\x08\x0e-\x19]|[^\n\0]*\0"),
     # RFC 9112, whatever the bytes of the method and the target are
     ("an HTTP request", _METHOD + rb" (?:/\S*|\*|[A-Za-z][\w+.-]*:\S*|[^\s/?#]*:\d*)"
      rb" HTTP/\d\.\d\r\n"),

@@ -1025,10 +1025,6 @@ class Inputs(Case):
     def test_ctrl_d_is_text_to_a_client_that_has_a_mark_for_it(self):
         self.assertEqual(self.decode(b"\xff\xfas0123\xff\xf0\x04\n"), [("line", "\x04")])
 
-    def test_return_alone_ends_a_line_in_telnets_character_mode(self):
-        for chunks in pieces(b"x\r\0\r\0y\r\n"):
-            self.assertEqual(self.decode(*chunks), [("line", "x"), ("line", ""), ("line", "y")])
-
     def test_a_line_goes_on_behind_an_interrupt(self):
         kinds = [kind for kind, _ in self.decode(b"\xff\xf4\xff\xec\n")]
         self.assertEqual(kinds, ["interrupt", "eof", "line"])
@@ -14825,16 +14821,6 @@ class FirstLine(AccessParts):
                     took_s.append(min(timeit.repeat(lambda: self.feed(text), number=1, repeat=3)))
                 self.assertLess(took_s[1], 24 * took_s[0] + 0.05, text[:20])
 
-    def test_telnet_in_character_mode_passes(self):
-        for line in (b"x\r\0", b"\r\0x\r\0", b" \r\0\n\r\0x\n"):
-            self.assertIsNone(self.feed(line), line)
-            self.assertIsNone(self.feed(*[bytes([byte]) for byte in line]), line)
-        first_bytes = hotrepl.FirstBytes()
-        self.assertEqual([None, None], [first_bytes.feed(piece) for piece in (b"\r\0x\r\0", b"AMQP\0")])
-        for greeting in (b"\rGET / HTTP/1.1\r\n", b"\r\0GET / HTTP/1.1\r\n"):
-            self.assertEqual("an HTTP request", self.feed(greeting))
-            self.assertEqual("an HTTP request", self.feed(greeting[:1], greeting[1:]))
-
     def test_names_say_what_it_is(self):
         for name, greeting in (("a TLS hello", b"\x16\x03\x01"), ("an SSH banner", b"SSH-2.0-x"),
                                ("an HTTP request", b"GET / HTTP/1.1\r\n"),
@@ -18969,19 +18955,6 @@ class ForeignClients(Case):
         terminal.press("^D")
         terminal.until("closed by foreign host")
         terminal.end()
-
-    def test_telnet_in_character_mode(self):
-        terminal = self.served.keep(Terminal([tool("telnet"), self.host, self.port]))
-        terminal.until(">>> ")
-        for command in ("mode character\n", "status\n"):
-            terminal.type("\x1d")
-            terminal.until("telnet> ")
-            terminal.type(command)
-        terminal.until("single character")       # from here on Return is CR NUL
-        for line in ("", "print('the ' + 'answer', 6*7)", "print('the ' + 'answer', 6*7)"):
-            terminal.type(line + "\r")
-        terminal.until("the answer 42")
-        terminal.until("the answer 42")
 
     def test_telnet_can_interrupt(self):
         terminal = self.served.keep(Terminal([tool("telnet"), self.host, self.port]))
