@@ -13118,9 +13118,8 @@ class Terminal:
                     self._ending = EOFError()
         except BaseException as exc:      # our caller can be readline, which is C
             self._ending = exc
-        if self._ending is not None:      # what was read was typed behind Ctrl+C
-            data, self._typed = b"", self._typed + data
-        return data
+        # Ctrl+C right after a read: what was read is in all likelihood what it is to drop.
+        return data if self._ending is None else b""
 
     def _next_key(self):
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""

@@ -17267,6 +17267,29 @@ class CtrlC(Case):
             terminal.ask("6*7", "\n42")
             terminal.close()
 
+    @once("slow")
+    def test_one_that_comes_right_after_the_read_of_a_key_drops_that_key(self):
+        folder = self.folder()
+        folder.write("pressed.py", """
+            import os, signal, sys
+            import hotrepl
+            def read(*args, original=os.read):
+                data = original(*args)
+                if data == b"Q":
+                    os.kill(os.getpid(), signal.SIGINT)
+                return data
+            os.read = read
+            hotrepl.connect("127.0.0.1", *map(int, sys.argv[1:]))
+            """)
+        server = self.serve().server
+        terminal = self.keep(folder.terminal("pressed.py", str(server.address[1]), str(server.control_address[1]),
+                                             TERM="xterm", HOTREPL_HISTORY=""))
+        terminal.until(">>> ")
+        terminal.type("Q")
+        terminal.until("KeyboardInterrupt\n")
+        terminal.until(">>> ")
+        terminal.ask("6*7", "\n42")
+
     def assert_nothing_is_left(self):
         self.terminal.ask_when_quiet()
         self.assertIsNone(self.terminal.process.poll())
