@@ -24,13 +24,14 @@ input, so the client never guesses. Nothing runs and nothing is changed for a pr
 output while nobody is connected.
 
 WHAT IS TOUCHED IN THE PROCESS, and put back. While a session is open: sys.stdin, stdout, stderr,
-displayhook and unraisablehook, os.get_terminal_size, os.system and getpass.getpass are stand-ins;
-pdb is adapted, or sys.meta_path watched for it; sys.last_type, last_value, last_traceback (and
-last_exc) are set by an exception in a session; logging's record factory is ours while somebody
-follows. From start to stop: names in the namespace, where they are free, __name__ too; one atexit
-callback; SIGURG's handler, where it was free and start ran in the main thread. While modules for
-sessions are imported, once: a shorter sys.setswitchinterval. For the rest of the process: one fork
-handler (3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
+displayhook and unraisablehook, os.get_terminal_size, system, _exit, abort, execv and execve, and
+getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; sys.last_type,
+last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
+factory is ours while somebody follows. From start to stop: names in the namespace, where they are
+free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
+where it was free and start ran in the main thread. While modules for sessions are imported, once:
+a shorter sys.setswitchinterval. For the rest of the process: one fork handler (3.6: os.fork
+itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -728,14 +729,16 @@ def _getpass(evaluator, default, prompt="Password: ", *args, **options):
     return evaluator.ask_secret(prompt)
 
 
+def _end_process(evaluator, default, *args, **options):
+    """What a session printed goes out before the process ends, or is replaced."""
+    evaluator.push_out()
+    return default(*args, **options)
+
+
 def _system(evaluator, default, command):
     """A session is told, once, where what the child prints goes."""
-    session = evaluator.session
-    if not session.knows_children:
-        session.knows_children = True
-        print("hotrepl: os.system and child processes print to the program's stdout; "
-              "subprocess.getoutput() shows it here", file=sys.stderr)
-    return default(command)
+    evaluator.hint_at_children()
+    return _end_process(evaluator, default, command)
 
 
 RESEND_S = 0.01
@@ -794,7 +797,9 @@ class StreamRouter(Installed):
     PLACES = (                    # (module, name in it, what a session does then; None: a stream)
         ("sys", "stdin", None), ("sys", "stdout", None), ("sys", "stderr", None),
         ("sys", "displayhook", _displayhook), ("os", "get_terminal_size", _terminal_size),
-        ("getpass", "getpass", _getpass), ("os", "system", _system),
+        ("getpass", "getpass", _getpass), ("os", "_exit", _end_process),
+        ("os", "abort", _end_process), ("os", "execv", _end_process),
+        ("os", "execve", _end_process), ("os", "system", _system),
         *([("sys", "unraisablehook", _unraisablehook)] if sys.version_info >= (3, 8) else []))
 
     def __init__(self):
@@ -8815,32 +8820,71 @@ class Guests:
     """Our names in the program's namespaces, counted by servers; each only where it was free."""
 
     def __init__(self):
-        # `__name__` as code.interact() has it, but no string that a program could have there.
-        self._ours = dict(TOOLS, __name__=str(b"__console__", "ascii"))
         self._lock = threading.Lock()
-        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock
+        self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock ...
+        self._modules = {}        # ... and the module that stands for it, where it had no name
 
     def enter(self, namespace):
         """Put the tools into the dict `namespace` where their names are free."""
         with self._lock:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
-            for name, value in self._ours.items():
-                namespace.setdefault(name, value)
+            if "__name__" not in namespace:
+                self._modules[id(namespace)] = _NamespaceModule(namespace)
+            for name, tool in TOOLS.items():
+                namespace.setdefault(name, tool)
 
     def hidden(self, namespace):
         """Return the names of tools that are the program's own here."""
         return sorted(name for name, tool in TOOLS.items() if namespace.get(name) is not tool)
 
-    def leave(self, namespace):
-        """Take them out where they are still ours, after as many calls as of `enter`."""
+    def leave(self, namespace, is_copy=False):
+        """Take them out where they are still ours, after as many calls as of `enter`.
+
+        `is_copy`: in a forked child, which may still pickle what the prompt made.
+        """
         with self._lock:
             self._counts[id(namespace)] -= 1
             if self._counts[id(namespace)]:
                 return
             del self._counts[id(namespace)]
-            for name, value in self._ours.items():
-                if namespace.get(name) is value:
+            for name, tool in TOOLS.items():
+                if namespace.get(name) is tool:
                     del namespace[name]
+            module = self._modules.pop(id(namespace), None)
+            if module is not None and not is_copy:
+                module.leave()
+
+
+class _NamespaceModule(types.ModuleType):
+    """Stands in sys.modules for a namespace without a name, and gives it one.
+
+    Else what is made at the prompt would belong to builtins: dataclasses, pickle and
+    typing.get_type_hints look up a class's module.
+    """
+
+    def __init__(self, namespace):
+        names = itertools.chain(["__console__"], map("__console%d__".__mod__, itertools.count(2)))
+        super().__init__(next(name for name in names if name not in sys.modules))
+        self._namespace = namespace
+        namespace["__name__"] = self._name = super().__getattribute__("__name__")
+        sys.modules[self._name] = self
+
+    @property
+    def __dict__(self):
+        return self._namespace
+
+    def __getattr__(self, name):
+        try:
+            return self._namespace[name]
+        except KeyError:
+            raise AttributeError("module %r has no attribute %r" % (self._name, name)) from None
+
+    def leave(self):
+        """Take the module and the name away where they are still ours."""
+        if sys.modules.get(self._name) is self:
+            del sys.modules[self._name]
+        if self._namespace.get("__name__") == self._name:
+            del self._namespace["__name__"]
 
 
 GUESTS = Guests()
@@ -10421,12 +10465,12 @@ class Connection:
         finally:
             self.sending = None
 
-    def tick(self, flush):
+    def tick(self, flush, is_patient=False):
         """Call `flush` to collect what was printed, and send what the peer takes at once.
 
-        Does nothing where somebody is sending just now.
+        Does nothing where somebody is sending just now, unless it `is_patient`.
         """
-        if self.lock.acquire(False):
+        if self.lock.acquire(is_patient):
             try:
                 self.collect(flush)
                 self.flush(may_block=False)
@@ -11099,12 +11143,23 @@ class Evaluator(Job):
             raise EOFError
         return line[:-1]
 
+    def hint_at_children(self):
+        """Say, once in a session, where child processes print."""
+        if not self.session.knows_children:
+            self.session.knows_children = True
+            print("hotrepl: os.system and child processes print to the program's stdout; "
+                  "subprocess.getoutput() shows it here", file=sys.stderr)
+
     def flush(self):
         """Have all that was printed sent, or put where the connection is corked."""
         self.streams["stdout"].text.flush()       # stderr holds nothing back
         text, self._unsent = self._unsent, None
         if text is not None:
             self.session.connection.put(text.encode("utf-8"), "value")
+
+    def push_out(self):
+        """Send all that was printed, as far as the client takes it at once."""
+        self.session.connection.tick(self.flush, is_patient=True)
 
     def _prepare_console(self):
         """Make a console, or copy the one whose evaluation has become a job."""
@@ -11874,7 +11929,7 @@ class Server:
             each.close()          # and no more: the files of unix sockets are the parent's
         for each in self._members:
             each.forget()
-        GUESTS.leave(self.namespace)
+        GUESTS.leave(self.namespace, is_copy=True)
 
     def _begin_accepting(self, undo, listeners):
         """Start the server's thread; `undo`, an ExitStack, ends it and closes what it uses."""

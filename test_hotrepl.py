@@ -10320,17 +10320,15 @@ class NamesOfTheProgram(Case):
         namespace = {"mine": 1}
         with Served(namespace):
             self.assertEqual(set(namespace), {"mine", "__name__"} | set(hotrepl.TOOLS))
-            self.assertEqual(namespace["__name__"], "__console__")
         self.assertEqual(namespace, {"mine": 1})
 
     def test_a_name_of_the_program_stays(self):
         names = {name: "the program's " + name for name in hotrepl.TOOLS}
-        namespace = dict(names, __name__="__console__")
+        namespace = dict(names)
         with Served(namespace) as served:
             self.assertEqual(served.paired().ask("doc"), "\"the program's doc\"\n")
             self.assertEqual(self.names(namespace), names)
         self.assertEqual(self.names(namespace), names)
-        self.assertEqual(namespace["__name__"], "__console__")
 
     def test_a_name_that_was_assigned_meanwhile_stays(self):
         namespace = {}
@@ -15702,11 +15700,15 @@ class OddSurroundings(Case):
         one.ask("import contextvars; v = contextvars.ContextVar('v', default=0); t = v.set(1)")
         self.assertEqual((one.ask("v.get()"), two.ask("v.get()")), ("1\n", "0\n"))
 
-    def test_what_was_printed_before_the_server_stops_arrives(self):
-        program = self.folder().run(SERVE + "input()\n")
-        wire = self.wire(addresses(program)[0])
-        wire.send("print('last', 'words'); hotrepl.stop()")
-        self.assertEqual(wire.until_end(), "last words\n")
+    def test_what_was_printed_before_the_process_ends_arrives(self):
+        for end in ("hotrepl.stop()", "os._exit(3)", "os._exit(3)" if IS_PYPY else "os.abort()",
+                    "os.execv(sys.executable, [sys.executable, '-c', ''])",
+                    "os.execlp(sys.executable, sys.executable, '-c', '')"):
+            with self.subTest(end):
+                program = self.folder().run(SERVE + "input()\n")
+                wire = self.wire(addresses(program)[0])
+                wire.send("import os, sys; print('last', 'words'); %s" % end)
+                self.assertEqual(wire.until_end(), "last words\n")
 
     def test_session_streams_have_names_and_say_why_they_have_no_descriptor(self):
         client = self.serve().paired()
@@ -15776,6 +15778,26 @@ class OddSurroundings(Case):
         client.ask("job = bg(event.wait)")
         self.assertIn("thread hotrepl job wait", client.ask("stacks()"))
         client.ask("event.set(); job.join(); fg(job)")
+
+    def test_what_is_made_in_a_namespace_without_a_name_has_a_module(self):
+        for namespace in ({}, None):
+            served = self.serve(namespace)
+            other = self.serve({})
+            client = served.paired()
+            client.block("import pickle, typing, sys\nclass Point:\n    x: 'Point'\n")
+            self.assertRegex(client.ask("Point.__module__"), "^'__console")
+            self.assertEqual(client.ask("type(pickle.loads(pickle.dumps(Point()))) is Point"), "True\n")
+            self.assertEqual(client.ask("typing.get_type_hints(Point)['x'] is Point"), "True\n")
+            if sys.version_info >= (3, 7):
+                client.block("import dataclasses, typing as t\n@dataclasses.dataclass\n"
+                             "class D:\n    a: int\n    b: 't.ClassVar[int]' = 5\n")
+                self.assertEqual(client.ask("D(1)"), "D(a=1)\n")
+            names = {each.server.namespace["__name__"] for each in (served, other)}
+            self.assertEqual(len(names), 2)
+            served.close()
+            other.close()
+            self.assertEqual(names & set(sys.modules), set())
+            self.assertNotIn("__name__", other.namespace)
 
     def test_the_source_of_a_class_from_the_prompt_is_not_that_of_the_program(self):
         program = self.folder().run("class Other:\n    pass\n" + SERVE + "input()\n")
