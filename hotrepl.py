@@ -4549,7 +4549,7 @@ class _Apply:
         self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
         self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
-        self.classes = {}               # id -> (class that changed, its bases, its names before)
+        self.classes = {}               # id -> class that changed
         self.readers = _Readers(self)   # what was made of what changed
         self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
@@ -4642,10 +4642,7 @@ class _Apply:
     def _visit(self, name):
         """Apply the edit of a module; yield the names of those that come before it, or within."""
         edit = self.by_name.get(name)
-        if edit is not None:
-            yield from self._apply(edit)
-        elif len(self.edits) > 1:
-            yield from _led_to(_imports_of_unchanged(name))
+        yield from self._apply(edit) if edit else _led_to(_imports_of_unchanged(name))
 
     def _apply(self, edit):
         """Bring a module up to date; yield the modules that it imports, each at its place."""
@@ -4770,7 +4767,7 @@ class _Apply:
                 self.stuck[found.path, "a new default of its parameters is known only where it is "
                                        "defined"] += 1
                 return
-            if _doc_of(old) != _doc_of(new) and function.__doc__ == _doc_of(old):
+            if function.__doc__ == _doc_of(old):
                 self.put(_attribute(function, "__doc__"), _doc_of(new))
                 self._follow_doc(function, found.path, _doc_of(old))
             self._put_code(function, (new,) + defaults, found.path, found.is_changed)
@@ -4822,8 +4819,7 @@ class _Apply:
             if inner:
                 self._run_for_closures(inner, scope.edit.sub_pairs(pair))
             elif pair.change in _LEFT_ALONE and not pair.new.is_main_guard and (
-                    pair.new.is_function and (scope.cls or pair.new.node.decorator_list)
-                    or pair.new.kind == "Assign" and pair.new.names.calls):
+                    scope.cls or pair.new.names.calls | pair.new.names.heads):
                 held = {id(each) for name in pair.new.binds
                         for each in _functions_in(scope.get(name))} & set(self.closures)
                 if held:
@@ -4901,8 +4897,9 @@ class _Apply:
         if not pair.new.is_function or scope.count(name) == 1 and pair.change != "again":
             return value
         raw = self._raw(scope, pair) if pair.change != "new" else None
-        is_own = any(each is raw for each in _functions_in(value))
-        return value if is_own and pair.change != "new" else _MISSING if raw is None else raw
+        if raw is None:
+            return _MISSING
+        return value if any(each is raw for each in _functions_in(value)) else raw
 
     def _redecorate(self, scope, pair):
         """Call the decorators again, on the old function, whose attributes were theirs."""
@@ -4962,25 +4959,26 @@ class _Apply:
     def _apply_class(self, scope, pair):
         """A class changed: its statements one by one, or all at once where its kind needs that."""
         inner, is_changed = scope.of_class(pair), pair.change == "class"
-        if inner is None:
-            if is_changed:
-                self._run(scope, pair)
-            return
-        cls, pairs = inner.cls, scope.edit.sub_pairs(pair)
-        if is_changed and (pair.old is not None and _class_head(pair.old) != _class_head(pair.new)
-                           or _needs_its_statement(cls, pairs)):
+        pairs = scope.edit.sub_pairs(pair) if inner else []
+        if is_changed and (inner is None or _needs_its_statement(inner.cls, pairs) or (
+                pair.old is not None and _class_head(pair.old) != _class_head(pair.new))):
             self._run(scope, pair)
-            return
+        elif inner is not None:
+            self._apply_body(inner, pair, pairs)
+
+    def _apply_body(self, scope, pair, pairs):
+        """Apply the statements of a class body one by one."""
+        cls = scope.cls
         self._put_place(scope.edit, cls, pair)
         if pair.change != "moved":
             self._note_class(cls)
         before = dict(vars(cls))
         for each in pairs:
             if each.new is not None:
-                self._apply_pair(inner, each)
-                self._note_init(inner, each)
-        if is_changed:
-            self._finish_class(inner, pairs, before)
+                self._apply_pair(scope, each)
+                self._note_init(scope, each)
+        if pair.change == "class":
+            self._finish_class(scope, pairs, before)
 
     def _finish_class(self, scope, pairs, before):
         """See to what a class statement does besides its body, and to who reads its attributes."""
@@ -5003,23 +5001,21 @@ class _Apply:
         """Note a class before it changes: others may have to learn of it, also after an undo."""
         if not self.classes:
             self.journal.on_undo(_forget_subclasses)
-        self.classes.setdefault(id(cls), (cls, cls.__bases__, set(vars(cls))))
+        self.classes[id(cls)] = cls
 
     def _tell_of_classes(self):
         """Find anew what classes are abstract, and let be asked anew what is a subclass of what."""
-        for cls, _, _ in self.classes.values():
+        for cls in self.classes.values():
             if hasattr(cls, "__abstractmethods__"):
                 self._update_abstract(cls)
-        if self.moves or any((cls.__bases__, set(vars(cls))) != (bases, names)
-                             for cls, bases, names in self.classes.values()):
+        if self.classes:
             _forget_subclasses()
 
     def _put_place(self, edit, cls, pair):
-        """3.13: a class knows its line, and the attributes that its methods set on self."""
+        """3.13: a class knows its line."""
         code = edit.new.code_of(pair.new.node) if "__firstlineno__" in vars(cls) else None
         if code is not None:
             self.put(_attribute(cls, "__firstlineno__"), code.co_firstlineno)
-            self.put(_attribute(cls, "__static_attributes__"), _static_attributes(code))
 
     def _note_body(self, scope, pair):
         """Only a function's body changed: nothing runs, unless it was patched or typed over."""
@@ -5172,11 +5168,9 @@ class _Apply:
 
     def _bind(self, scope, name, value, statement):
         """Bind a name to what stands for its new value, if nothing below binds it again."""
-        if statement is not None:
-            last = scope.last_binder(name)
-            if last is not None and last is not statement and last.is_function and (
-                    statement.is_function):
-                return          # of several functions of one name, the last one has it
+        if statement is not None and statement.is_definition and (
+                scope.last_binder(name) not in (None, statement)):
+            return              # of several definitions of one name, the last one has it
         scope.held.pop(name, None)
         scope.put(self, name, value)
 
@@ -5188,14 +5182,9 @@ class _Apply:
                  and each.__module__ == scope.edit.name and not _has_console_code(each)
                  and all(function.__globals__ is scope.edit.space
                          for function in _functions_in(each))]
-        # Not a namesake, nor what a decorator has made another one of, which is what was bound.
-        is_it = len(found) == 1 and (is_class or (
-            found[0].__code__.co_firstlineno == statement.start + 1) and not (
-                statement.node.decorator_list and any(
-                    found[0] is inner for each in gc.get_objects()
-                    if _is(each, _WRAPPERS) and (
-                        getattr(each, "__globals__", None) is not globals())
-                    for inner in _wrapped_by(each))))
+        # Not a namesake, nor what a decorator may have made something else of.
+        is_it = len(found) == 1 and (is_class or not statement.node.decorator_list and (
+            found[0].__code__.co_firstlineno == statement.start + 1))
         if is_it:
             scope.put(self, name, found[0])
         elif statement.names.heads:
@@ -5593,10 +5582,9 @@ class _Apply:
                         new if base is old else base for base in sub.__bases__))
                 except TypeError as exc:
                     self.stuck[sub.__qualname__, "its base class is the old one (%s)" % exc] += 1
-        discarded = {new: old for new, old in self.folded.values()
-                     if isinstance(new, type)}
-        if discarded and not self.is_patch:
-            self._move_instances(discarded)
+        if not self.is_patch:
+            self._move_instances({new: old for new, old in self.folded.values()
+                                  if isinstance(new, type)})
 
     def _move_instances(self, moves):
         """Change the classes of live objects; return how many refuse."""
@@ -5634,7 +5622,7 @@ class _Apply:
     def _call_hooks(self):
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
-        for cls in [each for changed in self.classes.values() for each in _all_classes(changed[0])]:
+        for cls in [each for changed in self.classes.values() for each in _all_classes(changed)]:
             functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
                          for f in some]
             if hasattr(cls, "__reload__"):
@@ -5665,9 +5653,6 @@ class _Apply:
                      if hasattr(type(pair[0]), "_member_map_")}
         # Of classes and functions that became another kind of thing, the old ones are replaced.
         moves.update((id(old), (old, new)) for old, new, _ in self.moves)
-        for new, old in list(moves.values()):  # else a WeakValueDictionary would lose them
-            moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
-                         for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
         sources = [source for source, _ in moves.values()]
         own = {id(source.__mro__) for source in sources if isinstance(source, type)}
         tuples = {}
@@ -5823,16 +5808,9 @@ class _Apply:
                     self.stuck[self._path_of(first.f_code), reason] += 1 + len(more)
 
     def _path_of(self, code):
-        """Return the path of a code that is no live function's any more."""
-        if id(code) in self.old_codes:
-            return self.old_codes[id(code)][0]
-        if hasattr(code, "co_qualname"):        # since 3.11
-            return code.co_qualname
-        for edit in self.edits:
-            for path, each in _code_paths(_nested_codes((edit.old or edit.new).code)):
-                if (each.co_name, each.co_firstlineno) == (code.co_name, code.co_firstlineno):
-                    return path
-        return code.co_name
+        """Return the path of a code that is no live function's any more; up to 3.10 its name."""
+        path = getattr(code, "co_qualname", code.co_name)
+        return self.old_codes.get(id(code), (path, code))[0]
 
     def _is_old(self, frame):
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
@@ -8056,14 +8034,6 @@ def _behaviour(code):
     return (code.co_name, code.co_code, tuple(map(_typed, code.co_consts)), code.co_names,
             code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
             code.co_argcount, code.co_kwonlyargcount)
-
-
-def _static_attributes(code):
-    """Return the names that the code of a class body says its methods set on self."""
-    import dis
-    steps = list(dis.get_instructions(code))
-    return next((steps[k - 1].argval for k, step in enumerate(steps)
-                 if step.argval == "__static_attributes__"), ())
 
 
 def _typed(const):
