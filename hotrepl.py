@@ -29,9 +29,9 @@ getpass.getpass are stand-ins; pdb is adapted, or sys.meta_path watched for it; 
 last_value, last_traceback (and last_exc) are set by an exception in a session; logging's record
 factory is ours while somebody follows. From start to stop: names in the namespace, where they are
 free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
-where it was free and start ran in the main thread. While modules for sessions are imported, once:
-a shorter sys.setswitchinterval. For the rest of the process: one fork handler (3.6: os.fork
-itself). linecache keeps the last 1,000 inputs that define something.
+where it was free and start ran in the main thread. While modules for sessions are imported, once,
+and while a connection is accepted: a shorter sys.setswitchinterval. For the rest of the process:
+one fork handler (3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -274,6 +274,16 @@ class OwnSocket(socket.socket):
 def is_own(sock):
     """Return whether `sock`, of whatever class, is not known to be another's by now."""
     return not isinstance(sock, OwnSocket) or sock.is_own()
+
+
+def entered(undo, context):
+    """Return what `context` gives on entry; `undo`, an ExitStack, will leave it.
+
+    3.15's enter_context() imports inspect, which takes longer than all else that start() does.
+    """
+    value = context.__enter__()
+    undo.callback(context.__exit__, None, None, None)
+    return value
 
 
 def printable(text):
@@ -782,6 +792,12 @@ class Installed:
             self._users -= 1
             if not self._users:
                 self._uninstall()
+
+    def __enter__(self):
+        self.acquire()
+
+    def __exit__(self, *exc_info):
+        self.release()
 
     def forget(self):
         """In a forked child, where no session is: take it out without waiting for locks."""
@@ -9642,7 +9658,7 @@ def unix_listener(path, token=None):
         raise ValueError("unix socket path %r must have no NUL and at most %d bytes, it has %d; "
                          "pass a shorter one" % (path, limit_bytes, len(os.fsencode(path))))
     with ExitStack() as undo:
-        listener = undo.enter_context(OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener = entered(undo, OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM))
         with suppress(OSError):   # Linux: bind() gives it to the file
             os.fchmod(listener.fileno(), 0o600)
         try:
@@ -9693,9 +9709,8 @@ def safe_folder(path):
     folder = os.open(place, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     try:
         info = os.fstat(folder)
-        others = 0o002 if _is_own_group(info.st_gid) else 0o022
-        is_shared = info.st_mode & others and not info.st_mode & stat.S_ISVTX
-        if is_shared or info.st_uid not in (0, effective_uid()):
+        is_open = info.st_mode & 0o002 or info.st_mode & 0o020 and not _is_own_group(info.st_gid)
+        if is_open and not info.st_mode & stat.S_ISVTX or info.st_uid not in (0, effective_uid()):
             raise PermissionError(
                 errno.EPERM, "others may replace files in %s (mode %o, uid %d); pass a path in a "
                 "folder that only we may write to" % (place, info.st_mode & 0o7777, info.st_uid))
@@ -10880,15 +10895,9 @@ LOADING = threading.Lock()        # held in imports, as a child forked then coul
 LOADING_DELAY_S = 0.05            # how long a server waits with that; start() has returned by then
 
 
-def note_in_background():
-    """Have the sources of the program noted, once a server has started; return the thread."""
-    thread = threading.Thread(target=_note_whole, name="hotrepl notes", daemon=True)
-    thread.start()
-    return thread
-
-
-def _note_whole():
-    with LOADING:                 # what is newer than the process is parsed, by modules to import
+def note_program():
+    """Have the sources of the program noted, once a server has started."""
+    with suppress(Exception), LOADING, SHORT_TURNS:   # what is new is parsed, by modules to import
         note_sources()
 
 
@@ -10903,32 +10912,37 @@ def load_library():
 @functools.lru_cache(1)           # as long as these are the modules that were found to be right
 def _load_library(*modules):
     """See load_library; `modules` are what is loaded of them so far."""
-    hiding = [path for path in map(_hiding_file, LIBRARY) if path]
-    if hiding:
-        raise ImportError("%s: rename what hides a module of the standard library"
-                          % ", ".join(hiding))
-    try:
-        with LOADING, _short_turns():
+    with LOADING, SHORT_TURNS:
+        hiding = [path for path in map(_hiding_file, LIBRARY) if path]
+        if hiding:
+            raise ImportError("%s: rename what hides a module of the standard library"
+                              % ", ".join(hiding))
+        try:
             for name in LIBRARY:
                 __import__(name)
-    except ImportError as exc:
-        raise ImportError("%s; a program that calls os.chroot or the like right after start() has "
-                          "to call hotrepl.load_library() in between" % exc) from exc
-    _async_raiser()
+        except ImportError as exc:
+            raise ImportError("%s; a program that calls os.chroot or the like right after start() "
+                              "has to call hotrepl.load_library() in between" % exc) from exc
+        _async_raiser()
 
 
-@contextmanager
-def _short_turns():
-    """Within this a thread that computes lets us in sooner: an import waits at each file it reads.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(before / 100)
-    ours = sys.getswitchinterval()
-    try:
-        yield
-    finally:
-        if sys.getswitchinterval() == ours:       # else the program has set it meanwhile
-            sys.setswitchinterval(before)
+class ShortTurns(Installed):
+    """Within this a thread that computes lets us in sooner, at each call where we let it in."""
+
+    SHORT_S = 64e-6               # sys.getswitchinterval() gives the same number back
+
+    def _install(self):
+        self._before = sys.getswitchinterval()
+        if self._before > self.SHORT_S:       # else it may be that of another copy of this file
+            sys.setswitchinterval(self.SHORT_S)
+
+    def _uninstall(self):
+        # What the program has set meanwhile stays.
+        if self._before > self.SHORT_S == sys.getswitchinterval():
+            sys.setswitchinterval(self._before)
+
+
+SHORT_TURNS = ShortTurns()
 
 
 def _hiding_file(name):
@@ -11775,7 +11789,6 @@ class Server:
         self._is_short = False    # of descriptors; written by the server's thread
         self._sockets = []        # what a forked child has to close
         self._undo = ExitStack()
-        self._notes = None        # the thread that notes sources once we have started
 
     def __enter__(self):
         return self
@@ -11790,7 +11803,7 @@ class Server:
     def open(self, bind, port, control_port, unix=None):
         """Bind, listen and go; for `start`. Raises what that raises, with all undone."""
         with ExitStack() as undo:
-            listeners = [undo.enter_context(each)
+            listeners = [entered(undo, each)
                          for each in _listeners(bind, port, control_port, unix, self.door)]
             names = [each.getsockname() for each in listeners]
             self.address, self.control_address = [
@@ -11812,7 +11825,6 @@ class Server:
                 enter(*what)
                 undo.callback(leave, *what)
             self._undo = undo.pop_all()
-        self._notes = note_in_background()
 
     def stop(self):
         """Close all sessions and listeners and put the process back as it was before `start`.
@@ -11831,7 +11843,7 @@ class Server:
             if each not in own:
                 each.close()
         deadline = time.monotonic() + STOP_TIMEOUT_S
-        for thread in [thread for _, thread in members] + [self._notes]:
+        for _, thread in members:
             _join(thread, deadline - time.monotonic())
         with suppress(Exception):     # a log handler's
             self.door.write_left_out()
@@ -11905,9 +11917,9 @@ class Server:
         """Start the server's thread; `undo`, an ExitStack, ends it and closes what it uses."""
         netlink = None
         with suppress(OSError):   # check_peer() finds another way
-            netlink = undo.enter_context(open_netlink())
-        waker, woken = [undo.enter_context(OwnSocket.adopt(each)) for each in socket.socketpair()]
-        selector = undo.enter_context(_Selector())
+            netlink = entered(undo, open_netlink())
+        waker, woken = [entered(undo, OwnSocket.adopt(each)) for each in socket.socketpair()]
+        selector = entered(undo, _Selector())
         for sock, channel in zip([*listeners, woken], ("repl", "control", None)):
             selector.register(sock, selectors.EVENT_READ, channel)
         self._sockets = [each for each in (selector, waker, woken, netlink, *listeners)
@@ -11926,23 +11938,24 @@ class Server:
 
     def _accept(self, selector, netlink):
         """The server's thread: let in who comes, until the server stops."""
-        timeout_s = LOADING_DELAY_S
+        note_program()
+        found = selector.select(LOADING_DELAY_S)
+        if not found:             # nobody has come so far: get ready for a session
+            with suppress(Exception):     # a session tells its client
+                load_library()
         while not self._is_stopped:
-            found = selector.select(timeout_s)
-            if not found:         # nobody has come so far: get ready for a session
-                timeout_s = None
-                with suppress(Exception):     # a session tells its client
-                    load_library()
             for key, _ in found:
                 if not key.fileobj.is_own():
                     return log.warning("the program has closed the sockets of the server at %s",
                                        _join_address(self.address))
                 try:
                     if key.data is not None:
-                        self._accept_one(key.fileobj, key.data, netlink)
+                        with SHORT_TURNS:     # else each question to the kernel may cost 5 ms
+                            self._accept_one(key.fileobj, key.data, netlink)
                 except BaseException:     # a log handler's; without this thread nobody comes in
                     with suppress(BaseException):
                         sys.excepthook(*sys.exc_info())
+            found = selector.select()
 
     def _accept_one(self, listener, channel, netlink):
         """Let in one connection, or close it and have the reason on record."""
@@ -12292,7 +12305,7 @@ def _listen(bind, port, parameter):
     except socket.gaierror as exc:
         raise OSError(exc.errno, "%r is no address to bind: %s" % (bind, exc.strerror)) from exc
     with ExitStack() as undo:
-        sock = undo.enter_context(OwnSocket(family, kind, proto))
+        sock = entered(undo, OwnSocket(family, kind, proto))
         try:
             if os.name == "posix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -12932,8 +12945,8 @@ class Terminal:
         self._marks_pastes = False    # the terminal can be told to mark where one begins and ends
 
     def __enter__(self):
-        self._modes = self._undo.enter_context(_kept_modes())
-        self._undo.enter_context(self.owner.link.signals(     # before it is shown that we connected
+        self._modes = entered(self._undo, _kept_modes())
+        entered(self._undo, self.owner.link.signals(     # before it is shown that we connected
             SIGINT=self._on_interrupt, SIGTSTP=self._on_suspend, SIGWINCH=self._on_resize))
         return self
 
@@ -14230,10 +14243,9 @@ class Execution:
         """Have a session, within the time; socket.timeout if not."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s + self.GRACE_S
         if self._link is None:
-            channels = open_channels(*self._server, deadline=deadline, streams=True)
-            link = channels.__enter__()   # 3.15: enter_context() imports inspect, and with it ast
-            self._undo.callback(channels.__exit__, None, None, None)
-            self._link, self._turn, self._stream = link, 0, "stdout"
+            self._link = entered(self._undo, open_channels(
+                *self._server, deadline=deadline, streams=True))
+            self._turn, self._stream = 0, "stdout"
         self._link.deadline = deadline
 
     def _end(self):

@@ -352,6 +352,7 @@ class Footprint(collections.OrderedDict):
         self["signal handlers"] = [signal.getsignal(each) for each in (
             signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGURG", signal.SIGINT))]
         self["trace"] = (sys.gettrace(), sys.getprofile())
+        self["switch interval"] = sys.getswitchinterval()
         self["names"] = []        # ours in a namespace that is served no more
         self["threads"] = {each.ident: each.name for each in threading.enumerate()}
         self["descriptors"] = open_descriptors()
@@ -16617,9 +16618,6 @@ class Stopping(Case):
             for at in ((0, 1) if is_first_out else (1, 0)):
                 wires[at].close()
                 servers[at].stop()
-            for thread in threading.enumerate():
-                if thread.name == "hotrepl notes":        # it reads the program's sources to the end
-                    thread.join(DEADLINE_S)
             with contextlib.suppress(AssertionError):
                 eventually(lambda: before == Footprint(), deadline_s=5.0)
             self.assertEqual(before.changes(Footprint()), "")
@@ -21585,14 +21583,21 @@ class Promises(Case):
 
     def test_heavy_modules_are_not_imported_by_importing(self):
         program = self.folder().run("""
-            import sys
-            before = set(sys.modules)
+            import sys, threading
+            names = set()
+            class Finder:
+                @staticmethod
+                def find_spec(name, *_):
+                    if threading.current_thread() is threading.main_thread():
+                        names.add(name)
+            sys.meta_path.insert(0, Finder)
             import hotrepl
+            hotrepl.start({}, port=0, control_port=0)
             heavy = {"argparse", "ast", "asyncio", "ctypes", "email", "http", "inspect",
                      "multiprocessing", "pdb", "pydoc", "readline", "rlcompleter", "ssl", "subprocess", "tempfile"}
             if sys.version_info >= (3, 10) and sys.implementation.name == "cpython":
                 heavy.add("re")       # else some other module needs it
-            print(sorted(heavy & (set(sys.modules) - before)))
+            print(sorted(heavy & names))
             """)
         self.assertEqual(program.end(), [0, "[]\n", ""])
 
@@ -23614,15 +23619,16 @@ Line = collections.namedtuple("Line", "what unit limit target")   # (relation, v
 
 ROWS = [
     Row(1, bench_round_trip, [
-        Line("evaluate 1+1, round trip, median", "us", "echo by one thread", ("<=", 2.2, "x")),
+        Line("evaluate 1+1, round trip, median", "us", "echo by one thread", ("<=", 2.4, "x")),
         Line("its 99th percentile", "us", "that of the echo", ("<=", 4, "x"))]),
     Row(2, bench_busy_round_trip, [
         Line("the same, a host thread computing", "ms", "echo: one switch", ("<=", 1.1, "x"))]),
     Row(3, bench_connect, [
-        Line("connect to first prompt", "ms", "reply by a new thread", ("<=", 1.1, "x")),
+        Line("connect to first prompt", "ms", "reply by a new thread", ("<=", 1.5, "x")),
         Line("the same, a host thread computing", "ms", "reply by a new thread",
-             ("<=", 1.5, "x")),
-        Line("the first of all there, and 1+1", "ms", "the same by that thread", None)]),
+             ("<=", 1.8, "x")),
+        Line("the first of all there, and 1+1", "ms", "the same by that thread",
+             ("<=", 100, "ms"))]),
     Row(4, bench_print, [
         Line("print lines of 79 characters", "MB/s", "the same into a pipe", (">=", 0.8, "x"))]),
     Row(5, bench_busy_print, [
@@ -23637,7 +23643,7 @@ ROWS = [
         Line("list of 5,000 completions", "ms", "rlcompleter there", ("<=", 3, "x"))]),
     Row(9, bench_interrupt, [
         Line("Ctrl+C to traceback and prompt", "ms", "switch + round trip", ("<=", 1.2, "x")),
-        Line("the first one in a process", "ms", "switch + round trip", None)]),
+        Line("the first one in a process", "ms", "switch + round trip", ("<=", 2, "x"))]),
     Row(10, bench_memory, [
         Line("memory of a session", "KB", "thread in recv", ("<=", 2, "x")),
         Line("threads + descriptors of it", "", "thread in recv", ("<=", 2, "")),
@@ -23654,7 +23660,7 @@ ROWS = [
         Line("host's print, a session open", "ns", "not started", ("<=", 1.35, "x")),
         Line("host's sys.stdout.write", "ns", "not started", ("<=", 1.35, "x"))]),
     Row(14, bench_import, [
-        Line("import", "ms", "socket, threading", ("<=", 1.5, "x")),
+        Line("import", "ms", "socket, threading", ("<=", 1.8, "x")),
         Line("modules that come with it", "", "socket, threading", None)]),
     Row(15, bench_start, [
         Line("start", "ms", "2 listeners, 1 thread", ("<=", 1, "ms")),
