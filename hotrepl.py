@@ -9582,7 +9582,7 @@ _HEADER_END = Lazy(lambda: re.compile(
     rb"|H(?:ost|OST):[ \t]*(?:[^\s=#]+[ \t]*)?\n|(?i:cookie):[ \t]*[^\s=]+=[^\s=]))"))
 _UNDECIDED = Lazy(lambda: re.compile(rb"\n(?:CONNECT|STOMP)\r?\n[\w-]*:?\Z"))
 _TELNET = rb"(?s)\xff(?:[\xfb-\xfe].|[\xf0-\xf9\xec])"
-_BLANK = rb"(?:[ \t\n\v\f]|\r\0|\r(?!\0|\Z))*"     # a CR at the end: NUL may follow
+_BLANK = rb"[ \t\n\v\f\r]*"
 
 # Two words side by side are no Python, unless one is a keyword (`1and x` has one too).
 _NO_KEYWORD = (r"(?!\d*(?:%s)\b)" % "|".join(keyword.kwlist)).encode("ascii")

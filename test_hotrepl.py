@@ -14681,7 +14681,7 @@ class DoorPolicy(AccessParts):
 FOREIGN = (
     b"GET / HTTP/1.1\r\nHost: localhost:1337\r\n\r\n",
     b"\x01\n\x00\x01",        # ICE over TCP, behind its length
-    b"GET / HTTP/1.0\n\n",
+    b"GET / HTTP/1.0\n\n", b"\rGET / HTTP/1.1\r\n", b"\r\0GET / HTTP/1.1\r\n",
     b"POST / HTTP/1.1\r\nContent-Type: text/plain\r\n\r\nopen('/tmp/x','w')\n",
     b"GET /a?b=c%20d#e HTTP/1.1\r\n",
     b"GET http://localhost:1337/ HTTP/1.1\r\n",
