@@ -13710,7 +13710,7 @@ def _start_server(options, main_module, done):
         _say("HOTREPL_DISABLE is set: no server is started")
         done.set()
         return server
-    server.door.tell = _say_if_read
+    server.door.tell = _say
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
@@ -13831,13 +13831,9 @@ def _show_death(exc):
         sys.excepthook(type(exc), exc, frames)
     except SystemExit as own:     # the program's own hook
         return _exit_status(own.code)
-    except BaseException as own:
+    except BaseException as own:  # `exc` is its context, and so shown as well
         _hide_our_frames(own)
-        own.__context__ = None
-        print("Error in sys.excepthook:", file=sys.stderr)
         sys.__excepthook__(type(own), own, own.__traceback__)
-        print("\nOriginal exception was:", file=sys.stderr)
-        sys.__excepthook__(type(exc), exc, frames)
     return 130 if isinstance(exc, KeyboardInterrupt) else 1
 
 
@@ -13914,16 +13910,12 @@ def _tls_context(options):
         _read_file(path)          # ssl does not say which it can't read
     try:
         context = ssl.create_default_context(cafile=options.cafile)
-    except ssl.SSLError as exc:
-        raise ValueError("--cafile: expected certificates in PEM, found none in %r"
-                         % options.cafile) from exc
-    try:
         if options.cert:
             context.load_cert_chain(options.cert)
+        return context
     except ssl.SSLError as exc:
-        raise ValueError("--cert: expected a certificate and its key in PEM, found none that fit "
-                         "in %r" % options.cert) from exc
-    return context
+        raise ValueError("expected in PEM: certificates in the --cafile, a certificate and its key "
+                         "in the --cert; found %s" % exc) from exc
 
 
 def _exec(options):
@@ -14069,27 +14061,12 @@ def _find_server(options, word):
     elif word is None and options.port is None:
         found = noted_servers()
     if len(found) > 1:
-        found = [_choose(found)]
+        raise ValueError("which one? name it by its PID, or as HOST:PORT\n"
+                         + _table(found).decode().rstrip())
     if found:
         return _place_of_note(found[0])
     host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
     return host, port, options.control_port
-
-
-def _choose(notes):
-    """Return the one of `notes` that the user names; ValueError where nobody can be asked."""
-    by_pid, answer = {str(note["pid"]): note for note in notes}, None
-    table = _table(notes).decode()
-    if not all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr)):
-        raise ValueError("which one? name it by its PID, or as HOST:PORT\n" + table.rstrip())
-    sys.stderr.write(table)
-    while answer not in by_pid:
-        sys.stderr.write("which one? PID: ")
-        sys.stderr.flush()
-        answer = sys.stdin.readline().strip()
-        if not answer:
-            raise ValueError("none was named")
-    return by_pid[answer]
 
 
 def _place_of_note(note):
@@ -14157,23 +14134,8 @@ def _misuse(text):
 
 
 def _say(text):
-    stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
-    raw = getattr(getattr(stderr, "buffer", None), "raw", None)
     with suppress(OSError):       # /dev/full, say
-        stderr.flush()
-        # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
-        if raw is None:
-            stderr.write(line)
-        else:
-            raw.write(line.encode(stderr.encoding, "backslashreplace"))
-
-
-def _say_if_read(text):
-    """Say it unless nobody reads just now: the thread that lets people in must not wait for it."""
-    with suppress(OSError, ValueError, TypeError):    # nothing that select() knows; no stderr
-        if not select.select([], [sys.stderr], [], 0)[1]:
-            return
-    _say(text)
+        print("hotrepl: " + text, file=sys.stderr or io.StringIO(), flush=True)
 
 
 # --- exec: pieces of code are run for a program, which holds a Link and no terminal ---

@@ -19322,8 +19322,8 @@ class Programs(Case):
 
     def test_it_is_kept_whatever_its_own_excepthook_does(self):
         hook = "import sys\ndef hook(*exc_info):\n    %s\nsys.excepthook = hook\nx = 42\n1 / 0\n"
-        for source, status, told in ((hook % "raise LookupError('in the hook')", 1, r"Error in sys\.excepthook:\n(.*\n)+"
-                                      r"LookupError: in the hook\n\nOriginal exception was:\n(.*\n)+ZeroDivisionError: "),
+        for source, status, told in ((hook % "raise LookupError('in the hook')", 1, r"ZeroDivisionError: (.*\n)+"
+                                      r"LookupError: in the hook\n"),
                                      (hook % "sys.exit(4)", 4, "is kept")):
             with self.subTest(status):
                 program, wire = self.kept(source)
@@ -19345,7 +19345,7 @@ class Programs(Case):
     def test_it_runs_though_stderr_is_closed_or_full(self):
         folder = self.folder()
         folder.write("script.py", "print('runs')")
-        for words, unbuffered in (("2>&-", ""), ("2>&-", "1"), ("2>/dev/full", ""), ("2>/dev/full", "1")):
+        for words, unbuffered in (("2>&-", ""), ("2>&-", "1"), ("2>/dev/full", "1")):
             command = " ".join(map(shlex.quote, python_command(*serve_words("script.py")))) + " " + words
             out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL,
                                           env=environment(PYTHONUNBUFFERED=unbuffered))
@@ -20135,22 +20135,6 @@ class Finding(NotesCase):
             self.assertEqual(first, "hotrepl: which one? name it by its PID, or as HOST:PORT")
             self.assertEqual([line.split()[0] for line in table],
                              ["PID"] + [str(each.process.pid) for each in programs])
-
-    def test_on_a_terminal_the_number_is_asked_for(self):
-        programs = self.programs("a", "b")
-        for word, program in zip("ab", programs):
-            terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY=""))
-            terminal.until("%d  " % programs[1].process.pid)
-            terminal.until("\nwhich one? PID: ")
-            terminal.type("5\n")
-            terminal.until("\nwhich one? PID: ")
-            terminal.type("%d\n" % program.process.pid)
-            terminal.until(">>> ")
-            terminal.ask("import sys; sys.argv[1]", "\n%r" % word)
-        terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect")))
-        terminal.until("\nwhich one? PID: ")
-        terminal.type("\n")
-        self.assertEqual(terminal.end()[0], 2)
 
     def test_list_can_be_read_by_a_program(self):
         self.assertEqual(self.hotrepl("list", "--json"), [0, "", ""])
