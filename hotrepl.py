@@ -2036,7 +2036,7 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 #     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
 # What stands before the last "." is found without a call (`_value`), and its attributes are listed.
 # `_Place.find` decides by the last token:
-#     import, from    modules; names in one, from its source where it is not loaded
+#     import, from    modules; names in one that is loaded
 #     value.          attributes
 #     value["         string keys; elsewhere in quotes: file names
 #     value(          nothing, but a hint: how to call it
@@ -2185,22 +2185,15 @@ class _Place:
     def _importable(self, keyword, given):
         """Modules, or names in one, after an import statement's keyword and the tokens given."""
         if "import" in given:
-            module = self._absolute("".join(given[:given.index("import")]))
+            module = "".join(given[:given.index("import")])
             fits = given[-1] in ("import", "(", ",")
             return _select(_names_in_module(module), self.word) if fits else []
         package = "".join(given).rpartition(",")[2]
-        follow = keyword == "from" and package and "import".startswith(self.word)
-        if package.strip(".") and not package.endswith("."):
-            return ["import "] if follow else []
-        modules = _select(_submodules(self._absolute(package)), self.word)
-        return ["import "] + modules if follow and self.word and not package.strip(".") else modules
-
-    def _absolute(self, module):
-        """The module's full name; a leading dot means the namespace's `__package__`."""
-        import importlib.util
-        name = module.rstrip(".") or module
-        package = self.scope["__package__"] if name.startswith(".") else None
-        return importlib.util.resolve_name(name, package)
+        if package.endswith("."):
+            return _select(_submodules(package[:-1]), self.word) if package[0] != "." else []
+        if package:
+            return ["import "] if keyword == "from" and "import".startswith(self.word) else []
+        return _select(_submodules(""), self.word)
 
     def _called(self):
         """What the innermost open parenthesis calls; _MISSING if it is none or can't be told."""
@@ -2362,18 +2355,16 @@ def _hint(name, called):
 
 
 def _signature(called):
-    """Its inspect.Signature without what has a user's repr; None if none can be had safely."""
+    """Its inspect.Signature, without annotations; None if none can be had safely."""
     import inspect
     try:
         found = inspect.signature(_bare(called))
     except Exception:
         return None
-    return found.replace(return_annotation=found.empty, parameters=[
-        p.replace(default=_plain(p.default), annotation=_plain(p.annotation))
-        for p in found.parameters.values()])
+    return found.replace(parameters=map(_with_plain_default, found.parameters.values()))
 
 
-def _bare(called, depth=0):
+def _bare(called):
     """Return something with the signature of `called` that runs nothing while that is looked at.
 
     inspect itself asks for __signature__, __wrapped__ and more by getattr, and calls what it finds.
@@ -2381,14 +2372,9 @@ def _bare(called, depth=0):
     kind = type(called)
     if _is_python(called):
         wrapped = _instance_dict(called).get("__wrapped__")
-        is_wrapper = _is_python(wrapped) and depth < 20
-        return _bare(wrapped, depth + 1) if is_wrapper else _copy_function(called)
+        return _bare(wrapped) if _is_python(wrapped) else _copy_function(called)
     if kind is types.MethodType and _is_python(called.__func__):
         return types.MethodType(_bare(called.__func__), 0)
-    if kind is functools.partial and type(called.func) is not kind:
-        names = called.keywords   # inspect compares them
-        if all(type(name) is str for name in names):
-            return functools.partial(_bare(called.func), *called.args, **names)
     call = _find(kind, "__call__")
     if _is_python(call):
         return types.MethodType(_bare(call), 0)
@@ -2421,51 +2407,25 @@ _STATEMENTS = 1 << 9              # Py_TPFLAGS_HEAPTYPE: a class statement made 
 
 
 def _copy_function(function):
-    """Return a function of the same signature, without what its owner put into its __dict__."""
+    """Return a function of the same parameters, without annotations: to ask for them runs code."""
     copy = types.FunctionType(function.__code__, {}, function.__name__, function.__defaults__,
                               function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
-    annotate = getattr(function, "__annotate__", None)
-    if annotate is None:
-        copy.__annotations__ = function.__annotations__
-    elif annotate.__code__.co_name == "__annotate__":     # else the program's own
-        import annotationlib      # 3.14: as text, since to evaluate them would run code  # novermin
-        texts = annotationlib.call_annotate_function(  # novermin
-            annotate, annotationlib.Format.STRING)  # novermin
-        copy.__annotations__ = {name: _Shown(text) for name, text in texts.items()}
     return copy
 
 
-class _Shown(str):
-    """The text of an annotation, which inspect shows by its repr."""
-
-    __repr__ = str.__str__
-
-
-def _plain(value):
-    """A default or an annotation; `...` for it if its text could be a user's code or long."""
-    if type(value) is type:
-        return value if type(_class_dict(value).get("__module__", "")) is str else ...
-    if type(value) is _Shown:
-        return value if re.match(r"[\w.]+\Z", value) else ...
-    return value if _is_exactly(value, type(None), bool, int, float, str, bytes) else ...
+def _with_plain_default(parameter):
+    """Return `parameter`, with `...` for a default whose repr could be a user's code, or long."""
+    default = parameter.default
+    is_plain = default is parameter.empty or _is_exactly(
+        default, type(None), bool, int, float, str, bytes)
+    return parameter if is_plain else parameter.replace(default=...)
 
 
 def _names_in_module(module):
-    """What a module offers: asked if it is loaded, else read from its source; and submodules."""
-    loaded = sys.modules.get(module)
-    names = _names_in_source(module) if loaded is None else _attribute_names(loaded)
+    """What a module offers: its names if it is loaded, and its submodules."""
+    names = _attribute_names(sys.modules[module]) if module in sys.modules else ()
     return itertools.chain(names, _submodules(module))
-
-
-def _names_in_source(module):
-    """The names that a module which is not loaded binds at its top level, if it has a source."""
-    import dis
-    spec = _find_spec(module)
-    source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else ""
-    source = re.sub(r"\\[^\n]", "..", source or "")       # the parser warns of doubtful escapes
-    code = compile(source, module, "exec", 0, True)
-    return [each.argval for each in dis.get_instructions(code) if each.opname == "STORE_NAME"]
 
 
 def _submodules(package):
@@ -13914,8 +13874,8 @@ def _tls_context(options):
             context.load_cert_chain(options.cert)
         return context
     except ssl.SSLError as exc:
-        raise ValueError("expected in PEM: certificates in the --cafile, a certificate and its key "
-                         "in the --cert; found %s" % exc) from exc
+        raise ValueError("found no PEM that fits: --cafile wants certificates, --cert a "
+                         "certificate and its key") from exc
 
 
 def _exec(options):

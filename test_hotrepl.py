@@ -2661,9 +2661,8 @@ class TestCompletingAttributes(CompletionCase):
 
 class TestCompletingCalls(CompletionCase):
     def test_at_the_opening_parenthesis_the_hint_is_the_signature_and_the_doc_s_first_line(self):
-        expected = "function(alpha, beta:int=3, *args, gamma=None)\nFirst line."
-        found = complete(self.namespace, "x = function(")
-        self.assertEqual((found.hint.replace(": int = ", ":int="), found.matches), (expected, []))
+        self.assertEqual(complete(self.namespace, "x = function("), Completions(
+            13, [], "function(alpha, beta=3, *args, gamma=None)\nFirst line."))
 
     def test_a_bound_method_s_hint_has_no_self(self):
         self.assertEqual(self.hint("sample.method( "), "method(alpha, beta=2)\nFirst line.")
@@ -2678,26 +2677,17 @@ class TestCompletingCalls(CompletionCase):
         self.assertTrue(self.hint("len(").startswith("len("))
         self.assertTrue(self.hint("dict(").startswith("dict("))
 
-    def test_a_bare_staticmethod_and_a_partial_with_odd_names_run_nothing(self):
+    def test_a_bare_staticmethod_runs_nothing(self):
         class Odd(str):
-            def __eq__(self, other):
-                Sample.ran.append("eq")
-                return str.__eq__(self, other)
-            __hash__ = str.__hash__
-
             @property
             def __class__(self):
                 Sample.ran.append("class")
 
         def function(a, b):
             pass
-        partial = functools.partial(function)
-        partial.keywords[Odd("b")] = 1
         function.__signature__ = Odd()
-        self.namespace.update(bare=staticmethod(function), partial=partial)
-        del Sample.ran[:]
-        for line in ("bare(", "partial(", "partial(a"):
-            complete(self.namespace, line)
+        self.namespace.update(bare=staticmethod(function))
+        complete(self.namespace, "bare(")
         self.assertEqual(Sample.ran, [])
 
     def test_no_repr_of_the_user_s_is_run_for_the_hint(self):
@@ -2710,7 +2700,7 @@ class TestCompletingCalls(CompletionCase):
             pass
 
         self.namespace["call"] = call
-        self.assertEqual(self.hint("call(").replace(" ", ""), "call(first=...,second:...=1)")
+        self.assertEqual(self.hint("call(").replace(" ", ""), "call(first=...,second=1)")
         self.assertEqual(Sample.ran, [])
 
     def test_no_code_of_the_program_s_is_run_for_the_hint(self):
@@ -2752,18 +2742,16 @@ class TestCompletingCalls(CompletionCase):
         signed.__signature__ = shown
         wrapping.__wrapped__ = object.__new__(Thing)
         self.namespace.update(plain=plain, wrapping=wrapping, signed=signed, Thing=Thing, thing=object.__new__(Thing),
-                              part=functools.partial(object.__new__(Thing), 1), wrapped=functools.wraps(plain)(wrapping))
+                              wrapped=functools.wraps(plain)(wrapping))
         for line, hint in (("signed(", "signed(first)"), ("Thing(", "Thing(width, height=2)"),
-                           ("thing(", "thing(times)"), ("part(", "part()")):
+                           ("thing(", "thing(times)")):
             Sample.ran.clear()
             self.assertEqual((self.hint(line) or "").partition("\n")[0], hint)
             self.assertEqual(Sample.ran, [], line)
-        self.assertIn(self.hint("wrapped(").replace(" ", ""), ("wrapped(first,second:...=1)", "wrapped(first,second:Thing=1)"))
+        self.assertEqual(self.hint("wrapped("), "wrapped(first, second=1)")
         wrapping.__wrapped__ = object.__new__(Thing)
         Sample.ran.clear()
         self.assertEqual((self.hint("wrapping("), Sample.ran), ("wrapping(*args)", []))
-        self.matches("part(tim")
-        self.assertEqual(Sample.ran, [])
 
     def test_there_is_no_hint_for_what_is_not_called(self):
         for line in ("function", "function(a", "(", "if (", "'text'(", "def function(", "nobody("):
@@ -2792,7 +2780,7 @@ class TestCompletingCalls(CompletionCase):
     def test_keyword_arguments_are_completed_on_the_next_line(self):
         self.assertEqual(self.matches("  gam", before="x = function(1,  # (\n"), ["gamma="])
 
-    def test_keyword_arguments_of_a_partial_a_class_and_an_instance_are_completed(self):
+    def test_keyword_arguments_of_a_class_and_an_instance_are_completed(self):
         class Callable:
             def __init__(self, omega=1):
                 pass
@@ -2800,9 +2788,7 @@ class TestCompletingCalls(CompletionCase):
             def __call__(self, omicron=1):
                 pass
 
-        self.namespace.update(part=functools.partial(function, 1), Callable=Callable,
-                              called=Callable())
-        self.assertEqual(self.matches("part(gam"), ["gamma="])
+        self.namespace.update(Callable=Callable, called=Callable())
         self.assertEqual(self.matches("Callable(ome"), ["omega="])
         self.assertEqual(self.matches("called(omi"), ["omicron="])
 
@@ -2986,33 +2972,6 @@ class TestCompletingImports(CompletionCase):
         self.assertEqual(self.matches("from os import getlog"), ["getlogin"])
         self.assertEqual(self.matches("from os import (path, getlog"), ["getlogin"])
         self.assertEqual(self.matches("getlog", before="from os import (path,\n"), ["getlogin"])
-
-    def test_names_of_a_module_that_is_not_loaded_are_read_from_its_source(self):
-        folder = self.on_path("hotrepl_sample_one.py")
-        with open(folder + "/hotrepl_sample_one.py", "w") as stream:
-            stream.write("import sys as name1, name2.x\nname3, (name4, *name5) = 1, (2, 3)\n"
-                         "name6: int = 1\ndef name7(name): name = '\\d'\nclass name8: name9 = 1\n"
-                         "if name8:\n    for name10 in []: pass\nelse:\n    async def name11(): 1\n"
-                         "x = [name for name in 'x']; raise SystemExit\n")
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            found = self.matches("from hotrepl_sample_one import name")
-        self.assertEqual(sorted(found, key=lambda name: int(name[4:])),
-                         ["name%d" % number for number in (1, 2, 3, 4, 5, 6, 7, 8, 10, 11)])
-        self.assertEqual(warned, [])
-
-    def test_a_module_with_broken_source_has_no_names(self):
-        folder = self.on_path("hotrepl_sample_one.py")
-        with open(folder + "/hotrepl_sample_one.py", "w") as stream:
-            stream.write("name = (")
-        self.assertEqual(self.matches("from hotrepl_sample_one import na"), [])
-
-    def test_a_dot_means_the_namespace_s_package(self):
-        import xml.etree
-        self.namespace["__package__"] = xml.etree.__name__
-        self.assertEqual(self.matches("from .ElementTr"), ["ElementTree"])
-        self.assertEqual(self.matches("from ..do"), ["dom"])
-        self.assertEqual(self.matches("from . import ElementTr"), ["ElementTree"])
 
     def test_a_lazy_module_s_getattr_is_not_called(self):
         lazy = types.ModuleType("hotrepl_lazy")
@@ -19442,9 +19401,8 @@ class Exec(Case):
                 (["-c", "1", "-c", "2"], "hotrepl: -c is there twice, expected one CODE, of any number of lines; see --help"),
                 (["localhost"], "hotrepl: can't read 'localhost': No such file or directory; "
                                 "exec [HOST] takes -c CODE, a FILE or -"),
-                (["--cert", path, "-c", "1"], "hotrepl: --cert: expected a certificate and its key in PEM, "
-                                              "found none that fit in %r" % path),
-                (["--cafile", path, "-c", "1"], "hotrepl: --cafile: expected certificates in PEM, found none in %r" % path)):
+                *((words, "hotrepl: found no PEM that fits: --cafile wants certificates, --cert a certificate and its key")
+                  for words in (["--cert", path, "-c", "1"], ["--cafile", path, "-c", "1"]))):
             self.assertEqual(self.end(*words), [2, "", message + "\n"])
         code, _, err = self.end("--timeout", "abc", "-c", "1")
         self.assertEqual((code, err.splitlines()[-1].partition("error: ")[2]),
