@@ -14021,12 +14021,27 @@ def _find_server(options, word):
     elif word is None and options.port is None:
         found = noted_servers()
     if len(found) > 1:
-        raise ValueError("which one? name it by its PID, or as HOST:PORT\n"
-                         + _table(found).decode().rstrip())
+        found = [_choose(found)]
     if found:
         return _place_of_note(found[0])
     host, port = _split_address(word or DEFAULT_BIND, options.port or DEFAULT_PORT)
     return host, port, options.control_port
+
+
+def _choose(notes):
+    """Return the one of `notes` that the user names; ValueError where nobody can be asked."""
+    by_pid, answer = {str(note["pid"]): note for note in notes}, None
+    table = _table(notes).decode()
+    if not all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr)):
+        raise ValueError("which one? name it by its PID, or as HOST:PORT\n" + table.rstrip())
+    sys.stderr.write(table)
+    while answer not in by_pid:
+        sys.stderr.write("which one? PID: ")
+        sys.stderr.flush()
+        answer = sys.stdin.readline().strip()
+        if not answer:
+            raise ValueError("none was named")
+    return by_pid[answer]
 
 
 def _place_of_note(note):

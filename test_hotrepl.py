@@ -2677,17 +2677,26 @@ class TestCompletingCalls(CompletionCase):
         self.assertTrue(self.hint("len(").startswith("len("))
         self.assertTrue(self.hint("dict(").startswith("dict("))
 
-    def test_a_bare_staticmethod_runs_nothing(self):
+    def test_a_bare_staticmethod_and_a_partial_with_odd_names_run_nothing(self):
         class Odd(str):
+            def __eq__(self, other):
+                Sample.ran.append("eq")
+                return str.__eq__(self, other)
+            __hash__ = str.__hash__
+
             @property
             def __class__(self):
                 Sample.ran.append("class")
 
         def function(a, b):
             pass
+        partial = functools.partial(function)
+        partial.keywords[Odd("b")] = 1
         function.__signature__ = Odd()
-        self.namespace.update(bare=staticmethod(function))
-        complete(self.namespace, "bare(")
+        self.namespace.update(bare=staticmethod(function), partial=partial)
+        del Sample.ran[:]
+        for line in ("bare(", "partial(", "partial(a"):
+            complete(self.namespace, line)
         self.assertEqual(Sample.ran, [])
 
     def test_no_repr_of_the_user_s_is_run_for_the_hint(self):
@@ -20093,6 +20102,22 @@ class Finding(NotesCase):
             self.assertEqual(first, "hotrepl: which one? name it by its PID, or as HOST:PORT")
             self.assertEqual([line.split()[0] for line in table],
                              ["PID"] + [str(each.process.pid) for each in programs])
+
+    def test_on_a_terminal_the_number_is_asked_for(self):
+        programs = self.programs("a", "b")
+        for word, program in zip("ab", programs):
+            terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY=""))
+            terminal.until("%d  " % programs[1].process.pid)
+            terminal.until("\nwhich one? PID: ")
+            terminal.type("5\n")
+            terminal.until("\nwhich one? PID: ")
+            terminal.type("%d\n" % program.process.pid)
+            terminal.until(">>> ")
+            terminal.ask("import sys; sys.argv[1]", "\n%r" % word)
+        terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect")))
+        terminal.until("\nwhich one? PID: ")
+        terminal.type("\n")
+        self.assertEqual(terminal.end()[0], 2)
 
     def test_list_can_be_read_by_a_program(self):
         self.assertEqual(self.hotrepl("list", "--json"), [0, "", ""])
