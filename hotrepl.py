@@ -4689,7 +4689,7 @@ class _Apply:
 
     def _is_kept_out(self, edit, statement):
         """Tell whether a statement would start the script, or the loop at its top level, again."""
-        return statement.is_main_guard or edit.line is not None and not statement.is_harmless and (
+        return statement.is_main_guard or not statement.is_harmless and (
             edit.is_not_reached(statement))
 
     # Functions. All live functions of a module get their new code when its turn comes, wherever
@@ -4731,8 +4731,6 @@ class _Apply:
     def _swap_function(self, function, found):
         """Give a function the code that the new file has for it, as far as its cells allow."""
         old, new = function.__code__, found.code
-        if old is new:
-            return
         # Code fits where it finds the same variables in the function's closure, in their order;
         # where it needs fewer, the old function calls a new one, which has those.
         if old.co_freevars == new.co_freevars:
@@ -4988,10 +4986,11 @@ class _Apply:
             _forget_subclasses()
 
     def _put_place(self, edit, cls, pair):
-        """3.13: a class knows its line."""
+        """3.13: a class knows its line, and the attributes that its methods set on self."""
         code = edit.new.code_of(pair.new.node) if "__firstlineno__" in vars(cls) else None
         if code is not None:
             self.put(_attribute(cls, "__firstlineno__"), code.co_firstlineno)
+            self.put(_attribute(cls, "__static_attributes__"), _static_attributes(code))
 
     def _note_body(self, scope, pair):
         """Only a function's body changed: nothing runs, unless it was patched or typed over."""
@@ -5024,8 +5023,8 @@ class _Apply:
         while size < len(self.refielded):
             size = len(self.refielded)
             for name, known in list(_hot.known.items()):
-                uses = list(_space_of(known.module()).values()) if name not in edits else ()
-                if self._are_refielded(uses) and self.readers.source_of(name):
+                if name not in edits and self._are_refielded(list(_space_of(
+                        known.module()).values())) and self.readers.source_of(name):
                     edits[name] = _unedited(name, known)
             for edit in list(edits.values()):
                 for pair in edit.pairs:
@@ -5079,8 +5078,6 @@ class _Apply:
         statement, edit = pair.new, scope.edit
         if statement.is_constant:
             self._put_docstring(scope, statement)
-            return
-        if _is_overload(statement.node) and scope.last_binder(statement.node.name) is not statement:
             return
         if any(_is_mapped(scope.cls, name) for name in statement.binds):
             self._note_mapped(scope, statement.binds)
@@ -5377,7 +5374,7 @@ class _Apply:
         """
         values, news = dict(vars(old)), dict(vars(new))
         skips = _CLASS_SKIPS - {"__slots__"} | {"__module__"}
-        edit, pair = (None, None) if self.is_patch else self._pair_of(new)
+        edit, pair = self._pair_of(new)
         kept = set() if pair is None or self.everything or pair.change == "again" else (
             _kept_class_names(edit, pair, old))
         for name, value in news.items():
@@ -5411,10 +5408,8 @@ class _Apply:
     def fold_enum(self, old, new):
         """Keep the members of an enum, add the new ones; _redirect sees to who holds those."""
         combinations = list(_combinations(old, new))
-        olds, news = dict(old._member_map_), new._member_map_
-        if list(olds) != list(news) or not all(
-                _is_plain_equal(each._value_, news[name]._value_) for name, each in olds.items()):
-            self.refielded[id(old)] = old
+        olds = dict(old._member_map_)
+        self.refielded[id(old)] = old
         for kept, member in combinations:
             olds.setdefault(member._name_, kept)  # A | B gets a name
         for name, member in new._member_map_.items():
@@ -5534,7 +5529,7 @@ class _Apply:
         self._reach_what_lives()
         # Frameworks remember what they found in registries, which is other by now.
         for name, forget in _CACHES.items():
-            if name in sys.modules and self.known is not None:
+            if name in sys.modules:
                 forget()
         self._call_hooks()
         self.readers.note_code()
@@ -5629,6 +5624,9 @@ class _Apply:
                      if hasattr(type(pair[0]), "_member_map_")}
         # Of classes and functions that became another kind of thing, the old ones are replaced.
         moves.update((id(old), (old, new)) for old, new, _ in self.moves)
+        for new, old in list(moves.values()):  # else a WeakValueDictionary would lose them
+            moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
+                         for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
         sources = [source for source, _ in moves.values()]
         own = {id(source.__mro__) for source in sources if isinstance(source, type)}
         tuples = {}
@@ -6148,7 +6146,7 @@ def _is_foreign(value):
     name = getattr(value, "__name__", "") if _is(value, types.ModuleType) else (
         getattr(value, "__module__", None) if _is(value, (
             type, types.FunctionType, types.BuiltinFunctionType)) else "")
-    return value is open or name and name != "builtins" and _is_library_module(name)
+    return name and name != "builtins" and _is_library_module(name)
 
 
 def _at_path(space, parts):
@@ -8010,6 +8008,14 @@ def _behaviour(code):
     return (code.co_name, code.co_code, tuple(map(_typed, code.co_consts)), code.co_names,
             code.co_varnames, code.co_freevars, code.co_cellvars, code.co_flags,
             code.co_argcount, code.co_kwonlyargcount)
+
+
+def _static_attributes(code):
+    """Return the names that the code of a class body says its methods set on self."""
+    import dis
+    steps = list(dis.get_instructions(code))
+    return next((steps[k - 1].argval for k, step in enumerate(steps)
+                 if step.argval == "__static_attributes__"), ())
 
 
 def _typed(const):
