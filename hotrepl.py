@@ -31,7 +31,8 @@ factory is ours while somebody follows. From start to stop: names in the namespa
 free, and a module of that name where it had no __name__; one atexit callback; SIGURG's handler,
 where it was free and start ran in the main thread. While modules for sessions are imported, once,
 and while a connection is accepted: a shorter sys.setswitchinterval. For the rest of the process:
-one fork handler (3.6: os.fork itself). linecache keeps the last 1,000 inputs that define something.
+one fork handler (3.6: os.fork itself). linecache keeps the last 1,000 inputs that define
+something or raise.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
@@ -8043,9 +8044,11 @@ def _forget_new_modules(before):
 def doc(obj=_MISSING):
     """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
     import inspect
+    import textwrap
     if obj is _MISSING:
         for name, tool in sorted(TOOLS.items()):
-            print("%-13s %s" % (name, inspect.getdoc(tool).partition("\n")[0]))
+            line = "%-13s %s" % (name, inspect.getdoc(tool).partition("\n")[0])
+            print(textwrap.fill(line, 79, subsequent_indent=" " * 14))
         return
     print(_headline(obj))
     print(inspect.getdoc(obj) or inspect.getcomments(_definition(obj)) or "no docstring")
@@ -8135,7 +8138,8 @@ def at(where):
                           % shorten(where))
     _listed.marks = marks
     raise LookupError("%d calls of %r run, name one by its number: %s" % (
-        len(fits), where, "; ".join("%d: %s" % (each, marks[each - 1].text) for each in fits[-5:])))
+        len(fits), where, "; ".join("%d: %s, %s" % (number, mark.text, mark.title.split(",")[0])
+                                    for number, mark in enumerate(marks, 1) if number in fits)))
 
 
 def watch(function, count=10, when=None, quiet=False, seconds=600.0):
@@ -8154,6 +8158,8 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     try:
         calls.start()
         calls.look(print, rest_s=1.0)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt from None     # without the frames in which we waited
     finally:
         calls.stop()
     if calls.problem:
@@ -8306,6 +8312,9 @@ class Frame:
     def __dict__(self):
         return _variables(_find_frame(self._mark))
 
+    def __dir__(self):
+        return list(self.__dict__)
+
     def __getattr__(self, name):
         value = self.__dict__.get(name, _MISSING)     # a traceback would hold all of them
         if value is _MISSING:
@@ -8439,9 +8448,9 @@ def _print_stack(title, stack, with_variables):
 
 
 def _shown(variables):
-    """Return {name: shortened repr} of variables, without the names that every module has."""
+    """Return {name: shortened repr} of variables, without those that every module has, and ours."""
     return {name: _brief(value) for name, value in variables.items()
-            if not re.match(r"__\w+__$", name)}
+            if not re.match(r"__\w+__$", name) and TOOLS.get(name) is not value}
 
 
 def _brief(value, width=60):
@@ -8538,10 +8547,12 @@ class Calls(list):
 
     def __init__(self, function, count, when, seconds):
         super().__init__()
-        self.function = _patch_target(function)
-        if isinstance(self.function, type):
-            raise TypeError("expected a function or method, found %s; watch one of its methods"
-                            % shorten(function))
+        self.function = None
+        with suppress(TypeError):
+            self.function = _patch_target(function)
+        if not isinstance(self.function, types.FunctionType):
+            raise TypeError("expected a Python function or method, found %s; of a class watch "
+                            "one of its methods" % shorten(function))
         self._wanted = itertools.islice(filter(when, self._noted()), count)   # for who looks
         self._end = time.monotonic() + seconds
         self._session = current_session()
@@ -10144,11 +10155,12 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
         owners = {words[7] for words in lines if len(words) > 9 and words[1] in ends
                   and (words[3] == b"0A" or words[9] != b"0")}
     others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
-    is_nobodys = not owners and has_rows
-    if is_nobodys or others and user != [b"0"]:
-        raise PermissionError(errno.EACCES, "the server at %s is %s over there, not that of whom "
-                              "ssh lets in, so nothing was sent"
-                              % (target, "nobody's" if is_nobodys else "uid %s's" % others))
+    if not owners and has_rows:
+        raise ConnectionError(errno.ECONNREFUSED, "no server listens at %s, so nothing was sent"
+                              % target)
+    if others and user != [b"0"]:
+        raise PermissionError(errno.EACCES, "the server at %s is uid %s's over there, not that of "
+                              "whom ssh lets in, so nothing was sent" % (target, others))
     return others if owners else NOT_SAID
 
 
@@ -10269,7 +10281,8 @@ def show_token(sock, confirm_owner, tokens, deadline):
         except OSError:
             begin = b""
         if not begin:
-            raise ConnectionError(errno.ECONNREFUSED, "the server lets us not in: its log says why")
+            raise ConnectionError(errno.ECONNREFUSED,
+                                  "the server does not let us in; its log says why")
         if token is None:
             confirm_owner()
         if begin != TOKEN_PROMPT[:1]:
@@ -11073,6 +11086,8 @@ class Evaluator(Job):
         if self.is_detached:
             return
         self.session.error = value
+        if self.console is not None:      # pdb.pm() is to find the lines later, too
+            remember_source(self.console.filename, self.console.source)
         text = _format_exception(kind, value, frames)
         if self.session.is_copy:
             _exit_copy(1, text)
@@ -12695,7 +12710,7 @@ class Conversation:
 
     def _let_leave(self, why):
         self._state, self._explain_at = "in vain", None
-        self._say("%s; Ctrl+C again leaves, and it goes on" % why)
+        self._say("%s; Ctrl+C again leaves, the process goes on" % why)
 
     def _is_in_vain(self):
         """Return whether the user has tried for long to end what the server does."""
