@@ -6297,8 +6297,7 @@ class _Readers:
             elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
                     cls is None or _is_plain_class(cls)):
                 was, now = _value_of(each, olds), _value_of(each, news)
-                is_made = was is not _MISSING and now is not _MISSING
-                for name in each.binds if is_made else ():
+                for name in each.binds if now is not _MISSING else ():
                     own = _mangled(name, cls and cls.__name__)
                     if _is_plain_equal(live.get(own, _MISSING), was) and not (
                             _is_plain_equal(was, now)):
@@ -6347,7 +6346,7 @@ class _Readers:
 
     def source_of(self, name):
         """Return the _Source that a module runs at this moment, or None where it is unknown."""
-        if name in self._apply.by_name and name in self._apply.started:
+        if name in self._apply.by_name:
             return self._apply.by_name[name].new
         if name not in self._sources:
             self._sources[name] = _source_of(_hot.known.get(name))
@@ -6366,12 +6365,8 @@ class _Readers:
     def _report_not_run(self, edit, statement, names, path=""):
         """Name a statement that read something else when it ran."""
         title = statement.node.name if statement.is_definition else statement.title
-        sets = {name for called in statement.names.calls
-                for function in _callees(edit.space.get(called))
-                for name in _stored_names(function.__code__, "GLOBAL")}
-        self._apply.report.add("not_run_again", edit.name, ["%s%s (%s changed%s)" % (
-            path, title, ", ".join(sorted(names)),
-            "; it sets " + ", ".join(sorted(sets)) if sets else "")])
+        self._apply.report.add("not_run_again", edit.name, ["%s%s (%s changed)" % (
+            path, title, ", ".join(sorted(names)))])
 
     def note_code(self):
         """Note whose code changed that an unchanged statement may have run at import."""
@@ -6419,12 +6414,12 @@ class _Readers:
 
     def _names_in(self, module):
         """Return the names by which statements of a module may have used what is another now."""
-        items = list(module.space.items())
-        if not self._spaces and self._ids.isdisjoint([id(value) for _, value in items]):
-            return self._values[module.name]
-        return self._values[module.name].union(
-            name for name, value in items if _is(name, str) and (id(value) in self._ids or any(
-                id(each.__globals__) in self._spaces for each in _callees(value))))
+        items, names = list(module.space.items()), set(self._values[module.name])
+        names.update([name for name, value in items if id(value) in self._ids])
+        if self._spaces:
+            names.update(name for name, value in items for each in _callees(value)
+                         if id(each.__globals__) in self._spaces)
+        return names
 
     def _report_users(self, module, statements):
         """Name those of some statements that used what is another now, as far as they have run."""
@@ -6448,10 +6443,12 @@ class _Readers:
             used -= _Names(node.bases).reads
             used |= {base.__name__ for base in (cls.__mro__[1:] + type(cls).__mro__ if _is(
                 cls, type) else ()) if id(base) in self._bases}
-        if names.reads & values and not (
-                statement.is_pure and _value_of(statement, space) is not _MISSING):
-            nodes = _evaluated_nodes(node, statement.source.has_lazy_annotations) if (
-                statement.is_definition) else [node]
+        if names.reads & values:
+            nodes = [node]
+            if statement.is_definition:
+                nodes = _evaluated_nodes(node, statement.source.has_lazy_annotations)
+            elif statement.is_pure and _value_of(statement, space) is not _MISSING:
+                nodes = []
             used |= _Names(nodes).reads & values - statement.binds
         for name in names.reads:
             value = space.get(name)
@@ -6546,19 +6543,18 @@ class _Registrations:
 
     def drop(self):
         """Take the old entries out for good; tell whether there were any."""
-        self._take_out(True)
+        self._take_out()
         for each in self._flasks:
             each.open()
             each.close()
         return bool(self.taken)
 
-    def _take_out(self, is_gone=False):
+    def _take_out(self):
         """Take what leads to the old definition out of all containers."""
         for container in self._places if self._targets else ():
             entries = _entries(container)
             kept = [(key, value) for key, value in entries if id(key) not in self._targets
-                    and (_container_kind(value) and not (is_gone and id(value) in self._targets)
-                         or not _leads_to(value, self._targets))]
+                    and not _leads_to(value, self._targets)]
             if len(kept) < len(entries):
                 self.taken.append(container)
                 _put_entries(container, kept)
@@ -6578,10 +6574,10 @@ class _Registrations:
             partner = _take_partner(key, olds, news) if key in olds else None
             if partner is not None:
                 result.append((partner[0], self._folded_entry(value, partner[1])))
-            elif key in olds and returns:
-                result.append((key, value))
             elif key in kept:
                 result.append((key, kept[key]))
+            elif returns:
+                result.append((key, value))
         _put_entries(container, result + news)
 
     def _has_moved(self, container):
@@ -6605,7 +6601,7 @@ class _Registrations:
             return new
         olds, news = type(old), type(new)
         if olds is not news:            # each has its own class, such as Celery's tasks
-            if not _is_class_pair(olds, news) or id(news) in self._apply.known:
+            if id(news) in self._apply.known:
                 return new
             self._apply.fold_class(olds, news)
         return self._apply.fold_instance(old, new)
@@ -6952,7 +6948,7 @@ def _pydantic_fields(cls):
     """Return {name: what makes a value, if that can be called} of a model's fields."""
     return {name: None if field.is_required() else functools.partial(
         field.get_default, call_default_factory=True)
-        for name, field in dict(getattr(cls, "__pydantic_fields__", {}) or {}).items()}
+        for name, field in getattr(cls, "__pydantic_fields__", {}).items()}
 
 
 def _same_payload(kept, member):
@@ -7157,23 +7153,10 @@ def _imported_values(source, space, edit, before):
             live = space.get(own, _MISSING)
             was = _MISSING if is_star and name not in olds else before.get(name, _MISSING)
             now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
-            if live is not was or now is was or not is_star and (
-                    now is _MISSING or was is _MISSING):
-                continue
-            if now is _MISSING:
-                now = _imported_elsewhere(source, space, edit, name)
-            if now is not live:
+            if live is was and now is not was and (
+                    is_star or now is not _MISSING and was is not _MISSING):
                 found[own] = now
     return found
-
-
-def _imported_elsewhere(source, space, edit, name):
-    """Return what a module imports by a name from another module than the edited one."""
-    for module_name, imported, bound in _imported_names(source, space):
-        other = _space_of(sys.modules.get(module_name))
-        if name in (_public(other) if imported == "*" else [bound]):
-            return other.get(name if imported == "*" else imported, _MISSING)
-    return _MISSING
 
 
 def _pure_value(node, space):
@@ -7207,8 +7190,7 @@ def _own_code_changed(edit, methods, pairs=None, top=None):
     names = set()
     for pair in edit.pairs if pairs is None else pairs:
         if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
-            names |= _own_code_changed(
-                edit, methods, edit.sub_pairs(pair), top or pair.new.node.name)
+            names |= _own_code_changed(edit, methods, edit.sub_pairs(pair), pair.new.node.name)
         elif pair.change == "body" and pair.new.is_function and (
                 top is None or pair.new.node.name in methods) and (
                 _key(pair.old.node.body, _nests_none) != _key(pair.new.node.body, _nests_none)):
@@ -7249,20 +7231,16 @@ def _mentions_at_import(text, names):
     """Tell fast, without parsing it, whether a text may use some names outside of functions."""
     words = re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % b"|".join(
         re.escape(name).encode() for name in names if _is(name, str)))
-    indent, depth = None, 0     # of the function whose body is skipped; of the brackets of its head
-    for line in text.splitlines() if words.search(text) else ():
-        rest = line.lstrip()
-        if depth <= 0 and rest and indent is not None and len(line) - len(rest) <= indent:
-            indent = None
-        is_head = depth > 0 or indent is None and rest.startswith((b"def ", b"async def "))
-        if is_head:
-            indent = len(line) - len(rest) if depth <= 0 else indent
-            depth = max(depth, 0) + line.count(b"(") - line.count(b")")
-            line = line[:line.rfind(b"):")] if b"):" in line else line
-        if (is_head or indent is None) and not rest.startswith((b"import ", b"from ")) and (
-                words.search(line)):
-            return True
-    return False
+    if not words.search(text):
+        return False
+    rest = _FUNCTION.sub(rb"\2", _IMPORT.sub(b"", b"\n%s\n" % text))
+    return words.search(rest) is not None
+
+
+# A function whose head is one line, or ends with one that is ")" and more; group 2 is the head.
+_FUNCTION = Lazy(lambda: re.compile(
+    rb"(?m)^([ \t]*)((?:async )?def (?:.*|.*\([ \t\r]*\n(?:\1[ \t].*\n)*\1\).*):[ \t\r]*\n)"
+    rb"(?:(?:\1[ \t].*)?\n)+"))
 
 
 def _names_at_import(code):
@@ -7590,11 +7568,9 @@ def _functions_in(value, depth=4):
     """Yield the Python functions which a class, a wrapper or a function consists of."""
     if _is_python_function(value):
         yield value
-    is_class = _is(value, type)
-    inners = list(vars(value).values()) if is_class else _wrapped_by(value)
+    inners = list(vars(value).values()) if _is(value, type) else _wrapped_by(value)
     for inner in inners if depth else ():
-        if not _is(inner, type) or is_class and (
-                inner.__qualname__.startswith(value.__qualname__ + ".")):
+        if not _is(inner, type):
             yield from _functions_in(inner, depth - 1)
 
 
@@ -7624,8 +7600,7 @@ def _slots(cls):
 
 def _own_bases(cls):
     """Return the classes that a class consists of, but for those of libraries."""
-    return [base for base in cls.__mro__ if base.__flags__ & _HEAP_TYPE
-            and not _is_library_module(base.__module__)]
+    return [base for base in cls.__mro__ if not _is_library_module(base.__module__)]
 
 
 def _members(cls):
@@ -7894,9 +7869,9 @@ def _may_refer_to(values):
     """Return the objects that may refer to some values: those that do, or all there are."""
     # get_referrers is a pass in C, five times as fast as one in Python; but each reference in the
     # heap is compared with each argument.
-    if values and len(values) <= 20:
-        return gc.get_referrers(*values)
-    return gc.get_objects() if values else []
+    if len(values) > 20:
+        return gc.get_objects()
+    return gc.get_referrers(*values) if values else []
 
 
 def _referrers(values):
