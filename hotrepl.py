@@ -12763,6 +12763,8 @@ class Conversation:
         else:
             text, *more = text.rstrip("\n").split("\n")
             self._ahead.extend(more)
+            if kind == "debugger":
+                self.terminal.remember(text, is_saved=False)
         data = text.encode("utf-8", "surrogateescape").replace(IAC, b"")
         return BEGIN + BLOCK_KIND + data + END if b"\n" in data else data + b"\n"
 
@@ -13039,10 +13041,10 @@ class Terminal:
             self._show_tall((prompt + text).rstrip("\n"))
         return text
 
-    def remember(self, text, is_longer):
-        """Keep what was typed at a prompt; `is_longer`: in place of the last, its beginning."""
+    def remember(self, text, is_longer=False, is_saved=True):
+        """Keep what was typed at a prompt, as _History.add does."""
         if self._history is not None:
-            self._history.add(text, is_longer)
+            self._history.add(text, is_longer, is_saved)
 
     def _read_gnu(self, prompt, begun):
         """Return what is typed into GNU readline, which calls `_give_key`."""
@@ -13438,8 +13440,9 @@ class _RemoteCompleter:
 class _History:
     """The lines typed at prompts, kept across sessions in one private file: JSON, an entry a line.
 
-    HOTREPL_HISTORY names another file; empty: none. Answers to input() are not kept. A statement is
-    saved line by line, each time longer: a terminal that is closed ends us without a word.
+    HOTREPL_HISTORY names another file; empty: none. Answers to input() are not kept, and commands
+    to a debugger only till the end. A statement is saved line by line, each time longer: a
+    terminal that is closed ends us without a word.
     """
 
     LIMIT = 2000                  # entries that are read back
@@ -13462,10 +13465,10 @@ class _History:
         if self._error is not None:
             print("hotrepl: history not saved: %s" % self._error, file=sys.stderr)
 
-    def add(self, entry, is_longer):
+    def add(self, entry, is_longer, is_saved):
         """Remember what was typed at a prompt, unless it is blank or was the last one too.
 
-        `is_longer`: the last was its beginning, and is there no longer.
+        `is_longer`: the last was its beginning, and is there no longer. `is_saved`: in the file.
         """
         import json
         entry = entry.rstrip("\n")
@@ -13473,7 +13476,7 @@ class _History:
             return
         self._last = entry
         try:
-            if self._path:
+            if self._path and is_saved:
                 with self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a") as file:
                     file.write(json.dumps(entry) + "\n")
         except OSError as exc:

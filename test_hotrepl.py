@@ -18639,6 +18639,16 @@ class Histories(Case):
         terminal.press("^D")
         self.assertNotIn("history", terminal.end()[1])
 
+    def test_commands_to_the_debugger_are_kept_till_the_end_only(self):
+        terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
+        terminal.ask("import pdb; pdb.set_trace()", "", "(Pdb) ")
+        terminal.ask("p 40 + 2", "\n42", "(Pdb) ")
+        terminal.press("Up")
+        terminal.until("p 40 + 2")
+        terminal.ask("", "\n42", "(Pdb) ")
+        with open(self.path) as file:
+            self.assertEqual([json.loads(line) for line in file], ["import pdb; pdb.set_trace()"])
+
     def test_answers_are_not_kept(self):
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
         terminal.type("input('your' + ' name? ')\n")
