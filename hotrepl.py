@@ -3229,21 +3229,17 @@ def _source_path(module):
     """Return the absolute path of a module's source, or None where it has none.
 
     It is the path of when it was noted, whatever os.chdir() the program called since.
-    3.6-3.8: a script's is relative, but the folder of the script stands first in sys.path.
+    3.6-3.8: a script's is relative.
     """
     space = _space_of(module)
     path, is_script = space.get("__file__"), space.get("__name__") == "__main__"
-    if type(path) is not str or not path or "\0" in path or path.endswith(".pyc") or not (
+    if type(path) is not str or "\0" in path or path.endswith(".pyc") or not (
             is_script or path.endswith((".py", ".pyw"))):
         return None
     if os.path.isabs(path):
         return path
     known = _known_of(space.get("__name__"), module)
-    if known is not None:
-        return known.path
-    beside = [os.path.join(folder, os.path.basename(path))
-              for folder in sys.path[:1] if is_script]
-    return os.path.abspath(next(filter(os.path.isfile, [path] + beside), path))
+    return known.path if known is not None else os.path.abspath(path)
 
 
 def _own_modules():
@@ -3251,7 +3247,7 @@ def _own_modules():
     found = []
     for name, module in list(sys.modules.items()):
         path = _source_path(module)
-        if path is not None and type(name) is str and not _is_library(path) and (
+        if path is not None and not _is_library(path) and (
                 _space_of(module).get("__name__") == name):
             found.append((name, module, path))
     return found
@@ -3266,7 +3262,7 @@ _LIBRARY = tuple(os.path.join(each, "") for folder in [os.path.dirname(os.__file
 def _is_library_folder(folder):
     """Tell whether a folder is the standard library's or that of an installed package."""
     # The other name of a link is looked for here only: beside a busy thread an lstat() takes 5 ms.
-    return folder.startswith("<") or _is_below_library(folder) or any(
+    return _is_below_library(folder) or any(
         _is_below_library(each) or "-packages" + os.sep in each + os.sep
         for each in (folder, os.path.realpath(folder)))
 
@@ -3280,7 +3276,7 @@ def _is_below_library(folder):
 
 def _is_library(path):
     """Tell whether a file lies in a folder of a library; what has no file counts as such."""
-    return not path or type(path) is not str or _is_library_folder(_folder_of(path))
+    return type(path) is not str or _is_library_folder(_folder_of(path))
 
 
 def _is_library_module(name):
@@ -3304,8 +3300,6 @@ def _as_module(module):
         raise TypeError("expected a module or its name, not %r" % (module,))
     path, space = _source_path(module), _space_of(module)
     name, file = space.get("__name__"), space.get("__file__")
-    if type(name) is not str:
-        raise ReloadError("%r has no __name__, so nobody knows what it is" % module)
     if file is None:
         raise ReloadError("%r has no source file; use patch() for what lives in no file" % name)
     if path is None:
@@ -3405,9 +3399,7 @@ class _Edit:
         self.old = _source_of(self.was, self.new)
         # From nodes: 3.6 and 3.7 crash where they are nested too deep.
         if self.old and self.old.flags == self.new.flags and sys.version_info >= (3, 8):
-            last = max([each.start for each in self.new.futures], default=-1)   # not behind a `def`
-            self.new.known = {id(each) for each in self.old.statements
-                              if each.is_definition and each.start > last}
+            self.new.known = {id(each) for each in self.old.statements if each.is_definition}
         self.new.fresh  # some errors are the compiler's
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
@@ -3431,8 +3423,7 @@ class _Edit:
     def runs(self, statement):
         """Tell whether a statement of the new text, of the module or of a class, is executed."""
         pairs = itertools.chain(self.pairs, *self.subs.values())
-        return not statement.is_main_guard and any(
-            pair.new is statement and pair.change not in _LEFT_ALONE for pair in pairs)
+        return any(pair.new is statement and pair.change not in _LEFT_ALONE for pair in pairs)
 
     def is_not_reached(self, statement):
         """Tell whether the top level, which runs just now, has not come to a statement yet."""
@@ -3464,10 +3455,9 @@ class _Edit:
             gone = {name for path, name in self.gone if not path}
         else:
             gone = set() if "*" in self.new.names else self.old.names - self.new.names - {"*"}
-        return sorted(name for name in gone.intersection(space) if (
-            name not in _IMPORT_NAMES or name == "__doc__" and space[name] is not None)
-            and (space[name] is None
-                 or sys.modules.get("%s.%s" % (self.name, name)) is not space[name]))
+        return sorted(
+            name for name in gone.intersection(space) - _IMPORT_NAMES.difference(["__doc__"])
+            if sys.modules.get("%s.%s" % (self.name, name), _MISSING) is not space[name])
 
 
 # --- Diff: the statements of two texts, and what became of each; pure ---
@@ -3560,11 +3550,8 @@ def _with_uncovered(pairs, olds, news):
     A later statement that had bound its name anew is gone or another; or it binds what it also
     reads, as in `f = wrap(f)`, and all that does so for one name must start from the first.
     """
-    if len(olds) == len(news) and all(pair.old is old and pair.change in ("same", "body")
-                                      for pair, old in zip(pairs, olds)):
-        return pairs
     last_olds, last_news = _last_binders(olds), _last_binders(news)
-    runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE}
+    runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE + ("class",)}
     # What had covered it is no more: `def f` counts again when the second `def f` has gone.
     for pair in pairs:
         for name in pair.new.binds if pair.old else ():
@@ -3581,7 +3568,7 @@ def _with_uncovered(pairs, olds, news):
         for each, before in chains:
             if id(each) in runs:
                 runs.update(map(id, before))
-            elif any(id(other) in runs and not other.is_definition for other in before):
+            elif any(id(other) in runs for other in before):
                 runs.add(id(each))
     return [_Pair(pair.old, pair.new, "again")
             if id(pair.new) in runs and pair.change in _LEFT_ALONE else pair for pair in pairs]
@@ -3667,17 +3654,13 @@ class _Source:
         found = self.fresh_codes.get((name, line))
         return self.codes.get((name, line), []) if found is None else found
 
-    def has(self, code):
-        """Tell whether some code in it does what `code` does."""
-        return _behaviour(code) in self.behaviours
-
+    # What the codes in it do.
     behaviours = _once(lambda each: {
         _behaviour(code) for codes in each.codes.values() for code in codes})
-    # Its imports from __future__, and what they import.
-    futures = _once(lambda each: [one for one in each.statements if one.kind == "ImportFrom"
-                                  and one.node.module == "__future__"])
+    # What it imports from __future__.
     features = _once(lambda each: {
-        alias.name for one in each.futures for alias in one.node.names})
+        alias.name for one in each.statements if one.kind == "ImportFrom"
+        and one.node.module == "__future__" for alias in one.node.names})
     # Annotations of undecorated functions are evaluated later than the `def`, or never.
     has_lazy_annotations = _once(
         lambda each: sys.version_info >= (3, 14) or "annotations" in each.features)
@@ -3893,11 +3876,10 @@ def _signature_key(node):
 
 def _doc_key(node):
     """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
+    import ast
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return None
-    value = node.body[0].value if type(node.body[0]).__name__ == "Expr" else None
-    text = _literal(value)
-    return text if type(text) is str else None
+    return ast.get_docstring(node, clean=False)
 
 
 def _tests(node, name):
@@ -3973,11 +3955,6 @@ def _executed_children(node):
     return list(ast.iter_child_nodes(node))
 
 
-def _annotation_maker(code):
-    """3.14: return the code that makes a module's annotations, or None."""
-    return next(filter(_makes_annotations, _nested_codes(code)), None)
-
-
 def _makes_annotations(code):
     """3.14: tell whether it is the code of a module's __annotate__, which is no statement's."""
     return "__conditional_annotations__" in code.co_names
@@ -3988,9 +3965,10 @@ def _annotation_numbers(statements):
     import dis
     numbers, last = [], 0
     for each in statements:
-        maker = _annotation_maker(each.code) if "AnnAssign" in str(each.dump) else None
+        codes = () if each.is_definition else _nested_codes(each.code)
         count = sum(step.argval == "__conditional_annotations__"
-                    for step in (dis.get_instructions(maker) if maker else ()))
+                    for code in codes if _makes_annotations(code)
+                    for step in dis.get_instructions(code))
         numbers.append(range(last, last + count))
         last += count
     return numbers
@@ -4041,7 +4019,7 @@ def _pair_functions(old, new, path=""):
         for where, each in _functions_below(node, path) if node is not None else ():
             groups[where][side].append(each)
     for ours, theirs in groups.values():
-        for node in theirs[:] if len(ours) > 1 or len(theirs) > 1 else ():
+        for node in theirs[:]:
             like = next((each for each in ours if _key(each) == _key(node)), None)
             if like is not None:
                 partners[id(like)] = node
@@ -4115,15 +4093,11 @@ class _Evidence:
         codes = [code for _, code in _code_paths([source.code])]
         self.set_globals = {name for code in codes for name in _stored_names(code, "GLOBAL")}
         self.set_attributes = {name for code in codes for name in _stored_attributes(code)}
-        self.drops_names = any(map(_may_drop_names, codes))
         self.found = {}         # path -> the sentence on what can't be told
         self.gone = []          # (path of a class or "", name) of definitions not in the text
         self.subs = {}          # id of the _Statement of a class -> pairs of its body
         self.pairs = self._look_at(source.statements, self.space, "", None)
-        names, doc = source.names, self.space.get("__doc__")
-        self._look_for_extras(names | self.set_globals)
-        if type(doc) is str and "__doc__" not in names and self.space.get("__spec__"):
-            self.gone.append(("", "__doc__"))
+        self._look_for_extras(source.names | self.set_globals)
 
     def _tell(self, path, how=""):
         """Note that a name is not what the file says; without `how` only a dry run lists it."""
@@ -4136,19 +4110,18 @@ class _Evidence:
         pairs = []
         for each in statements:
             is_done = self.line is None or each.end < self.line
-            is_last = "*" not in counts and not each.names.deletes and all(
-                lasts[name] is each for name in each.binds)
+            is_last = "*" not in counts and all(lasts[name] is each for name in each.binds)
             change = "same"
             if is_done and is_last and each.is_definition:
                 live = items.get(_mangled(each.node.name, cls and cls.__name__), _MISSING)
                 change = self._change_of_definition(
                     each, live, prefix, cls, counts[each.node.name] == 1)
             elif is_done and is_last:
-                change = self._change(each, items, prefix, cls, counts)
+                change = self._change(each, items, prefix, cls)
             pairs.append(_Pair(None, each, change))
         return pairs
 
-    def _change(self, statement, items, prefix, cls, counts):
+    def _change(self, statement, items, prefix, cls):
         """Return what an import or an assignment needs: same or new."""
         if statement.kind in ("Import", "ImportFrom"):
             return "same" if statement.binds <= set(items) else "new"
@@ -4159,17 +4132,17 @@ class _Evidence:
         literals, change = _literals(statement.node), "same"
         for name in statement.binds:
             live = items.get(_mangled(name, cls and cls.__name__), _MISSING)
-            if name[:2] == name[-2:] == "__" or name in skips or counts[name] > 1:
+            if name in skips:
                 continue
             if live is not _MISSING:
                 if type(statement.node.value).__name__ == "Lambda" and not all(
-                        self.source.has(each.__code__)
+                        _behaviour(each.__code__) in self.source.behaviours
                         for each in self._own_functions(live, "<lambda>")):
                     change = "new"
                 if name in literals and _is_unlike(literals[name], live):
                     self._tell(prefix + name, "is %s, the file says %s" % (
                         shorten(repr(live), 40), shorten(repr(literals[name]), 40)))
-            elif cls is not None or not self.drops_names:
+            else:
                 if statement.is_pure and len(statement.binds) == 1:
                     change = "new"
                 self._tell(prefix + name, (
@@ -4181,7 +4154,7 @@ class _Evidence:
         node = statement.node
         path = prefix + node.name
         if live is _MISSING:
-            if cls is None and (node.name in self.set_globals or self.drops_names):
+            if cls is None and node.name in self.set_globals:
                 return "same"
             self._tell(path)
             return "new"
@@ -4194,11 +4167,9 @@ class _Evidence:
         own = self._own_functions(live, node.name)
         if _has_console_code(live):
             self._tell(path)
-        is_foreign = not _is(live, (type, staticmethod, classmethod, property)) and not (
-            type(live) is types.FunctionType and live.__globals__ is self.space)
-        if not own and is_foreign and is_only and not node.decorator_list:
+        elif not own and is_only and not node.decorator_list:
             self._tell(path, "is not the function of the file")
-        codes = [_behaviour(code) for code in self.source.codes.get(path, ())] if own else ()
+        codes = [_behaviour(code) for code in self.source.codes.get(path, ())]
         if all(_behaviour(each.__code__) in codes and (not is_only or _defaults_fit(each, node))
                for each in own):
             return "same"
@@ -4253,7 +4224,7 @@ def _is_plain_class(cls):
     """Tell whether the attributes of a class are what its statements have bound."""
     import abc
     return type(cls) in (type, abc.ABCMeta) and not issubclass(cls, tuple) and (
-        "__dataclass_fields__" not in vars(cls) and "__attrs_attrs__" not in vars(cls))
+        {"__dataclass_fields__", "__attrs_attrs__"}.isdisjoint(vars(cls)))
 
 
 def _bases_fit(node, space, cls):
@@ -4651,7 +4622,7 @@ class _Apply:
         Those that ran have left the numbers of what they came to, from 0 on; the others are
         those that the module had come to, counted in its old text.
         """
-        maker = _annotation_maker(edit.new.fresh) if sys.version_info >= (3, 14) else None
+        maker = next(filter(_makes_annotations, _nested_codes(edit.new.fresh)), None)
         for name in _ANNOTATIONS[0 if maker else 1:3]:
             edit.space.pop(name, None)
         if maker is None:
@@ -5791,7 +5762,8 @@ class _Apply:
         """Tell whether a frame runs what was replaced, now or earlier, or what the file has not."""
         code = frame.f_code
         return not code.co_name.endswith("comp>") and any(
-            frame.f_globals is edit.space and _is_in_file(code, edit.new) and not edit.new.has(code)
+            frame.f_globals is edit.space and _is_in_file(code, edit.new)
+            and _behaviour(code) not in edit.new.behaviours
             for edit in self.edits)
 
 
@@ -5805,7 +5777,7 @@ def _with_lost(edit):
             pair.new.node.name not in edit.space
             and sum(pair.new.node.name in each.binds for each in edit.new.statements) == 1
             and not edit.is_not_reached(pair.new) and not any(      # the module took it away itself
-                _may_drop_names(code) or pair.new.node.name in _stored_names(code, "GLOBAL")
+                pair.new.node.name in _stored_names(code, "GLOBAL")
                 for _, code in _code_paths([edit.new.code])))
     return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
 
@@ -7802,15 +7774,6 @@ def _stored_names(code, kind, how=("STORE_", "DELETE_")):
     if not any(dis.opmap[name] in code.co_code for name in names):
         return []  # most have none, and to look at each instruction costs
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
-
-
-def _may_drop_names(code):
-    """Tell whether code may take names away that it does not spell."""
-    import dis
-    names = set(code.co_names)
-    return "delattr" in names or not names.isdisjoint(
-        ("globals", "vars", "locals", "__dict__")) and (
-            "pop" in names or dis.opmap["DELETE_SUBSCR"] in code.co_code[::2])
 
 
 def _stored_attributes(code):
