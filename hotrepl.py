@@ -254,6 +254,10 @@ class OwnSocket(socket.socket):
         """Return `sock` as one of these, in its place."""
         return cls(sock.family, sock.type, sock.proto, sock.detach())
 
+    def accept(self):
+        descriptor, address = self._accept()
+        return OwnSocket(self.family, self.type, self.proto, descriptor), address
+
     def is_own(self):
         """Return whether the descriptor leads still to what it led to at first."""
         return self._inode() == self._mark
@@ -10805,11 +10809,12 @@ _audit = getattr(sys, "audit", None)
 # --- What every session needs, loaded ahead ---
 
 LIBRARY = [name for name, is_needed in (
-    ("ctypes", not IS_PYPY), ("_contextvars", sys.version_info >= (3, 7)), ("code", True),
-    ("re", True), ("codeop", True), ("linecache", True), ("traceback", True), ("ast", True),
-    ("copy", True), ("getpass", True), ("json", True)) if is_needed]
+    ("ctypes", not IS_PYPY), ("dis", sys.version_info >= (3, 14)),
+    ("_contextvars", sys.version_info >= (3, 7)), ("code", True), ("re", True), ("codeop", True),
+    ("linecache", True), ("traceback", True), ("ast", True), ("copy", True), ("getpass", True),
+    ("json", True)) if is_needed]
 LOADING = threading.Lock()        # held in imports, as a child forked then could never make them
-LOADING_DELAY_S = 0.05            # how long a server waits with that; start() has returned by then
+LOADING_DELAY_S = 0.01            # how long a server waits with that; start() has returned by then
 
 
 def note_program():
@@ -10819,16 +10824,28 @@ def note_program():
 
 
 def load_library():
-    """Import what every session needs, while that can be found: after os.chroot, say, nothing can.
+    """Import all that sessions need, while it can be found: after os.chroot, say, nothing can.
+
+    That is also what the first interrupt and the first traceback use, which takes as long again.
+    """
+    import_library()
+    with LOADING, SHORT_TURNS:
+        _async_raiser()
+        _enters(_checkpoint.__code__)
+        _format_exception(Exception, Exception(), None)
+
+
+def import_library():
+    """Import what a session needs from its beginning.
 
     ImportError names the files of the program that hide such a module.
     """
-    _load_library(*map(sys.modules.get, LIBRARY))
+    _import_library(*map(sys.modules.get, LIBRARY))
 
 
 @functools.lru_cache(1)           # as long as these are the modules that were found to be right
-def _load_library(*modules):
-    """See load_library; `modules` are what is loaded of them so far."""
+def _import_library(*modules):
+    """See import_library; `modules` are what is loaded of them so far."""
     with LOADING, SHORT_TURNS:
         hiding = [path for path in map(_hiding_file, LIBRARY) if path]
         if hiding:
@@ -10840,7 +10857,6 @@ def _load_library(*modules):
         except ImportError as exc:
             raise ImportError("%s; a program that calls os.chroot or the like right after start() "
                               "has to call hotrepl.load_library() in between" % exc) from exc
-        _async_raiser()
 
 
 class ShortTurns(Installed):
@@ -10915,7 +10931,7 @@ class Evaluator(Job):
         try:
             if self.console is None:
                 self.session.greet()
-                load_library()
+                import_library()
                 self.context = new_context()
             for each in (ROUTER, DEBUGGERS):
                 each.acquire()
@@ -11858,33 +11874,32 @@ class Server:
     def _accept(self, selector, netlink):
         """The server's thread: let in who comes, until the server stops."""
         note_program()
-        found = selector.select(LOADING_DELAY_S)
-        if not found:             # nobody has come so far: get ready for a session
-            with suppress(Exception):     # a session tells its client
-                load_library()
+        timeout_s = LOADING_DELAY_S
         while not self._is_stopped:
+            found = selector.select(timeout_s)
+            if not found:         # nobody comes just now: get ready for the next
+                timeout_s = None
+                with suppress(Exception):     # a session tells its client
+                    load_library()
             for key, _ in found:
                 if not key.fileobj.is_own():
                     return log.warning("the program has closed the sockets of the server at %s",
                                        _join_address(self.address))
                 try:
                     if key.data is not None:
-                        with SHORT_TURNS:     # else each question to the kernel may cost 5 ms
-                            self._accept_one(key.fileobj, key.data, netlink)
+                        self._accept_one(key.fileobj, key.data, netlink)
                 except BaseException:     # a log handler's; without this thread nobody comes in
                     with suppress(BaseException):
                         sys.excepthook(*sys.exc_info())
-            found = selector.select()
 
     def _accept_one(self, listener, channel, netlink):
         """Let in one connection, or close it and have the reason on record."""
+        sock = None
         try:
-            sock = OwnSocket.adopt(listener.accept()[0])
-        except OSError as exc:
-            return self._pause(exc)
-        try:
-            peer = self.door.check_peer(sock, netlink)
-            sock.setblocking(True)
+            with SHORT_TURNS:     # else each question to the kernel may cost 5 ms
+                sock, _ = listener.accept()
+                peer = self.door.check_peer(sock, netlink)
+                sock.setblocking(True)
             if peer.needs_token or self.door.ssl_context is not None:
                 self._admit(channel, sock, peer)
             else:
@@ -11894,15 +11909,16 @@ class Server:
             sock.close()
             self.door.refuse(exc.peer, str(exc), channel=channel)
         except BaseException as exc:
-            sock.close()
+            if sock is not None:
+                sock.close()
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
                 self._pause(exc)
-            else:
+            elif sock is not None:
                 log.warning("a connection was dropped: %s", exc)
 
     def _pause(self, exc):
         """Wait a moment where no descriptor is left; say so once."""
-        if exc.errno in OUT_OF_DESCRIPTORS and not self._is_stopped:
+        if not self._is_stopped:
             time.sleep(0.2)       # the listener stays readable: without a pause this would spin
             note = log.debug if self._is_short else log.warning
             self._is_short = True

@@ -15857,7 +15857,8 @@ class OddSurroundings(Case):
             self.assertIn("hotrepl: the session can't go on: %s: rename what hides" % path, text)
 
     def test_where_nothing_can_be_imported_the_client_is_told(self):
-        program = self.folder().run(SERVE + "import sys; sys.path[:] = []; sys.path_importer_cache.clear()\ninput()\n")
+        program = self.folder().run("import hotrepl, sys; sys.path[:] = []; sys.path_importer_cache.clear()\n"
+                                    + SERVE + "input()\n")
         wire = self.keep(Wire(addresses(program)[0]))
         self.assertRegex(wire.until_end(), r"hotrepl: the session can't go on: No module named '\w+'; .*load_library\(\) in between\n\Z")
         self.assertRegex(self.keep(Wire(wire.sock.getpeername())).until_end(), r"can't go on: No module named")
