@@ -616,7 +616,8 @@ class InputDecoder:
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
 _of_sys = vars(sys).get           # names may be deleted from it
-_here = threading.local()         # .evaluator: the one whose thread this is
+# .evaluator: the one whose thread this is; .bound: ROUTER.ours when it was bound last.
+_here = threading.local()
 
 
 def current_evaluator():
@@ -825,7 +826,8 @@ class StreamRouter(Installed):
 
     def __init__(self):
         super().__init__()
-        self.ours = {}            # name in its module -> our stand-in there; guarded by _lock
+        # Name in its module -> our stand-in there; replaced as a whole, guarded by _lock.
+        self.ours = {}
         # (name, stand-in), the newest; guarded by _lock. They live on after their time: print() has
         # no reference to sys.stdout, so a thread that prints just now would crash without it.
         self._made = collections.deque(maxlen=256)
@@ -842,6 +844,7 @@ class StreamRouter(Installed):
             for name in STREAM_NAMES:
                 if name in self.ours:
                     streams[name].bind(self.ours[name])
+            _here.bound = self.ours
 
     def unbind(self):
         """Have the calling thread print where the program does."""
@@ -869,10 +872,11 @@ class StreamRouter(Installed):
             _here.evaluator = before
 
     def is_bound(self):
-        """Return whether sys has still our stand-ins, without waiting for anybody."""
+        """Return whether sys has still what the calling thread was bound to; waits for nobody."""
         ours = self.ours
         try:
-            return (sys.stdout is ours["stdout"] and sys.stderr is ours["stderr"]
+            return (_here.bound is ours
+                    and sys.stdout is ours["stdout"] and sys.stderr is ours["stderr"]
                     and sys.stdin is ours["stdin"] and sys.displayhook is ours["displayhook"])
         except (AttributeError, KeyError):    # somebody has deleted one, or there are none yet
             return False
@@ -891,22 +895,12 @@ class StreamRouter(Installed):
             module = __import__(module)
             value = _without_retired(_standing(module, name))
             if self.ours.get(name) not in _stand_ins(value):
-                self.ours[name] = self._stand_in(name, value, own)
-                setattr(module, name, self.ours[name])
-
-    def _stand_in(self, name, value, own):
-        """Return what stands for `value`: what did so before, as a redirection may end."""
-        for made, each in self._made:
-            if made == name and each.default is value:
-                self._made.remove((made, each))
-                break
-        else:
-            each = ThreadFunction(value, own) if own else thread_stream(value)
-        self._made.append((name, each))
-        return each
+                each = ThreadFunction(value, own) if own else thread_stream(value)
+                self._made.append((name, each))
+                self.ours = dict(self.ours, **{name: each})
+                setattr(module, name, each)
 
     def _uninstall(self):
-        self._made.extend([each for each in self.ours.items() if each not in self._made])
         self.ours = {}
         for module, name, _ in self.PLACES:
             module = sys.modules.get(module)

@@ -1150,6 +1150,14 @@ class ThreadStreams(Case):
         served.wire().finish()
         eventually(lambda: sys.stdout is original)
 
+    def test_each_session_prints_to_its_client_while_the_program_redirects_and_after(self):
+        served = self.serve()
+        wires = [served.wire(), served.wire()]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual([each.ask("print('to ' + 'me')") for each in wires], ["to me\n"] * 2)
+        self.assertEqual([each.ask("print('to ' + 'me')") for each in wires], ["to me\n"] * 2)
+        self.assertEqual(out.getvalue(), "")
+
     def test_a_program_that_replaced_stdout_for_good_keeps_it(self):
         served = self.serve()
         wire = served.wire()
@@ -21011,13 +21019,13 @@ class StreamsOfTheProgram(Case):
                    "thread = threading.Thread(target=lambda: go.wait() and print(1, flush=True)); thread.start()",
                    lines=["go.set(); thread.join()"])
 
-    def test_a_session_without_stdout_prints_nothing_after_another_came(self):
+    def test_a_session_that_assigned_none_prints_to_its_client_after_another_came(self):
         served, before = self.serve(), sys.stdout
         wire = served.wire()
         wire.ask("import sys")
         wire.ask("sys.stdout = None")
         served.wire().finish()
-        self.assertEqual(wire.ask("print(5)"), "")
+        self.assertEqual(wire.ask("print(5)"), "5\n")
         sys.stdout = before
 
     def test_a_program_replaces_its_stdout(self):
