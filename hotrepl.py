@@ -513,7 +513,7 @@ class MarkDecoder:
 
     def _take_block(self, data, at, events):
         found = data.find(END, at)
-        end = found if found >= 0 else len(data) - data.endswith(IAC)
+        end = found if found >= 0 else len(data) - 1      # that byte may begin END
         self._block += data[at:end]
         if len(self._block) > self._limit_bytes:
             self._block, self._is_dropping = bytearray(), True
@@ -550,7 +550,7 @@ class InputDecoder:
                 self._take_block(payload)
             elif kind == "overlong":
                 self._refuse("block")
-            elif kind != "no echo":
+            elif kind in ("eof", "interrupt", "timing"):      # not what only a server says
                 self.ready.append((kind, ""))
 
     def close(self):

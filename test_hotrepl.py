@@ -1006,6 +1006,9 @@ class Inputs(Case):
             first, second = self.decode(*chunks, limit=10)
             self.assertEqual((first[0], second), ("invalid", ("line", "ok")))
             self.assertIn("10 bytes", first[1])
+        decoder = hotrepl.InputDecoder(10)
+        decoder.feed(b"x" * 20)
+        self.assertNotIn([b"x" * 20], vars(decoder).values())      # it is not kept
 
     def test_a_line_at_the_limit_is_taken(self):
         self.assertEqual(self.decode(b"x" * 10 + b"\n", limit=10), [("line", "x" * 10)])
@@ -1021,10 +1024,14 @@ class Inputs(Case):
         for chunks in pieces(b"x\n\x04\x04y\n\x04"):
             kinds = [kind for kind, _ in self.decode(*chunks)]
             self.assertEqual(kinds, ["line", "eof", "eof", "line", "eof"])
-        self.assertEqual(self.decode(b"'a\x04'\n"), [("line", "'a\x04'")])
+        for chunks in pieces(b"'a\x04'\n"):
+            self.assertEqual(self.decode(*chunks), [("line", "'a\x04'")])
 
     def test_ctrl_d_is_text_to_a_client_that_has_a_mark_for_it(self):
         self.assertEqual(self.decode(b"\xff\xfas0123\xff\xf0\x04\n"), [("line", "\x04")])
+
+    def test_what_only_a_server_says_is_ignored(self):
+        self.assertEqual(self.decode(b"\xff\xf9\xff\xfb\x01a\n"), [("line", "a")])
 
     def test_a_line_goes_on_behind_an_interrupt(self):
         kinds = [kind for kind, _ in self.decode(b"\xff\xf4\xff\xec\n")]
