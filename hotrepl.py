@@ -2107,8 +2107,8 @@ class _Place:
             self.word, self.quote, self.prefix = found.group("body", "quote", "prefix")
         elif found.lastgroup == "name":
             self.word = found.group()
-        if found.lastgroup in ("comment", "number") or found.group("triple") or "\n" in self.word:
-            raise LookupError("nothing is completed in a comment, a number or a long string")
+        if found.lastgroup == "comment" or found.group("triple") or "\n" in self.word:
+            raise LookupError("nothing is completed in a comment or a long string")
         if self.word or self.quote:
             self.tokens.pop()
 
@@ -8182,32 +8182,26 @@ def _find_source(obj):
     import inspect
     definition = _definition(obj)
     typed = _find_typed_class(definition) if inspect.isclass(definition) else None
-    if typed and any(function.__code__.co_filename == typed[0]
-                     for function in vars(definition).values() if hasattr(function, "__code__")):
-        return typed              # inspect would look in the file of the module
-    try:
-        lines, number = inspect.getsourcelines(definition)
-    except (TypeError, OSError):
-        if typed is None:
-            raise
+    if typed is not None:         # inspect would look in the file of the module
         return typed
-    # From 3.13 on a class has a line number, which inspect looks up in the file of its module.
-    if typed is not None and not re.search(_CLASS_LINE % definition.__name__, "".join(lines)):
-        return typed
+    lines, number = inspect.getsourcelines(definition)
     return inspect.getsourcefile(definition), number, lines
 
 
-_CLASS_LINE = r"(?m)^\s*class\s+%s\b"
-
-
 def _find_typed_class(kind):
-    """As _find_source, for a class that was typed at a prompt, or one of its name; else None."""
+    """As _find_source, for a class that was typed at a prompt; else None.
+
+    Its methods tell which input it is of; one without methods is the newest of its name.
+    """
     import inspect
     import linecache
+    files = {each.__code__.co_filename for each in vars(kind).values() if hasattr(each, "__code__")}
+    files = [each for each in files if each in _remembered or not each.startswith("<")]
     for filename in reversed(list(_remembered)):
         lines = linecache.getlines(filename)
         for index, line in enumerate(lines):
-            if re.match(_CLASS_LINE % kind.__name__, line):
+            if re.match(r"\s*class\s+%s\b" % kind.__name__, line) and (
+                    filename in files or not files):
                 return filename, index + 1, inspect.getblock(lines[index:])
     return None
 

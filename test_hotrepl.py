@@ -2182,15 +2182,16 @@ class Questions(Case):
         self.assertIn("# the source", self.client.ask("typed??"))
 
     def test_two_marks_show_the_source_of_a_class_that_was_typed(self):
-        self.client.send_block("class Typed:\n    def f(self):\n        pass  # the first\n")
+        self.client.send_block("class Typed:\n    def f(self):\n        pass  # the first\n\nfirst = Typed\n")
         self.client.turn()
         self.client.send_block("class Typed:\n    def f(self):\n        pass  # the last\n\nlater = 1")
         self.client.turn()
         self.assertIn("class Typed:\n    def f(self):\n        pass  # the last\n", self.client.ask("Typed??"))
         self.assertNotIn("later", self.client.ask("Typed()??"))
-        self.client.send_block("class Bare:\n    field = 1  # of a class without methods")
+        self.assertIn("# the first", self.client.ask("first??"))
+        self.client.send_block("class Bare:\n    exec('def made(self): 1')\n    field = 1  # of a class whose method is in no file")
         self.client.turn()
-        self.assertIn("# of a class without methods", self.client.ask("Bare??"))
+        self.assertIn("# of a class whose method is in no file", self.client.ask("Bare??"))
         self.assertIn("no source known", self.client.ask("int??"))
 
     def test_any_expression_can_be_asked(self):
@@ -2481,7 +2482,8 @@ class TestCompletingNames(CompletionCase):
         self.assertLess(len(json.dumps(matches)), hotrepl.MESSAGE_LIMIT_BYTES)
 
     def test_nothing_is_offered_in_a_comment(self):
-        self.assertEqual(self.matches("x = 1  # samp"), [])
+        for line in ("x = 1  # samp", "f(  # samp"):
+            self.assertEqual(self.matches(line), [], line)
 
     def test_a_hash_in_a_string_begins_no_comment(self):
         self.assertEqual(self.matches("f('#', samp"), ["sample"])
@@ -2893,6 +2895,7 @@ class TestCompletingFiles(CompletionCase):
         folder = self.in_folder("folder/file", "found")
         self.assertEqual(self.matches("open('%s/fo" % folder),
                          [folder + "/folder/", folder + "/found"])
+        self.assertEqual(self.matches("open('%s/fo'" % folder), [])
 
     def test_the_whole_path_is_replaced(self):
         folder = self.in_folder("file")
