@@ -4487,7 +4487,6 @@ class _Apply:
         self.functions = None           # id of a namespace -> its functions; see _live_functions
         self.known = None               # id -> function or class that was alive before; see _learn
         self.folded = {}                # id of a new object -> (new, what stands for it now)
-        self.olds = set()               # ids of the functions and classes that were folded into
         self.moves = []                 # (old class, new class, reason): instances go over
         self.fills = []                 # (class, attribute, what makes a value, reason if none)
         self.afterwards = []            # callables for the end of a success
@@ -4639,7 +4638,7 @@ class _Apply:
     def _apply_pair(self, scope, pair):
         """Do with one statement what its change asks for."""
         new, is_left = pair.new, pair.change in _LEFT_ALONE
-        runs = not is_left or self.everything and scope.cls is None
+        runs = not is_left or self.everything
         if runs and scope.cls is None and self._is_kept_out(scope.edit, new):
             return
         if is_left and runs:
@@ -4786,6 +4785,8 @@ class _Apply:
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)
         else:
+            if old.decorator_list:
+                self._retire(scope, pair, [pair])
             self._run(scope, pair)
 
     def _define(self, scope, pair):
@@ -4858,7 +4859,8 @@ class _Apply:
         def decorate():
             self.fold_function(raw, self._evaluate(scope, pair, raw))
             value = scope.decorate(node, raw)
-            _evaluated(value)
+            if hasattr(type(value), "__maybe_evaluate__"):
+                value.__maybe_evaluate__()      # Celery's promise
             return value
         places = _Registrations(self, reached, _ids([old, raw]))
         value = places.renew(decorate)
@@ -5064,8 +5066,7 @@ class _Apply:
                 edit.had_imported(statement.node.name)):
             before = dict.fromkeys(before, _MISSING)
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
-        places = _Registrations(self, reached, _ids_of(
-            before[statement.node.name], statement.node.name) if is_again else set())
+        places = _Registrations(self, reached, _ids(before.values()) if is_again else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
@@ -5073,9 +5074,9 @@ class _Apply:
         for value in bound.values() if scope.cls is not None else ():
             _give_column_its_type(scope, statement.node, value)
         if statement.is_definition:
-            places.put_before(set().union(*[     # what the definitions below it have made
-                _ids_of(scope.get(each.node.name), each.node.name) for each in scope.statements
-                if each.start > statement.start and getattr(each.node, "decorator_list", ())]))
+            places.put_before(_ids(     # what the definitions below it have made
+                scope.get(each.node.name) for each in scope.statements
+                if each.start > statement.start and getattr(each.node, "decorator_list", ())))
         for name in sorted(statement.binds):
             self._settle(scope, statement, name, before[name],
                          bound.pop(name, bound.pop(scope.name_of(name), _MISSING)))
@@ -5149,21 +5150,25 @@ class _Apply:
         names = _bound_by(pair.new for pair in pairs if pair.new is not None)
         for pair in pairs:
             if pair.change == "gone" and pair.old.is_definition:
-                name = pair.old.node.name
-                raw = self._raw(scope, pair) if pair.old.is_function else None
-                value = scope.get(name)
-                if sum(name in (each.old or each.new).binds for each in pairs) > 1:
-                    value = raw     # a namesake has the name
-                self._learn()
-                reached = self.snapshot(scope.edit, *[
-                    each.old for each in pairs if each is pair or (
-                        each.old is not None and name in each.old.names.reads)])
-                targets = _ids([value, raw, *_functions_in(value)])
-                if not _Registrations(self, reached, targets).drop() and not (
-                        _is_transparent(pair.old.node)):
-                    self._note_not_retired(scope, pair.old)
+                self._retire(scope, pair, pairs)
         if scope.cls is not None:
             self._take_attributes(scope, pairs, names)
+
+    def _retire(self, scope, pair, pairs):
+        """Take a definition out of what its decorators, or later statements, had put it into."""
+        name = pair.old.node.name
+        raw = self._raw(scope, pair) if pair.old.is_function else None
+        value = scope.get(name)
+        if sum(name in (each.old or each.new).binds for each in pairs) > 1:
+            value = raw     # a namesake has the name
+        self._learn()
+        reached = self.snapshot(scope.edit, *[
+            each.old for each in pairs if each is pair or (
+                each.old is not None and name in each.old.names.reads)])
+        targets = _ids([value, raw, *_functions_in(value)])
+        if not _Registrations(self, reached, targets).drop() and not (
+                _is_transparent(pair.old.node)):
+            self._note_not_retired(scope, pair.old)
 
     def _take_attributes(self, scope, pairs, names):
         """Take away from a class what only statements that are gone had bound."""
@@ -5207,7 +5212,6 @@ class _Apply:
 
     def stands_for(self, old, new):
         """Note that `old` has taken the place of `new`, which somebody may hold."""
-        self.olds.add(id(old))
         self.folded[id(new)] = (new, old)
 
     def current(self, value):
@@ -5278,19 +5282,15 @@ class _Apply:
         """Let an old function call what the name is now: a callable of another kind."""
         self._put_code(old, _forwarder(old, new))
         self.put(_attribute(old, "__dict__"), dict(vars(old), __wrapped__=new))
-        return self._goes_on(old, new)
-
-    def _goes_on(self, old, new):
-        """Note that a new object takes the name although there was an old one."""
-        self.folded[id(new)] = (new, new)
-        self.olds.add(id(old))
+        self.stands_for(new, new)       # it has the name
         return new
 
     def replace(self, old, new, reason=None):
         """A class can't become what it is now: instances and references move to the new one."""
         self.moves.append((old, new, reason or "it was a %s and is a %s now" % tuple(
             "class" if _is(each, type) else type(each).__name__ for each in (old, new))))
-        return self._goes_on(old, new)
+        self.stands_for(new, new)
+        return new
 
     def fold_class(self, old, new):
         """Give a class the attributes and bases of a new version of it."""
@@ -5394,11 +5394,12 @@ class _Apply:
                         "a member of an enum mixed with a data type can't change its value; "
                         "a new member took its name")] += 1
                 self.folded[id(member)] = (member, _adopt_member(old, member))
+        taken = {id(kept) for _, kept in self.folded.values()}
         for kept, member in combinations:
-            if id(kept) not in self.olds:
+            if id(kept) not in taken:
                 self._fold_member(kept, member)
         for name, member in old._member_map_.items():
-            if name not in new._member_map_ and id(member) not in self.olds:
+            if name not in new._member_map_ and id(member) not in taken:
                 self.stuck["%s.%s" % (old.__qualname__, name),
                            "whoever holds it has what is no member any more"] += 1
         for members in new._member_map_, new._value2member_map_:  # which the old class gets
@@ -5411,8 +5412,7 @@ class _Apply:
         self.put(_entry(vars(kept), "_inverted_"), _MISSING)  # 3.11: what ~ found last
         for key, value in vars(member).items():
             self.put(_entry(vars(kept), key), type(kept) if key == "__objclass__" else value)
-        self.olds.add(id(kept))
-        self.folded[id(member)] = (member, kept)
+        self.stands_for(kept, member)
 
     def fold_named_tuple(self, old, new):
         """A live tuple has as many items as its class had fields when it was made."""
@@ -5780,12 +5780,6 @@ def _with_lost(edit):
     return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
 
 
-def _ids_of(value, name):
-    """Return the ids of what a definition made: the value of its name, and the function in it."""
-    functions = _functions_in(value) if not _is(value, type) else ()
-    return _ids([value] + [each for each in functions if each.__code__.co_name == name])
-
-
 def _ids(values):
     """Return the ids of values, without constants, which others that mean something else hold."""
     return {id(each) for each in values if type(each) not in _CONSTANTS}
@@ -5933,8 +5927,7 @@ class _Scope:
             each.value = None
         found = self.in_class(nodes) if nodes else {}
         for name in ("__annotations__", "__annotate_func__", "__annotations_cache__"):
-            if name in found or name in vars(self.cls):
-                apply.put(_attribute(self.cls, name), found.get(name, _MISSING))
+            apply.put(_attribute(self.cls, name), found.get(name, _MISSING))
 
 
 _MADE_BY_CLASS = {"__module__", "__qualname__", "__firstlineno__", "__static_attributes__",
@@ -6152,12 +6145,6 @@ def _is_transparent(node):
     return all(_decorator_name(each) in _TRANSPARENT for each in node.decorator_list)
 
 
-def _evaluated(value):
-    """Return what a lazy value, such as Celery's promise, stands for; of another value itself."""
-    method = getattr(type(value), "__maybe_evaluate__", None)
-    return value if method is None else method(value)
-
-
 def _class_head(statement):
     """Return the key of all of a class statement but its body."""
     node = statement.node
@@ -6171,10 +6158,9 @@ def _needs_its_statement(cls, pairs):
     values = [each for each in active
               if not each.is_definition and not each.is_constant and each.kind != "Pass"]
     is_decorated = any(each.is_function and not _is_transparent(each.node) for each in active)
-    # Which of these a class has come to, only its statement tells.
-    if any(each.kind == "AnnAssign" for each in values) and any(
-            pair.new and not pair.new.is_definition and pair.new.kind != "AnnAssign"
-            and "AnnAssign" in str(pair.new.dump) for pair in pairs):
+    # Which annotations a class has come to, only its statement tells.
+    if any(pair.new and not pair.new.is_definition and pair.new.kind != "AnnAssign"
+           and "AnnAssign" in str(pair.new.dump) for pair in pairs):
         return True
     kind = next((each for each in _CLASS_KINDS if each.fits(cls)), None)
     return any("__slots__" in each.binds for each in values) or kind is not None and (

@@ -7483,6 +7483,8 @@ class Scenarios(Workspace):
         "size of a cache": (
             "import functools\n@functools.lru_cache(maxsize=1)\ndef f(): return 1\n", "",
             "import functools\n@functools.lru_cache(maxsize=2)\ndef f(): return 1\n", ["m.f.cache_info().maxsize == 2"]),
+        "function becomes a library's": (
+            "def join(*a): return 1\n", "f = m.join", "from os.path import join\n", ["m.join is __import__('os').path.join", "f() == 1"]),
         "lambda becomes a function": ("f = lambda: 1\n", "f = m.f", "def f(): return 2\n", ["(m.f(), f()) == (2, 2)"]),
         "function that was typed over": (
             "def f(): return 1\n", "exec(compile('def f(): return 5\\ndef g(): return 6', '<console>', 'exec'), vars(m))", "def f(): return 2\n",
@@ -7492,6 +7494,8 @@ class Scenarios(Workspace):
             ["[(f(), f.__code__.co_firstlineno) for f in m.T] == [(1, 2), (2, 2)]"]),
         "lambdas that are alike": (
             "T = [lambda: 1, lambda: 1]\n", "a, b = m.T", "T = [lambda: 2, lambda: 3]\n", ["(a(), b()) == (2, 3)", "m.T == [a, b]"]),
+        "function that wraps what it was": (
+            DECO + "def f(): return 1\nf = deco(1)(f)\n", "f = m.f", DECO + "def f(): return 2\nf = deco(2)(f)\n", ["m.f is f", "f() == (2, 2)"]),
         "method that wraps what it was twice": (
             DECO + "class C:\n    def m(self): return 1\n", "c = m.C()",
             DECO + "class C:\n    def m(self): return 1\n    m = deco(2)(deco(3)(m))\n", ["c.m() == (2, (3, 1))"]),
@@ -7607,6 +7611,8 @@ class Scenarios(Workspace):
         "class below one that looks at those below it gains a method": (
             "class B:\n    def __init_subclass__(cls): pass\nclass C(B): pass\n", "",
             "class B:\n    def __init_subclass__(cls): pass\nclass C(B):\n    def m(self): return 1\n", ["'B.__init_subclass__ has not seen' in report"]),
+        "docstring of a class that is gone": (
+            "class C:\n    'doc'\n    x = 1\n", "", "class C:\n    x = 1\n", ["m.C.__doc__ is None"]),
         "docstring of a class that the program has set": (
             "class C:\n    x = 1\n", "m.C.__doc__ = 'set'", "class C:\n    x = 2\n", ["m.C.__doc__ == 'set'"]),
         "text in a class that is no docstring": (
@@ -7631,6 +7637,8 @@ class Scenarios(Workspace):
             COUNT + META.replace("    def __setattr__", "    def other") + "class C(metaclass=Meta):\n    @count\n    def m(self, a): return a\n", "",
             COUNT + META.replace("    def __setattr__", "    def other") + "class C(metaclass=Meta):\n    @count\n    def m(self, a=1): return a\n",
             ["m.MADE == ['C', 'C']", "m.C().m() == 1"]),
+        "names that a loop makes in a class": (
+            "class C: x = 1\n", "", "class C:\n    x = 1\n    for k in 'ab': locals()[k] = 1\n", ["m.C.a == 1"]),
         "block of a class that binds nothing": (
             "class C:\n    x = 1\n    if x > 5:\n        y = 1\n", "m.C.y = 7", "class C:\n    x = 1\n    if x > 5:\n        y = 2\n", ["m.C.y == 7"]),
         "property gains a setter": (
@@ -7698,6 +7706,8 @@ class Scenarios(Workspace):
             "R = []\ndef f(): pass\nR.append(f)\n", "", "R = []\n", ["m.R == []"]),
         "function that is gone, in a list that the program has put it into": (
             "R = []\ndef f(): pass\nX = [R]\n", "f = m.f; m.R.append(f)", "R = []\nX = [R]\n", ["m.R == [f]"]),
+        "function whose decorator is gone": (
+            REG + "@reg\ndef f(): return 1\n", "f = m.f", REG + "def f(): return 1\n", ["m.R == []", "m.f is f"]),
         "function in an object of another kind in a list": (
             "R = []\nclass P:\n    p = 1\nclass Q:\n    q = 1\ndef reg(kind):\n    def deco(f):\n        R.append(kind())\n        R[-1].f = f\n"
             "        return f\n    return deco\n@reg(P)\ndef f(): pass\n", "",
