@@ -12838,7 +12838,6 @@ class Terminal:
         self.owner = owner        # a Conversation, for its on_... methods
         self._undo = ExitStack()
         self._modes = None        # of the terminal, before we were there
-        self._stdout = getattr(sys.stdout, "buffer", None)
         self._edit = self._read_cooked if _has_modes() else self._read_alone
         self._history = None      # a _History where there is readline
         self._library = None      # the C library of GNU readline, where that can be had
@@ -12877,10 +12876,7 @@ class Terminal:
     def write(self, data):
         """Write bytes. A terminal that is gone is the end of the client."""
         try:
-            if self._stdout is None:
-                sys.stdout.write(data.decode("utf-8", "replace"))
-            else:
-                self._stdout.write(data)
+            sys.stdout.buffer.write(data)
             sys.stdout.flush()
         except (OSError, ValueError) as exc:
             raise Left from exc
@@ -13153,7 +13149,6 @@ class Terminal:
         self._undo.callback(readline.set_completer_delims, readline.get_completer_delims())
         self._undo.callback(self._mark_pastes, False)
         self._history = _History(readline)
-        self._undo.callback(self._history.close)
         readline.set_completer(_RemoteCompleter(self, readline).complete)
         readline.set_completer_delims("")     # the word is the whole line: any replacement fits
         is_terminal = _has_modes() and os.isatty(1)
@@ -13403,20 +13398,13 @@ class _History:
     def __init__(self, readline):
         self._readline = readline
         path = os.path.expanduser(os.environ.get("HOTREPL_HISTORY", "~/.hotrepl_history"))
-        # "~": nobody knows our home.
-        self._path = "" if path.startswith("~") or path == os.devnull else path
+        self._path = "" if path.startswith("~") else path     # "~": nobody knows our home
         self._last = ""           # the entry of this session that was added last
-        self._error = None        # why one could not be saved
         self._is_ours = hasattr(readline, "set_auto_history")     # else input() adds each line
         if self._is_ours:
             readline.set_auto_history(False)
         for entry in self._read():
             self._offer(entry)
-
-    def close(self):
-        """Say what could not be saved."""
-        if self._error is not None:
-            print("hotrepl: history not saved: %s" % self._error, file=sys.stderr)
 
     def add(self, entry, is_longer, is_saved):
         """Remember what was typed at a prompt, unless it is blank or was the last one too.
@@ -13428,12 +13416,9 @@ class _History:
         if not entry.strip() or self._last == entry:
             return
         self._last = entry
-        try:
-            if self._path and is_saved:
-                with self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a") as file:
-                    file.write(json.dumps(entry) + "\n")
-        except OSError as exc:
-            self._error = exc
+        if self._path and is_saved:
+            with suppress(OSError), self._open(os.O_WRONLY | os.O_CREAT | os.O_APPEND, "a") as file:
+                file.write(json.dumps(entry) + "\n")
         if self._is_ours:
             with suppress(Exception):
                 if is_longer:

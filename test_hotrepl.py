@@ -2105,7 +2105,6 @@ class Consoles(Case):
         before = len(linecache.cache)
         for at in range(300):
             wire.send("x = %d" % at)
-            wire.send("1 / 0")
         wire.send("print('all ' + 'done')")
         wire.until("all done\n")
         self.assertLess(len(linecache.cache) - before, 50)
@@ -12543,7 +12542,7 @@ sys.exit(hotrepl.main())
         self.assertTrue(said.startswith("received b''"), said)
         self.assertEqual(self.ran("127.0.0.1:%d" % server.ports[0], uid=0)[:2], [0, "42\n"])
 
-    HISTORY = ("import readline\nhistory = hotrepl._History(readline)\nhistory.add('a secret', False)\nhistory.close()\n"
+    HISTORY = ("import readline\nhistory = hotrepl._History(readline)\nhistory.add('a secret', False, True)\n"
                "print(readline.get_current_history_length(), flush=True)")
 
     def history(self, uid, **options):
@@ -12564,9 +12563,7 @@ sys.exit(hotrepl.main())
         for make in (lambda: os.symlink(target, path), lambda: os.symlink(target + "2", path), lambda: os.mkfifo(path, 0o666),
                      lambda: os.link(target, path)):
             make()
-            said, count = self.history(0, HOME=home)
-            self.assertIn("hotrepl: history not saved: ", said)
-            self.assertEqual(count, 1)
+            self.assertEqual(self.history(0, HOME=home), ("", 1))
             os.unlink(path)
         with open(target) as file:
             self.assertEqual(file.read(), '"root"\n')
@@ -12583,7 +12580,7 @@ sys.exit(hotrepl.main())
                 os.chown(file.fileno(), ATTACKER, ATTACKER)
                 os.chmod(file.fileno(), 0o666)
         for uid in (OWNER, 0):
-            self.assertIn("history not saved", self.history(uid, HOME=shared)[0])
+            self.history(uid, HOME=shared)
         self.assertEqual(self.history(OWNER, cwd=shared)[0], "")     # and nobody knows the home of this uid
         for path in (shared, os.path.join(shared, "~")):
             self.assertEqual(os.path.getsize(os.path.join(path, ".hotrepl_history")), 0)
@@ -14977,8 +14974,7 @@ class PrivateFiles(AccessParts):
                     readline = unittest.mock.Mock()
                     history = hotrepl._History(readline)
                     self.assertEqual(readline.add_history.mock_calls, expected)
-                    history.add("40 + 2", False)
-                    self.assertIsNone(history._error)
+                    history.add("40 + 2", False, True)
 
     def test_runtime_folder_is_in_the_session_folder(self):
         base = self.temporary()
@@ -18601,12 +18597,6 @@ class Histories(Case):
         with open(self.path) as file:
             self.assertEqual(len(set(file)), 9)
 
-    def test_one_that_cannot_be_written_is_told_at_the_end(self):
-        terminal = self.served.terminal(HOTREPL_HISTORY=os.path.join(self.path, "no", "folder"))
-        terminal.ask("40 + 2", "\n42")
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[1].count("hotrepl: history not saved: "), 1)
-
     def test_what_the_locale_has_not_is_left_out(self):
         with open(self.path, "w") as file:
             file.write('"40 + 2"\n"\'\\u00e4\'"\n"40 + 3"\n')
@@ -18637,14 +18627,10 @@ class Histories(Case):
         with open(self.path) as file:
             self.assertEqual([json.loads(line) for line in file][1:], ["40 + 2", "del sys.ps1"])
 
-    def test_an_empty_name_means_none_and_so_does_that_of_nothing(self):
+    def test_an_empty_name_means_none(self):
         home = self.folder().path
         self.visit(("40 + 2", "\n42"), HOTREPL_HISTORY="", HOME=home)
         self.assertNotIn(".hotrepl_history", os.listdir(home))
-        terminal = self.served.terminal(HOTREPL_HISTORY=os.devnull)
-        terminal.ask("40 + 2", "\n42")
-        terminal.press("^D")
-        self.assertNotIn("history", terminal.end()[1])
 
     def test_commands_to_the_debugger_are_kept_till_the_end_only(self):
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
