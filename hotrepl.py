@@ -8701,14 +8701,14 @@ class Guests:
     def __init__(self):
         self._lock = threading.Lock()
         self._counts = {}         # id(namespace) -> how many servers use it; guarded by _lock ...
-        self._modules = {}        # ... and the module that stands for it, where it had no name
+        self._names = {}          # ... and the `__name__` that it has of us, if it had none
 
     def enter(self, namespace):
         """Put the tools into the dict `namespace` where their names are free."""
         with self._lock:
             self._counts[id(namespace)] = self._counts.get(id(namespace), 0) + 1
             if "__name__" not in namespace:
-                self._modules[id(namespace)] = _NamespaceModule(namespace)
+                self._names[id(namespace)] = _name_namespace(namespace)
             for name, tool in TOOLS.items():
                 namespace.setdefault(name, tool)
 
@@ -8729,41 +8729,28 @@ class Guests:
             for name, tool in TOOLS.items():
                 if namespace.get(name) is tool:
                     del namespace[name]
-            module = self._modules.pop(id(namespace), None)
-            if module is not None and not is_copy:
-                module.leave()
+            own = self._names.pop(id(namespace), None)
+            if own is not None and not is_copy:
+                sys.modules.pop(own, None)
+                if namespace.get("__name__") == own:
+                    del namespace["__name__"]
 
 
-class _NamespaceModule(types.ModuleType):
-    """Stands in sys.modules for a namespace without a name, and gives it one.
+class _NamespaceModule:
+    """Stands in sys.modules for a namespace, which is its __dict__."""
+
+
+def _name_namespace(namespace):
+    """Give a namespace a name that no module has, and a module of that name; return the name.
 
     Else what is made at the prompt would belong to builtins: dataclasses, pickle and
     typing.get_type_hints look up a class's module.
     """
-
-    def __init__(self, namespace):
-        names = itertools.chain(["__console__"], map("__console%d__".__mod__, itertools.count(2)))
-        super().__init__(next(name for name in names if name not in sys.modules))
-        self._namespace = namespace
-        namespace["__name__"] = self._name = super().__getattribute__("__name__")
-        sys.modules[self._name] = self
-
-    @property
-    def __dict__(self):
-        return self._namespace
-
-    def __getattr__(self, name):
-        try:
-            return self._namespace[name]
-        except KeyError:
-            raise AttributeError("module %r has no attribute %r" % (self._name, name)) from None
-
-    def leave(self):
-        """Take the module and the name away where they are still ours."""
-        if sys.modules.get(self._name) is self:
-            del sys.modules[self._name]
-        if self._namespace.get("__name__") == self._name:
-            del self._namespace["__name__"]
+    names = itertools.chain(["__console__"], map("__console%d__".__mod__, itertools.count(2)))
+    name = namespace["__name__"] = next(each for each in names if each not in sys.modules)
+    sys.modules[name] = module = _NamespaceModule()
+    module.__dict__ = namespace
+    return name
 
 
 GUESTS = Guests()
