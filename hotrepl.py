@@ -319,18 +319,18 @@ IAC = b"\xff"
 GO_AHEAD = IAC + b"\xf9"          # server: it waits; all since the last newline is the prompt
 END_OF_FILE = IAC + b"\xec"       # client: end of file for whatever reads now; server: goodbye
 INTERRUPT = IAC + b"\xf4"         # client: as Ctrl+C (telnet's Interrupt Process)
-BEGIN, END = IAC + b"\xfa", IAC + b"\xf0"   # enclose a block, or name a stream
-CTRL_D = b"\x04"                  # client without a secret, as telnet: at a line's start, the same
+BEGIN, END = IAC + b"\xfa", IAC + b"\xf0"   # enclose a block, whose first byte is its kind
+CTRL_D = b"\x04"                  # client without a secret: at a line's start, as END_OF_FILE
 NO_ECHO = IAC + b"\xfb\x01"       # server: the next answer is a secret (WILL ECHO, RFC 857)
 BLOCK_KIND = b"b"                 # client: BEGIN "b" lines END, one unit of several lines
 SECRET_KIND = b"s"                # client: BEGIN "s" secret END, what PairWithSession has to show
-CONTROL_KIND = b"c"               # client: BEGIN "c" END; server: BEGIN "c" port proof END
+CONTROL_KIND = b"c"               # client: BEGIN "c" END asks; server: BEGIN "c" port proof END
 NOTE_KIND = b"n"                  # server: BEGIN "n" lines END, to be shown above the prompt
-TURN_KIND = b"k"                  # server: BEGIN "k" word END, before a prompt: what it waits for
-AT_PROMPT = ("primary", "continuation")     # two of these words; the others are ...
-IN_EVALUATION = ("input", "secret", "debugger")
-STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p",  # server: BEGIN kind END
-                "value": b"v", "traceback": b"t"}     # what is displayed, not printed
+TURN_KIND = b"k"                  # server: BEGIN "k" word END, before a prompt; the words:
+AT_PROMPT = ("primary", "continuation")     # it waits for an input
+IN_EVALUATION = ("input", "secret", "debugger")     # what it runs waits for an answer
+# server: BEGIN kind END; what comes next is printed, or displayed as the value, or the traceback.
+STREAM_KINDS = {"stdout": b"o", "stderr": b"e", "prompt": b"p", "value": b"v", "traceback": b"t"}
 
 Command = record("Command", "name fields doc")
 
@@ -632,30 +632,35 @@ def current_session():
 
 
 class StandIn:
-    """What takes the place of something in `sys` or `os` and knows what it stands for."""
+    """What takes the place of something in `sys` or `os`; `default` is what it stands for.
 
-    is_thread_stream = True       # by this and the next another copy of this file knows it, and ...
+    A second copy of this file in the process, another version perhaps, asks the two names below.
+    """
+
+    is_thread_stream = True
 
     @property
     def is_retired(self):
-        """... whether its time is over: who finds it, put back too late, takes `default`."""
+        """Whether no session uses it any more: a redirection of the program's has put it back."""
         return self not in list(ROUTER.ours.values())
 
 
 class ThreadStream(threading.local, StandIn):
-    """Stand for a sys stream; every attribute is that of the calling thread's own stream.
+    """Stand for a sys stream; every attribute is that of the calling thread's own, its `target`.
 
-    Those of a text file are properties: a __getattr__ would make print() half as slow again.
+    Each thread has a __dict__ of its own here, as of any threading.local: its slots. In them are
+    `target`, `default` and the three methods that print() and input() look up. All else that text
+    files have is a property, made by _forward: a __getattr__ makes print() half as slow again.
     """
 
-    _FAST = ("write", "flush", "readline")    # found without a property, among a thread's slots
-    _OWN = _FAST + ("target", "default")      # the rest of what these hold
+    _FAST = ("write", "flush", "readline")
+    _OWN = _FAST + ("target", "default")
 
     def __init__(self, default):
         self._use(default)["default"] = default        # runs in each thread
 
     def _use(self, stream):
-        """Let `stream` be the calling thread's own; return what it finds here: {name: value}."""
+        """Let `stream` be the calling thread's own; return the thread's slots."""
         slots = self.__dict__
         slots["target"] = stream
         for name in self._FAST:
@@ -676,14 +681,14 @@ class _Nowhere:
 
 
 class OddThreadStream(ThreadStream):
-    """Stand for what is no plain text file, or has more attributes."""
+    """Stand for a stream that is no plain text file, or has more attributes than those."""
 
     def __getattr__(self, name):
         return getattr(self.__dict__["target"], name)
 
 
 def _forward(name):
-    """Have ThreadStreams answer for an attribute of what they stand for."""
+    """Let each ThreadStream's attribute `name` be that of its target: a method, or a property."""
     if name in ("__iter__", "__next__", "__enter__", "__exit__", "__repr__"):
         setattr(ThreadStream, name, lambda self, *args: getattr(self.target, name)(*args))
     elif not (name.startswith("__") or name in ThreadStream._OWN or hasattr(ThreadStream, name)):
@@ -721,7 +726,7 @@ class ThreadFunction(StandIn):
 
 
 def _displayhook(evaluator, default, value):
-    """The session displays the value, but for what the program's own hook shows to all."""
+    """The session displays the value, unless the program has put a hook of its own in sys."""
     if _is_of_program(default, sys.__displayhook__):
         default(value)
     else:
@@ -729,7 +734,9 @@ def _displayhook(evaluator, default, value):
 
 
 def _is_of_program(hook, plain):
-    """Return whether a hook in sys is a program's own; a notebook's shows all to its own user."""
+    """Return whether a hook in sys is the program's own, and none of a notebook, which would show
+    the session's values to the notebook's user.
+    """
     owner = type(getattr(hook, "__self__", hook))
     return hook is not plain and not owner.__module__.startswith(("IPython.", "ipykernel."))
 
@@ -828,8 +835,8 @@ class StreamRouter(Installed):
         super().__init__()
         # Name in its module -> our stand-in there; replaced as a whole, guarded by _lock.
         self.ours = {}
-        # (name, stand-in), the newest; guarded by _lock. They live on after their time: print() has
-        # no reference to sys.stdout, so a thread that prints just now would crash without it.
+        # (name, stand-in), the newest; guarded by _lock. They are kept for a while after their
+        # time: a print() that runs just now has no reference of its own to one, and would crash.
         self._made = collections.deque(maxlen=256)
 
     def bind(self, streams):
@@ -882,7 +889,7 @@ class StreamRouter(Installed):
             return False
 
     def shows_values(self):
-        """Return whether a session's values are shown by none but the session itself."""
+        """Return whether no displayhook of the program's wants to see a session's values."""
         return self.is_bound() and sys.displayhook.default is sys.__displayhook__
 
     def original(self, name):
@@ -969,7 +976,7 @@ class SessionStream(OfSession, io.BufferedIOBase):
         self.count = 0            # bytes so far
         self._is_begun = False    # something was printed, and the Flusher visits us
         self._earlier = earlier   # a stream whose text goes out before ours
-        self._slots = None        # where print() looks up `write`: our thread's part of a stand-in
+        self._slots = None        # our thread's slots of the stand-in: print() finds `write` there
         self.text = io.TextIOWrapper(self, "utf-8", "strict" if flusher else "backslashreplace",
                                      newline="\n", write_through=flusher is None)
         self.text._CHUNK_SIZE = CHUNK_BYTES
@@ -999,7 +1006,7 @@ class SessionStream(OfSession, io.BufferedIOBase):
         text = self.text
         if text is not None:
             self.sink.tick(text.flush)
-        if self.sink.is_broken:
+        if self.sink.is_broken:   # the next print() is to raise BrokenPipeError
             self._slots["write"] = self._write_first
 
     def release(self):
@@ -1062,8 +1069,8 @@ class SessionInput(OfSession, io.TextIOBase):
         stand_in._use(self)
 
     def release(self):
-        """At the session's end: hold nothing that holds us; nothing more is asked."""
-        self._ask = str
+        """At the session's end: hold nothing that holds us; from now on it is end-of-file."""
+        self._ask = str           # which returns ""
 
     def readable(self):
         return True
@@ -1136,7 +1143,10 @@ class Flusher:
 
 
 class Wake:
-    """Wakes a thread; what is set while that is awake counts for its next `wait`."""
+    """Wakes the thread that waits; `set` while it does not wait counts for its next `wait`.
+
+    A bare lock: a signal handler may call `set` in the middle of another `set`.
+    """
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -1784,11 +1794,11 @@ class ConsoleMixin:
 
     def __init__(self, namespace, evaluator):
         self.evaluator = evaluator
-        # For each input a file name, by the numbers of the console and of the input.
+        # The file names of the inputs: <hotrepl CONSOLE:INPUT>, each a number.
         self._names = map(("<hotrepl %d:%%d>" % next(_serials)).__mod__, itertools.count(1))
         self.source = ""          # what runs now, for its traceback
         self.filename = ""        # by which linecache knows it
-        # imacropy's runs code already.
+        # Behind our attributes, as imacropy's runs code in it.
         super().__init__(namespace)   # type: ignore[call-arg]
         from codeop import CommandCompiler
         compiler = getattr(self, "compile", None)
@@ -1891,7 +1901,9 @@ class ConsoleMixin:
             self.compile = before
 
     def runsource(self, source, filename="<input>", symbol="single"):
-        """As InteractiveInterpreter's; a comment that ends in a question is none to the console."""
+        """As InteractiveInterpreter's; but mcpyrate takes each line that ends in a question mark
+        for a question, also `x = 1  # why?`: a space behind it makes it none.
+        """
         if source.endswith("?") and source.strip() != "macros?":
             source += " "
         return bool(super().runsource(source, filename, symbol))
@@ -1934,7 +1946,8 @@ class ConsoleMixin:
         """Show the SyntaxError that is being handled, without any frames."""
         value = sys.exc_info()[1]
         if type(value) is SyntaxError and value.text is None and value.filename == self.filename:
-            line = self.source.split("\n")[(value.lineno or 1) - 1:][:1]     # the compiler's error
+            # Errors that the compiler finds, not the parser, have no line: `return 5`.
+            line = self.source.split("\n")[(value.lineno or 1) - 1:][:1]
             value.text = line[0] if line else None
         BaseException.with_traceback(value, None)
         is_own = "showsyntaxerror" in self.own
@@ -2082,7 +2095,9 @@ def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None)
 
 
 def _cut(matches, limit):
-    """Return as many as a message holds, the last among them: so all begin alike as before."""
+    """Return as many as a message holds. The last is among them, so that what all begin with is the
+    same as before: readline inserts that.
+    """
     longest = max(map(len, matches), default=0)
     most = max(1, min(limit, MESSAGE_LIMIT_BYTES // 2 // (6 * longest + 4)))      # of it in JSON
     if len(matches) <= most:
@@ -2097,10 +2112,12 @@ class _Place:
     def __init__(self, text, rest, scope):
         self.rest = rest          # the text right of the cursor
         self.scope = scope        # a ChainMap: overlay, namespace, builtins
-        self.tokens = ["\n"]      # that, then what is left of the word, without space and comments
-        self.word = self.quote = self.prefix = ""     # what to replace; its string's marks
-        self.opened = []          # for each open bracket: [its index, commas, {names before "="}]
-        self.first = 1            # index of the statement's first token
+        self.tokens = ["\n"]      # a line's end, then all left of the word but space and comments
+        self.word = ""            # what is to be replaced: a name, or the text of a string ...
+        self.quote = self.prefix = ""     # ... with these marks
+        # For each open bracket: [its index in tokens, commas behind it, {names given by "="}].
+        self.opened = []
+        self.first = 1            # index of the first token of the statement
         for found in re.finditer(_TOKEN, text):
             self._add(found.lastgroup, found.group())
         if found.lastgroup == "string" and not found.group("end"):
@@ -2123,7 +2140,7 @@ class _Place:
             self.opened[-1][1] += 1
         elif self.opened and token == "=":
             self.opened[-1][2].add(self.tokens[-1])
-        elif token in ("\n", ";", ":") and not self.opened:
+        elif token in ("\n", ";", ":"):
             self.first = len(self.tokens) + 1
         self.tokens.append(token)
 
@@ -8300,7 +8317,7 @@ def _variables(frame, changes=None):
     if changes:
         _write_back(frame, variables, changes)
         variables.update(found)
-    ours = 3                      # references: the frame's, ours, and that of getrefcount
+    ours = 3                      # references: the frame's, `variables`, getrefcount's argument
     if getattr(sys, "getrefcount", id)(variables) == ours:
         variables.clear()
     return found
@@ -8475,8 +8492,9 @@ class Calls(list):
         self._numbers = itertools.count(1)        # of calls that were noted
         self._queue = collections.deque()         # calls that nobody has looked at
         self._is_over = threading.Event()
-        self._looker = None       # with quiet=True the Job that looks at them, until ...
-        self._is_looked_through = threading.Event()   # ... then; PyPy 7.3 fails where two join one
+        self._looker = None       # with quiet=True the Job that looks at them
+        # The looker has ended: an event, as PyPy 7.3 fails where two threads join one.
+        self._is_looked_through = threading.Event()
         self.problem = ""         # ": " and why it is over, if that must be said
         self._copy = _function_like(self.function, self.function.__code__,
                                     self.function.__closure__ or ())
@@ -8592,7 +8610,8 @@ def _noting(function, calls):
 class Placed:
     """Code that stands in a module's file."""
 
-    RUN = compile("run()", _THIS_FILE, "eval")      # for a session to evaluate; its frame is ours
+    # What a session evaluates to call `run`; as code of this file it shows in no traceback.
+    RUN = compile("run()", _THIS_FILE, "eval")
 
     def __init__(self, source, module=None, file=None, line=1, within=""):
         self._module = _module_of(module, file)
@@ -13563,7 +13582,7 @@ def _serve(options):
     main_module = types.ModuleType("__main__")    # pickle and friends look names up in __main__
     vars(main_module)["__builtins__"] = builtins
     done = threading.Event()
-    # As `script &` has SIGINT ignored in what it starts, which Ctrl+C is not to end then.
+    # What a shell's script starts by `serve &` has SIGINT ignored: Ctrl+C is not to end that.
     ends = [number for number in (signal.SIGINT, signal.SIGTERM)
             if signal.getsignal(number) != signal.SIG_IGN]
     if not words:
@@ -14043,11 +14062,11 @@ class Execution:
     """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
 
     A context manager. It connects for the first, and again where the session before is over.
-    `server` has the arguments of `connect`; what we say ourselves begins with `label`. What comes
-    first interrupts the code, Ctrl+C or the end of its time; what comes next leaves it behind.
+    `server` has the arguments of `connect`; what we say ourselves begins with `label`. Ctrl+C and
+    the end of the time interrupt the code; the next of them, or GRACE_S later, leaves it running.
     """
 
-    GRACE_S = 2.0                 # for what is interrupted as its time is over
+    GRACE_S = 2.0                 # how long code may take to end that the time limit interrupted
     LONGEST_S = 1e9               # select() takes not much more
     LATE, PRESSED = 124, 130      # why the code was interrupted: what we exit with
 

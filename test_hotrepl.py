@@ -2456,6 +2456,7 @@ class TestCompletingNames(CompletionCase):
     def test_after_a_complete_value_nothing_is_offered(self):
         for line in ("sample ", "12", "'text'", "f(1)", "[1] "):
             self.assertEqual(self.matches(line), [], line)
+        self.assertIn("if ", self.matches("x = sample i"))
 
     def test_only_the_text_left_of_the_cursor_counts(self):
         self.assertEqual(complete(self.namespace, "samp.upper", 4).matches, ["sample"])
@@ -2490,6 +2491,7 @@ class TestCompletingNames(CompletionCase):
     def test_nothing_is_offered_in_a_long_string(self):
         self.assertEqual(self.matches("'''/"), [])
         self.assertEqual(self.matches("samp", before="x = '''\n"), [])
+        self.assertEqual(self.matches("samp", before="if 1:\n    import os\n"), ["sample"])
 
     def test_keys_that_are_no_names_are_left_out(self):
         self.namespace.update({"same two": 1, 3: 1, None: 1})
@@ -2618,6 +2620,7 @@ class TestCompletingAttributes(CompletionCase):
         self.namespace.update(rows=[("a", {}), 1, "b"], last=-1, d={"in": {2: "c"}})
         for line in ("rows[0][0].upp", "rows[-1].upp", "rows[last].upp", "d['in'][2].upp"):
             self.assertEqual(self.matches(line), ["upper"], line)
+        self.assertEqual(self.matches("[rows, 2].upp"), [])
 
     def test_a_subscript_that_runs_code_is_not_evaluated(self):
         class Row(list):
@@ -2784,6 +2787,7 @@ class TestCompletingCalls(CompletionCase):
 
     def test_keyword_arguments_are_completed(self):
         self.assertEqual(self.matches("function(1, gam"), ["gamma="])
+        self.assertIn("gamma=", self.matches("function(1, "))
         self.assertEqual(self.matches("sample.method(alph"), ["alpha="])
 
     def test_keyword_arguments_come_before_names(self):
@@ -2873,6 +2877,7 @@ class TestCompletingKeys(CompletionCase):
     def test_an_open_bracket_offers_keys_with_their_quotes(self):
         self.namespace["d"] = {"one": 1, "it's": 2, 3: 4}
         self.assertEqual(self.matches("d["), ['"it\'s"', "'one'"])
+        self.assertNotIn("'one'", self.matches("d[o") + self.matches("d = "))
         self.namespace["d"] = {3: 4}
         self.assertIn("d", self.matches("d["))
         self.assertIn("d", self.matches("unknown["))
@@ -2991,7 +2996,7 @@ class TestCompletingImports(CompletionCase):
     def test_after_the_module_comes_the_word_import(self):
         self.assertEqual(self.matches("from os "), ["import "])
         self.assertEqual(self.matches("from os.path imp"), ["import "])
-        for line in ("import os ", "import os as ", "from os import path ", "from os import x as "):
+        for line in ("from .o", "import os ", "import os as ", "from os import path ", "from os import x as "):
             self.assertEqual(self.matches(line), [], line)
 
     def test_names_of_a_loaded_module_are_completed_after_from(self):
