@@ -4211,7 +4211,7 @@ class _Evidence:
                 and not _is(value, type) and self._is_own(value, "%s.%s" % (path, name))]
         self.gone += [(path, name) for name in gone]
         if _is_plain_class(cls) and not statement.node.decorator_list:
-            for name in _added_to_class(statement, cls, self.set_attributes.union(gone)):
+            for name in _added_to_class(cls, names.union(gone, self.set_attributes)):
                 is_typed = _has_console_code(vars(cls)[name])
                 self._tell("%s.%s" % (path, name), "" if is_typed else "is not in the file")
             if not _bases_fit(statement.node, self.space, cls):
@@ -4228,11 +4228,12 @@ class _Evidence:
                 continue
             if _has_console_code(value):
                 self._tell(name)
-            elif is_clear and self._is_own(value, name) and not (    # the package may have set it
-                    _is(value, type) and value.__module__ != self.name):
-                self.gone.append(("", name))
-            elif is_clear and getattr(value, "__module__", None) != __name__:
-                self._tell(name, "is not in the file")
+            elif is_clear:
+                made_in = getattr(value, "__module__", None)
+                if made_in == self.name and self._is_own(value, name):
+                    self.gone.append(("", name))
+                elif made_in != __name__:       # else we have put it there
+                    self._tell(name, "is not in the file")
 
 
 def _is_plain_class(cls):
@@ -4288,14 +4289,11 @@ def _defaults_fit(function, node):
     return fitting.keys() == _default_nodes(node).keys() == _live_defaults(function).keys()
 
 
-def _added_to_class(statement, cls, stored):
+def _added_to_class(cls, known):
     """Yield the attributes that surely no statement and no method has put on a class."""
-    stored = stored | _stored_by_methods(cls)
-    body = _Names(statement.node.body)
-    if "setattr" in stored or not body.reads.isdisjoint(("exec", "locals", "vars")) or any(
-            "__init_subclass__" in vars(base) for base in cls.__mro__[1:-1]):
+    known = known.union(_CLASS_SKIPS, _stored_by_methods(cls))
+    if "setattr" in known or any("__init_subclass__" in vars(base) for base in cls.__mro__[1:-1]):
         return
-    known = stored.union(_CLASS_SKIPS, (_mangled(name, cls.__name__) for name in body.binds))
     for name, value in vars(cls).items():
         if name not in known and not name.startswith("__") and not isinstance(value, _SLOT_TYPES):
             yield name
@@ -4390,7 +4388,7 @@ class _Journal:
 
 def _is_same(a, b):
     # PyPy makes a new tuple each time that __bases__ is read.
-    return a is b or type(a) is tuple and type(b) is tuple and a == b
+    return a is b or IS_PYPY and type(a) is type(b) is tuple and a == b
 
 
 def _gained(before, after, key=id):
@@ -5896,9 +5894,7 @@ class _Scope:
             if params:
                 wrapper.type_params = [ast.copy_location(ast.TypeVar(name), nodes[0])
                                        for name in params]
-        tree = ast.parse("")
-        tree.body = nodes
-        code = compile(tree, self.edit.path, "exec", self.edit.new.flags, True)
+        code = self.edit.new.compile_alone(nodes)
         for part in parts:
             code = _class_code(code, part)
         code = self.edit.new.with_own_codes(code)

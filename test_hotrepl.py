@@ -5830,6 +5830,7 @@ class Modules(Workspace):
         folder, ours = self.folder, os.path.dirname(os.path.abspath(hotrepl.__file__))
         self.assertEqual(output, "15 5 ['b.X', 'a.X']\nnothing changed in 5 modules below %s\n" % (
             ", ".join(sorted([folder, ours]))))
+        self.assertEqual(repr(hotrepl.ReloadReport(is_qualified=True)), "nothing changed in 0 modules below no folder")
 
     def test_reload_without_arguments_finds_what_was_edited_before_it_was_noted(self):
         output = self.run_script("""
@@ -7412,12 +7413,14 @@ class Scenarios(Workspace):
             "import os\nX = 1\n", "del m.os", "import os\nX = 1\n\n", ["hasattr(m, 'os')"]),
         "unknown: name that we have put there": (
             "A = 1\n", "import hotrepl; m.reload = hotrepl.reload", "A = 1\n\n", ["report == 'nothing changed'"]),
+        "unknown: second name of a class": (
+            "class C: pass\n", "m.D = m.C", "class C: pass\n\n", ["m.D is m.C", "'D is not in the file' in report"]),
         "unknown: counter": (
             "n = 0\ndef f():\n    global n\n    n += 1\n", "m.f()", "n = 0\ndef f():\n    global n\n    n += 2\n", ["\"can't tell\" not in report", "m.n == 1"]),
         "unknown: lambda that is as it was": ("f = lambda: 1\nX = 1\n", "m.X = 2", "f = lambda: 1\nX = 1\n", ["'f' not in report.split('the file')[0]"]),
         "unknown: typed over a function, and anew": (
             "def f(): return 1\n", "exec(compile('def f(): return 5\\ndef g(): pass', '<console>', 'exec'), vars(m))",
-            "def f(): return 1\n\n", ["m.f() == 5"]),
+            "def f(): return 1\n\n", ["m.f() == 5", "'g is not' not in report"]),
         "unknown: function in an object": (
             "class Deco:\n    def __init__(self, func): self.func = func\n    def __call__(self): return self.func()\n@Deco\ndef f(): return 1\n", "",
             "class Deco:\n    def __init__(self, func): self.func = func\n    def __call__(self): return self.func()\n@Deco\ndef f(): return 2\n",
