@@ -4169,7 +4169,7 @@ class _Evidence:
         node = statement.node
         path = prefix + node.name
         if live is _MISSING:
-            if cls is None and node.name in self.set_globals:
+            if node.name in self.set_globals:
                 return "same"
             self._tell(path)
             return "new"
