@@ -445,17 +445,11 @@ def check_request(request):
         raise ProtocolError("unknown command %s, expected one of %s"
                             % (shorten(name), ", ".join(each.name for each in COMMANDS)))
     for field, (kind, is_required) in command.fields.items():
-        _check_field(request, name, field, kind, is_required)
+        value = request.get(field)
+        if (is_required or value is not None) and type(value) is not kind:
+            raise ProtocolError("%s: field %r is %s, expected %s"
+                                % (name, field, shorten(value), kind.__name__))
     return command
-
-
-def _check_field(request, name, field, kind, is_required):
-    value = request.get(field)
-    if value is None and not is_required:
-        return
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ProtocolError("%s: field %r is %s, expected %s"
-                            % (name, field, shorten(value), kind.__name__))
 
 
 class MarkDecoder:
@@ -1837,8 +1831,14 @@ class ConsoleMixin:
             self.showsyntaxerror(self.filename)
             return
         if not self.own.isdisjoint(("runsource", "runcode")):     # it expands macros, or the like
-            with self._taking_blocks(), self.evaluator.showing_last_value(code_objects[1]):
-                self.runsource(source, self.filename, "single")
+            before = self.compile
+            if self._has_plain_compiler:
+                self.compile = _BlockCompiler(before)
+            try:
+                with self.evaluator.showing_last_value(code_objects[1]):
+                    self.runsource(source, self.filename, "single")
+            finally:
+                self.compile = before
         elif code_objects[0] is None or self.runcode(code_objects[0]):
             if code_objects[1] is not None:
                 self.runcode(code_objects[1])
@@ -1888,17 +1888,6 @@ class ConsoleMixin:
             last = compile(last, self.filename, "eval", flags, True)
         body = compile(tree, self.filename, "exec", flags, True) if tree.body else None
         return body, last
-
-    @contextmanager
-    def _taking_blocks(self):
-        """Within this InteractiveInterpreter's runsource() takes any number of statements."""
-        before = getattr(self, "compile", None)   # whatever made it
-        if self._has_plain_compiler:
-            self.compile = _BlockCompiler(before)
-        try:
-            yield
-        finally:
-            self.compile = before
 
     def runsource(self, source, filename="<input>", symbol="single"):
         """As InteractiveInterpreter's; but mcpyrate takes each line that ends in a question mark
