@@ -76,7 +76,8 @@ LEFT OUT on purpose, so that nobody adds it unknowingly:
   - Several files, dependencies, a pip package: who copies one file owns what runs in production.
   - A thread or a timer for each session beside its own, polling: idle must cost nothing.
   - A cache of completions or of modules' folders: a wrong list is worse than 10 ms.
-  - Completion that evaluates (properties, calls), as IPython's: it would run the program.
+  - Completion that evaluates (properties, calls), as IPython's: it would run the program. Of file
+    names: they are of the server's machine, and a string is mostly none.
   - Colours and history in the server: they are the client's, and netcat's user wants none.
   - Access control within a session: who can run Python can undo it.
   - Reload when a file is saved: half an edit would run; a person, or an editor, says when.
@@ -2039,7 +2040,7 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 # `_Place.find` decides by the last token:
 #     import, from    modules; names in one that is loaded
 #     value.          attributes
-#     value["         string keys; elsewhere in quotes: file names
+#     value["         string keys
 #     value(          nothing, but a hint: how to call it
 #     value(a, na     keyword arguments that are not given yet, then names
 #     else            names of the namespace, builtins, keywords
@@ -2157,17 +2158,14 @@ class _Place:
         return self._keyword_arguments(called) + self._names(), None
 
     def _in_string(self):
-        """The keys that fit after `d["`, or file names, spelled for this kind of string."""
-        quote, ending = self.quote, ""
-        typed = _constant(self.prefix.strip("fFtT") + quote + self.word + quote)
-        if self.tokens[-1] == "[" and _ends_operand(self.tokens[-2]):
-            found = _keys(self._value(len(self.tokens) - 1), typed)
-            ending = "" if self.rest.startswith(quote) else quote + "]"
-        else:
-            found = _files(typed)
-        if "r" in self.prefix.lower():
-            return sorted(text + ending for text in found if quote not in text)
-        return sorted(_escape(text, quote) + ending for text in found)
+        """The keys that fit after `d["`, spelled for this kind of string."""
+        quote = self.quote
+        if self.prefix or self.tokens[-1] != "[" or not _ends_operand(self.tokens[-2]):
+            return []
+        typed = _constant(quote + self.word + quote)
+        ending = "" if self.rest.startswith(quote) else quote + "]"
+        return sorted(_escape(key, quote) + ending
+                      for key in _keys(self._value(len(self.tokens) - 1), typed))
 
     def _value(self, end):
         """The object named by the tokens before `end`: a dotted name, with constant subscripts."""
@@ -2249,16 +2247,6 @@ def _keys(mapping, typed):
             raise LookupError("to list this mapping could run code")
         mapping = dict.keys(mapping)
     return [key for key in list(mapping) if type(key) is str and key.startswith(typed)]
-
-
-def _files(typed):
-    """The paths that begin with `typed`, folders with a separator; OSError for the unreadable."""
-    path = os.path.expanduser(typed)
-    name = os.path.basename(path)
-    head = path[:len(path) - len(name)]
-    return [head + found + (os.sep if os.path.isdir(head + found) else "")
-            for found in os.listdir(head or ".")
-            if found.startswith(name) and (name or not found.startswith("."))]
 
 
 def _escape(text, quote):
