@@ -1308,9 +1308,11 @@ class Followers(Installed):
         return teed
 
     def _on_record(self, name, *args, **kwargs):
+        import logging
         record = self._make_record(name, *args, **kwargs)
         if name is not None:      # None: makeLogRecord() fills it in later
-            self._note(_format_record(record))
+            with suppress(Exception):     # arguments that don't fit: the program's handlers say so
+                self._note(logging.Formatter(logging.BASIC_FORMAT).format(record) + "\n")
         return record
 
     def _note(self, text):
@@ -1318,14 +1320,6 @@ class Followers(Installed):
         for each in self._all:
             if each.evaluator is not own:
                 each.note(text)
-
-
-def _format_record(record):
-    import logging
-    try:
-        return logging.Formatter(logging.BASIC_FORMAT).format(record) + "\n"
-    except Exception as exc:      # arguments that don't fit: the program's handlers say more
-        return "%s:%s:%s (%s)\n" % (record.levelname, record.name, record.msg, exc)
 
 
 FLUSHER = Flusher()

@@ -2627,10 +2627,14 @@ class TestCompletingAttributes(CompletionCase):
             def __getitem__(self, index):
                 Sample.ran.append(index)
 
+        class Key:
+            def __hash__(self):
+                return Sample.ran.append("hash") or 1
+
         counts = collections.defaultdict(lambda: Sample.ran.append("default"))
-        self.namespace.update(row=Row("a"), counts=counts)
+        self.namespace.update(row=Row("a"), counts=counts, key=Key())
         self.assertEqual(self.matches("row[0].upp"), [])
-        self.assertEqual(self.matches("counts['x'].upp"), [])
+        self.assertEqual(self.matches("counts['x'].upp") + self.matches("counts[key].upp"), [])
         self.assertEqual((Sample.ran, dict(counts)), ([], {}))
 
     def test_a_call_is_not_evaluated(self):
@@ -2788,6 +2792,7 @@ class TestCompletingCalls(CompletionCase):
     def test_keyword_arguments_are_completed(self):
         self.assertEqual(self.matches("function(1, gam"), ["gamma="])
         self.assertIn("gamma=", self.matches("function(1, "))
+        self.assertNotIn("args=", self.matches("function(ar"))
         self.assertEqual(self.matches("sample.method(alph"), ["alpha="])
 
     def test_keyword_arguments_come_before_names(self):
@@ -2803,7 +2808,7 @@ class TestCompletingCalls(CompletionCase):
         self.assertIn("gamma=", self.matches("function(gamma == 1, ga"))
 
     def test_keyword_arguments_are_offered_only_where_an_argument_begins(self):
-        for line in ("function(x + al", "function(x=al", "function([al", "def function(al"):
+        for line in ("function(x + al", "function(x=al", "function([al", "function[0, al", "def function(al"):
             self.assertNotIn("alpha=", self.matches(line), line)
 
     def test_keyword_arguments_are_completed_on_the_next_line(self):
@@ -2864,7 +2869,7 @@ class TestCompletingKeys(CompletionCase):
 
     def test_a_mapping_with_code_of_its_own_is_not_asked(self):
         class Mapping(dict):
-            def __getitem__(self, key):
+            def __getitem__(self, key=None):
                 Sample.ran.append(key)
 
             __iter__ = keys = __getitem__
@@ -2941,7 +2946,7 @@ class TestCompletingImports(CompletionCase):
     def test_after_the_module_comes_the_word_import(self):
         self.assertEqual(self.matches("from os "), ["import "])
         self.assertEqual(self.matches("from os.path imp"), ["import "])
-        for line in ("from .o", "import os ", "import os as ", "from os import path ", "from os import x as "):
+        for line in ("from .o", "from os zz", "import os ", "import os as ", "from os import path ", "from os import x as "):
             self.assertEqual(self.matches(line), [], line)
 
     def test_names_of_a_loaded_module_are_completed_after_from(self):
