@@ -9184,14 +9184,14 @@ def _holder(peer, expected=None):
         pids = [name for name in os.listdir("/proc") if name.isdigit()]
     for pid in reversed(pids):
         with suppress(OSError):   # it has ended
-            with open("/proc/%s/status" % pid) as status:
-                found = status.read().partition("\nUid:\t")[2].split(None, 4)[:4]
+            with open("/proc/%s/status" % pid, "rb", 0) as status:
+                found = [int(uid) for uid in status.read(4096).split(b"\nUid:\t")[1].split()[:4]]
             # To look through what it has open takes long: not for one more of root's.
-            is_known = peer.uid == 0 and 0 in uids and set(found) == {"0"}
+            is_known = peer.uid == 0 and 0 in uids and set(found) == {0}
             if not is_known and _has_open("/proc/%s/task" % pid, link):
                 # What a user starts is root's by its file only, and holds what it was given.
-                is_roots = found[0] == "0" and (peer.uid == 0 or str(peer.uid) in found)
-                uids.add(0 if is_roots else peer.uid or int(found[0]))
+                is_roots = found[0] == 0 and (peer.uid == 0 or peer.uid in found)
+                uids.add(0 if is_roots else peer.uid or found[0])
     return max(uids, default=None)
 
 
@@ -12155,14 +12155,6 @@ def at_fork(in_child, before=int, in_parent=int):
         os.fork = fork
 
 
-def _plain_host(host):
-    """Return an ASCII `host` as bytes: for a str getaddrinfo imports encodings.idna."""
-    try:
-        return host.encode("ascii")
-    except (AttributeError, UnicodeEncodeError):
-        return host
-
-
 def _listeners(bind, port, control_port, unix, door):
     """Yield the socket of the REPL channel, and then that of the control channel, as contexts."""
     if unix is None:
@@ -12190,9 +12182,12 @@ def _listen(bind, port, parameter):
     """Return a socket that listens; an OSError says what to do."""
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise ValueError("%s is %r, expected a number from 0 to 65535" % (parameter, port))
+    host = bind
+    with suppress(AttributeError, UnicodeEncodeError):    # for a str it imports encodings.idna
+        host = bind.encode("ascii")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
-            _plain_host(bind), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as exc:
         raise OSError(exc.errno, "%r is no address to bind: %s" % (bind, exc.strerror)) from exc
     with ExitStack() as undo:
