@@ -8045,7 +8045,8 @@ def at(where):
     _listed.marks = marks
     raise LookupError("%d calls of %r run, name one by its number: %s" % (
         len(fits), where, "; ".join("%d: %s, %s" % (number, mark.text, mark.title.split(",")[0])
-                                    for number, mark in enumerate(marks, 1) if number in fits)))
+                                    for number, mark in enumerate(marks, 1)
+                                    if number in fits[-5:])))
 
 
 def watch(function, count=10, when=None, quiet=False, seconds=600.0):
@@ -12581,6 +12582,9 @@ class Conversation:
                         _gone("it closed the connection")
                     self._answer(kind)
             except Left:
+                if self._state != "leaving":      # the shell's prompt is not to stand behind ^C
+                    with suppress(Left):
+                        self.terminal.write(b"\n")
                 return 0
             except (ProtocolError, ServerGone) as exc:
                 if self._state == "leaving" or self.link.is_ended:
@@ -13456,6 +13460,7 @@ def main(argv=None):
         _say(exc.strerror or str(exc))
         return 1
     except KeyboardInterrupt:
+        _say("interrupted")
         return 130
     except ValueError as exc:
         _say(str(exc))
