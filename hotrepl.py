@@ -3248,16 +3248,14 @@ _LIBRARY = tuple(os.path.join(each, "") for folder in [os.path.dirname(os.__file
 def _is_library_folder(folder):
     """Tell whether a folder is the standard library's or that of an installed package."""
     # The other name of a link is looked for here only: beside a busy thread an lstat() takes 5 ms.
-    return _is_below_library(folder) or any(
-        _is_below_library(each) or "-packages" + os.sep in each + os.sep
-        for each in (folder, os.path.realpath(folder)))
+    return _is_named_as_library(folder) or _is_named_as_library(os.path.realpath(folder))
 
 
 _folder_of = functools.lru_cache(maxsize=10000)(os.path.dirname)
 
 
-def _is_below_library(folder):
-    return (folder + os.sep).startswith(_LIBRARY)
+def _is_named_as_library(folder):
+    return (folder + os.sep).startswith(_LIBRARY) or "-packages" + os.sep in folder + os.sep
 
 
 def _is_library(path):

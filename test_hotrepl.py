@@ -5654,7 +5654,7 @@ class Modules(Workspace):
         self.assertEqual((pkg.f(), pkg.sub.f(), pkg.X), (2, 2, 2))
 
     def test_to_find_the_modules_asks_the_disk_for_none_of_the_library(self):
-        hotrepl._own_modules()        # where the library is, is found out once
+        hotrepl._is_library_folder.cache_clear()
         library, asked = os.path.dirname(os.__file__), []
         with unittest.mock.patch.object(os, "lstat", lambda path, lstat=os.lstat, **options: (
                 asked.append(path), lstat(path, **options))[1]):
