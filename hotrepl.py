@@ -9200,14 +9200,14 @@ def _has_open(tasks, link):
         with suppress(OSError):       # this thread has ended
             folder = os.open("%s/%s/fd" % (tasks, task), os.O_RDONLY)
             try:
-                if any(_leads_to(name, folder, link) for name in os.listdir(folder)):
+                if any(_is_link_to(name, folder, link) for name in os.listdir(folder)):
                     return True
             finally:
                 os.close(folder)
     return False
 
 
-def _leads_to(name, folder, link):
+def _is_link_to(name, folder, link):
     try:                          # by the folder's descriptor: a path would take twice as long
         return os.readlink(name, dir_fd=folder) == link
     except OSError:               # it was closed
