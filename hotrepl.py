@@ -830,9 +830,10 @@ class StreamRouter(Installed):
         super().__init__()
         # Name in its module -> our stand-in there; replaced as a whole, guarded by _lock.
         self.ours = {}
-        # (name, stand-in), the newest; guarded by _lock. They are kept for a while after their
-        # time: a print() that runs just now has no reference of its own to one, and would crash.
-        self._made = collections.deque(maxlen=256)
+        # (name, id of what it stands for) -> stand-in, the newest last; guarded by _lock. They are
+        # kept for a while after their time, for the next session, and since a print() that runs
+        # just now has no reference of its own to one, and would crash.
+        self._made = {}
 
     def bind(self, streams):
         """Give the calling thread `streams`, a dict of name -> stream, behind sys's stand-ins.
@@ -850,7 +851,8 @@ class StreamRouter(Installed):
 
     def unbind(self):
         """Have the calling thread print where the program does."""
-        for name, each in list(self._made) + list(self.ours.items()):
+        made = [(name, each) for (name, _), each in list(self._made.items())]
+        for name, each in made + list(self.ours.items()):
             if name in STREAM_NAMES:
                 each._use(each.default)
 
@@ -897,8 +899,11 @@ class StreamRouter(Installed):
             module = __import__(module)
             value = _without_retired(_standing(module, name))
             if self.ours.get(name) not in _stand_ins(value):
-                each = ThreadFunction(value, own) if own else thread_stream(value)
-                self._made.append((name, each))
+                each = self._made.pop((name, id(value)), None) or (
+                    ThreadFunction(value, own) if own else thread_stream(value))
+                self._made[name, id(value)] = each
+                if len(self._made) > 256:
+                    del self._made[next(iter(self._made))]
                 self.ours = dict(self.ours, **{name: each})
                 setattr(module, name, each)
 

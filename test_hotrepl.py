@@ -1055,6 +1055,15 @@ class ThreadStreams(Case):
         second.finish()
         eventually(lambda: (sys.stdin, sys.stdout, sys.stderr, sys.displayhook) == before)
 
+    def test_what_stands_in_sys_is_used_again_by_the_next_session(self):
+        served, found = self.serve(), []
+        for _ in range(2):
+            wire = served.wire()
+            found.append(sys.stdout)
+            wire.finish()
+            eventually(lambda: not served.server.sessions())
+        self.assertIs(*found)
+
     def test_a_session_prints_to_its_own_client(self):
         served = self.serve()
         one, two = served.wire(), served.wire()
