@@ -4769,7 +4769,8 @@ class _Apply:
     def _apply_def(self, scope, pair):
         """The head of a function changed: a default, a parameter, an annotation, a decorator."""
         old, new = pair.old.node, pair.new.node
-        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new):
+        if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new) and (
+                scope.last_binder(new.name) is pair.new):
             self._define(scope, pair)
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)

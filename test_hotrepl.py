@@ -7479,6 +7479,9 @@ class Scenarios(Workspace):
             ["m.f() == (1, 2)", "f() == (1, 2)", "m.f.__code__.co_name == 'f'"]),
         "default of a function that is wrapped below it": (
             DECO + "def f(a=1): return a\nf = deco(1)(f)\n", "", DECO + "def f(a=2): return a\nf = deco(1)(f)\n", ["m.f() == (1, 2)"]),
+        "signature of a function that is wrapped below it": (
+            DECO + "def f(a): return a\nf = deco(1)(f)\n", "f = m.f", DECO + "def f(a, b=5): return a, b\nf = deco(1)(f)\n",
+            ["m.f(1) == (1, (1, 5))", "m.f is f"]),
         "attribute of a class that is wrapped below it": (
             COUNT + "class C: x = 1\nC = count(C)\n", "cls = m.C", COUNT + "class C: x = 2\nC = count(C)\n", ["m.C is cls", "m.C.x == 2", "m.N == ['C']"]),
         "variable of a closure that has no value now": (
