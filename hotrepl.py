@@ -12295,6 +12295,7 @@ class Left(Exception):
     """The user forced the end of the client."""
 
 
+BACKSPACES = b"\b", b"\x7f"       # what a terminal may send for that key
 PASTE_PAUSE_S = 0.01              # what comes sooner after a line than this was pasted with it
 HALF_LINE_S = 0.02                # a line whose end does not come for so long is shown
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
@@ -13064,6 +13065,8 @@ class Terminal:
         self._is_typed_ahead = False
         if key == CTRL_D and not _line_buffer().strip():
             self._ending, key = EOFError(), b""
+        if key in BACKSPACES and re.match(rb"(    )+\Z", _line_buffer()):
+            self._typed = key * 3 + self._typed       # it takes back a step of the indentation
         return key
 
     def _rest_of_paste(self):

@@ -17415,7 +17415,7 @@ class Statements(Case):
     def type_lines(self, *lines):
         for line in lines:
             self.terminal.type(line + "\n")
-            self.terminal.until(line + "\n")
+            self.terminal.until(line.lstrip("\x7f") + "\n")
             self.terminal.until("... ")
         self.terminal.type("\n")
         self.terminal.until(">>> ")
@@ -17425,6 +17425,10 @@ class Statements(Case):
         self.terminal.ask("f(5)", "\n120")
         self.type_lines("for n in range(3):", "x = '''", "a", "b'''", "y = n", "pass")
         self.terminal.ask("x, y", "\n('\\na\\nb', 2)")
+
+    def test_backspace_takes_back_one_step_of_the_indentation(self):
+        self.type_lines("if 0:", "if 1:", "x = 1", "\x7f\x7felse:", "x = 2")
+        self.terminal.ask("x + 40", "\n42")
 
     def test_an_empty_line_is_not_indented(self):
         self.terminal.type("x = '''\n")
