@@ -8170,7 +8170,7 @@ def _find_typed_class(kind):
     """
     import inspect
     import linecache
-    files = {each.__code__.co_filename for each in vars(kind).values() if hasattr(each, "__code__")}
+    files = {each.__code__.co_filename for each in vars(kind).values() if _is_python(each)}
     files = [each for each in files if each in _remembered or not each.startswith("<")]
     for filename in reversed(list(_remembered)):
         lines = linecache.getlines(filename)

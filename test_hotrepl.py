@@ -2802,6 +2802,7 @@ class TestCompletingCalls(CompletionCase):
         self.assertEqual(self.matches("function(1, gam"), ["gamma="])
         self.assertIn("gamma=", self.matches("function(1, "))
         self.assertNotIn("args=", self.matches("function(ar"))
+        self.assertEqual(self.matches("function[0, gam"), [])
         self.assertEqual(self.matches("sample.method(alph"), ["alpha="])
 
     def test_keyword_arguments_come_before_names(self):
@@ -2817,7 +2818,7 @@ class TestCompletingCalls(CompletionCase):
         self.assertIn("gamma=", self.matches("function(gamma == 1, ga"))
 
     def test_keyword_arguments_are_offered_only_where_an_argument_begins(self):
-        for line in ("function(x + al", "function(x=al", "function([al", "function[0, al", "def function(al"):
+        for line in ("function(x + al", "function(x=al", "function([al", "def function(al"):
             self.assertNotIn("alpha=", self.matches(line), line)
 
     def test_keyword_arguments_are_completed_on_the_next_line(self):
