@@ -974,7 +974,6 @@ class SessionStream(OfSession, io.BufferedIOBase):
         self._guard = guard       # Interrupts of the thread that prints
         self._flusher = flusher   # None: send at each write
         self.count = 0            # bytes so far
-        self._is_begun = False    # something was printed, and the Flusher visits us
         self._earlier = earlier   # a stream whose text goes out before ours
         self._slots = None        # our thread's slots of the stand-in: print() finds `write` there
         self.text = io.TextIOWrapper(self, "utf-8", "strict" if flusher else "backslashreplace",
@@ -984,19 +983,16 @@ class SessionStream(OfSession, io.BufferedIOBase):
     def bind(self, stand_in):
         """Be what `stand_in` stands for in the calling thread."""
         self._slots = stand_in._use(self.text)
-        self._is_begun = True
         self.rearm()
 
     def rearm(self):
         """Stop the Flusher's visits until the next text is printed."""
-        if self._flusher is not None and self._is_begun:
-            self._is_begun = False
+        if self._flusher is not None:
             self._flusher.unwatch(self)
             self._slots["write"] = self._write_first
 
     def _write_first(self, text):
         self._check_peer()
-        self._is_begun = True
         self._guard.shield(self._flusher.watch, self)
         self._slots["write"] = self.text.write    # from here on print() runs in C
         return self.text.write(text)
@@ -1004,7 +1000,7 @@ class SessionStream(OfSession, io.BufferedIOBase):
     def tick(self):
         """Send what was printed so far, as far as that does not block; called by the Flusher."""
         text = self.text
-        if text is not None:
+        if text is not None:      # the session has ended just now
             self.sink.tick(text.flush)
         if self.sink.is_broken:   # the next print() is to raise BrokenPipeError
             self._slots["write"] = self._write_first
@@ -1136,7 +1132,7 @@ class Flusher:
         me = threading.current_thread()
         while self._thread is me:
             self._wake.wait()
-            while self._watched and self._thread is me:
+            while self._watched:
                 time.sleep(FLUSH_INTERVAL_S)
                 for stream in list(self._watched):
                     stream.tick()

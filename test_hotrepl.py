@@ -1099,6 +1099,11 @@ class ThreadStreams(Case):
         served.namespace["go"].set()
         self.assertEqual(wire.until(">>> "), "True\n>>> ")
 
+    def test_a_stream_whose_session_has_just_ended_can_be_visited(self):
+        stream = hotrepl.SessionStream("stdout", types.SimpleNamespace(is_broken=False), None)
+        stream.release()
+        stream.tick()
+
     def test_stderr_and_stdout_keep_their_order(self):
         wire = self.serve().wire()
         wire.ask("import sys")
