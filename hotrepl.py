@@ -11830,6 +11830,7 @@ class Server:
 
     def _accept(self, selector, netlink):
         """The server's thread: let in who comes, until the server stops."""
+        selector.select(0.001)    # start() returns first: it would wait for us
         note_program()
         timeout_s = LOADING_DELAY_S
         while not self._is_stopped:
