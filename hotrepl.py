@@ -8453,7 +8453,7 @@ class Calls(list):
             self.function = _patch_target(function)
         if not isinstance(self.function, types.FunctionType):
             raise TypeError("expected a Python function or method, found %s; of a class watch "
-                            "one of its methods" % shorten(function))
+                            "one of its methods" % shorten(repr(function)))
         self._wanted = itertools.islice(filter(when, self._noted()), count)   # for who looks
         self._end = time.monotonic() + seconds
         self._session = current_session()
@@ -10055,8 +10055,8 @@ def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
                   and (words[3] == b"0A" or words[9] != b"0")}
     others = printable(b", ".join(sorted(owners.difference(user))).decode("ascii", "replace"))
     if not owners and has_rows:
-        raise ConnectionError(errno.ECONNREFUSED, "no server listens at %s, so nothing was sent"
-                              % target)
+        raise ConnectionError(errno.ECONNREFUSED, "no server listens at %s port %d, so nothing "
+                              "was sent" % (target, ports[0]))
     if others and user != [b"0"]:
         raise PermissionError(errno.EACCES, "the server at %s is uid %s's over there, not that of "
                               "whom ssh lets in, so nothing was sent" % (target, others))
@@ -12253,8 +12253,8 @@ def _join_address(address):
 
 def _default_banner():
     pypy = " (PyPy %d.%d.%d)" % sys.pypy_version_info[:3] if IS_PYPY else ""
-    return ("Python %s%s, hotrepl %s. doc() lists tools, doc(obj) or obj? explains, "
-            "exit() leaves.\n" % (sys.version.split()[0], pypy, __version__))
+    return "Python %s%s, hotrepl %s. doc() lists tools, obj? explains, exit() leaves.\n" % (
+        sys.version.split()[0], pypy, __version__)
 
 
 def _with_newline(text):

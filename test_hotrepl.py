@@ -13647,7 +13647,7 @@ class Ssh(AccessCase):
         tool("setpriv")
         self.restart(self.AS_OWNER)
         self.served.close()
-        self.assertRegex(self.refused(), r"(?m)^hotrepl: no server listens at \S+, so nothing was sent$")
+        self.assertRegex(self.refused(), r"(?m)^hotrepl: no server listens at \S+ port \d+, so nothing was sent$")
 
     def test_another_users_unix_socket_over_there_gets_nothing(self):
         tool("setpriv")
@@ -15816,6 +15816,7 @@ class OddSurroundings(Case):
         with Served(banner=None) as served:
             self.assertEqual("(PyPy " in served.wire().banner, IS_PYPY)
             self.assertIn("doc() lists tools", served.wire().banner)
+            self.assertEqual(max(map(len, served.wire().banner.split("\n"))) < 80, not IS_PYPY)
 
     def test_children_of_serve_end_by_signals_as_ever(self):
         if not hasattr(os, "fork"):
