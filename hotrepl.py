@@ -1791,12 +1791,10 @@ class ConsoleMixin:
         # Behind our attributes, as imacropy's runs code in it.
         super().__init__(namespace)   # type: ignore[call-arg]
         from codeop import CommandCompiler
-        compiler = getattr(self, "compile", None)
-        self._has_plain_compiler = type(compiler) is CommandCompiler
+        self._has_plain_compiler = type(self.compile) is CommandCompiler
         self._is_plain = (self._has_plain_compiler
                           and self.own.isdisjoint(("push", "runsource", "runcode")))
-        if hasattr(compiler, "compiler"):
-            compiler.compiler.flags |= ALLOW_AWAIT        # mcpyrate and imacropy take it from there
+        self.compile.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
 
     def run_line(self, line):
         """Run `line`, or keep it until more come; return whether the console wants more."""
@@ -1876,7 +1874,7 @@ class ConsoleMixin:
     def _compile_block(self, source):
         """Return the code of all but a last expression, and of that; either may be None."""
         import ast
-        flags = getattr(self.compile.compiler, "flags", 0) & ~_INTERACTIVE_FLAGS
+        flags = self.compile.compiler.flags & ~_INTERACTIVE_FLAGS
         tree = compile(source, self.filename, "exec", flags | ast.PyCF_ONLY_AST, True)
         last = None
         if tree.body and isinstance(tree.body[-1], ast.Expr):

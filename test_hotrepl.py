@@ -1921,7 +1921,9 @@ class Consoles(Case):
                              "ModuleNotFoundError: No module named 'this_module_does_not_exist'")
 
     def test_one_that_fails_to_import_leaves_no_trace(self):
-        self.assert_miss(self.BROKEN + "        raise TypeError('required field lineno')\n")
+        sys.modules.pop("colorsys", None)
+        self.assert_miss("\n        import colorsys" + self.BROKEN + "raise TypeError('required field lineno')\n")
+        self.assertTrue("colorsys" in sys.modules, "it is kept, as others may have it by now")
 
     def test_one_that_exits_while_it_is_imported_is_a_miss(self):
         self.assert_miss("raise NotImplementedError")
