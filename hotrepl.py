@@ -4658,7 +4658,7 @@ class _Apply:
         """
         successors, later = _Successors(edit), []
         absent = _bound_by(edit.new.statements).difference(edit.space)
-        named = successors.named_functions() if len(self.edits) == 1 else None
+        named = successors.named_functions()
         for function in self._live_functions(edit) if named is None else named:
             found = successors.of(function)
             if found is None:

@@ -7444,9 +7444,9 @@ class Scenarios(Workspace):
             "class C:\n    def m(self): return 2\n", ["m.C().m() == 2"]),
         "implementation that is gone, of a generic function that is another": (
             "import functools\ndef deco(n):\n    return lambda f: f\n@deco(1)\n@functools.singledispatch\ndef f(x): return 'other'\n"
-            "@f.register(int)\ndef _(x): return 'int'\n", "m.f.register(str)(lambda x: 'str')",
-            "import functools\ndef deco(n):\n    return lambda f: f\n@deco(2)\n@functools.singledispatch\ndef f(x): return 'other'\n",
-            ["(m.f(1), m.f('')) == ('other', 'str')"]),
+            "@f.register(int)\ndef _(x): return 'int'\n", "for c in (str, bytes): m.f.register(c)(lambda x: 'str')",
+            "import functools\ndef deco(n):\n    return lambda f: f\n@deco(2)\n@functools.singledispatch\ndef f(x): return 'other'\n"
+            "@f.register(bytes)\ndef _(x): return 'bytes'\n", ["(m.f(1), m.f(''), m.f(b'')) == ('other', 'str', 'bytes')"]),
         "decorator that returns another function": (
             "def g(): return 9\ndef deco(n):\n    return lambda f: g if n == 2 else f\n@deco(1)\ndef f(): return 1\n", "f = m.f",
             "def g(): return 9\ndef deco(n):\n    return lambda f: g if n == 2 else f\n@deco(2)\ndef f(): return 1\n",
@@ -7560,6 +7560,9 @@ class Scenarios(Workspace):
             "def deco(f):\n    def inner(): return f()\n    inner.__doc__ = 'own'\n    return inner\n@deco\ndef f():\n    'one'\n", "",
             "def deco(f):\n    def inner(): return f()\n    inner.__doc__ = 'own'\n    return inner\n@deco\ndef f():\n    'two'\n",
             ["m.f.__doc__ == 'own'"]),
+        "docstring of a function in whose place the program has put another": (
+            "def f():\n    'one'\ndef g():\n    'one'\n", "f = m.f; m.f = m.g",
+            "def f():\n    'two'\ndef g():\n    'one'\n", ["f.__doc__ == 'two'", "m.g.__doc__ == 'one'"]),
         "docstring of a cached property": (
             "import functools\nclass C:\n    @functools.cached_property\n    def p(self):\n        'one'\n        return 1\n", "",
             "import functools\nclass C:\n    @functools.cached_property\n    def p(self):\n        'two'\n        return 1\n",
