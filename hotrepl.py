@@ -12296,7 +12296,6 @@ HALF_LINE_S = 0.02                # a line whose end does not come for so long i
 STUCK_AFTER_S = 1.0               # an evaluation that ignores Ctrl+C for so long is stuck
 HASTE_S = 3.0                     # who answers a question so fast by Ctrl+C wants to leave it
 PROMPT_LIMIT_BYTES = 400          # more is text: readline writes past its memory at 256 rows
-UNREACHED_MS = 15000              # so long no machine takes a request (a firewall): there is none
 KEPT_EVENTS, KEPT_BYTES = 100, 4 << 20    # of what came and is not shown yet; then the server waits
 
 
@@ -12345,9 +12344,6 @@ class Link:
         if not found or int(found.group(1)) > 65535:
             _gone("it names no control channel: %s" % shorten(address))
         self.control = call_control(int(found.group(1)))
-        if (hasattr(socket, "TCP_USER_TIMEOUT")
-                and self.control.family in (socket.AF_INET, socket.AF_INET6)):
-            self.control.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREACHED_MS)
         if is_known:
             self.ask("Authenticate", proof=found.group(2).decode("ascii"))
         self.ask("PairWithSession", id=number, secret=secret)
@@ -12604,7 +12600,7 @@ class Conversation:
         if self._explain_at is not None and time.monotonic() >= self._explain_at:
             self._ask_why()
         self._show_notes()
-        if self.terminal.holds_back():
+        if self.terminal.held:
             return HALF_LINE_S
         return self._explain_at and max(0.0, self._explain_at - time.monotonic())
 
@@ -12830,7 +12826,7 @@ class Terminal:
         self._typed = b""         # what was read and belongs to the next line
         self._is_typed_ahead = False  # the next key was typed before its line was begun
         self._line = b""          # the end of what is shown since the last newline, ...
-        self._held = b""          # ... and what has come behind it
+        self.held = b""          # ... and what has come behind it
         self._is_line_open = False    # Ctrl+C ended a line there: what comes next begins a new one
         self._takes_pastes = False    # a paste of several lines is read as one string
         self._marks_pastes = False    # the terminal can be told to mark where one begins and ends
@@ -12864,19 +12860,15 @@ class Terminal:
 
     def show(self, data):
         """Write the lines that come, and hold back a last one that is begun: it may be a prompt."""
-        head, newline, self._held = (self._held + data).rpartition(b"\n")
+        head, newline, self.held = (self.held + data).rpartition(b"\n")
         self._show_now(head + newline)
-        if len(self._held) > PROMPT_LIMIT_BYTES:
+        if len(self.held) > PROMPT_LIMIT_BYTES:
             self.show_held()
 
     def show_held(self):
         """Write what is held back: its end does not come."""
-        held, self._held = self._held, b""
+        held, self.held = self.held, b""
         self._show_now(held)
-
-    def holds_back(self):
-        """Return whether there is something that `show_held` would write."""
-        return bool(self._held)
 
     def _show_now(self, data):
         if data and self._is_line_open and not data.startswith(b"\n"):
@@ -12903,7 +12895,7 @@ class Terminal:
 
         A line that is long it does not stand behind. A byte that is no text would become three.
         """
-        prompt, self._held = self._held, b""
+        prompt, self.held = self.held, b""
         if self._is_line_open or len(self._line + prompt) > PROMPT_LIMIT_BYTES:
             self.end_line()
         if self._line:
