@@ -7556,10 +7556,9 @@ class Scenarios(Workspace):
             "import contextlib\n@contextlib.contextmanager\ndef f(a=1):\n    'one'\n    yield a\n", "f = m.f",
             "import contextlib\n@contextlib.contextmanager\ndef f(a=2):\n    'two'\n    yield a\n",
             ["m.f is f", "f.__doc__ == 'two'", "f().__enter__() == 2"]),
-        "docstring of a function whose wrapper has its own": (
-            "def deco(f):\n    def inner(): return f()\n    inner.__doc__ = 'own'\n    return inner\n@deco\ndef f():\n    'one'\n", "",
-            "def deco(f):\n    def inner(): return f()\n    inner.__doc__ = 'own'\n    return inner\n@deco\ndef f():\n    'two'\n",
-            ["m.f.__doc__ == 'own'"]),
+        "docstring of a property that the program has put around the function": (
+            "class C:\n    @property\n    def p(self):\n        'one'\n", "m.C.p = property(m.C.p.fget, doc='own')",
+            "class C:\n    @property\n    def p(self):\n        'two'\n", ["m.C.p.__doc__ == 'own'"]),
         "docstring of a function in whose place the program has put another": (
             "def f():\n    'one'\ndef g():\n    'one'\n", "f = m.f; m.f = m.g",
             "def f():\n    'two'\ndef g():\n    'one'\n", ["f.__doc__ == 'two'", "m.g.__doc__ == 'one'"]),
