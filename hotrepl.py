@@ -10774,7 +10774,7 @@ LOADING_DELAY_S = 0.01            # how long a server waits with that; start() h
 
 def note_program():
     """Have the sources of the program noted, once a server has started."""
-    with suppress(Exception), LOADING, SHORT_TURNS:   # what is new is parsed, by modules to import
+    with LOADING:                 # what is new is parsed, by modules to import
         note_sources()
 
 
@@ -11828,15 +11828,13 @@ class Server:
 
     def _accept(self, selector, netlink):
         """The server's thread: let in who comes, until the server stops."""
-        selector.select(0.001)    # start() returns first: it would wait for us
-        note_program()
-        timeout_s = LOADING_DELAY_S
+        # What to do once nobody has come for so long; start() is to return before all of it.
+        ahead = [(0.001, note_program), (LOADING_DELAY_S, load_library)]
         while not self._is_stopped:
-            found = selector.select(timeout_s)
-            if not found:         # nobody comes just now: get ready for the next
-                timeout_s = None
+            found = selector.select(ahead[0][0] if ahead else None)
+            if not found:
                 with suppress(Exception):     # a session tells its client
-                    load_library()
+                    ahead.pop(0)[1]()
             for key, _ in found:
                 if not key.fileobj.is_own():
                     return log.warning("the program has closed the sockets of the server at %s",
