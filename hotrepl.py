@@ -2031,7 +2031,7 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 #     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
 # What stands before the last "." is found without a call (`_value`), and its attributes are listed.
 # `_Place.find` decides by the last token:
-#     import, from    modules; names in one that is loaded
+#     import, from    modules; names in one, from its source where it is not loaded
 #     value.          attributes
 #     value["         string keys
 #     value(          nothing, but a hint: how to call it
@@ -2409,9 +2409,20 @@ def _with_plain_default(parameter):
 
 
 def _names_in_module(module):
-    """What a module offers: its names if it is loaded, and its submodules."""
-    names = _attribute_names(sys.modules[module]) if module in sys.modules else ()
+    """What a module offers: asked if it is loaded, else read from its source; and submodules."""
+    loaded = sys.modules.get(module)
+    names = _names_in_source(module) if loaded is None else _attribute_names(loaded)
     return itertools.chain(names, _submodules(module))
+
+
+def _names_in_source(module):
+    """The names that a module which is not loaded binds at its top level, if it has a source."""
+    import dis
+    spec = _find_spec(module)
+    source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else ""
+    source = re.sub(r"\\[^\n]", "..", source or "")       # the parser warns of doubtful escapes
+    code = compile(source, module, "exec", 0, True)
+    return [each.argval for each in dis.get_instructions(code) if each.opname == "STORE_NAME"]
 
 
 def _submodules(package):

@@ -2971,6 +2971,26 @@ class TestCompletingImports(CompletionCase):
         self.assertEqual(self.matches("from os import (path, getlog"), ["getlogin"])
         self.assertEqual(self.matches("getlog", before="from os import (path,\n"), ["getlogin"])
 
+    def test_names_of_a_module_that_is_not_loaded_are_read_from_its_source(self):
+        folder = self.on_path("hotrepl_sample_one.py")
+        with open(folder + "/hotrepl_sample_one.py", "w") as stream:
+            stream.write("import sys as name1, name2.x\nname3, (name4, *name5) = 1, (2, 3)\n"
+                         "name6: int = 1\ndef name7(name): name = '\\d'\nclass name8: name9 = 1\n"
+                         "if name8:\n    for name10 in []: pass\nelse:\n    async def name11(): 1\n"
+                         "x = [name for name in 'x']; raise SystemExit\n")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            found = self.matches("from hotrepl_sample_one import name")
+        self.assertEqual(sorted(found, key=lambda name: int(name[4:])),
+                         ["name%d" % number for number in (1, 2, 3, 4, 5, 6, 7, 8, 10, 11)])
+        self.assertEqual(warned, [])
+
+    def test_a_module_with_broken_source_has_no_names(self):
+        folder = self.on_path("hotrepl_sample_one.py")
+        with open(folder + "/hotrepl_sample_one.py", "w") as stream:
+            stream.write("name = (")
+        self.assertEqual(self.matches("from hotrepl_sample_one import na"), [])
+
     def test_a_lazy_module_s_getattr_is_not_called(self):
         lazy = types.ModuleType("hotrepl_lazy")
         lazy.__getattr__ = Sample.ran.append
