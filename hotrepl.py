@@ -3229,7 +3229,7 @@ def _source_path(module):
     """
     space = _space_of(module)
     path, is_script = space.get("__file__"), space.get("__name__") == "__main__"
-    if type(path) is not str or "\0" in path or path.endswith(".pyc") or not (
+    if type(path) is not str or not path or "\0" in path or path.endswith(".pyc") or not (
             is_script or path.endswith((".py", ".pyw"))):
         return None
     if os.path.isabs(path):
@@ -3243,7 +3243,7 @@ def _own_modules():
     found = []
     for name, module in list(sys.modules.items()):
         path = _source_path(module)
-        if path is not None and not _is_library(path) and (
+        if path is not None and type(name) is str and not _is_library(path) and (
                 _space_of(module).get("__name__") == name):
             found.append((name, module, path))
     return found
@@ -4092,6 +4092,8 @@ class _Evidence:
         self.subs = {}          # id of the _Statement of a class -> pairs of its body
         self.pairs = self._look_at(source.statements, self.space, "", None)
         self._look_for_extras(source.names | self.set_globals)
+        if type(self.space.get("__doc__")) is str and "__doc__" not in source.names:
+            self.gone.append(("", "__doc__"))
 
     def _tell(self, path, how=""):
         """Note that a name is not what the file says; without `how` only a dry run lists it."""
@@ -5061,7 +5063,7 @@ class _Apply:
                 edit.had_imported(statement.node.name)):
             before = dict.fromkeys(before, _MISSING)
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
-        places = _Registrations(self, reached, _ids(before.values()) if is_again else set())
+        places = _Registrations(self, reached, _ids_of(before.values()) if is_again else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
@@ -5069,7 +5071,7 @@ class _Apply:
         for value in bound.values() if scope.cls is not None else ():
             _give_column_its_type(scope, statement.node, value)
         if statement.is_definition:
-            places.put_before(_ids(     # what the definitions below it have made
+            places.put_before(_ids_of(  # what the definitions below it have made
                 scope.get(each.node.name) for each in scope.statements
                 if each.start > statement.start and getattr(each.node, "decorator_list", ())))
         for name in sorted(statement.binds):
@@ -5775,6 +5777,11 @@ def _with_lost(edit):
     return [pair._replace(change="lost") if is_lost(pair) else pair for pair in edit.pairs]
 
 
+def _ids_of(values):
+    """Return the ids of what definitions made: the values of their names, and what these wrap."""
+    return _ids(itertools.chain(*([each, *_functions_in(each)] for each in values)))
+
+
 def _ids(values):
     """Return the ids of values, without constants, which others that mean something else hold."""
     return {id(each) for each in values if type(each) not in _CONSTANTS}
@@ -6151,9 +6158,10 @@ def _needs_its_statement(cls, pairs):
     values = [each for each in active
               if not each.is_definition and not each.is_constant and each.kind != "Pass"]
     is_decorated = any(each.is_function and not _is_transparent(each.node) for each in active)
-    # Which annotations a class has come to, only its statement tells.
-    if any(pair.new and not pair.new.is_definition and pair.new.kind != "AnnAssign"
-           and "AnnAssign" in str(pair.new.dump) for pair in pairs):
+    # Which of these a class has come to, only its statement tells.
+    if any("AnnAssign" in str(each.dump) for each in values) and any(
+            pair.new and not pair.new.is_definition and pair.new.kind != "AnnAssign"
+            and "AnnAssign" in str(pair.new.dump) for pair in pairs):
         return True
     kind = next((each for each in _CLASS_KINDS if each.fits(cls)), None)
     return any("__slots__" in each.binds for each in values) or kind is not None and (
@@ -6295,7 +6303,7 @@ class _Readers:
 
     def source_of(self, name):
         """Return the _Source that a module runs at this moment, or None where it is unknown."""
-        if name in self._apply.by_name:
+        if name in self._apply.by_name and name in self._apply.started:
             return self._apply.by_name[name].new
         if name not in self._sources:
             self._sources[name] = _source_of(_hot.known.get(name))
@@ -7094,7 +7102,9 @@ def _imported_values(source, space, edit, before):
     """Return {name: value} of what a module imported from another one and is another now there."""
     found, public, olds = {}, _public(edit.space), _public(before)
     stars = (public | olds) - (source.names - {"*"})
-    for module_name, imported, bound in _imported_names(source, space):
+    imports = list(_imported_names(source, space))
+    spaces = [_space_of(sys.modules.get(each)) for each, imported, _ in imports if imported == "*"]
+    for module_name, imported, bound in imports:
         is_star = imported == "*"
         names = zip(stars, stars) if is_star else [(imported, bound)]
         for name, own in names if module_name == edit.name else ():
@@ -7102,8 +7112,12 @@ def _imported_values(source, space, edit, before):
             live = space.get(own, _MISSING)
             was = _MISSING if is_star and name not in olds else before.get(name, _MISSING)
             now = _MISSING if is_star and name not in public else edit.space.get(name, _MISSING)
-            if live is was and now is not was and (
-                    is_star or now is not _MISSING and was is not _MISSING):
+            if live is not was or now is was or not is_star and (
+                    now is _MISSING or was is _MISSING):
+                continue
+            if now is _MISSING:       # another star may bring it
+                now = next((each[name] for each in spaces if name in _public(each)), now)
+            if now is not live:
                 found[own] = now
     return found
 

@@ -7131,13 +7131,15 @@ class RealPrograms(Workspace):
             for name, path in (("p", pathlib.Path("a.py")), ("b", b"a.py"), ("n", 3), ("z", "a\\0.py"), ("c", "a.pyc"), ("d", "/")):
                 sys.modules[name] = module = types.ModuleType(name)
                 module.__file__ = path
+            sys.modules[5] = module
+            module.__name__, module.__file__ = 5, a.__file__
+            sys.modules["__main__"].__file__ = ""
             hotrepl.note_sources()
             write("a.py", "def f(): return 2\\n")
             hotrepl.note_sources()
-            hotrepl.reload()
-            print(a.f())
+            print(hotrepl.reload(), a.f())
             """)
-        self.assertEqual(output, "2\n")
+        self.assertEqual(output, "changed: a.f 2\n")
 
     def test_compiled_program_can_be_looked_into(self):
         output = self.run_script("""
@@ -7337,6 +7339,12 @@ class Scenarios(Workspace):
             ["m.f(0) == 2", "m.f.__code__.co_flags == flags", "'not run again' not in report"]),
         "star brings what the file had": (
             "# file: other.py\nA = 2\n# file: m.py\nA = 1\n", "import other", "# file: m.py\nfrom other import *\n", ["m.A == 2"]),
+        "function goes from one star's module to another's": (
+            "# file: m.py\nfrom one import *\nfrom two import *\n# file: one.py\nA = 1\ndef f(): return 1\n# file: two.py\nimport os\n", "",
+            "# file: one.py\nA = 1\nimport os\n# file: two.py\ndef f(): return 2\n", ["m.f() == 2", "m.os", "'followed: m.f\\n' in report + '\\n'"]),
+        "constant of a constant, one module further each": (
+            "# file: low.py\nA = 1\n# file: mid.py\nfrom low import A\nB = A + 1\n# file: m.py\nfrom mid import B\nC = B + 1\n", "",
+            "# file: m.py\nfrom mid import B\nC = B + 2\n# file: low.py\nA = 10\n", ["m.C == 13", "'not run again' not in report"]),
         "package imports a module no more": (
             "# file: m.py\nimport pkg\n# file: pkg/__init__.py\nfrom . import sub\n# file: pkg/sub.py\nA = 1\n", "",
             "# file: pkg/__init__.py\nA = 1\n", ["m.pkg.sub.A == 1"]),
@@ -7384,7 +7392,18 @@ class Scenarios(Workspace):
         "u before a text is taken away": (
             "N = []\ndef make(x):\n    N.append(x)\n    return x\nC = make(u'a')\n", "",
             "N = []\ndef make(x):\n    N.append(x)\n    return x\nC = make('a')\n", ["m.N == ['a']", "'nothing changed' in report"]),
+        "handler goes before one that is wrapped once more": (
+            REG + "class C:\n    @staticmethod\n    @reg\n    def b(): return 'b'\n", "",
+            REG + "class C:\n    @staticmethod\n    @reg\n    def a(): return 'a'\n    @staticmethod\n    @reg\n    def b(): return 'b'\n",
+            ["[f() for f in m.R] == ['a', 'b']"]),
         # Unknown text
+        "unknown: docstring of a module that goes": ("'one'\nA = 1\n", "", "A = 1\n", ["m.__doc__ is None", "report == 'removed: __doc__'"]),
+        "unknown: method of a class that knows an attribute by its type only": (
+            "class C:\n    one = None\n    if 0:\n        x: int\n", "m.C.one = 5",
+            "class C:\n    one = None\n    if 0:\n        x: int\n    def f(self): return 1\n", ["m.C.one == 5", "m.C().f() == 1"]),
+        "annotation in a branch": (
+            "class C:\n    x: int = 1\n    if True:\n        y: int = 1\n", "",
+            "class C:\n    x: int = 1\n    if True:\n        y: str = ''\n", ["m.C.__annotations__ == {'x': int, 'y': str}"]),
         "unknown: result that is not there": (
             "N = []\ndef make():\n    N.append(1)\nX = make()\n", "del m.X", "N = []\ndef make():\n    N.append(1)\nX = make()\n\n",
             ["m.N == [1]", "'X is not there' in report"]),
