@@ -4490,7 +4490,7 @@ class _Apply:
         self.stuck = collections.Counter()      # (name, reason) -> functions left on old code
         self.called = []                # titles of statements that had called code of libraries
         self.closures = {}              # id -> live closure that can't take its new code
-        self.classes = {}               # id -> class that changed
+        self.classes = {}               # id -> (class that changed, its bases, its names before)
         self.readers = _Readers(self)   # what was made of what changed
         self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
@@ -4944,14 +4944,16 @@ class _Apply:
         """Note a class before it changes: others may have to learn of it, also after an undo."""
         if not self.classes:
             self.journal.on_undo(_forget_subclasses)
-        self.classes[id(cls)] = cls
+        self.classes.setdefault(id(cls), (cls, cls.__bases__, set(vars(cls))))
 
     def _tell_of_classes(self):
         """Find anew what classes are abstract, and let be asked anew what is a subclass of what."""
-        for cls in self.classes.values():
+        for cls, _, _ in self.classes.values():
             if hasattr(cls, "__abstractmethods__"):
                 self._update_abstract(cls)
-        if self.classes:
+        # It looks through the heap: not where only methods have other bodies.
+        if any((cls.__bases__, set(vars(cls))) != (bases, names)
+               for cls, bases, names in self.classes.values()):
             _forget_subclasses()
 
     def _put_place(self, edit, cls, pair):
@@ -5560,7 +5562,7 @@ class _Apply:
     def _call_hooks(self):
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
-        for cls in [each for changed in self.classes.values() for each in _all_classes(changed)]:
+        for cls in [each for changed in self.classes.values() for each in _all_classes(changed[0])]:
             functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
                          for f in some]
             if hasattr(cls, "__reload__"):
