@@ -6324,8 +6324,12 @@ class _Readers:
     def _report_not_run(self, edit, statement, names, path=""):
         """Name a statement that read something else when it ran."""
         title = statement.node.name if statement.is_definition else statement.title
-        self._apply.report.add("not_run_again", edit.name, ["%s%s (%s changed)" % (
-            path, title, ", ".join(sorted(names)))])
+        sets = {name for called in statement.names.calls
+                for function in _callees(edit.space.get(called))
+                for name in _stored_names(function.__code__, "GLOBAL")}
+        self._apply.report.add("not_run_again", edit.name, ["%s%s (%s changed%s)" % (
+            path, title, ", ".join(sorted(names)),
+            "; it sets " + ", ".join(sorted(sets)) if sets else "")])
 
     def note_code(self):
         """Note whose code changed that an unchanged statement may have run at import."""

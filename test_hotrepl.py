@@ -5184,6 +5184,11 @@ class WhatGoesAndWhatStays(Workspace):
         report = self.again("NAMES = [1, 2]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
         self.assertEqual(report.not_run_again, ["init() (NAMES changed)"])
 
+    def test_call_that_does_not_run_again_is_named_with_what_it_sets(self):
+        self.load("NAMES = [1]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
+        report = self.again("NAMES = [1, 2]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
+        self.assertEqual(report.not_run_again, ["init() (NAMES changed; it sets COUNT)"])
+
     def test_function_or_class_that_was_deleted_comes_back_though_unchanged(self):
         m = self.load("RUNS = []\ndef f(): return 1\nclass C:\n    x = 1\n    def m(self): return f()\n"
                       "def g(): return 2\nRUNS.append(f)\n", "deleted")
@@ -7801,6 +7806,9 @@ class Scenarios(Workspace):
             ["'not run again' not in report"]),
         "import of a branch that was not taken": (
             "# file: m.py\nA = 1\n# file: user.py\nif False:\n    from m import x\n", "import user", "# file: m.py\nA = 1\nx = 1\n", ["not hasattr(user, 'x')"]),
+        "name that another star brings too": (
+            "# file: a.py\nx = 1\n# file: m.py\nx = 2\ny = 1\n# file: user.py\nfrom a import *\nfrom m import *\n", "import user",
+            "# file: m.py\ny = 1\n", ["user.x == 1"]),
         "name that a star brings no more": (
             "# file: m.py\n__all__ = ['x', 'y']\nx = 1\ny = 1\n# file: user.py\nfrom m import *\n", "import user",
             "# file: m.py\n__all__ = ['x']\nx = 1\ny = 1\n", ["user.x == 1", "not hasattr(user, 'y')"]),
