@@ -13612,7 +13612,7 @@ def _start_server(options, main_module, done):
         _say("HOTREPL_DISABLE is set: no server is started")
         done.set()
         return server
-    server.door.tell = _say
+    server.door.tell = _say_if_read
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
         _say("port %d is in use, took a free one" % DEFAULT_PORT)
     _say("listening on %s (REPL) and %s (control)"
@@ -14053,6 +14053,14 @@ def _misuse(text):
 def _say(text):
     with suppress(OSError):       # /dev/full, say
         print("hotrepl: " + text, file=sys.stderr or io.StringIO(), flush=True)
+
+
+def _say_if_read(text):
+    """Say it unless nobody reads just now: the thread that lets people in must not wait for it."""
+    with suppress(OSError, ValueError, TypeError):    # nothing that select() knows; no stderr
+        if not select.select([], [sys.stderr], [], 0)[1]:
+            return
+    _say(text)
 
 
 # --- exec: pieces of code are run for a program, which holds a Link and no terminal ---

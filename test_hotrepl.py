@@ -12026,6 +12026,18 @@ class OtherUsers(AccessCase):
         self.assertTrue(said.startswith("received b''"), said)
         self.expect_warning("refused", "control", "uid %d" % STRANGER)
 
+    def test_where_nobody_reads_who_is_refused_our_own_user_comes_in(self):
+        program = self.keep(Program(python_command(
+            SOURCE_PATH, "serve", "--port", "0", "--control-port", "0")))
+        host, port = re.search(r"listening on (.*):(\d+) \(REPL\)", program.err.until("connect with")).groups()
+        pipe = os.open("/proc/%d/fd/2" % program.process.pid, os.O_WRONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, pipe)
+        with self.assertRaises(BlockingIOError):
+            while True:
+                os.write(pipe, b"x" * 1000)
+        self.visit((host, int(port)), "")
+        self.keep(Wire((host, int(port)))).hello()
+
     def test_allow_uids_lets_another_user_in(self):
         served = self.serve(allow_uids=[STRANGER])
         said = self.visit(served.server.address, "print('4' + '2!')\n")
