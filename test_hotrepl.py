@@ -5179,11 +5179,6 @@ class WhatGoesAndWhatStays(Workspace):
         self.assertEqual(report.not_run_again, ["T = {1: f, 2: lib.__name__} (f, lib changed)"])
         self.assertEqual(m.T, {1: m.g, 2: "string"})
 
-    def test_call_that_does_not_run_again_is_named(self):
-        self.load("NAMES = [1]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
-        report = self.again("NAMES = [1, 2]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
-        self.assertEqual(report.not_run_again, ["init() (NAMES changed)"])
-
     def test_call_that_does_not_run_again_is_named_with_what_it_sets(self):
         self.load("NAMES = [1]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
         report = self.again("NAMES = [1, 2]\ndef init():\n    global COUNT\n    COUNT = len(NAMES)\ninit()\n")
