@@ -6487,6 +6487,7 @@ class _Registrations:
         self._places = list(places.values())
         self._befores = {}              # id -> entries before all
         self._bases = {}                # id -> entries after the old ones were taken out
+        self._grown = set()             # ids of those that got others then
         self.taken = []                 # the containers that had old ones
 
     def renew(self, make):
@@ -6497,6 +6498,8 @@ class _Registrations:
         for each in self._flasks:
             each.open()
         result = make()
+        self._grown = {id(each) for each in self._places
+                       if len(_entries(each)) > len(self._bases[id(each)])}
         # Only now is known whether something came for what was taken out.
         for each in self._flasks:
             each.close()
@@ -6544,18 +6547,14 @@ class _Registrations:
         _put_entries(container, result + news)
 
     def _has_moved(self, container):
-        """Tell whether a dict that holds this container got the entry under another key."""
+        """Tell whether what holds this container got the entry elsewhere, as by another key."""
         for each in self._places:
-            content = _entries(each) if _is(each, dict) else ()
-            if any(value is container for _, value in content):
-                old_keys = dict(self._befores[id(each)])
-                if any(key not in old_keys or self._has_gained(value) for key, value in content):
+            entries = _entries(each)
+            if any(value is container for _, value in entries):
+                olds = dict(self._befores[id(each)])
+                if any(key not in olds or id(value) in self._grown for key, value in entries):
                     return True
         return False
-
-    def _has_gained(self, value):
-        base = self._bases.get(id(value))
-        return base is not None and len(_entries(value)) > len(base)
 
     def _folded_entry(self, old, new):
         """The old object of an entry goes on, with the content of the new one."""
@@ -6791,7 +6790,10 @@ def _is(value, kinds):
 
 
 def _are_namesakes_apart(old, new):
-    """Tell whether a name that was another function's, as `b = a` makes one, has got its own."""
+    """Tell whether a name that was another definition's, as `b = a` makes one, has got its own."""
+    if isinstance(old, type) and isinstance(new, type):
+        return old.__name__ != new.__name__ and (
+            _space_of(sys.modules.get(old.__module__)).get(old.__name__) is old)
     codes = [each.__code__ for each in (old, new) if type(each) is types.FunctionType]
     return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
         "<" in _path_of(each) or each.__code__.co_name == "forward_call"
@@ -7150,20 +7152,22 @@ def _is_plain_equal(a, b):
     return a is b or type(a) is type(b) and type(a) in _PLAIN_TYPES and repr(a) == repr(b)
 
 
-def _own_code_changed(edit, methods, pairs=None, top=None):
+def _own_code_changed(edit, methods):
     """Return the names of functions whose own code changed, and of classes with such `methods`.
 
     Not of those where only a function that is nested and nests none changed, as the wrapper that a
     decorator returns.
     """
     names = set()
-    for pair in edit.pairs if pairs is None else pairs:
+    for pair in edit.pairs:
+        pairs = [pair]
         if pair.change in ("body", "class") and pair.new.kind == "ClassDef" and pair.old:
-            names |= _own_code_changed(edit, methods, edit.sub_pairs(pair), pair.new.node.name)
-        elif pair.change == "body" and pair.new.is_function and (
-                top is None or pair.new.node.name in methods) and (
-                _key(pair.old.node.body, _nests_none) != _key(pair.new.node.body, _nests_none)):
-            names.add(top or pair.new.node.name)
+            pairs = [each for each in edit.sub_pairs(pair) if not methods.isdisjoint(
+                each.new.binds if each.new else ())]
+        if any(each.change == "body" and each.new.is_function and (
+                _key(each.old.node.body, _nests_none) != _key(each.new.node.body, _nests_none))
+                for each in pairs):
+            names.add(pair.new.node.name)
     return names
 
 
@@ -7202,13 +7206,13 @@ def _mentions_at_import(text, names):
         re.escape(name).encode() for name in names if _is(name, str)))
     if not words.search(text):
         return False
-    rest = _FUNCTION.sub(rb"\2", _IMPORT.sub(b"", b"\n%s\n" % text))
+    rest = _IMPORT.sub(b"", _FUNCTION.sub(rb"\2", b"\n%s\n" % text))
     return words.search(rest) is not None
 
 
-# A function whose head is one line, or ends with one that is ")" and more; group 2 is the head.
+# A function: group 2 is its head, of one line or up to one that ends with "):" or ") -> it:".
 _FUNCTION = Lazy(lambda: re.compile(
-    rb"(?m)^([ \t]*)((?:async )?def (?:.*|.*\([ \t\r]*\n(?:\1[ \t].*\n)*\1\).*):[ \t\r]*\n)"
+    rb"(?m)^([ \t]*)((?:async )?def .*?(?:\n(?:\1[ \t].*\n)*?\1.*\).*)??:[ \t\r]*(?:#.*)?\n)"
     rb"(?:(?:\1[ \t].*)?\n)+"))
 
 

@@ -7716,6 +7716,11 @@ class Scenarios(Workspace):
         "class that a function has made, with an attribute from outside": (
             "def make(n):\n    class C: pass\n    C.b = n\n    return C\nC = make(1)\n", "m.C.put = 1; cls = m.C",
             "def make(n):\n    class C: pass\n    C.b = n\n    return C\nC = make(2)\n", ["m.C is cls", "cls.b == 2", "cls.put == 1"]),
+        "static method becomes one of the class": (
+            "class C:\n    @staticmethod\n    def f(): return 1\n", "",
+            "class C:\n    @classmethod\n    def f(cls): return cls, 2\n", ["m.C.f() == (m.C, 2)"]),
+        "second name of a class that is another class's now": (
+            "class A: n = 1\nX = A\n", "", "class A: n = 1\nclass B: n = 2\nX = B\n", ["(m.A.n, m.B.n) == (1, 2)", "m.X is m.B"]),
         "class that is gone, and had an attribute that is another class": (
             REG + "class B:\n    @reg\n    def m(self): pass\n@reg\nclass A:\n    other = B\n", "",
             REG + "class B:\n    @reg\n    def m(self): pass\n", ["m.R == [m.B.m]"]),
@@ -7741,6 +7746,9 @@ class Scenarios(Workspace):
             STATIC + "@reg(1)\ndef f(): pass\n", "", STATIC + "@reg(2)\ndef f(): pass\n", ["len(m.R) == 1"]),
         "function that is gone, in a list in a dict": (
             BY_KEY + "@reg(1)\ndef f(): pass\n@reg(2)\ndef g(): pass\n", "", BY_KEY + "@reg(2)\ndef g(): pass\n", ["m.R == {'n': 5, 1: [], 2: [m.g]}"]),
+        "function that is gone, a key of a dict": (
+            "R = {}\ndef reg(n):\n    return lambda f: R.update({f: n}) or f\n@reg(1)\ndef f(): pass\n", "",
+            "R = {}\ndef reg(n):\n    return lambda f: R.update({f: n}) or f\n", ["m.R == {}"]),
         "object in an object": (
             NESTED + "@reg(1)\ndef f(): pass\n", "", NESTED + "@reg(2)\ndef f(): pass\n", ["len(m.R) == 1", "m.R[0].o is m.f"]),
         "function in a partial one in an object": (
@@ -7919,6 +7927,11 @@ class Scenarios(Workspace):
             "m.C.__mapper__ = type('M', (), {'has_property': lambda self, name: name == 'y' and hasattr(m.C, name)})()",
             META + "class C(metaclass=Meta):\n    x = 1\n    y = 2\n1/0\n",
             ["'everything was put back except for [RuntimeError' in report", "m.C.y == 2"]),
+        "column that is mapped when its reload is undone": (
+            META + "class C(metaclass=Meta): x = 1\n",
+            "m.C.__mapper__ = type('M', (), {'has_property': lambda self, name: name == 'y' and hasattr(m.C, name)})()\n"
+            "def told():\n    try: undo()\n    except Exception as exc: return str(exc)\n",
+            META + "class C(metaclass=Meta):\n    x = 1\n    y = 2\n", ["'taken back, except for [RuntimeError' in told()", "m.C.y == 2"]),
         "class below a dataclass is not made again": (
             META.replace("    def __setattr__", "    def other") + "import dataclasses\n@dataclasses.dataclass\nclass A(metaclass=Meta):\n    x: int = 1\n"
             "class B(A): pass\n", "",
