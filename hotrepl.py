@@ -12886,7 +12886,10 @@ class Terminal:
     def write(self, data):
         """Write bytes. A terminal that is gone is the end of the client."""
         try:
-            sys.stdout.buffer.write(data)
+            if hasattr(sys.stdout, "buffer"):
+                sys.stdout.buffer.write(data)
+            else:                 # IDLE's, a notebook's
+                sys.stdout.write(data.decode("utf-8", "replace"))
             sys.stdout.flush()
         except (OSError, ValueError) as exc:
             raise Left from exc

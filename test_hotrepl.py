@@ -17187,6 +17187,11 @@ class LineEditing(Case):
         terminal.until(">>> ")
         return terminal
 
+    def test_a_stdout_that_takes_text_only_gets_text(self):    # IDLE's, a notebook's
+        terminal = self.client_with(
+            "import sys\nclass Out:\n    write, flush, isatty = sys.stdout.write, sys.stdout.flush, sys.stdout.isatty\nsys.stdout = Out()")
+        terminal.ask("6*7", "\n42")
+
     def test_without_readline_input_is_plain(self):
         terminal = self.client_with("import sys; sys.modules['readline'] = None")
         terminal.ask("some_long_name", "\n42")
