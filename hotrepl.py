@@ -7210,10 +7210,11 @@ def _mentions_at_import(text, names):
     return words.search(rest) is not None
 
 
-# A function: group 2 is its head, of one line or up to one that ends with "):" or ") -> it:".
+# A function: group 2 is its head, of one line or up to one that ends with "):" or ") -> it:" and
+# is deeper or begins with ")": what follows `def f(): return 1` is not of it.
 _FUNCTION = Lazy(lambda: re.compile(
-    rb"(?m)^([ \t]*)((?:async )?def .*?(?:\n(?:\1[ \t].*\n)*?\1.*\).*)??:[ \t\r]*(?:#.*)?\n)"
-    rb"(?:(?:\1[ \t].*)?\n)+"))
+    rb"(?m)^([ \t]*)((?:async )?def .*?(?:\n(?:\1[ \t].*\n)*?\1(?:[ \t].*)?\).*)??"
+    rb":[ \t\r]*(?:#.*)?\n)(?:(?:\1[ \t].*)?\n)+"))
 
 
 def _names_at_import(code):

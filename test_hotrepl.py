@@ -7843,6 +7843,9 @@ class Scenarios(Workspace):
         "call behind a function in a module that was not edited": (
             "# file: m.py\nX = 1\ndef make(x): return [x]\n# file: user.py\nimport m\ndef f():\n    return 1\nY = m.make(m.X)\n", "",
             "# file: m.py\nX = 2\ndef make(x): return [x]\n", ["'not run again: user.Y' in report"]),
+        "block right behind a function of one line in a module that was not edited": (
+            "# file: m.py\nX = 1\n# file: user.py\nfrom m import X\ndef f(): return 1\nif bool(1):\n    Y = [X]\n", "",
+            "# file: m.py\nX = 2\n", ["'not run again: user.if bool(1)' in report"]),
         "object whose constructor reads a constant": (
             "LIMIT = 1\nclass C:\n    def __init__(self): self.n = LIMIT\nc = C()\n", "",
             "LIMIT = 2\nclass C:\n    def __init__(self): self.n = LIMIT\nc = C()\n", ["'not run again: c = C() (LIMIT changed)' in report"]),
