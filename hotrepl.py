@@ -1791,10 +1791,11 @@ class ConsoleMixin:
         # Behind our attributes, as imacropy's runs code in it.
         super().__init__(namespace)   # type: ignore[call-arg]
         from codeop import CommandCompiler
-        self._has_plain_compiler = type(self.compile) is CommandCompiler
+        compiler = getattr(self, "compile")
+        self._has_plain_compiler = type(compiler) is CommandCompiler
         self._is_plain = (self._has_plain_compiler
                           and self.own.isdisjoint(("push", "runsource", "runcode")))
-        self.compile.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
+        compiler.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
 
     def run_line(self, line):
         """Run `line`, or keep it until more come; return whether the console wants more."""
@@ -1825,7 +1826,7 @@ class ConsoleMixin:
             self.showsyntaxerror(self.filename)
             return
         if not self.own.isdisjoint(("runsource", "runcode")):     # it expands macros, or the like
-            before = self.compile
+            before = getattr(self, "compile")
             if self._has_plain_compiler:
                 self.compile = _BlockCompiler(before)
             try:
@@ -2347,7 +2348,8 @@ def _signature(called):
         found = inspect.signature(_bare(called))
     except Exception:
         return None
-    return found.replace(parameters=map(_with_plain_default, found.parameters.values()))
+    return found.replace(parameters=[
+        _with_plain_default(each) for each in found.parameters.values()])
 
 
 def _bare(called):
@@ -3100,8 +3102,9 @@ class ReloadReport:
         """Say where it has looked: "nothing changed" is true of no more."""
         if not self._is_qualified:
             return ""
-        return " in %d module%s below %s" % (self.looked_at, "s" * (self.looked_at != 1), (
-            ", ".join(self.folders[:3] + ["..."] * (len(self.folders) > 3)) or "no folder"))
+        shown = self.folders[:3] + ["..."] if len(self.folders) > 3 else self.folders
+        return " in %d module%s below %s" % (
+            self.looked_at, "" if self.looked_at == 1 else "s", ", ".join(shown) or "no folder")
 
     def add(self, title, module_name, names):
         """Append `names` of a module to one list of the report, each once."""
@@ -3288,7 +3291,10 @@ def _as_module(module):
     """Return (name, module, path) of a module or its name; raise where it has no source."""
     if isinstance(module, str):
         if module not in sys.modules:
-            raise ValueError("no module %r is loaded; import it first" % module)
+            script = os.path.basename(str(_space_of(sys.modules["__main__"]).get("__file__")))
+            raise ValueError("no module %r is loaded; %s" % (
+                module, "the script is '__main__'" if script in (module, module + ".py")
+                else "import it first"))
         module = sys.modules[module]
     if not isinstance(module, types.ModuleType):
         raise TypeError("expected a module or its name, not %r" % (module,))
@@ -4534,6 +4540,9 @@ class _Apply:
             read, write, _ = _entry(linecache.cache, edit.path)
             self.journal.on_undo(functools.partial(write, read()))
             write(_MISSING)
+            # 3.13: or pdb would say of the file that its code is stale.
+            pdb_class = getattr(sys.modules.get("pdb"), "Pdb", None)
+            getattr(pdb_class, "_file_mtime_table", {}).pop(edit.path, None)
         # Any code may write these two without naming them.
         self.journal.keep_content(os.environ)
         self.journal.keep_content(sys.path)
@@ -9710,7 +9719,8 @@ def _runtime_folders():
     is_ours = os.path.isabs(chosen) and os.path.isdir(chosen) and os.stat(chosen).st_uid == uid
     if not is_ours:
         return [temporary, os.path.join(usual, "hotrepl")]
-    return [os.path.join(chosen, "hotrepl")] + [temporary] * (chosen.rstrip("/") == usual)
+    places = [os.path.join(chosen, "hotrepl")]
+    return places + [temporary] if chosen.rstrip("/") == usual else places
 
 
 def _check_folder(path):

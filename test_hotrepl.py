@@ -5850,10 +5850,20 @@ class Modules(Workspace):
         self.assertEqual(output, "changed: mine.X 2 1\n")
 
     def test_reload_wants_a_loaded_module(self):
-        with self.assertRaisesRegex(ValueError, "no module 'absent' is loaded"):
-            reload("absent")
+        for name, advice in (("absent", "import it first"),
+                             (os.path.basename(sys.modules["__main__"].__file__), "the script is '__main__'")):
+            with self.assertRaisesRegex(ValueError, "no module %r is loaded; %s" % (name, advice)):
+                reload(name)
         with self.assertRaisesRegex(TypeError, "expected a module or its name"):
             reload(5)
+
+    def test_pdb_does_not_take_a_reloaded_file_for_stale(self):
+        import pdb
+        m, table = self.load("def f(): return 1\n"), getattr(pdb.Pdb, "_file_mtime_table", {})       # 3.13
+        table[m.__file__] = 1
+        self.again("def f(): return 2\n")
+        self.assertEqual(m.__file__ in table, sys.version_info < (3, 13))
+        table.pop(m.__file__, None)
 
     def test_builtin_module_is_refused(self):
         with self.assertRaisesRegex(ReloadError, "no source file"):
