@@ -58,7 +58,7 @@ CONTENTS, and where to look for what. A section uses only sections above it; 14 
                               by the Evaluator; pdb
     12. Control channel       answer commands, one method each: Complete, KeyboardInterrupt, ...
     13. Server                start and stop as one transaction; fork
-    14. Client                link, conversation, terminal; _kept_modes puts the terminal back,
+    14. Client                link, conversation, terminal; kept_modes puts the terminal back,
                               also after getpass
     15. Command line          argv -> exit code
 
@@ -3039,7 +3039,7 @@ class _Hot:
         self.loaded_at = time.time()
 
 
-_hot = globals().setdefault("_hot", _Hot())
+HOT = globals().setdefault("HOT", _Hot())
 
 _COMPILE_ERRORS = (SyntaxError, ValueError, MemoryError, RecursionError)  # the last two: too deep
 
@@ -3054,7 +3054,7 @@ def reload(module=None, *, everything=False, dry_run=False):
     or compiled, or when its code raises. May be called in any thread; waits for a reload that
     runs in another one.
     """
-    with _hot.lock, _collector_off():
+    with HOT.lock, _collector_off():
         report = ReloadReport(is_qualified=module is None)
         edits = _find_edits(module, everything, report)
         apply = _Apply(report, edits, everything)
@@ -3155,20 +3155,20 @@ def note_sources(modules=None):
     count = len(sys.modules)
     if modules is not None:
         names = [(module.__name__, module) for module in modules]
-    elif count != _hot.module_count:
-        names = [(name, module) for name, module, _ in _own_modules()]
-        _hot.module_count = count
+    elif count != HOT.module_count:
+        names = [(name, module) for name, module, _ in own_modules()]
+        HOT.module_count = count
     else:
         names = []
     for name, module in names:
         known = _known_of(name, module) or _note(module)
         if known is not None:
-            _hot.known[name] = known
+            HOT.known[name] = known
 
 
 def _known_of(name, module):
     """Return the _Known of a module; None where it was not noted, or another one of its name."""
-    known = _hot.known.get(name)
+    known = HOT.known.get(name)
     return known if known is not None and known.module() is module else None
 
 
@@ -3181,7 +3181,7 @@ def _note(module):
     if path is None:
         return None
     if getattr(space.get("__spec__"), "_initializing", False):
-        _hot.module_count = -1      # it is asked again
+        HOT.module_count = -1      # it is asked again
         return None
     try:
         stamp = _stamp(path)
@@ -3210,7 +3210,7 @@ def _process_start():
             uptime_s = float(file.read().split()[0])
         return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
     except (OSError, ValueError, IndexError, AttributeError):
-        return _hot.loaded_at  # no /proc: when this file was loaded
+        return HOT.loaded_at  # no /proc: when this file was loaded
 
 
 def _space_of(module):
@@ -3241,7 +3241,7 @@ def _source_path(module):
     return known.path if known is not None else os.path.abspath(path)
 
 
-def _own_modules():
+def own_modules():
     """Return (name, module, path) of the loaded modules that lie in no folder of a library."""
     found = []
     for name, module in list(sys.modules.items()):
@@ -3258,7 +3258,7 @@ _LIBRARY = tuple(os.path.join(each, "") for folder in [os.path.dirname(os.__file
 
 
 @functools.lru_cache(maxsize=None)
-def _is_library_folder(folder):
+def is_library_folder(folder):
     """Tell whether a folder is the standard library's or that of an installed package."""
     # The other name of a link is looked for here only: beside a busy thread an lstat() takes 5 ms.
     return _is_named_as_library(folder) or _is_named_as_library(os.path.realpath(folder))
@@ -3273,7 +3273,7 @@ def _is_named_as_library(folder):
 
 def _is_library(path):
     """Tell whether a file lies in a folder of a library; what has no file counts as such."""
-    return type(path) is not str or _is_library_folder(_folder_of(path))
+    return type(path) is not str or is_library_folder(_folder_of(path))
 
 
 def _is_library_module(name):
@@ -3309,7 +3309,7 @@ def _as_module(module):
 
 def _find_edits(module, everything, report):
     """Return an _Edit for each module whose file is not what runs, read, compiled and compared."""
-    modules = _own_modules() if module is None else [_as_module(module)]
+    modules = own_modules() if module is None else [_as_module(module)]
     is_asked_for = module is not None or everything
     report.looked_at = len(modules)
     report.folders = _tops({_folder_of(path) for _, _, path in modules})
@@ -3406,8 +3406,8 @@ class _Edit:
             self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
             self.told = list(filter(None, evidence.found.values()))
         else:
-            self.pairs = _pair(self.old.statements, self.new.statements,
-                               self.old.flags == self.new.flags)
+            self.pairs = pair_statements(self.old.statements, self.new.statements,
+                                         self.old.flags == self.new.flags)
 
     def had_imported(self, name):
         """Tell whether the old text had imported a name: what that is belongs to others."""
@@ -3417,7 +3417,7 @@ class _Edit:
     def sub_pairs(self, pair):
         """Return the pairs of the body of a class that both texts have."""
         if id(pair.new) not in self.subs:
-            self.subs[id(pair.new)] = _pair(pair.old.body, pair.new.body)
+            self.subs[id(pair.new)] = pair_statements(pair.old.body, pair.new.body)
         return self.subs[id(pair.new)]
 
     def runs(self, statement):
@@ -3479,7 +3479,7 @@ _LEFT_ALONE = ("same", "moved", "body")
 _FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
 
 
-def _pair(olds, news, is_compiled_alike=True):
+def pair_statements(olds, news, is_compiled_alike=True):
     """Return the _Pairs of two lists of _Statement, in the order of the new, gone ones last."""
     partners = _partners(olds, news)
     taken = set(partners.values())
@@ -4559,9 +4559,9 @@ class _Apply:
                 ", but what these did elsewhere can't be seen: " + ", ".join(self.called)
                 if self.called else "")) from exc
         for edit in self.edits:
-            put_back = _entry(_hot.known, edit.name)[1]
+            put_back = _entry(HOT.known, edit.name)[1]
             self.journal.on_undo(functools.partial(put_back, edit.was or _MISSING))
-            _hot.known[edit.name] = _Known(
+            HOT.known[edit.name] = _Known(
                 weakref.ref(edit.module), edit.path, edit.text, edit.stamp)
         self.journal.seal()
 
@@ -5002,7 +5002,7 @@ class _Apply:
         edits, done, size = {edit.name: edit for edit in self.ordered}, set(), 0
         while size < len(self.refielded):
             size = len(self.refielded)
-            for name, known in list(_hot.known.items()):
+            for name, known in list(HOT.known.items()):
                 if name not in edits and self._are_refielded(list(_space_of(
                         known.module()).values())) and self.readers.source_of(name):
                     edits[name] = _unedited(name, known)
@@ -5572,7 +5572,7 @@ class _Apply:
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
         for cls in [each for changed in self.classes.values() for each in _all_classes(changed[0])]:
-            functions = [f for base, some in list(_hot.hooks.items()) if base in cls.__mro__
+            functions = [f for base, some in list(HOT.hooks.items()) if base in cls.__mro__
                          for f in some]
             if hasattr(cls, "__reload__"):
                 functions.append(type.__getattribute__(cls, "__reload__"))
@@ -6317,7 +6317,7 @@ class _Readers:
         if name in self._apply.by_name and name in self._apply.started:
             return self._apply.by_name[name].new
         if name not in self._sources:
-            self._sources[name] = _source_of(_hot.known.get(name))
+            self._sources[name] = _source_of(HOT.known.get(name))
         return self._sources[name]
 
     # {module: {name of one that imports something from it: what}}
@@ -6375,12 +6375,12 @@ class _Readers:
     def report_elsewhere(self):
         """The same in modules that are not edited, if they have what changed or derive from it."""
         below = {cls.__module__ for base in self._bases.values() for cls in _all_classes(base)}
-        for module, known in list(_hot.known.items()):
+        for module, known in list(HOT.known.items()):
             if module in self._apply.by_name:
                 continue
             follower = _Follower(module, _space_of(known.module()))
             names = self._names_in(follower)
-            if module in below or names and _mentions_at_import(known.text or b"", names):
+            if module in below or names and mentions_at_import(known.text or b"", names):
                 source = self.source_of(module)
                 self._report_users(follower, source.statements if source else ())
 
@@ -7066,7 +7066,7 @@ def _written_imports(text):
 
 def _imports_of_unchanged(name):
     """Return the imports of a module that is not edited; or of a new one in an own package."""
-    known = _hot.known.get(name)
+    known = HOT.known.get(name)
     if name in sys.modules:
         text, space = known and known.text, _space_of(sys.modules[name])
     else:
@@ -7078,7 +7078,7 @@ def _text_of_new(name):
     """Return (text, namespace) of a module not imported yet, if its package is the program's."""
     parts = name.split(".")
     for k in range(len(parts) - 1, 0, -1):
-        known = _hot.known.get(".".join(parts[:k]))
+        known = HOT.known.get(".".join(parts[:k]))
         if known is None:
             continue
         base = os.path.join(os.path.dirname(known.path), *parts[k:])
@@ -7093,7 +7093,7 @@ def _text_of_new(name):
 def _import_index(edits):
     """Return {module: {name of one of the program's that imports from it: set of names}}."""
     index = collections.defaultdict(lambda: collections.defaultdict(set))
-    texts = [(name, known.text or b"") for name, known in list(_hot.known.items())]
+    texts = [(name, known.text or b"") for name, known in list(HOT.known.items())]
     for name, text in texts + [(edit.name, edit.text) for edit in edits]:
         for base, names in _imports_in(text, _space_of(sys.modules.get(name))):
             index[base][name].update(imported for imported, _ in names)
@@ -7209,7 +7209,7 @@ def _evaluated_nodes(node, is_lazy):
             yield each.annotation
 
 
-def _mentions_at_import(text, names):
+def mentions_at_import(text, names):
     """Tell fast, without parsing it, whether a text may use some names outside of functions."""
     words = re.compile(rb"(?<![\w\x80-\xff])(?:%s)(?![\w\x80-\xff])" % b"|".join(
         re.escape(name).encode() for name in names if _is(name, str)))
@@ -7266,17 +7266,17 @@ def _hot_remember(kind, names, journal, target=None):
     """Put a transaction on record; called under the lock."""
     if not journal.touched:
         return None
-    _hot.count += 1
-    change = _Change(_hot.count, kind, names, journal, target)
-    _hot.changes.append(change)
-    del _hot.changes[:-_HISTORY]
+    HOT.count += 1
+    change = _Change(HOT.count, kind, names, journal, target)
+    HOT.changes.append(change)
+    del HOT.changes[:-_HISTORY]
     return change
 
 
 def changes():
     """Return the last reloads and patches that are in force, the newest last; prints as a list."""
-    with _hot.lock:
-        return _Changes(_hot.changes)
+    with HOT.lock:
+        return _Changes(HOT.changes)
 
 
 def undo(number=None):
@@ -7284,17 +7284,17 @@ def undo(number=None):
 
     A change that a newer one covers can't be taken back alone: a ReloadError names the newer one.
     """
-    with _hot.lock:
-        found = [each for each in _hot.changes if number in (None, each.number)]
+    with HOT.lock:
+        found = [each for each in HOT.changes if number in (None, each.number)]
         if not found:
             raise ReloadError("there is no change %s to take back" % (
                 "at all" if number is None else number))
         change = found[-1]
-        newer = _hot.changes[_hot.changes.index(change) + 1:]
+        newer = HOT.changes[HOT.changes.index(change) + 1:]
         covering = [each for each in newer if each.journal.touched & change.journal.touched]
         if covering:
             raise ReloadError("a newer change covers it; take that back first: %r" % covering[-1])
-        _hot.changes.remove(change)
+        HOT.changes.remove(change)
         errors = change.journal.undo()
         if errors:
             raise ReloadError("taken back, except for %r" % errors)
@@ -7310,7 +7310,7 @@ def on_reload(cls, function):
     """
     if not _is(cls, type) or not callable(function):
         raise TypeError("expected a class and a function, not %r and %r" % (cls, function))
-    _hot.hooks.setdefault(cls, []).append(function)
+    HOT.hooks.setdefault(cls, []).append(function)
 
 
 def patch(old, new=None):
@@ -7321,28 +7321,28 @@ def patch(old, new=None):
     module and a place in a class stay those of `old`. A pair that can't work is a TypeError and
     changes nothing. May be called in any thread.
     """
-    target = _patch_target(old)
+    target = patch_target(old)
     if new is None:
         return lambda new: patch(old, new) and old
-    source = _patch_target(new)
+    source = patch_target(new)
     if isinstance(target, type) is not isinstance(source, type):
         raise TypeError("can't make %r behave like %r: patch a function with a function and a "
                         "class with a class" % (old, source))
-    with _hot.lock:
+    with HOT.lock:
         apply = _Apply(ReloadReport())
         apply.patch(target, source)
         if type(old) is _LRU_CACHE:
             old.cache_clear()
             apply.journal.on_undo(old.cache_clear)
         change = _hot_remember("patch", [target.__qualname__], apply.journal, target)
-    return lambda: change in _hot.changes and undo(change.number) and None
+    return lambda: change in HOT.changes and undo(change.number) and None
 
 
 def unpatch(old):
     """Take back the newest patch of `old`, or what was typed over the file's version of it."""
-    with _hot.lock:
-        target = _patch_target(old)
-        for change in reversed(_hot.changes):
+    with HOT.lock:
+        target = patch_target(old)
+        for change in reversed(HOT.changes):
             if change.target is target:
                 undo(change.number)
                 return
@@ -7352,7 +7352,7 @@ def unpatch(old):
 
 def _bring_files_version(typed):
     """Bind the name of a function that was typed over one of a file as if it had been lost."""
-    for name, module, _ in _own_modules():
+    for name, module, _ in own_modules():
         space, known = _space_of(module), _known_of(name, module)
         for key in [key for key, value in list(space.items()) if value is typed][:1]:
             found = _statement_of(module, key)
@@ -7369,7 +7369,7 @@ def _bring_files_version(typed):
     return False
 
 
-def _patch_target(value):
+def patch_target(value):
     """Return the function or class that a patch of `value` changes."""
     found = value
     if _is(value, _WRAPPERS) and not _is(value, functools.partial):
@@ -7979,7 +7979,7 @@ def _typed(const):
 
 def _forget_new_modules(before):
     """Take the program's own modules out of sys.modules that a failed reload imported."""
-    for name, _, _ in _own_modules():
+    for name, _, _ in own_modules():
         if name not in before:
             del sys.modules[name]
 
@@ -8445,7 +8445,7 @@ def _await_chain(coroutine):
 WATCH_BACKLOG = 5000              # calls that wait to be looked at; of more, the first are kept
 WATCH_LINES_PER_S = 100
 WATCH_LOOK_S = 0.05               # how often is looked whether a call has come, or it is over
-_watched = {}                     # function -> the Calls of it; guarded by nothing but the GIL
+WATCHED = {}                     # function -> the Calls of it; guarded by nothing but the GIL
 
 
 class Call:
@@ -8493,7 +8493,7 @@ class Calls(list):
         super().__init__()
         self.function = None
         with suppress(TypeError):
-            self.function = _patch_target(function)
+            self.function = patch_target(function)
         if not isinstance(self.function, types.FunctionType):
             raise TypeError("expected a Python function or method, found %s; of a class watch "
                             "one of its methods" % shorten(repr(function)))
@@ -8513,10 +8513,10 @@ class Calls(list):
 
     def start(self, looker=None):
         """Begin to watch; the calls are looked at in the Job `looker`, or by who calls look()."""
-        if _watched.setdefault(self.function, self) is not self:
+        if WATCHED.setdefault(self.function, self) is not self:
             raise RuntimeError("%s is watched already" % self.function.__qualname__)
         self._looker = looker
-        with _hot.lock:
+        with HOT.lock:
             vars(self.function).setdefault("__wrapped__", self._copy)     # for its signature
             _assign_code(self.function, self._code)
         for thread in filter(None, (looker, Job(self._keep))):
@@ -8526,7 +8526,7 @@ class Calls(list):
     def _keep(self):
         while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
                    or self._session is not None and self._session.connection.is_left()):
-            with _hot.lock:
+            with HOT.lock:
                 if self.function.__code__ is not self._code:      # no call is seen any more
                     self.problem = ": the function was changed meanwhile"
                     break
@@ -8535,10 +8535,10 @@ class Calls(list):
     def stop(self):
         """Watch no more: the function is as it was; what was noted is here, unless `when` hangs."""
         self._is_over.set()
-        with _hot.lock:
+        with HOT.lock:
             self._take_off()
-            if _watched.get(self.function) is self:
-                del _watched[self.function]
+            if WATCHED.get(self.function) is self:
+                del WATCHED[self.function]
         if self._looker not in (None, threading.current_thread()) and (
                 not self._is_looked_through.wait(2 * WATCH_LOOK_S)):
             with suppress(ValueError):    # it has ended just now
@@ -9178,19 +9178,19 @@ def server_owner(sock, expected=None):
         with suppress(Refused):   # accepted meanwhile, and the listener may be gone
             return _holder_by_now(sock, expected)
         if time.monotonic() >= end:
-            return _holder(listener)
+            return holder_of(listener)
         time.sleep(0.01)
 
 
 def _holder_by_now(sock, expected):
-    """Return the _holder of the other end; Refused: it is closed by now.
+    """Return the holder_of of the other end; Refused: it is closed by now.
 
     What is accepted just now has an owner before a process has it.
     """
     end = time.monotonic() + 0.2
     for tries in range(20):       # few, where there are many processes to look at
         peer = identify(sock)
-        uid = _holder(peer, expected)
+        uid = holder_of(peer, expected)
         if uid is not None or not peer.inode or tries and time.monotonic() > end:
             break
         time.sleep(0.01)
@@ -9210,12 +9210,12 @@ def come_as_its_user(sock, address):
     """
     if effective_uid() == 0 and hasattr(os, "fchown"):
         with suppress(OSError):   # a container's root may not
-            uid = _holder(listener_at(address)) if is_local(address) else None
+            uid = holder_of(listener_at(address)) if is_local(address) else None
             if uid:
                 os.fchown(sock.fileno(), uid, -1)
 
 
-def _holder(peer, expected=None):
+def holder_of(peer, expected=None):
     """Return the uid of a Peer; of a TCP socket that root made root looks whose it is by now.
 
     None: nobody who can be seen from here holds it. What another user made stays that user's, if
@@ -9980,7 +9980,7 @@ def tunnel(target, port, control_port, deadline, has_shell=True):
     import tempfile
     with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
         path = os.path.join(folder, "repl")
-        words, far_path = _ssh_words(target, path, port, control_port, has_shell)
+        words, far_path = ssh_words(target, path, port, control_port, has_shell)
         questions = os.path.join(folder, "questions")
         os.mkfifo(questions)
         asked = os.open(questions, os.O_RDWR)     # to write only would wait for a reader
@@ -9993,7 +9993,7 @@ def tunnel(target, port, control_port, deadline, has_shell=True):
                                           "with exit code %d" % (target, ssh.returncode))
                 time_left_s(deadline)
                 time.sleep(0.02)
-            confirm = functools.partial(_far_owner, asked, ssh.stdout, deadline, target, far_path,
+            confirm = functools.partial(far_owner, asked, ssh.stdout, deadline, target, far_path,
                                         port, control_port)
             if has_shell and confirm(is_first=True) == NO_SHELL:
                 with suppress(subprocess.TimeoutExpired):
@@ -10012,7 +10012,7 @@ def tunnel(target, port, control_port, deadline, has_shell=True):
             ssh.stdout.close()
 
 
-def _ssh_words(target, path, port, control_port, has_shell):
+def ssh_words(target, path, port, control_port, has_shell):
     """Return the command that forwards to sockets at `path`, and what path is meant over there."""
     import shlex
     match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
@@ -10059,7 +10059,7 @@ _FAR_LOOPBACK = [begin + end for begin in (b"", b"0" * 24, b"0" * 16 + b"FFFF000
                  for end in (b"0100007F", b"7F000001", b"00000000")]
 
 
-def _far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
+def far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
     """Return whose the server is, as the other machine says it, where we are root there.
 
     "" for our user's, NO_SHELL, or NOT_SAID. PermissionError: it is another's, and we aren't root.
@@ -10124,7 +10124,7 @@ def dial(address, ssl_context, is_plain, deadline, is_roots=False):
     """
     where = "unix:" + address if isinstance(address, str) else "%s port %d" % address
     try:
-        sock = _connect_to(address, deadline, is_roots)
+        sock = connect_to(address, deadline, is_roots)
     except OSError as exc:
         if deadline is not None and isinstance(exc, socket.timeout):
             raise
@@ -10142,7 +10142,7 @@ def dial(address, ssl_context, is_plain, deadline, is_roots=False):
         raise
 
 
-def _connect_to(address, deadline, is_roots):
+def connect_to(address, deadline, is_roots):
     """Return a connected socket; localhost is 127.0.0.1 first, where servers usually listen."""
     if isinstance(address, str):
         found = [(socket.AF_UNIX, address)]
@@ -10363,7 +10363,7 @@ class Connection:
         self._is_dropping, self.sending, sent = False, (0, total), 0
         try:
             for item in outbox:
-                for piece in _pieces(item):
+                for piece in pieces_of(item):
                     if self._is_dropping and not isinstance(item, _Kept):
                         break
                     self.sock.sendall(piece, NO_SIGNAL)
@@ -10442,7 +10442,7 @@ class _Kept(bytes):
 _WITHIN = Lazy(lambda: re.compile(rb"[\x80-\xbf\xff]*"))
 
 
-def _pieces(data):
+def pieces_of(data):
     """Yield `data` in parts, none of which ends within a character or a doubled IAC."""
     begin = 0
     while begin < len(data):
@@ -12876,7 +12876,7 @@ class Terminal:
         self._marks_pastes = False    # the terminal can be told to mark where one begins and ends
 
     def __enter__(self):
-        self._modes = entered(self._undo, _kept_modes())
+        self._modes = entered(self._undo, kept_modes())
         entered(self._undo, self.owner.link.signals(     # before it is shown that we connected
             SIGINT=self._on_interrupt, SIGTSTP=self._on_suspend, SIGWINCH=self._on_resize))
         return self
@@ -12990,7 +12990,7 @@ class Terminal:
             self._mark_pastes(False)
             edit = self._read_cooked if _has_modes() else self._read_alone
         try:
-            with _kept_modes():   # Ctrl+C can be raised while a reader puts them back
+            with kept_modes():   # Ctrl+C can be raised while a reader puts them back
                 self._is_reading = True
                 text = edit(prompt, begun)
                 if not (is_secret or self._takes_pastes or edit == self._read_alone):
@@ -13089,7 +13089,7 @@ class Terminal:
     def _next_key(self):
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
         try:
-            if _read_without_waiting():   # the line begins
+            if read_without_waiting():   # the line begins
                 self._is_typed_ahead = bool(self._typed or select.select([0], [], [], 0)[0])
         except Exception:         # termios.error: the terminal is gone; readline is C
             self._ending = EOFError()
@@ -13108,7 +13108,7 @@ class Terminal:
 
         For terminals that do not mark a paste. The lines are echoed here.
         """
-        _read_without_waiting()
+        read_without_waiting()
         data = self._typed
         while self._ending is None and select.select([0], [], [], PASTE_PAUSE_S)[0]:
             piece = os.read(0, RECEIVE_BYTES)
@@ -13150,7 +13150,7 @@ class Terminal:
         import termios
         if self._is_secret:       # else what follows reads it, and shows it
             termios.tcflush(0, termios.TCIFLUSH)
-        with _kept_modes():
+        with kept_modes():
             termios.tcsetattr(0, termios.TCSADRAIN, self._modes)
             before = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             self._mark_pastes(False)
@@ -13255,7 +13255,7 @@ def _has_modes():
 
 
 @contextmanager
-def _kept_modes():
+def kept_modes():
     """Yield the terminal's modes, None where it has none; afterwards they are as before."""
     if not _has_modes():
         yield None
@@ -13274,7 +13274,7 @@ def _line_buffer():
     return line if isinstance(line, bytes) else line.encode("utf-8", "replace")   # PyPy: bytes
 
 
-def _read_without_waiting():
+def read_without_waiting():
     """Have a read of the terminal return what was typed, be it nothing, and Ctrl+C be a signal.
 
     Return whether that was not so before.
@@ -13353,7 +13353,7 @@ def _reach(host, port, control_port, deadline):
     """Keep up what leads to a server; yield its address, and two functions.
 
     The first returns the control channel's address for its port there. The second, called once we
-    are connected, returns whose the server at a far end is, as `_far_owner` does.
+    are connected, returns whose the server at a far end is, as `far_owner` does.
     """
     if host.startswith("unix:"):
         path = host[len("unix:"):]
@@ -13489,7 +13489,7 @@ def _hide_escapes(prompt):
 
 def main(argv=None):
     """Run the command line `argv`; return the exit code: 0, 1 for bind and connect, 2 for usage."""
-    parser = _parser()
+    parser = make_parser()
     options, rest = parser.parse_known_args(argv)
     if any(re.match("-.", word) for word in rest) or rest and not hasattr(options, "words"):
         parser.error("unrecognized arguments: " + " ".join(rest))
@@ -13508,7 +13508,7 @@ def main(argv=None):
         return 2
 
 
-def _parser():
+def make_parser():
     import argparse
     columns = os.environ.get("COLUMNS", "")       # else argparse imports shutil, bz2, lzma and more
     style = functools.partial(argparse.RawDescriptionHelpFormatter,

@@ -3303,7 +3303,7 @@ class OnlyWhatChangedRuns(Workspace):
             "L = [m.RATE * i for i in range(3)] (RATE changed)",
             "S = sum(m.RATE for i in range(3)) (RATE changed)",
             "Y = f() (f changed)"])
-        self.assertTrue(hotrepl._mentions_at_import("x = \u00e9".encode(), {"\u00e9"}))
+        self.assertTrue(hotrepl.mentions_at_import("x = \u00e9".encode(), {"\u00e9"}))
 
     def test_constant_imported_elsewhere_with_a_star_follows(self):
         output = self.run_script("""
@@ -5691,11 +5691,11 @@ class Modules(Workspace):
         self.assertEqual((pkg.f(), pkg.sub.f(), pkg.X), (2, 2, 2))
 
     def test_to_find_the_modules_asks_the_disk_for_none_of_the_library(self):
-        hotrepl._is_library_folder.cache_clear()
+        hotrepl.is_library_folder.cache_clear()
         library, asked = os.path.dirname(os.__file__), []
         with unittest.mock.patch.object(os, "lstat", lambda path, lstat=os.lstat, **options: (
                 asked.append(path), lstat(path, **options))[1]):
-            hotrepl._own_modules()
+            hotrepl.own_modules()
             ours, of_library = len(asked), [path for path in asked if str(path).startswith(library)]
             os.path.realpath(os.__file__)     # it does ask when it is asked for such a file
         self.assertEqual(of_library, [])
@@ -5789,12 +5789,12 @@ class Modules(Workspace):
             text = file.read()
         lib = self.load(text, name="lib")
         m = self.load("def f(): return 1\n")
-        known = lib._hot
+        known = lib.HOT
         lib.note_sources([lib, m])
         self.edit("lib", "# moved\n" + text.replace('"nothing changed"', '"all as before"'))
         report = lib.reload(lib)
         self.assertEqual(report.changed, ["ReloadReport"])
-        self.assertIs(lib._hot, known)
+        self.assertIs(lib.HOT, known)
         self.assertEqual(repr(lib.reload(lib)), "all as before")
         self.edit("m", "def f(): return 2\n")
         lib.reload(m)
@@ -6306,7 +6306,7 @@ class Diff(unittest.TestCase):
     def changes(self, old, new):
         new = hotrepl._Source(new.encode(), "m.py")
         old = hotrepl._Source(old.encode(), "m.py", new)
-        pairs = hotrepl._pair(old.statements, new.statements)
+        pairs = hotrepl.pair_statements(old.statements, new.statements)
         return " ".join(pair.change for pair in pairs)
 
     def test_table(self):
@@ -6318,7 +6318,7 @@ class Diff(unittest.TestCase):
         for old, new, _ in self.TABLE:
             with self.subTest(old=old, new=new):
                 sources = [hotrepl._Source(text.encode(), "m.py") for text in (old, new)]
-                pairs = hotrepl._pair(*[each.statements for each in sources])
+                pairs = hotrepl.pair_statements(*[each.statements for each in sources])
                 self.assertEqual(" ".join(pair.change for pair in pairs), self.changes(old, new))
 
 
@@ -6392,7 +6392,7 @@ class OverTheRealClient(Case):
         folder = self.folder()
         folder.write("late.py", "X = 1\n")
         program = folder.run(
-            SERVE + "import sys\nfor line in sys.stdin: print(list(hotrepl._hot.known), flush=True)\n")
+            SERVE + "import sys\nfor line in sys.stdin: print(list(hotrepl.HOT.known), flush=True)\n")
         address = addresses(program)[0]
 
         def known():
@@ -11316,7 +11316,7 @@ class Watching(Case):
         eventually(lambda: function.__code__ is not before[0], "the patch")
 
     def over(self):
-        eventually(lambda: not hotrepl._watched, "the end of the watch")
+        eventually(lambda: not hotrepl.WATCHED, "the end of the watch")
         self.assertEqual(self.state(self.pay), self.before)
         eventually(lambda: not [each for each in threading.enumerate() if each.name.startswith("hotrepl watch")],
                    "the end of its threads")
@@ -11417,7 +11417,7 @@ class Watching(Case):
     def test_watch_sees_every_kind_of_function(self):
         for name, function, call in watched_kinds():
             with self.subTest(name):
-                target = hotrepl._patch_target(function)
+                target = hotrepl.patch_target(function)
                 before, expected = self.state(target), call()
                 kind = inspect.iscoroutinefunction(target)
                 calls = self.quiet(function)
@@ -11536,7 +11536,7 @@ class Watching(Case):
         for function in (len, 5, type(self), functools.partial(self.pay)):
             with self.subTest(function), self.assertRaisesRegex(TypeError, "function or method, found .*; of a class"):
                 hotrepl.watch(function, quiet=True)
-        self.assertEqual(hotrepl._watched, {})
+        self.assertEqual(hotrepl.WATCHED, {})
         self.quiet(self.pay)
         with self.assertRaisesRegex(RuntimeError, "pay is watched already"):
             hotrepl.watch(self.pay)
@@ -11546,7 +11546,7 @@ class Watching(Case):
         undo = patch(self.pay, lambda name, amount=1: "patched")
         self.assertEqual(self.pay("a"), "patched")
         eventually(lambda: repr(calls).endswith("0 calls, is over: the function was changed meanwhile>"))
-        eventually(lambda: not hotrepl._watched)
+        eventually(lambda: not hotrepl.WATCHED)
         patched = self.state(self.pay)
         self.client.send("watch(pay)")
         self.begun(self.pay, patched)
@@ -13788,7 +13788,7 @@ class Ssh(AccessCase):
                 said.write(b"hotrepl shell\nhotrepl 1500\nhotrepl table\nsl\n"
                            b": %s:0539 0:0 0A 0:0 0:0 0 1600 0 1\nhotrepl end\n" % address.encode())
                 with self.assertRaisesRegex(PermissionError, "uid 1600's over there"):
-                    hotrepl._far_owner(here, answers, None, "ssh://there", None, 1337, 8128)
+                    hotrepl.far_owner(here, answers, None, "ssh://there", None, 1337, 8128)
 
     def test_root_over_there_is_told_whose_the_server_is_and_his_token_is_not_for_it(self):
         with socket.socket() as sock:
@@ -13852,7 +13852,7 @@ class Ssh(AccessCase):
 
     def test_a_shell_that_is_gone_at_the_second_look_was_there_at_the_first(self):
         with open(os.devnull, "r+b", 0) as gone:
-            look = functools.partial(hotrepl._far_owner, gone.fileno(), gone, None, "ssh://there", None, 1337, 8128)
+            look = functools.partial(hotrepl.far_owner, gone.fileno(), gone, None, "ssh://there", None, 1337, 8128)
             self.assertEqual(look(is_first=True), hotrepl.NO_SHELL)
             with self.assertRaisesRegex(ConnectionError, "can't say whose server is there, so nothing was sent"):
                 look()
@@ -13870,7 +13870,7 @@ class Ssh(AccessCase):
             with self.subTest(told), open(os.devnull, "r+b", 0) as asked, tempfile.TemporaryFile() as answers:
                 answers.write(("\nhotrepl shell\nhotrepl 1500\n%shotrepl end\n" % told).encode())
                 answers.seek(0)
-                look = functools.partial(hotrepl._far_owner, asked.fileno(), answers, None, "ssh://there/p", "/p", 1337, 8128)
+                look = functools.partial(hotrepl.far_owner, asked.fileno(), answers, None, "ssh://there/p", "/p", 1337, 8128)
                 if owner is not None:
                     self.assertEqual(look(), owner)
                 else:
@@ -13885,7 +13885,7 @@ class Ssh(AccessCase):
             for limit_s, size, kind in ((0.1, 1 << 30, socket.timeout), (None, 1 << 20, ConnectionError)):
                 deadline = limit_s and time.monotonic() + limit_s
                 with self.assertRaises(kind), unittest.mock.patch.object(hotrepl, "FAR_LIMIT_BYTES", size):
-                    hotrepl._far_owner(asked.fileno(), talker.stdout, deadline, "ssh://there", None, 1337, 8128)
+                    hotrepl.far_owner(asked.fileno(), talker.stdout, deadline, "ssh://there", None, 1337, 8128)
             talker.kill()
 
     def test_of_the_tables_over_there_only_the_rows_come_that_tell(self):
@@ -13898,7 +13898,7 @@ class Ssh(AccessCase):
             ends.pop(is_first).close()
             ends[0].recv(1)
             ends[0].close()
-        words, _ = hotrepl._ssh_words("ssh://there", "/tmp/path", port, port, True)
+        words, _ = hotrepl.ssh_words("ssh://there", "/tmp/path", port, port, True)
         said = subprocess.check_output(words[-1], shell=True, input=b"\n").decode()
         self.assertRegex(said, r"\Ahotrepl starts\n\nhotrepl shell\nhotrepl 0\nhotrepl table\n *sl .*\n.*:%04X .* 0A .*\n( *sl .*\n)?hotrepl end\n\Z" % port)
 
@@ -14212,15 +14212,15 @@ class PeerOverTcp(AccessParts):
 
     def test_whose_server_it_is_is_not_looked_for_again_and_again_where_that_takes_long(self):
         client, _ = self.connect(self.listen())
-        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer, _=None: time.sleep(0.3)) as look:
+        with unittest.mock.patch.object(hotrepl, "holder_of", side_effect=lambda peer, _=None: time.sleep(0.3)) as look:
             self.assertIsNone(hotrepl.server_owner(client))
         self.assertEqual(look.call_count, 2)
 
     def test_a_server_that_closes_while_it_is_looked_for_is_who_listens_there(self):
         listener = self.listen()
         client, served = self.connect(listener)
-        look = hotrepl._holder
-        with unittest.mock.patch.object(hotrepl, "_holder", side_effect=lambda peer, _=None: (
+        look = hotrepl.holder_of
+        with unittest.mock.patch.object(hotrepl, "holder_of", side_effect=lambda peer, _=None: (
                 served.close() if served.fileno() != -1 else look(peer))):
             self.assertEqual(hotrepl.server_owner(client), os.geteuid())
 
@@ -14499,7 +14499,7 @@ class OwnersOfSockets(AccessParts):
             program = self.keep(Program([sys.executable, "-c", "import os, socket, sys; s = socket.socket(); os.setresuid(*%r); "
                                          "print(os.fstat(s.fileno()).st_ino, flush=True); sys.stdin.read()" % (ids,)]))
             peer = hotrepl.Peer("there", made_by, inode=int(program.until("\n")))
-            self.assertEqual(hotrepl._holder(peer, expected=0), holder, (ids, made_by))
+            self.assertEqual(hotrepl.holder_of(peer, expected=0), holder, (ids, made_by))
 
     def unshare(self, options, code="", asked="s.knows_local_peers()"):
         """Return what is `asked` in a process with namespaces of its own."""
@@ -15016,10 +15016,10 @@ class ClientSockets(AccessParts):
         address = self.listen().getsockname()
         found = [(family, socket.SOCK_STREAM, 0, "", address) for family in (254, socket.AF_INET)]
         with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found):
-            sock = self.keep(hotrepl._connect_to(("both", address[1]), None, False))
+            sock = self.keep(hotrepl.connect_to(("both", address[1]), None, False))
         self.assertEqual(sock.getpeername(), address)
         with unittest.mock.patch.object(socket, "getaddrinfo", return_value=found[:1]):
-            self.assertRaises(OSError, hotrepl._connect_to, ("both", address[1]), None, False)
+            self.assertRaises(OSError, hotrepl.connect_to, ("both", address[1]), None, False)
 
     def test_a_tls_handshake_too_is_over_in_time(self):
         import ssl
@@ -15616,13 +15616,13 @@ class Pieces(Case):
     def test_no_character_and_no_doubled_byte_is_cut(self):
         for filler in ("\u20ac", "\U0001F40D", "a\u20ac"):
             data = (filler * 100000).encode()
-            pieces = list(hotrepl._pieces(data))
+            pieces = list(hotrepl.pieces_of(data))
             self.assertEqual(b"".join(pieces), data)
             self.assertGreater(len(pieces), 3)
             for each in pieces:
                 each.decode()
         for data in (b"\xff\xff" * 100000, b"a" + b"\xff\xff" * 100000, b"\xff\xffa" * 100000):
-            pieces = list(hotrepl._pieces(data))
+            pieces = list(hotrepl.pieces_of(data))
             self.assertEqual(b"".join(pieces), data)
             self.assertEqual([each for each in pieces if each.count(b"\xff") % 2], [])
 
@@ -17837,11 +17837,11 @@ class Keepers(Case):
     LEAVE = "Ctrl+C again leaves, the process goes on\n"
     CLIENT = """
 import hotrepl, socket, sys
-def connect_to(*args, original=hotrepl._connect_to):
+def connect_to(*args, original=hotrepl.connect_to):
     sock = original(*args)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)       # as little as the system allows
     return sock
-hotrepl._connect_to, hotrepl.ANSWER_LIMIT_S = connect_to, %r
+hotrepl.connect_to, hotrepl.ANSWER_LIMIT_S = connect_to, %r
 sys.exit(hotrepl.main())
 """
 
@@ -18253,7 +18253,7 @@ class Answering(Case):
             before, changed = termios.tcgetattr(0), termios.tcgetattr(0)
             changed[3] &= ~termios.ECHO
             try:
-                with hotrepl._kept_modes():
+                with hotrepl.kept_modes():
                     termios.tcsetattr(0, termios.TCSANOW, changed)
                     raise KeyboardInterrupt
             except KeyboardInterrupt:
@@ -18732,7 +18732,7 @@ class OddTerminals(Case):
     def test_one_that_is_gone_ends_the_line(self):
         import termios
         terminal = hotrepl.Terminal(unittest.mock.Mock())
-        with unittest.mock.patch.object(hotrepl, "_read_without_waiting", side_effect=termios.error(5, "gone")):
+        with unittest.mock.patch.object(hotrepl, "read_without_waiting", side_effect=termios.error(5, "gone")):
             self.assertEqual(terminal._next_key(), b"")
         self.assertIsInstance(terminal._ending, EOFError)
 
@@ -21622,6 +21622,11 @@ class Promises(Case):
                 for match in re.finditer(r"^# === (\d+)\. ([^=\n]*) =+$", cls.source, re.M)]
 
     @once("slow")
+    def test_no_test_uses_a_private_name(self):
+        with open(SELF_PATH, encoding="utf-8") as file:
+            found = re.findall(r"\bhotrepl\._[a-z]\w*|patch\.object\(hotrepl, \"_\w+", file.read())
+        self.assertEqual(found, [])
+
     def test_no_class_or_function_takes_the_name_of_another(self):
         for path in (SOURCE_PATH, SELF_PATH):
             with open(path, encoding="utf-8") as file:
@@ -22300,7 +22305,7 @@ class Readme(unittest.TestCase):
         for line, words in lines:
             with self.subTest(line):
                 try:
-                    options, rest = hotrepl._parser().parse_known_args(words)
+                    options, rest = hotrepl.make_parser().parse_known_args(words)
                 except SystemExit:
                     raise AssertionError("hotrepl.py does not take it")
                 self.assertFalse([word for word in rest if word.startswith("-")])
