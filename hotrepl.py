@@ -4308,6 +4308,7 @@ class _Journal:
         self._entries = []      # callables, the oldest first
         self.touched = set()    # (id of what is changed, name): whether a newer change covers it
         self._kept = {}         # id -> (container, its content before), to copy each once
+        self._kept_slots = set()    # keys of the slots that keep() was called for
         self._unsealed = []     # callables to call when the transaction has succeeded
 
     def put(self, slot, value):
@@ -4315,7 +4316,8 @@ class _Journal:
         read, write, key = slot
         before = read()
         if before is not value:
-            self.on_undo(lambda: _is_same(read(), value) and write(before), key)
+            if key not in self._kept_slots:     # else what was there before is put back
+                self.on_undo(lambda: _is_same(read(), value) and write(before), key)
             write(value)
 
     def keep(self, slot):
@@ -4323,9 +4325,11 @@ class _Journal:
         read, write, key = slot
 
         def restore(before, *after):
-            if read() is not before and (not after or read() is after[0]):
+            if read() is not before and (not after or _is_same(read(), after[0])):
                 write(before)
-        self._keep(read, restore, key)
+        if key not in self._kept_slots:
+            self._kept_slots.add(key)
+            self._keep(read, restore, key)
 
     def keep_content(self, container):
         """Have undo put back what a container holds now, or, once sealed, what differs then."""
@@ -4792,7 +4796,7 @@ class _Apply:
             self._redecorate(scope, pair)
         else:
             if old.decorator_list:
-                self._retire(scope, pair, [pair])
+                self._take_back(scope, pair)
             self._run(scope, pair)
 
     def _define(self, scope, pair):
@@ -4888,7 +4892,7 @@ class _Apply:
 
     def _note_not_retired(self, scope, statement):
         """Say that an old registration may go on beside the new one."""
-        self.report.notes.append("%s: what its old decorator registered was not found and may be "
+        self.report.notes.append("%s: what its old decorator registered may be "
                                  "there still" % scope.title(statement.node.name))
 
     def _run_group(self, scope, name):
@@ -5162,8 +5166,21 @@ class _Apply:
         if scope.cls is not None:
             self._take_attributes(scope, pairs, names)
 
+    def _take_back(self, scope, pair):
+        """Take back what the decorators of a function had registered, which has none any more.
+
+        Where a statement uses the function, that may have put it there as well: it stays.
+        """
+        is_used = any(pair.new.node.name in each.names.reads for each in scope.statements
+                      if not each.is_definition)
+        if is_used:
+            self._note_not_retired(scope, pair.new)
+        elif self._retire(scope, pair, [pair]):
+            self.report.notes.append("%s: it was taken out of what its old decorator had put it "
+                                     "into" % scope.title(pair.new.node.name))
+
     def _retire(self, scope, pair, pairs):
-        """Take a definition out of what its decorators, or later statements, had put it into."""
+        """Take a definition out of what it had been put into; return whether it was found there."""
         name = pair.old.node.name
         raw = self._raw(scope, pair) if pair.old.is_function else None
         value = scope.get(name)
@@ -5174,9 +5191,10 @@ class _Apply:
             each.old for each in pairs if each is pair or (
                 each.old is not None and name in each.old.names.reads)])
         targets = _ids([value, raw, *_functions_in(value)])
-        if not _Registrations(self, reached, targets).drop() and not (
-                _is_transparent(pair.old.node)):
+        is_found = _Registrations(self, reached, targets).drop()
+        if not is_found and not _is_transparent(pair.old.node):
             self._note_not_retired(scope, pair.old)
+        return is_found
 
     def _take_attributes(self, scope, pairs, names):
         """Take away from a class what only statements that are gone had bound."""

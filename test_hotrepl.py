@@ -6092,6 +6092,18 @@ class Patch(Workspace):
 
 class History(Workspace):
 
+    def test_undo_of_a_function_that_went_to_another_module_and_is_imported_from_there(self):
+        one, two = self.load("A = 1\ndef f(): return 1\n", name="one"), self.load("A = 2\n", name="two")
+        m = self.load("from one import A, f\n")
+        f = m.f
+        self.edit("one", "A = 1\n")
+        self.edit("two", "A = 2\ndef f(): return 2\n")
+        self.edit("m", "from two import A, f\n")
+        reload()
+        self.assertEqual((m.A, m.f(), two.f()), (2, 2, 2))
+        hotrepl.undo()
+        self.assertEqual((m.A, m.f is f, one.f is f, f(), hasattr(two, "f")), (1, True, True, 1, False))
+
     def test_undo_takes_back_a_reload_and_a_later_one_applies_the_file_again(self):
         m = self.load("A = 1\nB = A + 1\ndef f(x=1): return x\nclass C:\n    y = 1\n    def m(self): return 1\nGONE = 1\n")
         before, held, c = dict(vars(m)), m.f, m.C()
@@ -6853,7 +6865,7 @@ class RealPrograms(Workspace):
         text = "R = []\ndef reg(c):\n    R.append(c)\n    return c\n%s@reg\nclass f: x = 2\n"
         self.load(text % "@reg\nclass f: x = 1\n")
         self.assertEqual(repr(self.again(text % "")), "removed: f (of line 5)\nnote: m.f: what its old decorator "
-                         "registered was not found and may be there still")
+                         "registered may be there still")
 
     def test_handler_whose_body_changed_is_registered_once_and_stays_where_it_is(self):
         text = "import atexit\nRUNS = []\nHANDLERS = []\ndef on(f):\n    RUNS.append(1)\n    HANDLERS.append(f)\n    return f\n" \
@@ -7797,6 +7809,12 @@ class Scenarios(Workspace):
         "function that a statement has put there, which does not run again": (
             "R = []\ndef reg(n):\n    return lambda f: f if R is not n else R\n@reg(1)\ndef f(): pass\nR.append(f)\n", "",
             "R = []\ndef reg(n):\n    return lambda f: f if R is not n else R\n@reg(2)\ndef f(): pass\nR.append(f)\n", ["m.R == [m.f]"]),
+        "decorator that is taken away, and the function stays": (
+            REG + "@reg\ndef f(): return 1\n", "f = m.f", REG + "def f(): return 2\n",
+            ["m.R == []", "m.f is f and f() == 2", "'f: it was taken out of what its old decorator had put it into' in report"]),
+        "decorator that is taken away where a statement registers as well": (
+            REG + "@reg\ndef f(): return 1\nR.append(f)\n", "f = m.f", REG + "def f(): return 2\nR.append(f)\n",
+            ["m.R == [f, f]", "'f: what its old decorator registered may be there still' in report"]),
         # Readers
         "body of what is in a registry that was copied": (
             ROUTES + "@routes.get('/a')\ndef a(): return 1\nTABLE = list(routes)\n", "",
