@@ -13769,9 +13769,13 @@ def _show_death(exc):
         sys.excepthook(type(exc), exc, frames)
     except SystemExit as own:     # the program's own hook
         return _exit_status(own.code)
-    except BaseException as own:  # `exc` is its context, and so shown as well
+    except BaseException as own:
         _hide_our_frames(own)
+        own.__context__ = None
+        print("Error in sys.excepthook:", file=sys.stderr)
         sys.__excepthook__(type(own), own, own.__traceback__)
+        print("\nOriginal exception was:", file=sys.stderr)
+        sys.__excepthook__(type(exc), exc, frames)
     return 130 if isinstance(exc, KeyboardInterrupt) else 1
 
 
@@ -14087,8 +14091,15 @@ def _misuse(text):
 
 
 def _say(text):
+    stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
+    raw = getattr(getattr(stderr, "buffer", None), "raw", None)
     with suppress(OSError):       # /dev/full, say
-        print("hotrepl: " + text, file=sys.stderr or io.StringIO(), flush=True)
+        stderr.flush()
+        # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
+        if raw is None:
+            stderr.write(line)
+        else:
+            raw.write(line.encode(stderr.encoding, "backslashreplace"))
 
 
 def _say_if_read(text):

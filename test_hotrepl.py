@@ -19427,8 +19427,8 @@ class Programs(Case):
 
     def test_it_is_kept_whatever_its_own_excepthook_does(self):
         hook = "import sys\ndef hook(*exc_info):\n    %s\nsys.excepthook = hook\nx = 42\n1 / 0\n"
-        for source, status, told in ((hook % "raise LookupError('in the hook')", 1, r"ZeroDivisionError: (.*\n)+"
-                                      r"LookupError: in the hook\n"),
+        for source, status, told in ((hook % "raise LookupError('in the hook')", 1, r"Error in sys\.excepthook:\n(.*\n)+"
+                                      r"LookupError: in the hook\n\nOriginal exception was:\n(.*\n)+ZeroDivisionError: "),
                                      (hook % "sys.exit(4)", 4, "is kept")):
             with self.subTest(status):
                 program, wire = self.kept(source)
@@ -19450,7 +19450,7 @@ class Programs(Case):
     def test_it_runs_though_stderr_is_closed_or_full(self):
         folder = self.folder()
         folder.write("script.py", "print('runs')")
-        for words, unbuffered in (("2>&-", ""), ("2>&-", "1"), ("2>/dev/full", "1")):
+        for words, unbuffered in (("2>&-", ""), ("2>&-", "1"), ("2>/dev/full", ""), ("2>/dev/full", "1")):
             command = " ".join(map(shlex.quote, python_command(*serve_words("script.py")))) + " " + words
             out = subprocess.check_output(command, shell=True, cwd=folder.path, stdin=subprocess.DEVNULL,
                                           env=environment(PYTHONUNBUFFERED=unbuffered))
