@@ -5855,6 +5855,12 @@ class Modules(Workspace):
         with self.assertRaisesRegex(TypeError, "expected a module or its name"):
             reload(5)
 
+    def test_where_nothing_changed_the_report_counts_the_modules(self):
+        report = hotrepl.ReloadReport(is_qualified=True)
+        for count, said in ((1, "1 module"), (2, "2 modules")):
+            report.looked_at, report.folders = count, ["/srv"]
+            self.assertEqual(repr(report), "nothing changed in %s below /srv" % said)
+
     def test_the_name_of_the_script_leads_to_main(self):
         output = self.run_script("""
             import hotrepl
