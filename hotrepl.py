@@ -125,7 +125,7 @@ __all__ = ["start", "stop", "Server", "connect", "reload", "patch", "unpatch", "
 
 
 class Lazy:
-    """Stands for what `make()` returns, which is called when something of it is first used."""
+    """Stands for what `make()` returns; that is called at each first use of an attribute."""
 
     def __init__(self, make):
         self._make = make
@@ -140,9 +140,9 @@ re = Lazy(lambda: __import__("re"))       # its import takes as long as half of 
 
 
 class Logger:
-    """A logger of that name, as in logging; does nothing while the program has not imported that.
+    """Stands for logging's logger `name`; does nothing while the program has not imported logging.
 
-    So nobody can listen, and importing it would take longer than all else that start() needs.
+    Until then nobody can listen, and the import takes longer than all else that start() needs.
     """
 
     def __init__(self, name):
@@ -167,7 +167,8 @@ log = Logger("hotrepl")
 
 
 # === 2. Constants and errors =================================================
-# What more than one section needs to agree on.
+# What more than one section needs to agree on: defaults, limits, the exception types, records, and
+# small helpers for sockets and texts. Nothing here knows what a session is; any thread may call it.
 
 DEFAULT_BIND = "127.0.0.1"
 DEFAULT_PORT = 1337
@@ -200,7 +201,7 @@ _MISSING = type("_MISSING", (), {"__repr__": lambda self: "<missing>"})()  # Non
 
 
 class Record(tuple):
-    """A tuple with names for its items; `record` makes such classes."""
+    """A tuple with names for its items; `record` makes such classes, as Stale or Command."""
 
     __slots__ = ()
     names = ()
@@ -220,7 +221,10 @@ class Record(tuple):
 
 
 def record(name, names):
-    """Return a class as of collections.namedtuple, which compiles code for each, at import."""
+    """Return a class as collections.namedtuple does, but quickly.
+
+    namedtuple compiles code for each class, which would be a tenth of our import.
+    """
     names = names.split()
     fields = {each: property(operator.itemgetter(at)) for at, each in enumerate(names)}
     return type(name, (Record,), dict(fields, names=names, __slots__=()))
@@ -241,9 +245,10 @@ def shorten(value, width=60):
 
 
 class OwnSocket(socket.socket):
-    """A socket that closes its descriptor only while that is its own.
+    """A socket that closes its descriptor only while that is still its own.
 
-    Programs close whole ranges of descriptors (os.closerange); then its number is another file's.
+    Programs close whole ranges of descriptors (os.closerange), also ours. Python gives the number
+    to the next file that is opened, which is not ours to close.
     """
 
     def __init__(self, *args):
@@ -266,7 +271,8 @@ class OwnSocket(socket.socket):
     def _inode(self):
         try:
             info = os.fstat(self.fileno())
-        except OSError:           # closed; on Windows a socket's number is no descriptor
+        except OSError:
+            # Closed; or on Windows, where a socket's number is no descriptor.
             return None
         return info.st_dev, info.st_ino
 
@@ -278,14 +284,14 @@ class OwnSocket(socket.socket):
 
 
 def is_own(sock):
-    """Return whether `sock`, of whatever class, is not known to be another's by now."""
+    """Return False where `sock`, of whatever class, has a descriptor that is another file's now."""
     return not isinstance(sock, OwnSocket) or sock.is_own()
 
 
 def entered(undo, context):
-    """Return what `context` gives on entry; `undo`, an ExitStack, will leave it.
+    """Enter `context` and return what that gives; the ExitStack `undo` leaves it.
 
-    3.15's enter_context() imports inspect, which takes longer than all else that start() does.
+    As undo.enter_context(), but 3.15's imports inspect: longer than all else that start() does.
     """
     value = context.__enter__()
     undo.callback(context.__exit__, None, None, None)
@@ -293,13 +299,16 @@ def entered(undo, context):
 
 
 def printable(text):
-    """Return `text` with what is not printed as itself escaped: controls, marks of direction."""
+    """Return `text` with each character escaped that a terminal would obey, not show.
+
+    Those are control characters and the marks that turn the direction of writing.
+    """
     return "".join(each if each.isprintable() or each == "\n" else
                    each.encode("unicode_escape").decode("ascii") for each in text)
 
 
 def take_all(items):
-    """Take items out of a deque from its left until it is empty; others may do so too."""
+    """Yield the items of a deque, taken from its left, until it is empty; others may take too."""
     while True:
         try:
             yield items.popleft()
@@ -314,8 +323,15 @@ def take_all(items):
 # all is UTF-8 text but for marks that begin with 0xFF, a byte that UTF-8 never has;
 # they are telnet's own commands (RFC 854, RFC 885), so a telnet client agrees with us.
 # A literal 0xFF in what a program prints is doubled, as in telnet, for a client that
-# asked for marks; any other client gets the bytes as they are.
-
+# asked for marks; any other client gets the bytes as they are. How `1+1` travels:
+#
+#     server, control    \xffv01l35;{"status": "ok", "result": "None "}   a reply; its length; JSON
+#     server, REPL       \xff\xfakprimary\xff\xf0>>> \xff\xf9                kind, prompt, turn
+#     client, REPL       1+1\n                                          or \xff\xfab1+1\n2+2\xff\xf0
+#     server, REPL       2\n                                            then the next prompt
+#
+# Server and client read by the same MarkDecoder. Whatever is decoded here came from outside: what
+# the protocol does not allow raises ProtocolError, and nothing is ever run.
 IAC = b"\xff"
 GO_AHEAD = IAC + b"\xf9"          # server: it waits; all since the last newline is the prompt
 END_OF_FILE = IAC + b"\xec"       # client: end of file for whatever reads now; server: goodbye
@@ -386,7 +402,8 @@ class MessageDecoder:
     """Control messages out of a stream of bytes."""
 
     HEADER = Lazy(lambda: re.compile(rb"\xffv01l([0-9]{1,19});"))
-    HEADER_BYTES = 24             # no header lacks its end that is longer
+    # Of a header whose end has not come yet, at most.
+    HEADER_BYTES = 24
 
     def __init__(self):
         self._buffer = b""        # what came in and is no complete message yet
@@ -404,8 +421,10 @@ class MessageDecoder:
             body = self._next_body()
 
     def _next_body(self):
+        """Take the bytes of the first body out of the buffer; None: it is not there as a whole."""
         header = self.HEADER.search(self._buffer)
-        if header is None:        # its beginning may have come
+        if header is None:
+            # The beginning of one may have come: keep what could be that.
             self._buffer = self._buffer[-self.HEADER_BYTES:]
             return None
         length = int(header.group(1))
@@ -421,6 +440,8 @@ class MessageDecoder:
 
 
 def _parse_body(body):
+    """Return the dict that the bytes of a body are, or the ProtocolError that says what is wrong.
+    """
     import json
     try:
         message = json.loads(body.decode("utf-8"), parse_int=_parse_int)
@@ -432,7 +453,10 @@ def _parse_body(body):
 
 
 def _parse_int(digits):
-    """Return a JSON number; int() of a million digits would hold up every thread for seconds."""
+    """Return the int of JSON's digits, ValueError for too many.
+
+    int() of a million digits takes seconds, in which no other thread runs.
+    """
     if len(digits) > 100:
         raise ValueError("a number of %d digits" % len(digits))
     return int(digits)
@@ -456,9 +480,12 @@ def check_request(request):
 class MarkDecoder:
     """Split the bytes of a REPL channel into data and marks; the same on both ends.
 
-    `feed` returns a list of (kind, bytes): "data"; "turn", "eof", "interrupt", "timing",
-    "no echo" (each with no bytes); "block" (what stood between BEGIN and END); "overlong" (a
-    block over the limit, which was dropped). Other telnet negotiation is swallowed.
+    `feed` returns a list of (kind, bytes):
+        "data"       text, with each doubled 0xFF made one
+        "turn", "eof", "interrupt", "timing", "no echo"     a mark; no bytes
+        "block"      what stood between BEGIN and END
+        "overlong"   a block over the limit, which was dropped; no bytes
+    Other telnet negotiation is swallowed.
     """
 
     MARK = Lazy(lambda: re.compile(   # the first that fits
@@ -490,6 +517,7 @@ class MarkDecoder:
     # Each of these takes what stands in `data` at `at`, and returns where the rest begins.
 
     def _take_plain(self, data, at, events):
+        """Outside of a block: text as far as it goes, or one mark."""
         if data.find(IAC, at) < 0:
             events.append(("data", data[at:]))
             return len(data)
@@ -507,8 +535,10 @@ class MarkDecoder:
         return found.end()
 
     def _take_block(self, data, at, events):
+        """Within a block: all up to its end, or what has come of it."""
         found = data.find(END, at)
-        end = found if found >= 0 else len(data) - 1      # that byte may begin END
+        # The last byte may be the first of END: keep it for the next time.
+        end = found if found >= 0 else len(data) - 1
         self._block += data[at:end]
         if len(self._block) > self._limit_bytes:
             self._block, self._is_dropping = bytearray(), True
@@ -523,8 +553,10 @@ class MarkDecoder:
 class InputDecoder:
     """What a user sends to a session, out of the bytes of its REPL channel.
 
-    `ready` is a deque of (kind, text): "line" and "block" (text without the line's end), "eof",
-    "interrupt", "timing", "invalid" (text says what was wrong). After `close` it ends with "eof".
+    Of its session's thread alone. `ready` is a deque of (kind, text):
+        "line", "block"              what was typed, without the line's end
+        "eof", "interrupt", "timing"      a mark; no text. After `close` "eof" is the last.
+        "invalid"                    what was wrong with an input that was dropped
     """
 
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
@@ -545,7 +577,8 @@ class InputDecoder:
                 self._take_block(payload)
             elif kind == "overlong":
                 self._refuse("block")
-            elif kind in ("eof", "interrupt", "timing"):      # not what only a server says
+            # The other kinds are what only a server says.
+            elif kind in ("eof", "interrupt", "timing"):
                 self.ready.append((kind, ""))
 
     def close(self):
@@ -562,6 +595,7 @@ class InputDecoder:
             self._add_piece(piece)
 
     def _add_piece(self, piece):
+        """Append bytes to the line that is being received; Ctrl+D at its start is end-of-file."""
         while piece.startswith(CTRL_D) and not (self._length or self.secret):
             self.ready.append(("eof", ""))
             piece = piece[1:]
@@ -580,7 +614,8 @@ class InputDecoder:
             self._append_text("line", line[:-1] if line.endswith(b"\r") else line)
 
     def _take_block(self, payload):
-        if payload[:1] == BLOCK_KIND:     # other kinds are for later versions
+        # Kinds that are not named here are for later versions.
+        if payload[:1] == BLOCK_KIND:
             self._append_text("block", payload[1:])
         elif payload[:1] == SECRET_KIND:
             self.secret = self.secret or payload[1:]
@@ -605,9 +640,14 @@ class InputDecoder:
 #     print() in a session     -> stand-in -> TextIOWrapper -> SessionStream -> Connection
 #     print() in other threads -> stand-in -> the stream that sys had before
 # A stand-in is a threading.local, because print() then finds the right `write` by a lookup
-# in C: for a host thread that is its own stream's method, and nothing of ours runs. A
+# in C: for a thread of the program that is its own stream's method, and nothing of ours runs. A
 # session's stream is io.TextIOWrapper, also C; Python runs once for each CHUNK_BYTES. What
 # is printed less often than that is sent by the Flusher, one thread in a process.
+#
+#     first session opens     ROUTER.acquire: a stand-in goes into each of PLACES
+#     each session's thread   ROUTER.bind(its streams): its slots of the stand-ins are filled
+#     an input has run        ROUTER.is_bound()? if the program has set sys.stdout since: bind again
+#     last session ends       ROUTER.release: what the stand-ins stood for is back in its place
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
 _of_sys = vars(sys).get           # names may be deleted from it
@@ -629,14 +669,18 @@ def current_session():
 class StandIn:
     """What takes the place of something in `sys` or `os`; `default` is what it stands for.
 
-    A second copy of this file in the process, another version perhaps, asks the two names below.
+    A second copy of this file in the process may put its own in front of ours or take ours off,
+    and be another version. So it asks for the two names below, which must stay as they are.
     """
 
     is_thread_stream = True
 
     @property
     def is_retired(self):
-        """Whether no session uses it any more: a redirection of the program's has put it back."""
+        """True once no session uses it: then the program has put it back after its time.
+
+        As contextlib.redirect_stdout does that began with a session and ends after it.
+        """
         return self not in list(ROUTER.ours.values())
 
 
@@ -670,7 +714,8 @@ class ThreadStream(threading.local, StandIn):
 
 
 class _Nowhere:
-    """Takes what a thread prints whose stream is None, as it would print nothing without us."""
+    """For a thread whose own stream is None: takes what is printed and drops it, as print() does.
+    """
 
     write, flush = len, int
 
@@ -763,8 +808,9 @@ RESEND_S = 0.01
 
 
 def _unraisablehook(evaluator, default, unraisable):
-    """An interrupt that Python drops is sent once more: in a destructor, or in the callback of a
-    weak reference. That is a moment later, when this call is over: else it is dropped again.
+    """An interrupt is sent once more that Python drops: one that arrives in a destructor, or in the
+    callback of a weak reference. It is sent a moment later, when this call is over: by then the
+    destructor is, too.
     """
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         return default(unraisable)
@@ -775,9 +821,16 @@ def _unraisablehook(evaluator, default, unraisable):
 
 
 class Installed:
-    """What stands in the process while somebody uses it: from the first `acquire` to the last
-    `release`. How it is put in and taken out a subclass says by `_install` and `_uninstall`, which
-    run under the lock.
+    """What is put into the process while somebody uses it, and taken out after the last use.
+
+    It is there from the first `acquire` to the last `release`, from any threads. A subclass says
+    by `_install` and `_uninstall`, which run under the lock, how it gets in and out:
+        StreamRouter     the stand-ins in sys, os and getpass       used by open sessions
+        Followers        logging's record factory, a teed `write`   used by follow()
+        MainThread       the handler of SIGURG (section 7)          used by servers that run
+        ShortTurns       a shorter sys.setswitchinterval (11)       while a connection is accepted
+        Debuggers        the adapted pdb (11)                       used by open sessions
+        Registry         the atexit callback (13)                   used by servers that run
     """
 
     ALL = []                      # one of each kind; a forked child lets go of them all
@@ -830,9 +883,9 @@ class StreamRouter(Installed):
         super().__init__()
         # Name in its module -> our stand-in there; replaced as a whole, guarded by _lock.
         self.ours = {}
-        # (name, id of what it stands for) -> stand-in, the newest last; guarded by _lock. They are
-        # kept for a while after their time, for the next session, and since a print() that runs
-        # just now has no reference of its own to one, and would crash.
+        # (name, id of what it stands for) -> stand-in, the newest last; guarded by _lock. One that
+        # no session uses any more is kept for a while: the next session takes it again, and a
+        # print() that is just using it holds no reference of its own, and would crash.
         self._made = {}
 
     def bind(self, streams):
@@ -882,7 +935,8 @@ class StreamRouter(Installed):
             return (_here.bound is ours
                     and sys.stdout is ours["stdout"] and sys.stderr is ours["stderr"]
                     and sys.stdin is ours["stdin"] and sys.displayhook is ours["displayhook"])
-        except (AttributeError, KeyError):    # somebody has deleted one, or there are none yet
+        except (AttributeError, KeyError):
+            # The program has deleted one, or there are none yet.
             return False
 
     def shows_values(self):
@@ -895,6 +949,7 @@ class StreamRouter(Installed):
         return _stand_ins(value)[-1].default if _stand_ins(value) else value
 
     def _install(self):
+        """Put a stand-in before whatever is in each place now, unless one of ours is there."""
         for module, name, own in self.PLACES:
             module = __import__(module)
             value = _without_retired(_standing(module, name))
@@ -917,7 +972,7 @@ class StreamRouter(Installed):
 
 
 def _standing(module, name):
-    """Return what `module` has under `name`, or began with where that was deleted."""
+    """Return what `module` has under `name`; where that was deleted, what it had at first."""
     return getattr(module, name, getattr(module, "__%s__" % name, None))
 
 
@@ -994,15 +1049,18 @@ class SessionStream(OfSession, io.BufferedIOBase):
     def _write_first(self, text):
         self._check_peer()
         self._guard.shield(self._flusher.watch, self)
-        self._slots["write"] = self.text.write    # from here on print() runs in C
+        # From here on print() runs in C.
+        self._slots["write"] = self.text.write
         return self.text.write(text)
 
     def tick(self):
         """Send what was printed so far, as far as that does not block; called by the Flusher."""
         text = self.text
-        if text is not None:      # the session has ended just now
+        # None: the session has ended just now.
+        if text is not None:
             self.sink.tick(text.flush)
-        if self.sink.is_broken:   # the next print() is to raise BrokenPipeError
+        if self.sink.is_broken:
+            # The next print() is to raise BrokenPipeError.
             self._slots["write"] = self._write_first
 
     def release(self):
@@ -1023,7 +1081,10 @@ class SessionStream(OfSession, io.BufferedIOBase):
         return len(data)
 
     def _check_peer(self):
-        """End what prints for nobody, as a pipe does; our own words come after an evaluation."""
+        """Raise BrokenPipeError in an evaluation that prints for a client that is gone.
+
+        As a pipe does, so that a loop ends. What we print after the evaluation raises nothing.
+        """
         if self.sink.is_broken and self._guard.is_open():
             raise BrokenPipeError(errno.EPIPE, "the session's client is gone")
 
@@ -1039,7 +1100,8 @@ class SessionStream(OfSession, io.BufferedIOBase):
             self._guard.shield(self._set_kind, own)
 
     def _set_kind(self, kind):
-        with self.sink.lock:      # the Flusher is not at it
+        with self.sink.lock:
+            # The Flusher is not at it now.
             self.text.flush()
             self.kind = kind
 
@@ -1066,7 +1128,8 @@ class SessionInput(OfSession, io.TextIOBase):
 
     def release(self):
         """At the session's end: hold nothing that holds us; from now on it is end-of-file."""
-        self._ask = str           # which returns ""
+        # Called, it returns "".
+        self._ask = str
 
     def readable(self):
         return True
@@ -1125,7 +1188,8 @@ class Flusher:
                                                 daemon=True)
                 try:
                     self._thread.start()
-                except RuntimeError:      # no more threads, or the program is ending
+                except RuntimeError:
+                    # No more threads, or the program is ending; the next write tries again.
                     self._thread = None   # the next write tries again; the evaluation's end flushes
 
     def _run(self):
@@ -1150,7 +1214,8 @@ class Wake:
 
     def set(self):
         """Wake it; from any thread, and in a signal handler."""
-        with suppress(RuntimeError):      # it is set
+        with suppress(RuntimeError):
+            # It is set already.
             self._lock.release()
 
     def wait(self):
@@ -1193,7 +1258,7 @@ class Backlog:
 
 
 class Relay(OfSession, io.TextIOBase):
-    """A text stream into a Backlog; back to the thread's own stream once `is_open()` is false."""
+    """A text stream into a Backlog; once `is_open()` is false, into the thread's own stream."""
 
     encoding, errors, name = "utf-8", "backslashreplace", "<output>"
 
@@ -1261,7 +1326,7 @@ class Followers(Installed):
     """The Followers of this process, and what they need of it while there are any.
 
     Printed text is seen by the stand-ins: a property of the class comes before what a thread's
-    slots hold, so it works for all threads at once and is nothing once it is gone. Log records
+    slots hold, so it works for all threads at once, and costs nothing once it is gone. Log records
     are seen where they are made: a handler of the root logger would change what the program does,
     since logging.lastResort and basicConfig() look whether there is one.
     """
@@ -1296,14 +1361,18 @@ class Followers(Installed):
             logging.setLogRecordFactory(self._make_record)
 
     def _teed_write(self, stand_in):
+        """Return what print() is to call in a thread: its own `write`, and then we note the text.
+        """
         write = stand_in.__dict__["write"]
         if current_evaluator() is not None:
             return write
 
         def teed(text):
             written = write(text)
-            caller = sys._getframe().f_back       # None: the interpreter prints what it dies of
-            if caller is None or caller.f_globals.get("__name__") != "logging":   # has a record
+            # None: the interpreter prints what it dies of.
+            caller = sys._getframe().f_back
+            # What logging's handlers write has come by its record already.
+            if caller is None or caller.f_globals.get("__name__") != "logging":
                 self._note(text)
             return written
         return teed
@@ -1311,8 +1380,10 @@ class Followers(Installed):
     def _on_record(self, name, *args, **kwargs):
         import logging
         record = self._make_record(name, *args, **kwargs)
-        if name is not None:      # None: makeLogRecord() fills it in later
-            with suppress(Exception):     # arguments that don't fit: the program's handlers say so
+        if name is not None:
+            # Without a name it is makeLogRecord()'s, which fills it in later.
+            with suppress(Exception):
+                # Where arguments don't fit, the program's own handlers say so.
                 self._note(logging.Formatter(logging.BASIC_FORMAT).format(record) + "\n")
         return record
 
@@ -1343,11 +1414,13 @@ FOLLOWERS = Followers()
 # changes the state first and then looks whether anybody has asked (`_is_asked`), a requester says
 # that it asks before it looks at the state. So one of the two notices the other, and where that
 # is the owner, it waits for the lock and takes back what was sent.
-# Sent, it waits for a better moment (`_send`): in Python's import machinery it would leave a lock
-# held without which nobody in the process can import.
-
+# Where the owner just runs Python's import machinery, the requester waits for a better moment
+# (`_send`): an exception there would leave a lock held without which nobody can import.
+#
+#     Ctrl+C     -> control thread, KeyboardInterrupt -> Session.interrupt -> request -> _take
+#     evaluation -> owner's thread: expect, run(function) -> OPEN -> function -> DUE ... close
 PATIENCE_PAUSE_S = 0.0005         # how long an interrupt waits for a better moment each time
-IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import in it
+IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import to end
 ARRIVAL_S = 0.1                   # PyPy: what has not arrived after this is sent again
 
 _ON_THEIR_WAY = {}                # PyPy: ident of a thread -> (exception class, when to send again)
@@ -1381,8 +1454,13 @@ def _set_async_exception(ident, exception):
     _async_raiser()(ident, exception)
 
 
-@functools.lru_cache(None)        # an import statement leaves behind what PyPy's collector calls
-def _async_raiser():              # later, in any thread; an interrupt that lands there is lost
+@functools.lru_cache(None)
+def _async_raiser():
+    """Return the function (ident, exception class) that raises in a thread; found once.
+
+    Each import statement leaves something behind that PyPy's collector calls later, in any thread,
+    and an interrupt that lands there is lost.
+    """
     if IS_PYPY:
         from __pypy__ import thread
         return thread._raise_in_thread
@@ -1397,10 +1475,12 @@ def _send(ident, exception, forbidden, is_patient):
     Return False, and do nothing, where this is no moment for it: that thread runs a code object of
     the set `forbidden` now, or what `_is_fragile` knows; or it has moved on while we looked.
     """
-    if IS_PYPY:                   # 7.3.11 dies of a look at the frames of a thread that is running
+    if IS_PYPY:
+        # 7.3.11 dies of a look at the frames of a thread that is running.
         return _send_on_pypy(ident, exception)
     frame = sys._current_frames().get(ident)
-    if frame is None:             # it has ended
+    if frame is None:
+        # It has ended.
         return True
     enters, place = _enters(frame.f_code), frame.f_lasti
     if (frame.f_code in forbidden or place in enters
@@ -1417,7 +1497,8 @@ def _send(ident, exception, forbidden, is_patient):
     calls = itertools.compress([(ident, exception)], found)
     try:
         return bool(list(itertools.starmap(_async_raiser(), calls)))
-    except KeyError:              # it has ended just now
+    except KeyError:
+        # It has ended just now.
         return True
 
 
@@ -1479,6 +1560,7 @@ def _check_before(steps, k):
 
 
 def _send_on_pypy(ident, exception):
+    """As `_send`, on PyPy, which says nothing of the moment; True."""
     arrives_s = _ON_THEIR_WAY.get(ident, (None, 0.0))[1]
     if time.monotonic() >= arrives_s:
         exception = _noting_arrival(exception)
@@ -1492,8 +1574,10 @@ def _cancel(ident):
     """Take back what `_send` sent, if it has not arrived. PyPy can't: there it arrives here."""
     if not IS_PYPY:
         _set_async_exception(ident, None)
-        try:                      # CPython looks for one all the time until one has arrived: slow,
-            _set_async_exception(threading.get_ident(), _Arrival)     # and 3.11 can't trace a call
+        # Once one was sent, CPython looks for it all the time until one has arrived: that is slow,
+        # and 3.11 can't trace a call meanwhile. So we have one of our own arrive, here.
+        try:
+            _set_async_exception(threading.get_ident(), _Arrival)
             _checkpoint()
         except _Arrival:
             pass
@@ -1501,7 +1585,8 @@ def _cancel(ident):
         try:
             while ident in _ON_THEIR_WAY:
                 _land(ident)
-        except BaseException:     # that is what has arrived
+        except BaseException:
+            # That is what has arrived.
             pass
 
 
@@ -1524,8 +1609,10 @@ def _checkpoint():
 
 
 def _land(ident):
-    """Have what was sent to this thread arrive: CPython looks for it at each call, like this."""
-    if ident in _ON_THEIR_WAY:    # PyPy looks for it now and then, but after this at once
+    """Have what was sent to this thread arrive now; CPython looks for it at each call, as of this.
+    """
+    if ident in _ON_THEIR_WAY:
+        # PyPy looks for it now and then only, but at once after this.
         _set_async_exception(ident, _ON_THEIR_WAY[ident][0])
 
 
@@ -1539,7 +1626,10 @@ def _noting_arrival(kind):
 
 
 class Interrupts:
-    """The door for asynchronous exceptions into one thread; the table above says when it opens."""
+    """The door for asynchronous exceptions into one thread; the table above says when it is open.
+
+    The owner calls expect, run, shield and close; any thread `request`.
+    """
 
     CLOSED, DUE, OPEN = range(3)
 
@@ -1576,7 +1666,9 @@ class Interrupts:
 
     def request(self, exception=KeyboardInterrupt):
         """Interrupt what the owner evaluates, or is about to; from any thread."""
-        _async_raiser()           # loaded by now: to import under a lock is to wait for all imports
+        # Both import something at their first call, which must not be under our lock: an import
+        # waits for the imports of other threads.
+        _async_raiser()
         _enters(_checkpoint.__code__)
         with self._lock:
             evaluation, is_done = self._evaluation, self._take(exception)
@@ -1596,7 +1688,8 @@ class Interrupts:
                 if self._kept:
                     self._raise_kept()
                 value = function(*args)
-                self._state = self.DUE    # one input can be evaluated in several parts
+                # Not CLOSED: one input can be evaluated in several parts.
+                self._state = self.DUE
                 if self._is_asked:
                     self._settle()
                 return value
@@ -1604,22 +1697,26 @@ class Interrupts:
                 self.close()
                 raise
         except BaseException:
-            self.close()          # an interrupt can land on the lines above, but not two
+            # An interrupt can land on the lines above, but not two.
+            self.close()
             raise
 
     def shield(self, function, *args):
         """Call `function` in an evaluation, whole: an interrupt is raised after it, or before."""
-        if self._is_shielded or self._state != self.OPEN:     # only the owner opens it
+        # Nobody but the owner, who is here, changes either of the two.
+        if self._is_shielded or self._state != self.OPEN:
             return function(*args)
         try:
             self._is_shielded = True
             if self._is_asked:
-                with self._lock:  # what was being requested has been sent now ...
-                    _land(self.ident)     # ... and lands here at the latest ...
+                # With the lock, what was being requested has been sent. It lands here at the
+                # latest, and even then the call below is made.
+                with self._lock:
+                    _land(self.ident)
         finally:
             try:
                 self._is_shielded = True
-                function(*args)   # ... and even then the call is made
+                function(*args)
             finally:
                 self._is_shielded = False
         if self._kept and self._state == self.OPEN:
@@ -1630,7 +1727,11 @@ class Interrupts:
         threading.Thread(target=function, args=args, name="hotrepl interrupt", daemon=True).start()
 
     def _request_later(self, exception, evaluation):
-        """Interrupt that evaluation when it has got on: an import can wait long for another."""
+        """Interrupt that evaluation at a better moment, in a thread of its own.
+
+        An import can wait long for that of another thread. From IMPORT_PATIENCE_S on, nothing but
+        the import machinery itself is waited for.
+        """
         is_over, end = False, time.monotonic() + IMPORT_PATIENCE_S
         while not is_over:
             time.sleep(PATIENCE_PAUSE_S)
@@ -1640,14 +1741,16 @@ class Interrupts:
 
     def _take(self, exception, is_patient=True):
         """Send, keep or drop the exception; False: none of these, since it is no moment for it."""
-        self._is_asked = True     # first, see above
+        # Before the look at the state: see the head of the section.
+        self._is_asked = True
         if self._state == self.CLOSED:
             return True
         if self._state == self.DUE or self._is_shielded:
             self._kept.append(exception)
             return self._state != self.OPEN or self._is_shielded or self._pop() is None
         if IS_PYPY and time.monotonic() < self._sent_s + ARRIVAL_S:
-            return self.ident in _ON_THEIR_WAY    # else `run` is on its way out with one, maybe
+            # If it is not on its way any more, `run` may be leaving with one: try again.
+            return self.ident in _ON_THEIR_WAY
         self._sent_s = time.monotonic()
         is_sent = _send(self.ident, exception, self.OURS, is_patient)
         if IS_PYPY:
@@ -1662,7 +1765,8 @@ class Interrupts:
             with self._lock:
                 is_lost = (self._evaluation == evaluation and self._state == self.OPEN
                            and self.ident in _ON_THEIR_WAY)
-                if is_lost:       # this waits ARRIVAL_S from one to the next
+                if is_lost:
+                    # This does nothing for ARRIVAL_S after the last one.
                     _send_on_pypy(self.ident, exception)
 
     def _pop(self):
@@ -1679,12 +1783,13 @@ class Interrupts:
 
     def _forget(self):
         """Take back what was sent and has not arrived, or was kept."""
-        with self._lock:          # who asks just now has sent it by now
+        with self._lock:
+            # Whoever was asking has sent it by now.
             self._kept.clear()
             self._cancel()
 
     def _settle(self):
-        # On 3.14 what was sent must land at a call of ours, not within a `with`: see _enters.
+        """Have what was sent land here: on 3.14 not within a `with` of ours, see _enters."""
         with self._lock:
             self._cancel()
 
@@ -1710,7 +1815,13 @@ class Interrupts:
 #                   come, expands macros, and calls runcode or showsyntaxerror
 #     run_block     any number of statements at once -> runcode; the last one's value is shown
 #     runcode       -> Evaluator.run_code, with interrupts on -> showtraceback
-
+#
+#     input                       way                                       result
+#     1 + 1                       run_line, compiled as "eval"              the value is shown
+#     for x in y:                 run_line, push                            wants more
+#     names?                      run_line, _answer                         Evaluator.answer
+#     a pasted block, exec -c     run_block                                 the last value is shown
+#     return 5                    push or run_block, showsyntaxerror        its line and caret
 CONSOLES = [                      # (modules to import, class in the last, below which Python)
     (("imacropy.console",), "MacroConsole", (3, 9)),  # later ones import, but expand no macro
     (("macropy.activate", "macropy.core.console"), "MacroConsole", (3, 9)),
@@ -1722,8 +1833,8 @@ _MACRO_PACKAGES = ("imacropy", "macropy", "mcpyrate")
 def make_console(namespace, evaluator, console_class=None):
     """Return a console for `evaluator` over `namespace`; of `console_class`, or the best there is.
 
-    A `console_class` that can't be made raises what it raises; of the others, a miss is logged and
-    the next is tried.
+    What making a `console_class` raises is raised here. Of the others, a miss is logged, and the
+    next is tried.
     """
     from code import InteractiveConsole
     if console_class is not None:
@@ -1751,7 +1862,8 @@ def _try_console(modules, name, namespace, evaluator):
         for module in modules:
             __import__(module)
         return _adapt(getattr(sys.modules[module], name))(namespace, evaluator)
-    except Exception as exc:      # not only ImportError: MacroPy may raise TypeError
+    except Exception as exc:
+        # Not ImportError alone: MacroPy may raise TypeError.
         for live, before in lists:
             live[:] = before
         for each in set(sys.modules) - loaded:
@@ -1760,11 +1872,14 @@ def _try_console(modules, name, namespace, evaluator):
         log.debug("no console from %s: %s", module, shorten(str(exc)))
         return None
     finally:
-        sys.stdout, sys.stderr = streams      # mcpyrate imports colorama, which wraps them
+        # mcpyrate imports colorama, which wraps them.
+        sys.stdout, sys.stderr = streams
 
 
 def _adapt(base):
-    """Return our class over the console class `base`; it knows which of code's methods are its own.
+    """Return our class over the console class `base`, made once for each.
+
+    Its `own` names what the class has in place of the methods of code's InteractiveConsole.
     """
     if base not in _adapted:
         from code import InteractiveConsole
@@ -1788,7 +1903,7 @@ class ConsoleMixin:
         self._names = map(("<hotrepl %d:%%d>" % next(_serials)).__mod__, itertools.count(1))
         self.source = ""          # what runs now, for its traceback
         self.filename = ""        # by which linecache knows it
-        # Behind our attributes, as imacropy's runs code in it.
+        # After our attributes are set: imacropy's class runs code when it is made.
         super().__init__(namespace)   # type: ignore[call-arg]
         from codeop import CommandCompiler
         compiler = getattr(self, "compile")
@@ -1825,7 +1940,8 @@ class ConsoleMixin:
         except (SyntaxError, ValueError, OverflowError, RecursionError):
             self.showsyntaxerror(self.filename)
             return
-        if not self.own.isdisjoint(("runsource", "runcode")):     # it expands macros, or the like
+        # A class with a way of its own expands macros, or the like, and has to see the source.
+        if not self.own.isdisjoint(("runsource", "runcode")):
             before = getattr(self, "compile")
             if self._has_plain_compiler:
                 self.compile = _BlockCompiler(before)
@@ -1844,7 +1960,8 @@ class ConsoleMixin:
         import linecache
         if self.filename not in linecache.cache:
             restore_sources()
-        elif self.filename not in _remembered:    # no function has come from it
+        elif self.filename not in _remembered:
+            # No function has come from the last input, so nobody needs its lines.
             linecache.cache.pop(self.filename, None)
         self.filename, self.source = filename, source
         if source:
@@ -1864,7 +1981,8 @@ class ConsoleMixin:
         """
         word = line.partition(" ")[0]
         is_statement = "=" in line or keyword.iskeyword(word) and word not in _EXPRESSION_WORDS
-        if "__future__" in line:  # the compiler remembers what is imported
+        if "__future__" in line:
+            # The console's compiler has to see it, as it remembers what is imported.
             return None
         try:
             return compile(line, self.filename, "single" if is_statement else "eval",
@@ -1885,17 +2003,22 @@ class ConsoleMixin:
         return body, last
 
     def runsource(self, source, filename="<input>", symbol="single"):
-        """As InteractiveInterpreter's; but mcpyrate takes each line that ends in a question mark
-        for a question, also `x = 1  # why?`: a space behind it makes it none.
+        """As InteractiveInterpreter's, with a space behind a question mark at the end.
+
+        mcpyrate takes each line that ends in one for a question, also `x = 1  # why?`.
         """
         if source.endswith("?") and source.strip() != "macros?":
             source += " "
         return bool(super().runsource(source, filename, symbol))
 
     def runcode(self, code_object):
-        """Run `code_object`, show what it raises but for SystemExit; return whether it was fine."""
+        """Run `code_object`, and show what it raises; return whether it raised nothing.
+
+        SystemExit is not shown but raised: it ends the session.
+        """
         runcode = super().runcode if "runcode" in self.own else None
-        if types.CodeType in map(type, code_object.co_consts):    # it may outlive this input
+        if types.CodeType in map(type, code_object.co_consts):
+            # It has functions or classes, which may outlive this input.
             remember_source(code_object.co_filename, self.source)
         try:
             self.evaluator.run_code(code_object, self.locals, runcode=runcode)
@@ -1911,12 +2034,16 @@ class ConsoleMixin:
         _, value, frames = sys.exc_info()
         while frames is not None and _is_plumbing(frames.tb_frame.f_code):
             frames = frames.tb_next
-        BaseException.with_traceback(value, frames)   # 3.12: pdb.pm() begins there
+        # 3.12: pdb.pm() begins at the frames of the exception itself.
+        BaseException.with_traceback(value, frames)
         is_own = "showtraceback" in self.own
         self.evaluator.show_exception(value, self._show_by_own if is_own else None)
 
     def _show_by_own(self):
-        """Call the class's own showtraceback(); code's drops the first frame, that of a runcode."""
+        """Call the class's own showtraceback(), within `except`, where it looks for the exception.
+
+        code's drops the first frame, which is that of its runcode(); here it drops this one.
+        """
         value = self.evaluator.result.exception
         frames = value.__traceback__
         try:
@@ -1951,6 +2078,7 @@ class ConsoleMixin:
         eval(compile(ast.Expression(call), self.filename, "eval"), {"fail": fail})
 
     def write(self, data):
+        """Show what the console class says: by its own way, or on the session's stderr."""
         if "write" in self.own:
             super().write(data)
         else:
@@ -1980,18 +2108,19 @@ _THIS_FILE = ConsoleMixin.run_line.__code__.co_filename
 
 
 def _is_own_file(path):
+    """Return whether code of that file is ours: this file, or what PyPy runs a context by."""
     return path == _THIS_FILE or IS_PYPY and path.endswith("_contextvars.py")
 
 
 def _is_plumbing(code_object):
-    """Return whether it is what runs an input, not the input: our code, or code.runcode()."""
+    """Return whether the code runs inputs and is of none: our own, or that of code's runcode()."""
     from code import InteractiveConsole
     return (_is_own_file(code_object.co_filename)
             or code_object is InteractiveConsole.runcode.__code__)
 
 
 class _BlockCompiler:
-    """Takes the place of code's compiler, which takes one statement at a time."""
+    """Takes the place of code's compiler while a block runs; takes any number of statements."""
 
     def __init__(self, plain):
         self.compiler = plain.compiler
@@ -2018,7 +2147,11 @@ def restore_sources():
 
 
 def _lines_entry(filename, source):
-    # 3.11, 3.12: below a line without its end a traceback's marks stand one place too far right.
+    """Return what linecache keeps of an input: its size, no time, the lines, the name.
+
+    The last line has its end too: else on 3.11 and 3.12 a traceback's marks below it stand one
+    place too far right.
+    """
     return len(source), None, (source.rstrip("\n") + "\n").splitlines(True), filename
 
 
@@ -2039,7 +2172,8 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 #     value(a, na     keyword arguments that are not given yet, then names
 #     else            names of the namespace, builtins, keywords
 # What can't be told raises, and then nothing is offered. A session's Complete and TabComplete run
-# it in a thread of their own, as an object's `__dir__` may never return.
+# it in a thread of their own, as an object's `__dir__` may never return. Where a `__getitem__`, a
+# property or a metaclass of the program's would have to run, LookupError is raised instead.
 
 Completions = record("Completions", "start matches hint")
 
@@ -2059,31 +2193,36 @@ _NAMES_LIMIT = 100000             # an object that lists more than this has an e
 
 
 def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None):
-    """All completions at `cursor`: any of `matches` can replace `line[start:cursor]`; `hint` is how
-    to call the function whose parenthesis was just opened, or None.
+    """Return all Completions at `cursor`: any of `matches` can replace `line[start:cursor]`.
+
+    `hint` is how to call the function whose parenthesis was just opened, or None.
 
     `before` holds the earlier lines of an unfinished input; names in the dict `overlay` hide those
     in `namespace`. Any thread may call; a user's `__dir__` can make it last. Raises no Exception.
     """
     cursor = len(line) if cursor is None else max(0, min(cursor, len(line)))
     if not line[:cursor].rpartition("\n")[2].strip():
-        return Completions(cursor, [], None)      # here Tab means indentation
+        # Here Tab means indentation.
+        return Completions(cursor, [], None)
     try:
         text = before.rstrip("\n")[-_BEFORE_LIMIT:] + "\n" + line[:cursor]
         scope = collections.ChainMap(overlay or {}, namespace, vars(builtins))
         place = _Place(text, line[cursor:], scope)
         matches, hint = place.find()
         return Completions(cursor - len(place.word), _cut(matches, limit), hint)
-    except Exception:             # unfinished code and odd objects are the normal case
+    except Exception:
+        # Unfinished code and odd objects are the normal case.
         return Completions(cursor, [], None)
 
 
 def _cut(matches, limit):
-    """Return as many as a message holds. The last is among them, so that what all begin with is the
-    same as before: readline inserts that.
+    """Return `limit` matches, or as many as a message holds, the first ones and the last.
+
+    readline inserts what all of them begin with, and with the last that is the same as before.
     """
     longest = max(map(len, matches), default=0)
-    most = max(1, min(limit, MESSAGE_LIMIT_BYTES // 2 // (6 * longest + 4)))      # of it in JSON
+    # In JSON a character takes up to 6 bytes, and a match 4 more. Half a message has to do.
+    most = max(1, min(limit, MESSAGE_LIMIT_BYTES // 2 // (6 * longest + 4)))
     if len(matches) <= most:
         return matches
     matches = sorted(matches)
@@ -2091,7 +2230,10 @@ def _cut(matches, limit):
 
 
 class _Place:
-    """What stands left of the cursor, and what fits there; where nothing does, an Exception."""
+    """What stands left of the cursor, cut into tokens. `find` returns what fits there.
+
+    An Exception: nothing does, or it can't be told.
+    """
 
     def __init__(self, text, rest, scope):
         self.rest = rest          # the text right of the cursor
@@ -2114,6 +2256,7 @@ class _Place:
             self.tokens.pop()
 
     def _add(self, kind, token):
+        """Append a token, and keep count of open brackets and of where the statement begins."""
         if kind in ("comment", "space") or token == "\n" and self.opened:
             return
         if token in ("(", "[", "{"):
@@ -2175,6 +2318,8 @@ class _Place:
         return self._atom(token)
 
     def _atom(self, token):
+        """The object that one token stands for: a name, a string, a number; KeyError, ValueError.
+        """
         if token.isidentifier():
             return self.scope[token]
         return _constant(token) if token[-1] in "\"'" else int(token)
@@ -2196,7 +2341,8 @@ class _Place:
         """What the innermost open parenthesis calls; _MISSING if it is none or can't be told."""
         end = self.opened[-1][0] if self.opened else 0
         if self.tokens[end] == "(" and self.tokens[end - 2] not in ("def", "class"):
-            with suppress(Exception):     # the names can still be completed
+            with suppress(Exception):
+                # If it can't be told, the names can be completed all the same.
                 called = self._value(end)
                 return called if callable(called) else _MISSING
         return _MISSING
@@ -2228,7 +2374,10 @@ def _ends_operand(token):
 
 
 def _constant(token):
-    """The value of a string; not of one that the parser would warn of: filters are process-wide."""
+    """The value of a string literal; LookupError for one that the parser would warn of.
+
+    Filters for warnings are the whole process's, so we can't ask for silence.
+    """
     import ast
     if not re.fullmatch(_STRING_WITHOUT_WARNING, token):
         raise LookupError("a doubtful escape sequence")
@@ -2236,6 +2385,7 @@ def _constant(token):
 
 
 def _keys(mapping, typed):
+    """The string keys of a dict, or of os.environ, that begin with `typed`; LookupError."""
     if type(mapping) is not type(os.environ):
         if _find(type(mapping), "__getitem__") is not dict.__getitem__:
             raise LookupError("to list this mapping could run code")
@@ -2244,7 +2394,9 @@ def _keys(mapping, typed):
 
 
 def _escape(text, quote):
-    text = repr('"' + text)[2:-1]     # with a '"' in it, repr uses "'" for its quotes
+    """What to write between two `quote` for `text`."""
+    # With a '"' in the text, repr uses "'" for its quotes.
+    text = repr('"' + text)[2:-1]
     return text if quote == "'" else text.replace("\\'", "'").replace('"', '\\"')
 
 
@@ -2274,7 +2426,8 @@ def _lookup(value, name):
     is_class = issubclass(type(value), type)
     for owner in [type(value), value] if is_class else [type(value)]:
         found = _find(owner, name)
-        if type(found) is classmethod:    # in 3.9 to 3.12 it evaluates a property in it
+        if type(found) is classmethod:
+            # In 3.9 to 3.12 a classmethod evaluates a property in it.
             found = found.__func__
         if not _is_exactly(found, *_BINDABLE) and _find(type(found), "__get__") is not _MISSING:
             raise LookupError("to look this up could run code")
@@ -2290,6 +2443,7 @@ def _find(kind, name):
 
 
 def _instance_dict(value):
+    """The object's own `__dict__`; an empty one, where it has none or that can't be told."""
     try:
         found = _lookup(value, "__dict__")
     except (LookupError, AttributeError):
@@ -2298,14 +2452,17 @@ def _instance_dict(value):
 
 
 def _is_exactly(value, *kinds):
-    return any(type(value) is kind for kind in kinds)     # `in` could run a metaclass's `__eq__`
+    """Whether the value's class is one of `kinds`: asked by `is`, as `in` could run a metaclass's.
+    """
+    return any(type(value) is kind for kind in kinds)
 
 
 def _attribute_names(value):
     """What its own `__dir__` says if that works, else the names in its classes and `__dict__`."""
     kind = type(value)
     if type.__getattribute__(kind, "__name__") in ("_LazyModule", "lazy_import"):
-        return []                 # to look into it would load it
+        # To look into it would load it.
+        return []
     own = _find(kind, "__dir__")
     if own is not object.__dir__ and own is not type.__dir__:
         with suppress(Exception):         # whatever the user's code raises
@@ -2315,8 +2472,12 @@ def _attribute_names(value):
 
 
 def _select(names, word):
-    """Those that continue `word`, sorted; `_private`, `__special__` ones if asked for or alone."""
-    found = {name for name in list(names)     # a copy at once: other threads may change a dict
+    """Those names that continue `word`, sorted.
+
+    `_private` and `__special__` ones only where the word begins so, or there are no others.
+    """
+    # list() copies at once: other threads may change a dict meanwhile.
+    found = {name for name in list(names)
              if type(name) is str and name.startswith(word) and name.isidentifier()}
     for hidden in ("_", "__"):
         if hidden.startswith(word):
@@ -2332,7 +2493,8 @@ def _hint(name, called):
     with suppress(LookupError, AttributeError):
         doc = _lookup(called.__func__ if type(called) is types.MethodType else called, "__doc__")
     lines = [line.strip() for line in doc.splitlines() if line.strip()] if type(doc) is str else []
-    shows_call = bool(lines) and lines[0].startswith(name + "(")      # as C code's doc often does
+    # The documentation of C code often begins with the call.
+    shows_call = bool(lines) and lines[0].startswith(name + "(")
     signature = _signature(called)
     if signature is not None:
         call = name.strip("]") + str(signature).replace("Ellipsis", "...")
@@ -2375,6 +2537,10 @@ def _bare(called):
 
 
 def _bare_class(called):
+    """Return what has the signature of a class: its first `__new__` or `__init__` in Python.
+
+    Or the first base that no class statement made, which inspect can be asked about.
+    """
     for base in _class_mro(called):
         for name in "__new__", "__init__":
             made = _class_dict(base).get(name)
@@ -2422,7 +2588,8 @@ def _names_in_source(module):
     import dis
     spec = _find_spec(module)
     source = spec.loader.get_source(module) if spec is not None and spec.loader is not None else ""
-    source = re.sub(r"\\[^\n]", "..", source or "")       # the parser warns of doubtful escapes
+    # The parser warns of doubtful escapes, and filters of warnings are process-wide.
+    source = re.sub(r"\\[^\n]", "..", source or "")
     code = compile(source, module, "exec", 0, True)
     return [each.argval for each in dis.get_instructions(code) if each.opname == "STORE_NAME"]
 
@@ -2456,7 +2623,8 @@ def _find_spec(module):
 
 
 # === 7. Jobs =================================================================
-# Four rooms: jobs; errands, which two others make: the main thread, and await on an event loop.
+# Four rooms: jobs; errands, calls that one thread makes for another; and the two that make them,
+# the main thread and the thread of an event loop, for await.
 # A job is a thread with an outcome that can be fetched later, from any session.
 # The table is one for the process, so that a job started in one session is known in all.
 # An Outcome is written by the thread that makes the call, and read by any:
@@ -2465,7 +2633,10 @@ def _find_spec(module):
 #     main_thread(f), await  an Errand runs f elsewhere         the session's thread, in `wait`
 
 class Outcome:
-    """What became of a call or an input: what jobs, `_`, pdb.pm() and the Outcome command read."""
+    """What became of a call or an input. Jobs, `_`, pdb.pm() and the Outcome command read it.
+
+    One thread writes it: `state` last, so that whoever sees "done" sees the rest too.
+    """
 
     def __init__(self, state="running"):
         self.state = state        # then "done"; "background": the input has become a job
@@ -2477,7 +2648,8 @@ class Outcome:
         """Call the function and keep what becomes of it."""
         try:
             self.value = function(*args, **kwargs)
-        except BaseException as exc:      # whatever it is; `get` raises it
+        except BaseException as exc:
+            # Whatever it is: `get` raises it.
             self.exception = exc
         finally:
             self.state = "done"
@@ -2525,11 +2697,12 @@ class Job(threading.Thread):
         self.ended = time.monotonic()
 
     def outcome(self):
-        """Return the value, or raise the exception; the job itself while it runs."""
+        """Return the value, or raise the exception; while it runs, return the job itself."""
         return self if self.state == "running" else self.result.get()
 
     def __repr__(self):
-        if not self.number:       # a session's thread
+        if not self.number:
+            # The thread of a session, which is no job yet.
             return super().__repr__()
         seconds = (self.ended or time.monotonic()) - self.started
         return "<job %d %s: %s, %.0f s>" % (self.number, self.name[len("hotrepl job "):],
@@ -2537,7 +2710,11 @@ class Job(threading.Thread):
 
 
 class JobOutput:
-    """The newest LIMIT_BYTES of what a job printed; takes the place of a connection."""
+    """The newest LIMIT_BYTES of what a job printed.
+
+    It takes the place of the session's Connection as a stream's `sink`, once an evaluation has
+    gone to the background.
+    """
 
     LIMIT_BYTES = 1 << 20
     is_broken = False             # as a Connection whose peer is gone
@@ -2553,6 +2730,7 @@ class JobOutput:
             del self._data[:-self.LIMIT_BYTES]
 
     def tick(self, flush):
+        """Take what was printed so far; called by the Flusher."""
         flush()
 
     def __str__(self):
@@ -2604,9 +2782,9 @@ JOBS = JobTable()
 
 # --- Errands: a call that another thread makes, while this one waits for it ---
 # Made by the main thread (next room) or the thread of an event loop (the room after it). What the
-# call prints comes back with it (section 4), so that a slow client holds up nobody. The other end
-# may be a signal handler, in the middle of anything: bare locks only, which no thread holds while
-# it does something else.
+# call prints is kept in a Backlog (section 4) and printed by who waits, so that a slow client holds
+# up nobody else. Who makes the call may be in a signal handler, in the middle of anything: so there
+# are bare locks only, which no thread holds while it does something else.
 #     who waits     Errand(...)   wait ................................. prints; value or exception
 #     who makes it       claim -> True: run or fail -> finish
 #                        claim -> False: who waited has given up, `abandon`
@@ -2644,7 +2822,8 @@ class Errand:
         """Make the call; exceptions of the classes `shared` are raised here as well."""
         function, args = self._call
         try:
-            with ROUTER.lent(self.evaluator, self._relay):    # it prints for who waits
+            with ROUTER.lent(self.evaluator, self._relay):
+                # What it prints comes to who waits.
                 self._outcome.run(function, *args)
             if isinstance(self._outcome.exception, shared):
                 raise self._outcome.exception
@@ -2657,10 +2836,14 @@ class Errand:
         self.finish()
 
     async def run_coroutine(self):
-        """As `run`, for a coroutine function, as a task on an event loop; `finish` is to follow."""
+        """As `run`, for a coroutine function, in a task on an event loop.
+
+        `finish` is called by the task's end.
+        """
         try:
             self._outcome.value = await self.in_steps(self._call[0])
-        except BaseException as exc:      # SystemExit too: it would end the program's loop
+        except BaseException as exc:
+            # SystemExit too: it would end the program's loop.
             self._outcome.exception = exc
 
     @types.coroutine
@@ -2676,7 +2859,8 @@ class Errand:
                 return exc.value
             try:
                 step, sent = coroutine.send, (yield wanted)
-            except BaseException as exc:  # a cancellation, GeneratorExit: the coroutine's business
+            except BaseException as exc:
+                # A cancellation or GeneratorExit is the coroutine's business.
                 step, sent = coroutine.throw, exc
 
     def finish(self, *_):
@@ -2696,21 +2880,24 @@ class Errand:
         try:
             return self._outcome.get()
         finally:
-            self._outcome.exception = None        # its frames hold us
+            # The frames of the exception hold this errand.
+            self._outcome.exception = None
 
     def has_ended(self):
         """Wait for the outcome, but not for long; return whether it is there."""
         if self._unfinished.acquire(True, TICK_S):
-            self._unfinished.release()    # for whoever asks next
+            # For whoever asks next.
+            self._unfinished.release()
             return True
         return False
 
     def abandon(self):
-        """Wait no more: it is cancelled unless it has begun; return whether it goes on."""
+        """Wait no more, as who waits: cancel it unless it has begun; return whether it goes on."""
         self.is_abandoned = True
         return not self.claim() and self._unfinished.locked()
 
     def _relay(self, kind, own):
+        """Return the stream that the call has in place of the thread's `own`; see ROUTER.lent."""
         if kind == "stdin":
             return SessionInput(_refuse_to_ask)
         return Relay(kind, self._printed, own, lambda: not self.is_abandoned)
@@ -2725,9 +2912,13 @@ def _refuse_to_ask():
 
 
 # --- Main thread: reached by a signal, from whatever it does ---
-# SIGURG is ignored where nobody wants it (signal(7)), so it harms nobody who missed us. Python
-# runs the handler between two bytecodes; it wakes the main thread from sleep and select, which
-# go on afterwards (PEP 475). Tk's main loop needs an event besides, to come back to Python.
+# SIGURG is ignored where nobody handles it (signal(7)), so one that comes after we have left does
+# no harm. Python runs the handler between two bytecodes; it wakes the main thread from sleep and
+# select, which go on afterwards (PEP 475). Tk's main loop needs an event besides, to come back to
+# Python.
+#     session's thread    call: append an Errand, send the signal, wait; send it again at each tick
+#     main thread         _on_signal: claim what waits, run it, one after the other
+#     ... deaf            blocked in C, or the signal is masked: the user is told, Ctrl+C gives up
 
 class MainThread(Installed):
     """Makes calls in the main thread, for whoever waits in another; used by servers that run."""
@@ -2745,7 +2936,7 @@ class MainThread(Installed):
     def acquire(self):
         """Begin to use it: take the signal if it is free and this is the main thread.
 
-        It may be so now where it was not for the server before.
+        Each server tries: the one before may have been started in another thread.
         """
         super().acquire()
         if not self._is_installed():
@@ -2785,7 +2976,8 @@ class MainThread(Installed):
             if errand.abandon():
                 print("hotrepl: the call has begun and goes on in the main thread",
                       file=sys.stderr)
-                for waiting in list(self._waiting)[:1]:       # it may run now
+                for waiting in list(self._waiting)[:1]:
+                    # The next one may run now.
                     self._send_signal(waiting)
 
     def forget(self):
@@ -2813,7 +3005,8 @@ class MainThread(Installed):
 
     def _restore(self):
         if self._is_installed() and not self._users:
-            with suppress(ValueError):    # PyPy: a child that a thread forked
+            with suppress(ValueError):
+                # PyPy raises it in a child that a thread has forked.
                 signal.signal(self.SIGNAL, self._before)
 
     def _send_signal(self, errand):
@@ -2849,27 +3042,37 @@ class MainThread(Installed):
         return bool(int(blocked, 16) & 1 << self.SIGNAL - 1)
 
     def _on_signal(self, signum, frame):
-        """Make the calls that wait, one after the other; the next one inside a running call only
-        where nobody waits for that any more (it may be a window's main loop)."""
+        """Make the calls that wait, one after the other; runs in the main thread.
+
+        Inside a call that runs, another one is made only where nobody waits for the first any more:
+        it may be a window's main loop.
+        """
         if self._running and not self._running[-1].is_abandoned:
             return
         for errand in take_all(self._waiting):
             if errand.claim():
                 self._running.append(errand)
                 try:
-                    errand.run(KeyboardInterrupt)     # somebody stops the program
+                    # A KeyboardInterrupt is the program's too: somebody stops it by Ctrl+C.
+                    errand.run(KeyboardInterrupt)
                 finally:
-                    del self._running[-1:]        # a fork in the call has emptied it
+                    # By slice, not pop(): a fork in the call has emptied it.
+                    del self._running[-1:]
         loop = sys.modules["asyncio"]._get_running_loop() if "asyncio" in sys.modules else None
-        if loop is not None:      # have it look at what the calls have scheduled
+        if loop is not None:
+            # Have the loop look at what the calls have scheduled.
             loop.call_soon_threadsafe(int)
 
 
 def _wake_tk(root):
-    """Give Tk's main loop, if it runs, an event; threaded Tcl takes calls from any thread."""
+    """Give Tk's main loop an event, if it runs; in a thread, as the call waits for the loop.
+
+    Threaded Tcl takes calls from any thread.
+    """
     try:
         root.tk.call("list")
-    except Exception as exc:      # RuntimeError: it doesn't run; TclError: the window is gone
+    except Exception as exc:
+        # RuntimeError: it doesn't run. TclError: the window is gone.
         log.debug("Tk: %s", exc)
 
 
@@ -2887,16 +3090,17 @@ MAIN = MainThread()
 # end; a second one leaves it alone.
 
 def run_on_loop(loop, context, function):
-    """Return the result of a function, called on an asyncio loop in `context`; a coroutine's, where
-    it is a coroutine function.
+    """Call `function` on an asyncio loop, in `context`, and return its result.
 
-    A KeyboardInterrupt cancels the task and waits for its end; a second one only leaves.
+    Where it is a coroutine function, that is the coroutine's, which runs in a task. A
+    KeyboardInterrupt cancels the task and waits for its end; a second one only leaves.
     """
     def begin():
         if not errand.claim():
             return
         if not is_awaited:
-            errand.run()          # in no task: all_tasks() shows the program's
+            # Not in a task: all_tasks() is to show the program's only.
+            errand.run()
             return
         errand.task = loop.create_task(errand.run_coroutine())
         errand.task.add_done_callback(errand.finish)
@@ -2914,7 +3118,8 @@ def run_on_loop(loop, context, function):
         return errand.wait(check)
     except (KeyboardInterrupt, SystemExit) as exc:
         if errand.claim() or errand.has_ended() or errand.task is None:
-            raise                 # never begun, its own exception, or nothing to cancel
+            # It never began, the exception is its own, or there is nothing to cancel.
+            raise
         loop.call_soon_threadsafe(lambda: errand.task.cancel())
         if isinstance(exc, SystemExit):
             raise
@@ -2924,9 +3129,11 @@ def run_on_loop(loop, context, function):
 
 
 def _wait_cancelled(errand, check):
+    """Wait for the end of a cancelled task; its CancelledError is the user's KeyboardInterrupt."""
     import asyncio
     try:
-        if not any(errand.has_ended() for _ in range(10)):        # most end at once
+        # Most end at once; of the others the user is told.
+        if not any(errand.has_ended() for _ in range(10)):
             print("hotrepl: waiting for the task to end; Ctrl+C again leaves it", file=sys.stderr)
         return errand.wait(check)
     except asyncio.CancelledError:
@@ -2934,9 +3141,10 @@ def _wait_cancelled(errand, check):
 
 
 def run_by(runner, context, function):
-    """Return what `runner` makes of a coroutine in `context`, called in a thread of its own.
+    """Return what runner(coroutine) returns, called in a thread of its own; for another framework.
 
-    So whatever it waits in, a KeyboardInterrupt ends the wait here.
+    The coroutine is `function`'s, and runs in `context`. Whatever `runner` waits in, a
+    KeyboardInterrupt ends the wait here.
     """
     def run():
         return runner(_awaiting(errand.in_steps(function)))
@@ -2950,6 +3158,7 @@ def run_by(runner, context, function):
 
 
 async def _awaiting(awaitable):
+    """A real coroutine around an awaitable, as a runner may want."""
     return await awaitable
 
 
@@ -2970,6 +3179,7 @@ class OwnLoop:
         self._thread.join(STOP_TIMEOUT_S)
 
     def _run(self):
+        """Run the loop until `close`, then cancel its tasks, as asyncio.run() does."""
         import asyncio
         asyncio.set_event_loop(self.loop)
         self.loop.call_soon(self._runs.set)
@@ -2987,7 +3197,8 @@ def new_context():
     """Return a copy of the calling thread's contextvars.Context; 3.6 has none."""
     if sys.version_info < (3, 7):
         return _NoContext()
-    import _contextvars           # built in; contextvars itself is a file
+    # Built in, so it can be had after os.chroot() too; contextvars itself is a file.
+    import _contextvars
     return _contextvars.copy_context()
 
 
@@ -3966,9 +4177,9 @@ def _annotation_numbers(statements):
     numbers, last = [], 0
     for each in statements:
         codes = () if each.is_definition else _nested_codes(each.code)
-        count = sum(step.argval == "__conditional_annotations__"
-                    for code in codes if _makes_annotations(code)
-                    for step in dis.get_instructions(code))
+        count = len([step for code in codes if _makes_annotations(code)
+                     for step in dis.get_instructions(code)
+                     if step.argval == "__conditional_annotations__"])
         numbers.append(range(last, last + count))
         last += count
     return numbers
@@ -5184,7 +5395,7 @@ class _Apply:
         name = pair.old.node.name
         raw = self._raw(scope, pair) if pair.old.is_function else None
         value = scope.get(name)
-        if sum(name in (each.old or each.new).binds for each in pairs) > 1:
+        if len([each for each in pairs if name in (each.old or each.new).binds]) > 1:
             value = raw     # a namesake has the name
         self._learn()
         reached = self.snapshot(scope.edit, *[
@@ -5799,7 +6010,8 @@ def _with_lost(edit):
     def is_lost(pair):
         return pair.old is not None and pair.change in _LEFT_ALONE and pair.new.is_definition and (
             pair.new.node.name not in edit.space
-            and sum(pair.new.node.name in each.binds for each in edit.new.statements) == 1
+            and len([each for each in edit.new.statements
+                     if pair.new.node.name in each.binds]) == 1
             and not edit.is_not_reached(pair.new) and not any(      # the module took it away itself
                 pair.new.node.name in _stored_names(code, "GLOBAL")
                 for _, code in _code_paths([edit.new.code])))
@@ -5868,7 +6080,8 @@ class _Scope:
             _put_on_class(apply, self.cls, self.name_of(name), value)
 
     def count(self, name):
-        return sum(name in each.binds for each in self.statements)
+        """Return how many statements bind `name`."""
+        return len([each for each in self.statements if name in each.binds])
 
     def last_binder(self, name):
         """Return the statement that has the last word on a name, or None."""
@@ -8003,10 +8216,11 @@ def _forget_new_modules(before):
 
 
 # === 9. Session tools ========================================================
-# The names a user finds at the prompt. They are put into the program's namespace only where
-# the name is free, and taken out again where they are still ours. Each is a plain function
-# that finds its session by the thread it runs in. Below them, each with its own head: what
-# runs and its variables, the calls that watch() notes, and the code that an editor sends.
+# The names a user finds at the prompt: TOOLS. Guests puts them into the program's namespace only
+# where the name is free, and takes them out again where they are still ours. Each is a plain
+# function, called in the thread of a session, by which it finds that session. Below them, each
+# with its own head: what runs and its variables, the calls that watch() notes, and the code that
+# an editor sends. What only one tool needs is imported where it is called.
 
 def doc(obj=_MISSING):
     """Print the docstring of `obj` below its signature, file and line; doc() lists these tools."""
@@ -8113,7 +8327,7 @@ def at(where):
 def watch(function, count=10, when=None, quiet=False, seconds=600.0):
     """Print the next calls of a function as they come, a line each; then it is as it was before.
 
-    That is after `count` calls, of those for which when(call) is true; after `seconds`; on Ctrl+C;
+    It ends after `count` calls, of those for which when(call) is true; after `seconds`; on Ctrl+C;
     at the session's end. With `quiet` return at once a list, which fills with the calls. A call has
     args, kwargs, result, exception, seconds (waiting included), thread and again(). Of a cached
     function only those calls that the cache does not answer are seen, and of an asynchronous
@@ -8127,7 +8341,8 @@ def watch(function, count=10, when=None, quiet=False, seconds=600.0):
         calls.start()
         calls.look(print, rest_s=1.0)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt from None     # without the frames in which we waited
+        # Without the frames in which we waited.
+        raise KeyboardInterrupt from None
     finally:
         calls.stop()
     if calls.problem:
@@ -8174,6 +8389,7 @@ class _Pages:
         self._height = max(height - 1, 2)     # the last line of the terminal is for our question
 
     def write(self, text):
+        """Show the text; after each page ask whether to go on."""
         lines = text.splitlines(True)
         for at in range(0, len(lines), self._height):
             if at and self._is_enough():
@@ -8187,6 +8403,7 @@ class _Pages:
 
 
 def _headline(obj):
+    """Return the name, signature and place of `obj` in one line."""
     import inspect
     name = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", None)
     try:
@@ -8210,20 +8427,25 @@ def _definition(obj):
 
 
 def _find_source(obj):
-    """Return (file name, first line's number, lines) of what defines `obj`; TypeError, OSError."""
+    """Return (file name, number of its first line, lines) of what defines `obj`.
+
+    TypeError, OSError: there is no source, as of what is built in.
+    """
     import inspect
     definition = _definition(obj)
     typed = _find_typed_class(definition) if inspect.isclass(definition) else None
-    if typed is not None:         # inspect would look in the file of the module
+    if typed is not None:
+        # inspect would look in the file of the module.
         return typed
     lines, number = inspect.getsourcelines(definition)
     return inspect.getsourcefile(definition), number, lines
 
 
 def _find_typed_class(kind):
-    """As _find_source, for a class that was typed at a prompt; else None.
+    """As _find_source, for a class that was typed at a prompt; None for any other.
 
-    Its methods tell which input it is of; one without methods is the newest of its name.
+    The code of its methods names the input that it is of; of a class without methods the newest
+    input that defines one of its name is taken.
     """
     import inspect
     import linecache
@@ -8251,7 +8473,8 @@ def show_source(obj):
 # --- Stacks and frames: what runs, and its variables ---
 # A frame that somebody holds keeps all its variables alive. So frames() lists marks, which tell
 # where a frame was found; at() makes a Frame of one, and each use of that looks for the frame anew,
-# on the threads' stacks and, for a task that waits, along what it awaits.
+# on the threads' stacks and, for a task that waits, along what it awaits. All runs in the thread of
+# the session that asks, while the frames that it looks at may go on.
 #                      reading a variable      setting one
 #     from 3.13 on     frame.f_locals          frame.f_locals, which writes through
 #     3.6 to 3.12      f_locals, a copy        PyFrame_LocalsToFast puts the copy back
@@ -8278,7 +8501,8 @@ class Frame:
         return list(self.__dict__)
 
     def __getattr__(self, name):
-        value = self.__dict__.get(name, _MISSING)     # a traceback would hold all of them
+        # Not by [name], which raises here: the traceback would hold all the variables.
+        value = self.__dict__.get(name, _MISSING)
         if value is _MISSING:
             raise AttributeError("no variable %r in %s" % (name, self._mark.text))
         return value
@@ -8290,13 +8514,15 @@ class Frame:
                 problem = "it has no such variable"
             elif IS_PYPY:
                 problem = "PyPy has no way to do that"
-        if problem:               # raised here, where no frame is held by the traceback
+        if problem:
+            # Raised here, where the traceback holds no frame of the program's.
             raise AttributeError("can't set %r in %s: %s" % (name, self._mark.text, problem))
         _variables(_find_frame(self._mark), {name: value})
 
     def __repr__(self):
         try:
-            variables = self.__dict__     # 3.6: vars() would raise another exception
+            # 3.6: vars() would raise another exception.
+            variables = self.__dict__
         except LookupError:
             return "<%s, has ended>" % self._mark.text
         lines = ["<%s, goes on meanwhile>" % self._mark.text]
@@ -8304,13 +8530,17 @@ class Frame:
 
 
 def _marks():
-    """Return a _FrameMark for each frame of the program's own code, the outermost first."""
+    """Return a _FrameMark for each frame of the program's own code: neither ours nor a library's.
+
+    In the order of _stacks(), of one stack the outermost first.
+    """
     marks, seen = [], set()
     for title, stack in _stacks():
         for frame in stack:
             code = frame.f_code
             if id(frame) not in seen and _is_own_code(code):
-                seen.add(id(frame))       # a task that runs is on its thread's stack as well
+                # A task that runs is on its thread's stack as well.
+                seen.add(id(frame))
                 marks.append(_FrameMark(id(frame), code, title, "%s, %s:%d" % (
                     getattr(code, "co_qualname", code.co_name), code.co_filename,
                     frame.f_lineno)))
@@ -8327,6 +8557,7 @@ def _find_frame(mark):
 
 
 def _is_own_code(code):
+    """Return whether code is the program's own."""
     name = code.co_filename
     return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
 
@@ -8334,8 +8565,9 @@ def _is_own_code(code):
 def _variables(frame, changes=None):
     """Make `changes` to the variables of a frame; return {name: value} of all.
 
-    Before 3.13 f_locals of a function is a copy, which the frame keeps, and with it what its
-    variables let go of later: so that is emptied, unless the program has it too, from locals().
+    Before 3.13 f_locals of a function is a copy. The frame keeps it, and with it each value that
+    its variables have let go of meanwhile. So we empty it, unless the program has it too, by
+    locals().
     """
     variables, changes = frame.f_locals, changes or {}
     found = dict(variables)
@@ -8346,17 +8578,19 @@ def _variables(frame, changes=None):
     if changes:
         _write_back(frame, variables, changes)
         variables.update(found)
-    ours = 3                      # references: the frame's, `variables`, getrefcount's argument
+    # Three references: the frame's, `variables`, and getrefcount's argument.
+    ours = 3
     if getattr(sys, "getrefcount", id)(variables) == ours:
         variables.clear()
     return found
 
 
 def _write_back(frame, variables, changes):
-    """Set variables of a frame by its f_locals, which is a copy. All that is there is put back.
+    """Set variables of a frame by its f_locals, which is a copy, before 3.13.
 
-    So it is emptied first, or the frame would get back what it has changed meanwhile. The steps
-    are in one call of C, within which no other thread runs, and fills it again by locals().
+    CPython puts all that is in the copy back into the frame. So it is emptied first, or the frame
+    would get back values that it has changed meanwhile. The steps are in one call of C, so that no
+    other thread runs between them and fills the copy again by locals().
     """
     import ctypes
     list(map(operator.methodcaller("__call__"), [
@@ -8369,7 +8603,11 @@ CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class bo
 
 
 def _stacks():
-    """Yield (title, frames, the outermost first) of each other thread, then of each task."""
+    """Yield (title, frames, the outermost first) of each other thread, then of each task.
+
+    Threads of ours count only where the program's code runs in them. Loops are known by their
+    run_forever() on a thread's stack; the session names its own.
+    """
     known = {thread.ident: thread for thread in threading.enumerate()}
     running = sys._current_frames()
     del running[threading.get_ident()]
@@ -8390,12 +8628,13 @@ def _stacks():
 
 
 def _is_ours(thread):
-    """Tell whether a thread is one of hotrepl's, and not a job of the user's."""
+    """Return whether a thread is one of hotrepl's, and not a job of the user's."""
     return thread is not None and thread.name.startswith("hotrepl ") and not (
         isinstance(thread, Job) and thread.number)
 
 
 def _print_stack(title, stack, with_variables):
+    """Print one stack as a traceback does, without what runs each thread and each input."""
     from code import InteractiveConsole
     import traceback
     stack = [frame for frame in stack if frame.f_code.co_filename not in (
@@ -8410,7 +8649,7 @@ def _print_stack(title, stack, with_variables):
 
 
 def _shown(variables):
-    """Return {name: shortened repr} of variables, without those that every module has, and ours."""
+    """Return {name: shortened repr} of variables, but for `__special__` names and our tools."""
     return {name: _brief(value) for name, value in variables.items()
             if not re.match(r"__\w+__$", name) and TOOLS.get(name) is not value}
 
@@ -8446,7 +8685,8 @@ def _await_chain(coroutine):
         frame = getattr(coroutine, kind + "_frame", None)
         if frame is not None:
             stack.append(frame)
-        if type(coroutine).__name__.startswith("async_generator_"):   # a step, as of `async for`
+        if type(coroutine).__name__.startswith("async_generator_"):
+            # One step of such a generator, as `async for` makes.
             coroutine = next((each for each in gc.get_referents(coroutine)
                               if isinstance(each, types.AsyncGeneratorType)), None)
         else:
@@ -8455,19 +8695,21 @@ def _await_chain(coroutine):
 
 
 # --- Watched calls ---
-# The function gets code that calls a copy of it and notes the call in a queue: that is all that
-# the program's threads do. The looker takes the calls from there, asks `when` and makes reprs,
-# either of which may hang: the session's thread, or with quiet=True one of its own. The keeper, a
-# thread too, gives the function its own code back once it is over, whatever hangs.
+# The function gets code that calls a copy of it, and notes the call in a queue. Three threads:
+#     the program's     make the call, note it, and do nothing else of ours
+#     the looker        takes the calls from the queue, asks `when`, makes reprs; either may
+#                       hang. It is the session's thread, or with quiet=True one of its own.
+#     the keeper        gives the function its own code back once the watch is over, whatever hangs
+# What ends a watch calls `stop`, or sets `_is_over`, which the keeper sees and the looker too.
 
 WATCH_BACKLOG = 5000              # calls that wait to be looked at; of more, the first are kept
 WATCH_LINES_PER_S = 100
-WATCH_LOOK_S = 0.05               # how often is looked whether a call has come, or it is over
+WATCH_LOOK_S = 0.05               # how often looker and keeper look
 WATCHED = {}                     # function -> the Calls of it; guarded by nothing but the GIL
 
 
 class Call:
-    """One call of a watched function; a context manager around it."""
+    """One call of a watched function; a context manager around it, in the thread that calls."""
 
     def __init__(self, calls, args, kwargs):
         self.args = args
@@ -8486,7 +8728,8 @@ class Call:
     def __exit__(self, kind, exception, stack):
         self.seconds = time.perf_counter() - self._begun
         self.exception = exception
-        ident = threading.get_ident()     # current_thread() would make an object that stays
+        # Not current_thread(), which would make an object that stays.
+        ident = threading.get_ident()
         self.thread = getattr(threading._active.get(ident), "name", "ident %d" % ident)
         self._calls.note(self)
 
@@ -8535,23 +8778,29 @@ class Calls(list):
             raise RuntimeError("%s is watched already" % self.function.__qualname__)
         self._looker = looker
         with HOT.lock:
-            vars(self.function).setdefault("__wrapped__", self._copy)     # for its signature
+            # For its signature.
+            vars(self.function).setdefault("__wrapped__", self._copy)
             _assign_code(self.function, self._code)
         for thread in filter(None, (looker, Job(self._keep))):
             thread.name = "hotrepl watch of " + self.function.__qualname__
             thread.start()
 
     def _keep(self):
+        """The keeper: wait for the end of the watch, whoever brings it about, and stop."""
         while not (self._is_over.wait(WATCH_LOOK_S) or time.monotonic() > self._end
                    or self._session is not None and self._session.connection.is_left()):
             with HOT.lock:
-                if self.function.__code__ is not self._code:      # no call is seen any more
+                if self.function.__code__ is not self._code:
+                    # No call is seen any more.
                     self.problem = ": the function was changed meanwhile"
                     break
         self.stop()
 
     def stop(self):
-        """Watch no more: the function is as it was; what was noted is here, unless `when` hangs."""
+        """End the watch: the function is as it was, and this list has all that was noted.
+
+        Where `when` or a repr hangs, the looker is interrupted after a while, and some are missing.
+        """
         self._is_over.set()
         with HOT.lock:
             self._take_off()
@@ -8559,7 +8808,8 @@ class Calls(list):
                 del WATCHED[self.function]
         if self._looker not in (None, threading.current_thread()) and (
                 not self._is_looked_through.wait(2 * WATCH_LOOK_S)):
-            with suppress(ValueError):    # it has ended just now
+            with suppress(ValueError):
+                # It has ended just now.
                 async_raise(self._looker, SystemExit)
 
     def _take_off(self):
@@ -8568,19 +8818,24 @@ class Calls(list):
             _swap(self.function, self._copy.__code__, self._copy.__defaults__,
                   self._copy.__kwdefaults__)
         if vars(self.function).get("__wrapped__") is self._copy:
-            vars(self.function).pop("__wrapped__", None)      # another thread may be here too
+            # With a default: another thread may be here too.
+            vars(self.function).pop("__wrapped__", None)
 
     def note(self, call):
         """Keep a call to be looked at; in the thread that made it, at whatever moment."""
         if self._is_over.is_set() or time.monotonic() > self._end:
-            self._take_off()      # a patch that came later was undone later, or this is a fork
+            # A later patch was undone after us, or this is a forked child.
+            self._take_off()
         else:
             call.number = next(self._numbers)
             if len(self._queue) < WATCH_BACKLOG:
                 self._queue.append(call)
 
     def look(self, take, rest_s=0.0):
-        """Call take(call) for each that is wanted, until it is over; rest where they are many."""
+        """The looker: call take(call) for each call that is wanted, until the watch is over.
+
+        After WATCH_LINES_PER_S of them it rests for `rest_s`.
+        """
         try:
             for number, call in enumerate(self._wanted, 1):
                 take(call)
@@ -8594,6 +8849,7 @@ class Calls(list):
             self._is_looked_through.set()
 
     def _noted(self):
+        """Yield the calls that were noted, as they come, until the watch is over."""
         is_over = False
         while not is_over:
             is_over = self._is_over.wait(WATCH_LOOK_S)
@@ -8606,7 +8862,7 @@ class Calls(list):
 
 
 def _noting(function, calls):
-    """Return a function that calls `function`, and notes that in `calls`."""
+    """Return a function of the same kind that calls `function`, and notes that in `calls`."""
     import inspect
     flags = function.__code__.co_flags
     if flags & inspect.CO_COROUTINE:
@@ -8637,9 +8893,9 @@ def _noting(function, calls):
 #     RATE = 5, and what is new                 bound in the module, or set on the class
 
 class Placed:
-    """Code that stands in a module's file."""
+    """Code that an editor sends: what it is, where it stands, and how it runs."""
 
-    # What a session evaluates to call `run`; as code of this file it shows in no traceback.
+    # A session evaluates this to call `run`. As code of this file it shows in no traceback.
     RUN = compile("run()", _THIS_FILE, "eval")
 
     def __init__(self, source, module=None, file=None, line=1, within=""):
@@ -8655,7 +8911,8 @@ class Placed:
         """Run it in its module; return the value of the last statement, if it is an expression."""
         import ast
         tree = self._compile(self._whole_source(), more_flags=ast.PyCF_ONLY_AST)
-        self._compile(tree)       # nothing runs where the compiler, not the parser, finds an error
+        # Nothing runs where the compiler finds an error that the parser did not.
+        self._compile(tree)
         holder, value = tree.body[0] if self._path else tree, None
         for node in holder.body:
             holder.body, value = [node], None
@@ -8668,6 +8925,7 @@ class Placed:
         return value
 
     def _compile(self, source, mode="exec", more_flags=0):
+        """Compile with the file's name, and with the module's `from __future__` imports."""
         import __future__
         flags = {each.compiler_flag for each in vars(self._module).values()
                  if type(each) is __future__._Feature}
@@ -8681,10 +8939,13 @@ class Placed:
             if re.match(r"\s*(@|(async\s+)?def\b|class\b)", self._source):
                 raise ValueError("an indented definition needs the name of the class around it")
             head = "if True:\n"
-        return "\n" * (self._line - 1 - bool(head)) + head + self._source
+        return "\n" * (self._line - 1 - head.count("\n")) + head + self._source
 
     def _run_statement(self, tree, node, ast):
-        """Run `tree`, which has but one statement; what defines anew what there is, is a patch."""
+        """Run `tree`, which has but one statement; a definition of what there is becomes a patch.
+
+        In a function's place all its decorators become one that changes nothing: they have run.
+        """
         space, found, title = vars(self._module), {}, self._module.__name__ + "."
         is_definition = hasattr(node, "decorator_list")
         name = _mangled(node.name, "".join(self._path[-1:])) if is_definition else None
@@ -8708,8 +8969,10 @@ class Placed:
 
 
 def _module_of(name, path):
-    """Return the loaded module of that name, or else of that file; LookupError."""
-    for resolve in os.path.abspath, os.path.realpath:     # beside a busy thread this takes long
+    """Return the loaded module of that name, or where there is no name, of that file; LookupError.
+    """
+    # Links are followed last: beside a busy thread that takes long.
+    for resolve in os.path.abspath, os.path.realpath:
         for each, module in list(sys.modules.items()):
             own = None if name else _source_path(module)
             if each == name or own is not None and resolve(own) == resolve(path):
@@ -8718,6 +8981,7 @@ def _module_of(name, path):
 
 
 def _own_class(scope, name):
+    """Return the class that a module or a class has under `name`; LookupError."""
     found = vars(scope).get(name)
     if not isinstance(found, type):
         raise LookupError("no class %r in %r" % (name, scope))
@@ -8725,10 +8989,12 @@ def _own_class(scope, name):
 
 
 def _old_of(live, node):
-    """Return the class or the function that `live` is, or was made of, and `node` defines anew."""
+    """Return the class or function that `node` defines anew: `live`, or in what wraps it; or None.
+    """
     if type(node).__name__ == "ClassDef":
         return live if isinstance(live, type) else None
-    if isinstance(live, property):        # its decorator tells which one it is
+    if isinstance(live, property):
+        # Its decorator tells which of its functions it is.
         words = [getattr(each, "attr", "") for each in node.decorator_list]
         live = next((each for word, each in (("setter", live.fset), ("deleter", live.fdel))
                      if word in words), live.fget)
@@ -8765,7 +9031,7 @@ class Guests:
         return sorted(name for name, tool in TOOLS.items() if namespace.get(name) is not tool)
 
     def leave(self, namespace, is_copy=False):
-        """Take them out where they are still ours, after as many calls as of `enter`.
+        """Take the tools out where they are still ours, by the last call: as many as of `enter`.
 
         `is_copy`: in a forked child, which may still pickle what the prompt made.
         """
@@ -8965,7 +9231,9 @@ class Door:
                 is_right = self.check_guess(peer, "wrong token", check or self.check_token,
                                             candidate)
                 if is_control:
-                    sock.sendall(encode_message(_TOKEN_REPLIES[is_right]))
+                    sock.sendall(encode_message({"status": "ok"} if is_right else {
+                        "status": "failed",
+                        "reason": "expected Authenticate with the right token first"}))
                 if is_right:
                     sock.settimeout(None)
                     return data
@@ -9098,10 +9366,6 @@ def _take_message(data):
             shown = is_attempt and (body.get("proof") or body.get("token"))
             return shown or b"", data[at:]
     return None, data
-
-
-_TOKEN_REPLIES = {True: {"status": "ok"}, False: {
-    "status": "failed", "reason": "expected Authenticate with the right token first"}}
 
 
 # --- Peers: who is at the other end ---
@@ -10039,13 +10303,15 @@ def ssh_words(target, path, port, control_port, has_shell):
     user, literal, name, ssh_port, far_path = match.groups()
     far_ends = ([far_path, far_path + CONTROL_SUFFIX] if far_path else
                 ["127.0.0.1:%d" % each for each in (port, control_port)])
-    words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"] + ["-N"] * (not has_shell)
+    words = ["ssh", "-T", "-o", "ExitOnForwardFailure=yes"]
+    words += [] if has_shell else ["-N"]
     words += ["-p", ssh_port] if ssh_port else []
     for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
         words += ["-L", "%s:%s" % ends]
     say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
                          _FIND_ROWS % (port, control_port))
-    words += ["--", user + (literal or name)] + ["exec sh -c " + shlex.quote(say)] * has_shell
+    words += ["--", user + (literal or name)]
+    words += ["exec sh -c " + shlex.quote(say)] if has_shell else []
     return words, far_path
 
 
@@ -10883,9 +11149,14 @@ class ShortTurns(Installed):
 
     SHORT_S = 64e-6               # sys.getswitchinterval() gives the same number back
 
+    def __init__(self):
+        super().__init__()
+        self._before = 0.0        # the program's interval, while ours is set; guarded by _lock
+
     def _install(self):
         self._before = sys.getswitchinterval()
-        if self._before > self.SHORT_S:       # else it may be that of another copy of this file
+        # Else it may be that of another copy of this file.
+        if self._before > self.SHORT_S:
             sys.setswitchinterval(self.SHORT_S)
 
     def _uninstall(self):
@@ -11573,7 +11844,8 @@ DEBUGGERS = Debuggers()
 #
 # All but the first three commands are for the session that the connection is paired with. Their
 # methods run in this thread, beside the evaluation, so they ask the Session, which has the locks.
-
+# The Server makes the connection once the Door (section 10) has let it in. A method is named after
+# its command, gets the request, whose fields have passed the check, and returns the reply's fields.
 class ControlConnection(threading.Thread):
     """One control connection, from its first byte to its last."""
 
@@ -11649,7 +11921,7 @@ class ControlConnection(threading.Thread):
                 "supported_commands": [command.name for command in COMMANDS]}
 
     def _do_Authenticate(self, request):
-        """Do nothing: who had to show the token has shown it to the Door, or would not be here."""
+        """Do nothing: who had to show the token has shown it to the Door before it came here."""
 
     def _do_PairWithSession(self, request):
         """Bind this connection to a session; what does not fit counts as a guess."""
@@ -12522,8 +12794,12 @@ class Link:
 
     def sockets(self):
         """Return those that `wait` has to look after."""
-        return ([self._woken] + [self.sock] * (not self.is_closed and not self._is_full())
-                + [self.control] * (self.control is not None and not self.loss))
+        watched = [self._woken]
+        if not self.is_closed and not self._is_full():
+            watched.append(self.sock)
+        if self.control is not None and not self.loss:
+            watched.append(self.control)
+        return watched
 
     def _is_full(self):
         kept = [data for _, data in self.events] + list(self.notes)
@@ -13944,7 +14220,10 @@ def _exec_in_all(options, source, place):
                                   "%d: " % note["pid"], pid=note["pid"]))
     if not codes:
         _say("there is no such server; 'list' shows those there are")
-    code = 130 if 130 in codes else int(any(codes) or not codes)
+    if 130 in codes:
+        code = 130
+    else:
+        code = 1 if any(codes) or not codes else 0
     if options.json:
         JsonOutput().finish({}, code)
     return code
