@@ -192,6 +192,11 @@ OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 # For send, since a program may let SIGPIPE end it; PyPy 7.3 has no name for it.
 NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0x4000 if sys.platform.startswith("linux") else 0)
 
+# As in inspect, whose import takes longer than all else: the code of a function, not of a module
+# or a class body; the code of a coroutine function.
+CO_OPTIMIZED, CO_COROUTINE = 0x1, 0x80
+HEAP_TYPE = 1 << 9                # Py_TPFLAGS_HEAPTYPE, in `__flags__`: a class statement made it
+
 CONTROL_SUFFIX = ".control"       # unix sockets: the control channel's is beside the REPL channel's
 TOKEN_SUFFIX = ".token"           # and so is the file with the token, where there is one
 TOKEN_PROMPT = b"token: "         # instead of the first line, where the server can't tell who comes
@@ -305,6 +310,11 @@ def printable(text):
     """
     return "".join(each if each.isprintable() or each == "\n" else
                    each.encode("unicode_escape").decode("ascii") for each in text)
+
+
+def is_python_function(value):
+    """Return whether it is a function with Python code; PyPy's builtins are functions without."""
+    return type(value) is types.FunctionType and type(value.__code__) is types.CodeType
 
 
 def take_all(items):
@@ -2520,13 +2530,13 @@ def _bare(called):
     inspect itself asks for __signature__, __wrapped__ and more by getattr, and calls what it finds.
     """
     kind = type(called)
-    if _is_python(called):
+    if is_python_function(called):
         wrapped = _instance_dict(called).get("__wrapped__")
-        return _bare(wrapped) if _is_python(wrapped) else _copy_function(called)
-    if kind is types.MethodType and _is_python(called.__func__):
+        return _bare(wrapped) if is_python_function(wrapped) else _copy_function(called)
+    if kind is types.MethodType and is_python_function(called.__func__):
         return types.MethodType(_bare(called.__func__), 0)
     call = _find(kind, "__call__")
-    if _is_python(call):
+    if is_python_function(call):
         return types.MethodType(_bare(call), 0)
     if issubclass(kind, type):
         return _bare_class(called)
@@ -2545,19 +2555,11 @@ def _bare_class(called):
         for name in "__new__", "__init__":
             made = _class_dict(base).get(name)
             made = made.__func__ if type(made) is staticmethod else made
-            if _is_python(made):
+            if is_python_function(made):
                 return types.MethodType(_bare(made), 0)
-        if not type.__flags__.__get__(base) & _STATEMENTS:
+        if not type.__flags__.__get__(base) & HEAP_TYPE:
             return (lambda: None) if base is object else base
     raise ValueError("its signature can't be had safely")
-
-
-def _is_python(function):
-    """Return whether it is a function with Python code; PyPy's builtins are functions without."""
-    return type(function) is types.FunctionType and type(function.__code__) is types.CodeType
-
-
-_STATEMENTS = 1 << 9              # Py_TPFLAGS_HEAPTYPE: a class statement made it
 
 
 def _copy_function(function):
@@ -2789,7 +2791,6 @@ JOBS = JobTable()
 #     who makes it       claim -> True: run or fail -> finish
 #                        claim -> False: who waited has given up, `abandon`
 
-CO_COROUTINE = 0x80               # as in inspect
 TICK_S = 0.02                     # how often who waits for an errand looks around
 DEAF_TICKS = 10                   # then it is asked whether the main thread lets signals in
 
@@ -3238,7 +3239,7 @@ class _NoContext:
 
 
 class _Hot:
-    """What must outlive a reload of this file itself."""
+    """What must outlive a reload of this file itself: it is made once for each copy of the file."""
 
     def __init__(self):
         self.lock = threading.RLock()   # one transaction at a time
@@ -3392,7 +3393,8 @@ def _note(module):
     if path is None:
         return None
     if getattr(space.get("__spec__"), "_initializing", False):
-        HOT.module_count = -1      # it is asked again
+        # It is asked again at the next prompt.
+        HOT.module_count = -1
         return None
     try:
         stamp = _stamp(path)
@@ -3421,7 +3423,8 @@ def _process_start():
             uptime_s = float(file.read().split()[0])
         return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
     except (OSError, ValueError, IndexError, AttributeError):
-        return HOT.loaded_at  # no /proc: when this file was loaded
+        # There is no /proc: it was then at the latest that this file was loaded.
+        return HOT.loaded_at
 
 
 def _space_of(module):
@@ -3438,8 +3441,8 @@ _NO_SPACE = types.MappingProxyType({})
 def _source_path(module):
     """Return the absolute path of a module's source, or None where it has none.
 
-    It is the path of when it was noted, whatever os.chdir() the program called since.
-    3.6-3.8: a script's is relative.
+    A relative one, as a script's on 3.6 to 3.8, means the folder that was current when the module
+    was noted: the program may have called os.chdir() since.
     """
     space = _space_of(module)
     path, is_script = space.get("__file__"), space.get("__name__") == "__main__"
@@ -3479,6 +3482,7 @@ _folder_of = functools.lru_cache(maxsize=10000)(os.path.dirname)
 
 
 def _is_named_as_library(folder):
+    """Tell whether a folder lies in the standard library, or in a site-packages, dist-packages."""
     return (folder + os.sep).startswith(_LIBRARY) or "-packages" + os.sep in folder + os.sep
 
 
@@ -3583,7 +3587,10 @@ def _source_of(known, newer=None):
 
 
 class _Edit:
-    """One module of a reload: the text that ran, the text on disk, what differs."""
+    """One module of a reload: the text that ran, the text on disk, what differs.
+
+    Made by _find_edits; `compare` pairs the statements; _Apply works the pairs off.
+    """
 
     def __init__(self, name, module, path, stamp, text=None):
         self.name, self.module, self.path, self.stamp = name, module, path, stamp
@@ -3611,7 +3618,8 @@ class _Edit:
         # From nodes: 3.6 and 3.7 crash where they are nested too deep.
         if self.old and self.old.flags == self.new.flags and sys.version_info >= (3, 8):
             self.new.known = {id(each) for each in self.old.statements if each.is_definition}
-        self.new.fresh  # some errors are the compiler's
+        # Some errors only the compiler finds; what it made is kept.
+        self.new.fresh
         if self.old is None:
             evidence = _Evidence(self.module, self.new, self.line)
             self.pairs, self.subs, self.gone = evidence.pairs, evidence.subs, evidence.gone
@@ -3706,9 +3714,9 @@ def pair_statements(olds, news, is_compiled_alike=True):
 
 
 # What two statements have in common that belong together, the surest first. `place` is the last
-# statement before them that has its partner already. Equal ones are paired from the first on,
-# namesakes from the last one back, whose the name is in the end; where nothing but the name is
-# alike, only if both texts have as many.
+# statement before them that has its partner already. Equal ones are paired from the first on;
+# namesakes from the last one back, as the last one has the name in the end. Those that have nothing
+# but the name in common are paired only where both texts have as many of them.
 _LIKENESSES = (
     lambda each, place: each.text_key,
     lambda each, place: each.dump,
@@ -3828,7 +3836,10 @@ class _Source:
             compile(text, self.path, "exec", ast.PyCF_ONLY_AST, True).body, end)
 
     def _sharing(self, newer):
-        """Return the statements, or None where the lines between are no whole statements."""
+        """Return the statements: those of `newer` above and below what differs, our own between.
+
+        None: what differs begins or ends within a statement.
+        """
         ours, theirs = self.lines, newer.lines
         above, below = [next(
             (k for k, (our, their) in enumerate(zip(ours[::step], theirs[::step]))
@@ -3903,7 +3914,7 @@ class _Source:
             if isinstance(const, types.CodeType):
                 found = self.codes_at(const.co_name, const.co_firstlineno)
                 is_like = len(found) == 1 and found[0].co_freevars == const.co_freevars and (
-                    const.co_flags & 1)     # CO_OPTIMIZED: a function
+                    const.co_flags & CO_OPTIMIZED)
                 const = found[0] if is_like else self.with_own_codes(const)
             consts.append(const)
         return _with_consts(code, tuple(consts))
@@ -3928,7 +3939,11 @@ def _indexed(code):
 
 
 class _Statement:
-    """One statement of a module or of a class body."""
+    """One statement of a module or of a class body; its attributes are computed when asked for.
+
+    `dump` and `shell` are keys to compare by: of the whole tree, and of the tree with all bodies of
+    functions emptied, so that an edit inside of a body changes the one and not the other.
+    """
 
     def __init__(self, node, source, start, end, is_alone):
         self.node = node
@@ -3967,7 +3982,7 @@ class _Statement:
             max(self.text, default="") > "\x7f")        # there Python names some otherwise
 
     def label(self, place):
-        """What pairs it with its like in another text; `place`: behind which statement."""
+        """What pairs it with its like in another text; without names, behind which it stands."""
         kind = "=" if "Assign" in self.kind else self.kind
         if self.is_definition:
             kind = "def"
@@ -4054,7 +4069,8 @@ def _key(node, empties=None):
     if isinstance(node, list):
         return tuple([_key(each, empties) for each in node])
     if fields is None:
-        return type(node).__name__, repr(node)    # so that 1, 1.0 and True differ
+        # Python says 1 == 1.0 == True; their texts differ.
+        return type(node).__name__, repr(node)
     kind = type(node).__name__
     is_emptied = empties and kind in _FUNCTIONS + ("Lambda",) and empties(node)
     return (kind, (_doc_key(node), _is_generator(node)) if is_emptied else None) + tuple([
@@ -4068,7 +4084,7 @@ def _shell(node):
 
 
 def _is_generator(node):
-    """Tell whether a function has a `yield` of its own: it is asked for like its parameters."""
+    """Tell whether a function has a `yield` of its own: a decorator may ask for that."""
     import ast
     todo = list(node.body) if isinstance(node.body, list) else [node.body]
     while todo:
@@ -4086,7 +4102,10 @@ def _signature_key(node):
 
 
 def _doc_key(node):
-    """A decorator that is not known may read the docstring, as click's and FastAPI's do."""
+    """Return the docstring of a function whose decorator is not known, None of any other.
+
+    Such a decorator may read it, as click's and FastAPI's do, and then has to be called again.
+    """
     import ast
     if not getattr(node, "decorator_list", None) or _is_transparent(node):
         return None
@@ -4124,11 +4143,14 @@ class _Names:
         elif _tests(node, "TYPE_CHECKING"):
             for each in [node.test] + node.orelse:
                 self._add(each)
-        elif kind not in ("TypeVar", "ParamSpec", "TypeVarTuple"):    # 3.12: of no use outside
+        # The names of type parameters (3.12) are of no use outside.
+        elif kind not in ("TypeVar", "ParamSpec", "TypeVarTuple"):
             self._add_other(node, kind)
 
     def _add_other(self, node, kind):
-        for field in ("name", "rest"):  # def, class, except ... as name, case {**rest}
+        """Add what a node of no special kind does, and what those below it do."""
+        # In def, class, `except ... as name`, and `case {**rest}`.
+        for field in ("name", "rest"):
             if isinstance(getattr(node, field, None), str):
                 self.binds.add(getattr(node, field))
         if kind == "Call":
@@ -4294,8 +4316,9 @@ def _fits(module, text, path):
 class _Evidence:
     """A module's live functions, classes and values beside a text of it.
 
-    Only of a definition and of a literal is it known what was made. Not what the module's own code
-    sets, such as a counter: names that it assigns or deletes by `global`, or as an attribute.
+    Of definitions and literals it is known what they make, so only these are compared. Left out
+    are names that the module's own code assigns or deletes by `global`, or as an attribute: a
+    counter may have any value.
     """
 
     def __init__(self, module, source, line=None):
@@ -4445,7 +4468,8 @@ def _bases_fit(node, space, cls):
     """Tell whether a class may well be what a class statement makes of its base classes."""
     bases = []
     for each in node.bases:
-        if type(each).__name__ == "Attribute":    # of a module
+        if type(each).__name__ == "Attribute":
+            # A class of another module, as in `class C(m.Base)`.
             names = _space_of(space.get(getattr(each.value, "id", None)))
             bases.append(names.get(each.attr))
         else:
@@ -4474,10 +4498,12 @@ def _literals(node):
 def _is_unlike(literal, live):
     """Tell whether a live value is surely not what a literal gives."""
     try:
-        hash(literal)  # a list or a dict is there to be changed
+        # Only what can't be changed is compared: a list or dict is there to be changed.
+        hash(literal)
     except TypeError:
         return False
-    return literal is not _MISSING and (    # first: _typed() is for constants
+    # In this order: _typed() is for constants only.
+    return literal is not _MISSING and (
         type(live) is not type(literal) or _typed(live) != _typed(literal))
 
 
@@ -4498,7 +4524,7 @@ def _added_to_class(cls, known):
 
 
 def _stored_by_methods(cls):
-    """Return what methods of a class, and of descriptors that are told of it, may put there."""
+    """Return the names that a class's methods, or `__set_name__` of its descriptors, may set."""
     sources = _own_bases(cls) + [
         getattr(type(value), "__set_name__", None) for value in vars(cls).values()]
     codes = [function.__code__ for each in sources for function in _functions_in(each)]
@@ -4513,7 +4539,11 @@ def _stored_by_methods(cls):
 # others have written meanwhile. The lock of transactions guards it.
 
 class _Journal:
-    """Changes made in place, each with what takes it back."""
+    """The changes of one transaction, made in place, each with what takes it back.
+
+        a failure    undo(): all is as before
+        a success    seal(); later perhaps undo(), which leaves alone what others have changed since
+    """
 
     def __init__(self):
         self._entries = []      # callables, the oldest first
@@ -4527,7 +4557,8 @@ class _Journal:
         read, write, key = slot
         before = read()
         if before is not value:
-            if key not in self._kept_slots:     # else what was there before is put back
+            if key not in self._kept_slots:
+                # Else what was there before anybody wrote is put back.
                 self.on_undo(lambda: _is_same(read(), value) and write(before), key)
             write(value)
 
@@ -4589,7 +4620,7 @@ class _Journal:
 
 
 def _is_same(a, b):
-    # PyPy makes a new tuple each time that __bases__ is read.
+    """Tell whether two values are one; PyPy makes a new tuple each time __bases__ is read."""
     return a is b or IS_PYPY and type(a) is type(b) is tuple and a == b
 
 
@@ -4623,7 +4654,8 @@ def _attribute(obj, name):
 
     def read():
         if is_class and name != "__bases__":
-            return vars(obj).get(name, _MISSING)  # not what it inherits
+            # What the class has itself, not what it inherits.
+            return vars(obj).get(name, _MISSING)
         try:
             return kind.__getattribute__(obj, name)
         except AttributeError:
@@ -4751,7 +4783,8 @@ class _Apply:
         """Do it all; after an exception everything is as before and ReloadError is raised."""
         import linecache
         modules = dict(sys.modules)
-        for edit in self.edits:         # or a traceback would show lines of the old file
+        # Or a traceback would show lines of the old file.
+        for edit in self.edits:
             read, write, _ = _entry(linecache.cache, edit.path)
             self.journal.on_undo(functools.partial(write, read()))
             write(_MISSING)
@@ -4794,7 +4827,8 @@ class _Apply:
             names = list(tops) + names
         else:
             names = list(self.by_name)
-        stack = [iter(names)]       # not recursive: a thousand modules may import each other
+        # Not recursive: a thousand modules may import each other.
+        stack = [iter(names)]
         while stack:
             for name in stack[-1]:
                 if name not in self.started:
@@ -4817,7 +4851,8 @@ class _Apply:
         for name in _ANNOTATIONS:
             self.journal.keep(_entry(edit.space, name))
         if "__annotate__" in edit.space:
-            edit.space.pop("__annotations__", None)     # only what somebody has read
+            # Only there because somebody has read them: they are made anew when read.
+            edit.space.pop("__annotations__", None)
         for pair in edit.pairs:
             if pair.new is not None:
                 if len(self.edits) > 1:
@@ -4958,7 +4993,7 @@ class _Apply:
         _swap(function, *state)
 
     def _follow_doc(self, function, path, before):
-        """What wraps a function, such as a property, may have copied its docstring."""
+        """Put the new docstring on what wraps a function and has copied the old one: a property."""
         value = _at_path(function.__globals__, path.split("."))
         for each in [value, *_wrapped_by(value)]:
             slot = _attribute(each, "__doc__")
@@ -4966,7 +5001,8 @@ class _Apply:
                 self.put(slot, function.__doc__)
 
     def _clear_caches(self, function, path):
-        """An lru_cache around a changed function forgets its results."""
+        """Have an lru_cache around a changed function forget its results, once all has succeeded.
+        """
         value = _unwrapped(_at_path(function.__globals__, path.split(".")))
         if type(value) in (types.FunctionType, _LRU_CACHE) and hasattr(value, "cache_clear") and (
                 getattr(value, "__wrapped__", None) is function):
@@ -4998,7 +5034,10 @@ class _Apply:
     # Of defaults only those are evaluated whose text is another one: `cache={}` may be a memo.
 
     def _apply_def(self, scope, pair):
-        """The head of a function changed: a default, a parameter, an annotation, a decorator."""
+        """Do what a changed head of a function asks for, by the table above.
+
+        The head: decorators, parameters, defaults, annotations.
+        """
         old, new = pair.old.node, pair.new.node
         if pair.old.decorator_dump == pair.new.decorator_dump and _is_transparent(new) and (
                 scope.last_binder(new.name) is pair.new):
@@ -5019,14 +5058,17 @@ class _Apply:
             self._run(scope, pair)
             return
         new.__dict__.update(vars(raw))
-        for name in ("__name__", "__qualname__", "__module__"):     # a package may have set them
+        # A package may have set them.
+        for name in ("__name__", "__qualname__", "__module__"):
             setattr(new, name, getattr(raw, name))
         doc, path = raw.__doc__, scope.prefix + pair.new.node.name
         self.fold_function(raw, new)
         self._follow_doc(raw, path, doc)
         self._clear_caches(raw, path)
         if pair.old is not None and _signature_key(pair.old.node) != _signature_key(pair.new.node):
-            self.refielded[id(raw)] = raw       # such as a dependency of FastAPI's handlers
+            # Whoever copied the signature has to follow, such as FastAPI's handlers of a
+            # dependency.
+            self.refielded[id(raw)] = raw
             if scope.cls is not None and pair.new.node.name in ("__init__", "__call__"):
                 self.recalled[id(scope.cls)] = scope.cls
 
@@ -5081,7 +5123,8 @@ class _Apply:
             self.fold_function(raw, self._evaluate(scope, pair, raw))
             value = scope.decorate(node, raw)
             if hasattr(type(value), "__maybe_evaluate__"):
-                value.__maybe_evaluate__()      # Celery's promise
+                # Celery's promise of a task: have it made now.
+                value.__maybe_evaluate__()
             return value
         places = _Registrations(self, reached, _ids([old, raw]))
         value = places.renew(decorate)
@@ -5124,7 +5167,7 @@ class _Apply:
     # changed, or where the class is of a kind that was made of all fields at once (_CLASS_KINDS).
 
     def _apply_class(self, scope, pair):
-        """A class changed: its statements one by one, or all at once where its kind needs that."""
+        """Apply a class that changed: its statements one by one, or the whole where it must be."""
         inner, is_changed = scope.of_class(pair), pair.change == "class"
         pairs = scope.edit.sub_pairs(pair) if inner else []
         if is_changed and (inner is None or _needs_its_statement(inner.cls, pairs) or (
@@ -5181,14 +5224,15 @@ class _Apply:
             _forget_subclasses()
 
     def _put_place(self, edit, cls, pair):
-        """3.13: a class knows its line, and the attributes that its methods set on self."""
+        """3.13: put on a class what it knows of its text: its line, and what methods set on self.
+        """
         code = edit.new.code_of(pair.new.node) if "__firstlineno__" in vars(cls) else None
         if code is not None:
             self.put(_attribute(cls, "__firstlineno__"), code.co_firstlineno)
             self.put(_attribute(cls, "__static_attributes__"), _static_attributes(code))
 
     def _note_body(self, scope, pair):
-        """Only a function's body changed: nothing runs, unless it was patched or typed over."""
+        """Do nothing for a body that changed, as _swap has done it; unless it was typed over."""
         if pair.change == "body" and pair.new.is_function:
             value = scope.get(pair.new.node.name)
             if type(value) is types.FunctionType and not pair.new.node.decorator_list and (
@@ -5197,7 +5241,7 @@ class _Apply:
                 self._run(scope, pair)
 
     def _note_init(self, scope, pair):
-        """Live instances get the literals that a new __init__ sets; the rest is named."""
+        """Note what a new __init__ sets: live instances get the literals, the rest is named."""
         method = getattr(pair.new.node, "name", "")
         if method not in _INITS or pair.change in ("same", "moved", "live"):
             return
@@ -5227,7 +5271,8 @@ class _Apply:
                         self._reads_refielded(edit, pair.new))
                     done.update([id(pair.new)] if is_new else ())
                     if is_new and not self._copies_fields(edit, pair.new):
-                        values = _values_of(edit.space, pair.new.binds)     # whose readers did
+                        # Who reads these has copied the fields too.
+                        values = _values_of(edit.space, pair.new.binds)
                         self.refielded.update((id(each), each) for each in values if not _is(
                             each, _PLAIN_TYPES + _REGISTRIES + (tuple,)))
                     elif is_new:
@@ -5297,7 +5342,8 @@ class _Apply:
         for value in bound.values() if scope.cls is not None else ():
             _give_column_its_type(scope, statement.node, value)
         if statement.is_definition:
-            places.put_before(_ids_of(  # what the definitions below it have made
+            # What the definitions below it have made stays behind it.
+            places.put_before(_ids_of(
                 scope.get(each.node.name) for each in scope.statements
                 if each.start > statement.start and getattr(each.node, "decorator_list", ())))
         for name in sorted(statement.binds):
@@ -5313,7 +5359,7 @@ class _Apply:
                                      % scope.title(name))
 
     def _put_docstring(self, scope, statement):
-        """Only the first statement of a module or a class is its docstring."""
+        """Put the docstring of a module or a class, which its first statement alone can be."""
         if statement is scope.statements[0]:
             space = {}
             exec(scope.edit.new.compile([statement.node]), space)
@@ -5325,9 +5371,11 @@ class _Apply:
         if new is _MISSING:
             return
         if last is not statement and not scope.edit.runs(last):
-            new = old           # a later statement, which does not run again, has the last word
+            # A later statement, which does not run again, has the last word.
+            new = old
         elif last is not statement and scope.cls is None:
-            scope.held[name] = new      # it will be settled then
+            # It will be settled by that one.
+            scope.held[name] = new
             return
         elif old is not _MISSING:
             new = self.fold(old, new, statement)
@@ -5337,7 +5385,8 @@ class _Apply:
         """Bind a name to what stands for its new value, if nothing below binds it again."""
         if statement is not None and statement.is_definition and (
                 scope.last_binder(name) not in (None, statement)):
-            return              # of several definitions of one name, the last one has it
+            # Of several definitions of one name, the last one has it.
+            return
         scope.held.pop(name, None)
         scope.put(self, name, value)
 
@@ -5359,7 +5408,7 @@ class _Apply:
         return is_it
 
     def _learn(self):
-        """Note the functions and classes that are alive: what is none of them was made here."""
+        """Note once the functions and classes that are alive: all others this transaction made."""
         if self.known is None:
             functions = [each for edit in self.edits for each in self._live_functions(edit)]
             self.known = {id(each): each for each in itertools.chain(functions, _all_classes())}
@@ -5396,7 +5445,8 @@ class _Apply:
         raw = self._raw(scope, pair) if pair.old.is_function else None
         value = scope.get(name)
         if len([each for each in pairs if name in (each.old or each.new).binds]) > 1:
-            value = raw     # a namesake has the name
+            # A namesake has the name.
+            value = raw
         self._learn()
         reached = self.snapshot(scope.edit, *[
             each.old for each in pairs if each is pair or (
@@ -5421,7 +5471,8 @@ class _Apply:
                 self.put(_attribute(cls, name), _MISSING)
         if "__eq__" in own - kept and vars(cls).get("__hash__", 0) is None and (
                 "__hash__" not in kept):
-            self.put(_attribute(cls, "__hash__"), _MISSING)   # Python had added it
+            # Python had added it to a class with __eq__ alone.
+            self.put(_attribute(cls, "__hash__"), _MISSING)
         if not any(each.is_constant for each in scope.statements[:1]) and any(
                 pair.change == "gone" and pair.old.is_constant for pair in pairs):
             self.put(_attribute(cls, "__doc__"), None)
@@ -5462,7 +5513,7 @@ class _Apply:
         if id(value) in (self.known or ()):
             return False
         if _is(value, type):
-            return value.__flags__ & _HEAP_TYPE != 0
+            return value.__flags__ & HEAP_TYPE != 0
         if type(value) is types.FunctionType:
             if any(value.__globals__ is edit.space for edit in self.edits):
                 return not value.__code__.co_filename.startswith("<")
@@ -5476,7 +5527,8 @@ class _Apply:
         if not self.is_patch and old.__globals__ is new.__globals__ and (
                 old.__code__.co_freevars != new.__code__.co_freevars):
             return self.forward(old, new)
-        self.stands_for(old, new)       # first: what it wraps, or its cells, may hold it again
+        # First: what the new one wraps, or its cells, may hold it again.
+        self.stands_for(old, new)
         if "registry" in vars(old) and "registry" in vars(new):
             self._keep_registered(new, dict(old.registry))
         attributes = {name: self.fold(vars(old).get(name, _MISSING), value)
@@ -5487,7 +5539,8 @@ class _Apply:
                 value = self.fold(_cell_value(cell), _cell_value(new_cell))
                 self.put(_cell(cell), value)
                 if self.is_patch:
-                    self.put(_cell(new_cell), value)  # `new` goes on living, and gets its own back
+                    # `new` goes on living, and an undo gives it its own back.
+                    self.put(_cell(new_cell), value)
                 else:
                     _set_cell(new_cell, value)
             state = new.__code__, new.__defaults__, new.__kwdefaults__
@@ -5519,7 +5572,8 @@ class _Apply:
         """Let an old function call what the name is now: a callable of another kind."""
         self._put_code(old, _forwarder(old, new))
         self.put(_attribute(old, "__dict__"), dict(vars(old), __wrapped__=new))
-        self.stands_for(new, new)       # it has the name
+        # It has the name now.
+        self.stands_for(new, new)
         return new
 
     def replace(self, old, new, reason=None):
@@ -5538,7 +5592,8 @@ class _Apply:
             return self.replace(old, new, reason)
         for function in _functions_in(new):
             for cell in function.__closure__ or ():
-                if _cell_value(cell) is new:  # the __class__ that super() means
+                if _cell_value(cell) is new:
+                    # The __class__ that super() means.
                     self.put(_cell(cell), old)
         for kind in _CLASS_KINDS:
             if kind.fold and kind.fits(new):
@@ -5618,11 +5673,13 @@ class _Apply:
         olds = dict(old._member_map_)
         self.refielded[id(old)] = old
         for kept, member in combinations:
-            olds.setdefault(member._name_, kept)  # A | B gets a name
+            # A combination such as A | B gets a name.
+            olds.setdefault(member._name_, kept)
         for name, member in new._member_map_.items():
             kept = olds.get(name)
             if id(member) in self.folded:
-                continue  # an alias
+                # An alias of a member that was folded.
+                continue
             if kept is not None and _same_payload(kept, member):
                 self._fold_member(kept, member)
             else:
@@ -5639,20 +5696,22 @@ class _Apply:
             if name not in new._member_map_ and id(member) not in taken:
                 self.stuck["%s.%s" % (old.__qualname__, name),
                            "whoever holds it has what is no member any more"] += 1
-        for members in new._member_map_, new._value2member_map_:  # which the old class gets
+        # The old class gets these two maps.
+        for members in new._member_map_, new._value2member_map_:
             members.update({key: self.current(member) for key, member in members.items()})
         # For other threads, until _member_names_ is the new one, and then the map:
         self.put(_attribute(old, "_member_map_"), dict(old._member_map_, **new._member_map_))
 
     def _fold_member(self, kept, member):
         """Give a member of an enum the name, value and attributes of a new one."""
-        self.put(_entry(vars(kept), "_inverted_"), _MISSING)  # 3.11: what ~ found last
+        # 3.11: what `~` found last.
+        self.put(_entry(vars(kept), "_inverted_"), _MISSING)
         for key, value in vars(member).items():
             self.put(_entry(vars(kept), key), type(kept) if key == "__objclass__" else value)
         self.stands_for(kept, member)
 
     def fold_named_tuple(self, old, new):
-        """A live tuple has as many items as its class had fields when it was made."""
+        """Name the live tuples of old fields: each has as many items as its class had then."""
         if old._fields != new._fields:
             count = len(_instances(old))
             if count:
@@ -5666,13 +5725,14 @@ class _Apply:
                         "default" % name) for name, make in fields(new).items() if name not in olds]
 
     def fold_pydantic(self, old, new):
-        """A model's validators hold the new class: they are built anew for the old one."""
+        """Have a model's validators built anew for the old class; they hold the new one."""
         self.fold_fields(old, new, _pydantic_fields)
         self.unbuilt.append(old)
         self.afterwards.append(self._rebuild_models)
 
     def _rebuild_models(self):
-        """What validates a pydantic model makes the old class again, before others ask for it."""
+        """Build the validators of pydantic's models anew, so that they make the old class again.
+        """
         while self.unbuilt:
             cls = self.unbuilt.pop()
             for name in ("core_schema", "validator", "serializer", "complete"):
@@ -5680,7 +5740,10 @@ class _Apply:
             cls.model_rebuild(force=True)
 
     def fold_wrapper(self, old, new):
-        """staticmethod, classmethod, property: the old object, if it holds the right functions."""
+        """Fold the functions in a staticmethod, classmethod or property, and keep the old object.
+
+        Where one of them can't be folded, return a new object: an old one can't be changed.
+        """
         names = ("__func__",) if hasattr(new, "__func__") else ("fget", "fset", "fdel")
         before = [getattr(old, name) for name in names]
         parts = [self.fold(part, getattr(new, name)) for name, part in zip(names, before)]
@@ -5692,10 +5755,11 @@ class _Apply:
         return old
 
     def fold_lru_cache(self, old, new):
-        """A cache object wraps its function for good: that one gets the new code."""
+        """Fold the function in a cache object, which wraps it for good; it forgets its results."""
         self.afterwards.append(old.cache_clear)
         if type(new) is types.FunctionType:
-            return self.fold(old.__wrapped__, new)      # which is cached no more
+            # It is cached no more.
+            return self.fold(old.__wrapped__, new)
         if self.fold(old.__wrapped__, new.__wrapped__) is not old.__wrapped__:
             return new
         if old.cache_info().maxsize != new.cache_info().maxsize:
@@ -5708,7 +5772,7 @@ class _Apply:
         return old
 
     def fold_instance(self, old, new):
-        """What a decorator that is a class has made of a function."""
+        """Give the instance that a decorator made, as a class does, the attributes of a new one."""
         self.stands_for(old, new)
         for name in set(vars(old)) | set(vars(new)):
             before, value = vars(old).get(name, _MISSING), vars(new).get(name, _MISSING)
@@ -5831,7 +5895,8 @@ class _Apply:
                      if hasattr(type(pair[0]), "_member_map_")}
         # Of classes and functions that became another kind of thing, the old ones are replaced.
         moves.update((id(old), (old, new)) for old, new, _ in self.moves)
-        for new, old in list(moves.values()):  # else a WeakValueDictionary would lose them
+        # Else a WeakValueDictionary would lose them.
+        for new, old in list(moves.values()):
             moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
                          for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
         sources = [source for source, _ in moves.values()]
@@ -5981,7 +6046,8 @@ class _Apply:
                 (running, "a running frame finishes on the old code"),
                 (_suspended_frames(codes, running),
                  "a suspended generator or coroutine finishes on the old code")):
-            alike = collections.defaultdict(list)     # a deep recursion has one code
+            # By code: the frames of a deep recursion have one.
+            alike = collections.defaultdict(list)
             for frame in frames:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
@@ -6005,7 +6071,8 @@ class _Apply:
 def _with_lost(edit):
     """Return the pairs, with "lost" for definitions that somebody took away, as by `del m.f`."""
     if any(pair.change == "lost" for pair in edit.pairs):
-        return edit.pairs               # unpatch wants this one back
+        # unpatch() has marked the one that it wants back.
+        return edit.pairs
 
     def is_lost(pair):
         return pair.old is not None and pair.change in _LEFT_ALONE and pair.new.is_definition and (
@@ -6060,6 +6127,7 @@ class _Scope:
         return self.get_raw(self.name_of(name))
 
     def get_raw(self, name):
+        """The same for a name as the class has it, mangled."""
         return vars(self.cls).get(name, _MISSING)
 
     def of_class(self, pair):
@@ -6085,7 +6153,8 @@ class _Scope:
 
     def last_binder(self, name):
         """Return the statement that has the last word on a name, or None."""
-        if self._lasts is None:     # of a main guard only the script itself has come to the inside
+        if self._lasts is None:
+            # Of a main guard only the script itself has come to the inside.
             self._lasts = _last_binders(each for each in self.statements if not (
                 each.is_main_guard and self.edit.name != "__main__"))
         return self._lasts.get(name)
@@ -6101,11 +6170,13 @@ class _Scope:
             exec(code, edit.space, space)
         else:
             space = edit.space
-            space.update(held)      # others may look at the module
+            # Others may look at the module while it runs.
+            space.update(held)
             held.clear()
             apply.keep_names(statement, space)
             space.pop("__conditional_annotations__", None)
-            if statement.kind == "Delete":      # what is gone already, too
+            if statement.kind == "Delete":
+                # `del` may name what is gone already.
                 space.update(dict.fromkeys(statement.names.deletes.difference(space)))
             exec(code, space)
             edit.annotated[id(statement)] = space.get("__conditional_annotations__", ())
@@ -6187,7 +6258,8 @@ class _ClassSpace(dict):
     def __missing__(self, name):
         if name in ("__annotations__", "__name__", "__annotate_func__", "__module__"):
             raise KeyError(name)
-        return vars(self._cls)[_mangled(name, self._cls.__name__)]    # decorators come unmangled
+        # What decorators ask for comes unmangled.
+        return vars(self._cls)[_mangled(name, self._cls.__name__)]
 
 
 def _put_on_class(apply, cls, name, value):
@@ -6311,7 +6383,8 @@ class _Successors:
             for each in _pair_functions(pair.old.node, new_node, path):
                 found[_name_of(each[1]), _first_line(each[1])].append(each)
         found, at = self._maps[id(pair)].get(key, []), 0
-        if len(found) > 1:      # several lambdas on one line: which is it?
+        if len(found) > 1:
+            # Several lambdas on one line: which one is it?
             olds = self.edit.old.codes_at(*key)
             alike = code if code in olds else _best_match(code, olds)
             at = olds.index(alike) if alike in olds[:len(found)] else 0
@@ -6322,7 +6395,8 @@ class _Successors:
         if new is None:
             return _Next(None, where, reason, True, True, old, new) if is_inner else None
         if not is_inner and _shell(old) != _shell(new):
-            return None         # its head changed: defined anew when its turn comes
+            # Its head changed: it is defined anew when its turn comes.
+            return None
         code = self.edit.new.code_of(new, pair.new.node)
         return _Next(code, where, _NO_SUCH, _key(old) != _key(new), is_inner, old, new)
 
@@ -6443,7 +6517,8 @@ class _Readers:
         while todo:
             follower, source, before = todo.pop()
             rounds[follower.name] += 1
-            if rounds[follower.name] > 500:     # `N = N + 1` of two that import it in a circle
+            if rounds[follower.name] > 500:
+                # Two modules with `N = N + 1` that import N from each other would never end.
                 continue
             values = self.values_of(follower, before)
             if values:
@@ -6467,7 +6542,8 @@ class _Readers:
             if was is not now and was is not _MISSING and not (
                     _is_definition(now) or _is(now, types.ModuleType) or _is_plain_equal(was, now)):
                 found[name] = was, now
-        for pair in getattr(edit, "pairs", ()):     # bound, and deleted again below
+        # A name that was bound, and is deleted again further down.
+        for pair in getattr(edit, "pairs", ()):
             if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
                 for name in pair.new.binds - set(edit.space):
                     found[name] = _value_of(pair.old, before), _value_of(pair.new, edit.space)
@@ -6533,7 +6609,8 @@ class _Readers:
                 continue
             space, source = _space_of(sys.modules.get(name)), self.source_of(name)
             if source is None or space is edit.space or space is _NO_SPACE:
-                continue        # unknown, itself, or not loaded any more
+                # It is unknown, the changed module itself, or not loaded any more.
+                continue
             values, was = _imported_values(source, space, edit, before), dict(space)
             for each, value in values.items():
                 self._apply.put(_entry(space, each), value)
@@ -6604,7 +6681,10 @@ class _Readers:
         self._report_copied(edit)
 
     def report_elsewhere(self):
-        """The same in modules that are not edited, if they have what changed or derive from it."""
+        """Name such statements also in modules that are not edited.
+
+        Only those modules are parsed that have what changed, or a class derived from it.
+        """
         below = {cls.__module__ for base in self._bases.values() for cls in _all_classes(base)}
         for module, known in list(HOT.known.items()):
             if module in self._apply.by_name:
@@ -6664,7 +6744,7 @@ class _Readers:
         return used
 
     def _used_of_module(self, statement, space, is_called):
-        """The same for what it read as `module.name`."""
+        """As _used_at_import, for what a statement read as `module.name`."""
         found = _names_at_import(statement.code)
         used = {name for name in found if is_called and id(space.get(name)) in self._codes}
         used.difference_update(getattr(each, "attr", "") for each in getattr(
@@ -6690,7 +6770,7 @@ class _Readers:
             source = self.source_of(name) if heads else None
             for each in source.statements if source else ():
                 inner = {read for value in _values_of(follower.space, each.names.calls)
-                         if _is_python_function(value) for read in value.__code__.co_names}
+                         if is_python_function(value) for read in value.__code__.co_names}
                 if not each.is_definition and each.names.calls and each.kind != "For" and any(
                         name in each.names.reads - each.names.calls | inner
                         or "." + name in each.title for name in heads):
@@ -6700,7 +6780,7 @@ class _Readers:
 def _callees(value):
     """Return the function that a call of a value runs: itself, or the constructor of a class."""
     function = vars(value).get("__init__") if _is(value, type) else value
-    return [function] if _is_python_function(function) else []
+    return [function] if is_python_function(function) else []
 
 
 # --- Registrations: the entries that a definition made in lists and dicts ---
@@ -6771,7 +6851,8 @@ class _Registrations:
         news, rest = _gained(self._bases[id(container)], now, _KEY)
         # A decorator that inserts, as at the front, knows the place better.
         if not _is(container, set) and rest != now[:len(rest)]:
-            return                      # they stand where the decorator put them
+            # They stand where the decorator put them.
+            return
         olds = {key for key, _ in _gained(rest, before, _KEY)[0]}
         # Some is put there only once, as by `if f not in R`: what nothing came for returns.
         returns = not news and not self._has_moved(container)
@@ -6797,20 +6878,25 @@ class _Registrations:
         return False
 
     def _folded_entry(self, old, new):
-        """The old object of an entry goes on, with the content of the new one."""
+        """Return what stands in an entry: the old object with the new one's content, or the new."""
         if old is new or not _is_plain_instance(old) or not _is_plain_instance(new) or (
                 _is(new, tuple) or _container_kind(new) or type(new) is _LRU_CACHE):
             return new
         olds, news = type(old), type(new)
-        if olds is not news:            # each has its own class, such as Celery's tasks
+        if olds is not news:
+            # Each object has its own class, such as Celery's tasks.
             if id(news) in self._apply.known:
                 return new
             self._apply.fold_class(olds, news)
         return self._apply.fold_instance(old, new)
 
     def put_before(self, later):
-        """What a new definition has registered goes in front of what stands below it made."""
-        taken = set(map(id, self.taken))        # where it has its place
+        """Put what a new definition registered in front of what those below it have registered.
+
+        `later` are the ids of what these have made.
+        """
+        # In these it has its place already.
+        taken = set(map(id, self.taken))
         for container in self._places if later else ():
             if id(container) in taken:
                 continue
@@ -6861,7 +6947,7 @@ def _leads_to(value, targets, depth=3):
         inners = [value.__func__, value.__self__]
     elif _is(value, _WRAPPERS):
         inners = list(_wrapped_by(value))
-    elif type(value).__flags__ & _HEAP_TYPE:
+    elif type(value).__flags__ & HEAP_TYPE:
         inners = _leads_of(value, targets)
         depth = min(depth, 2)
     else:
@@ -6895,7 +6981,10 @@ def _is_filled_later(before, value):
 # What frameworks need besides lists and dicts.
 
 class _Flask:
-    """An app registers nothing after its first request, finds views by name, copies blueprints."""
+    """Has a Flask app register again: after its first request it refuses to.
+
+    It finds views by name, and has copied what its blueprints registered.
+    """
 
     COPIED = ("before_request_funcs", "after_request_funcs", "teardown_request_funcs",
               "template_context_processors", "url_value_preprocessors", "url_default_functions",
@@ -6938,6 +7027,7 @@ class _Flask:
         self._put(self.app, _got_first_request=self._has_started)
 
     def _put(self, obj, **fields):
+        """Set attributes of Flask's objects, so that an undo takes it back."""
         for name, value in fields.items():
             self._apply.put(_entry(vars(obj), name), value)
 
@@ -7025,12 +7115,12 @@ def _is_of(cls, module):
 
 
 def _is(value, kinds):
-    # isinstance() would ask the object for its __class__: a proxy's code, which may raise.
+    """As isinstance(), which would ask for __class__: code of a proxy, which may raise."""
     return issubclass(type(value), kinds)
 
 
 def _are_namesakes_apart(old, new):
-    """Tell whether a name that was another definition's, as `b = a` makes one, has got its own."""
+    """Tell whether `new` is of another definition than `old`, which had the name by `b = a`."""
     if isinstance(old, type) and isinstance(new, type):
         return old.__name__ != new.__name__ and (
             _space_of(sys.modules.get(old.__module__)).get(old.__name__) is old)
@@ -7074,7 +7164,7 @@ _CLASS_KINDS = (
     _Kind(lambda cls: "__pydantic_core_schema__" in vars(cls), _Apply.fold_pydantic, True, True),
     _Kind(lambda cls: type(cls).__setattr__ is type.__setattr__ and any(    # of the program's own
         "__new__" in vars(kind) or "__init__" in vars(kind) for kind in type(cls).__mro__
-        if kind.__flags__ & _HEAP_TYPE and kind.__module__ not in ("abc", "_py_abc")),
+        if kind.__flags__ & HEAP_TYPE and kind.__module__ not in ("abc", "_py_abc")),
         None, False, True),
 )
 
@@ -7101,10 +7191,10 @@ _IMPORT_NAMES = {*vars(types.ModuleType("")), *_ANNOTATIONS, "__builtins__", "__
                  "__file__", "__path__"}
 _PLAIN_TYPES = (int, float, complex, str, bytes, type(None))
 _CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement
 
 
 def _decorators(statement):
+    """Return the keys of a definition's decorators, to be compared."""
     return {_key(each, False) for each in statement.node.decorator_list}
 
 
@@ -7127,7 +7217,8 @@ def _is_made_by_text(cls, name, value, pair):
         return name in _ANNOTATIONS
     names = {_mangled(each, cls.__name__) for each in _bound_by(pair.old.body)}
     if name in names or name == "__hash__" and value is None:
-        return True     # Python makes a class that has __eq__ alone unhashable
+        # Python makes a class that has __eq__ alone unhashable.
+        return True
     return pair.old.decorator_dump != pair.new.decorator_dump and (
         name.startswith("__") and name.endswith("__") and not _has_console_code(value))
 
@@ -7187,7 +7278,8 @@ def _adopt_member(cls, member):
     try:
         member.__class__ = cls
         return member
-    except TypeError:  # up to 3.11, for members that are an int or str too
+    except TypeError:
+        # Up to 3.11, for members that are an int or str too.
         base = cls._member_type_
         adopted = base.__new__(cls, *[member._value_] if isinstance(member._value_, base)
                                else member._value_)
@@ -7290,7 +7382,8 @@ def _written_imports(text):
         if names:
             words = [each.split() for each in names.strip("()").split(",")]
             if re.search(r"[^\w\s(),]", names, re.A):
-                words.append("*")         # a comment, or other letters: it may be any name
+                # A comment, or letters that are not ASCII: it may be any name.
+                words.append("*")
             imports.append((len(dots), base, [(each[0], each[-1]) for each in words if each]))
     return imports
 
@@ -7363,7 +7456,8 @@ def _imported_values(source, space, edit, before):
             if live is not was or now is was or not is_star and (
                     now is _MISSING or was is _MISSING):
                 continue
-            if now is _MISSING:       # another star may bring it
+            if now is _MISSING:
+                # Another star import may bring it.
                 now = next((each[name] for each in spaces if name in _public(each)), now)
             if now is not live:
                 found[own] = now
@@ -7460,7 +7554,7 @@ _FUNCTION = Lazy(lambda: re.compile(
 def _names_at_import(code):
     """Return the names that code uses, with classes and comprehensions in it, not functions."""
     return set(code.co_names).union(*[_names_at_import(each) for each in _nested_codes(code)
-                                      if not each.co_flags & 1 or (
+                                      if not each.co_flags & CO_OPTIMIZED or (
                                           each.co_name.endswith(("comp>", "<genexpr>")))])
 
 
@@ -7582,7 +7676,10 @@ def unpatch(old):
 
 
 def _bring_files_version(typed):
-    """Bind the name of a function that was typed over one of a file as if it had been lost."""
+    """Bind a name of a file to the file's function again, over which `typed` was typed.
+
+    As "lost", the change of a definition that somebody took away. Return whether there is one.
+    """
     for name, module, _ in own_modules():
         space, known = _space_of(module), _known_of(name, module)
         for key in [key for key, value in list(space.items()) if value is typed][:1]:
@@ -7605,7 +7702,7 @@ def patch_target(value):
     found = value
     if _is(value, _WRAPPERS) and not _is(value, functools.partial):
         found = next(_functions_in(value), None)
-    if type(found) is types.FunctionType or _is(found, type) and found.__flags__ & _HEAP_TYPE:
+    if type(found) is types.FunctionType or _is(found, type) and found.__flags__ & HEAP_TYPE:
         return found
     raise TypeError("expected a Python function, method or class, not %r, which is built in or "
                     "no definition; to replace it, bind its name anew" % (value,))
@@ -7622,7 +7719,8 @@ def _function_like(function, code, cells):
                              function.__defaults__, tuple(cells) or None)   # (): PyPy refuses it
     new.__kwdefaults__ = function.__kwdefaults__
     new.__dict__.update(vars(function))
-    new.__qualname__ = function.__qualname__    # 3.6-3.10: code does not know it
+    # 3.6 to 3.10: the code does not know it.
+    new.__qualname__ = function.__qualname__
     _annotations(new)[1](_annotations(function)[0]())
     return new
 
@@ -7674,6 +7772,7 @@ def _kept_defaults(old, new, function):
 
 
 def _with_consts(code, consts):
+    """Return code with other constants."""
     if hasattr(code, "replace"):
         return code.replace(co_consts=consts)
     return types.CodeType(  # type: ignore  # 3.6, 3.7
@@ -7710,7 +7809,8 @@ def _assign_code(function, code):
     """Set a function's code, also one of another kind, without the warning of that."""
     if sys.version_info >= (3, 13) and (function.__code__.co_flags ^ code.co_flags) & _CODE_KINDS:
         import warnings
-        with warnings.catch_warnings():  # 3.13 deprecates it
+        # 3.13 deprecates other kinds of code.
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             function.__code__ = code
     else:
@@ -7719,7 +7819,7 @@ def _assign_code(function, code):
 
 def _forwarder(old, new):
     """Return (code, defaults, kwdefaults) that make `old` call `new`, a constant in the code."""
-    is_async = bool(getattr(getattr(new, "__code__", None), "co_flags", 0) & 0x80)
+    is_async = bool(getattr(getattr(new, "__code__", None), "co_flags", 0) & CO_COROUTINE)
     code = _forwarder_template(len(old.__code__.co_freevars), is_async)
     consts = tuple(new if const == _TARGET else const for const in code.co_consts)
     return _with_consts(code, consts), old.__defaults__, old.__kwdefaults__
@@ -7773,14 +7873,9 @@ def _get_dict(value):
         return None
 
 
-def _is_python_function(value):
-    # PyPy: functions that are built in have the same type, but another type of code.
-    return type(value) is types.FunctionType and isinstance(value.__code__, types.CodeType)
-
-
 def _functions_in(value, depth=4):
     """Yield the Python functions which a class, a wrapper or a function consists of."""
-    if _is_python_function(value):
+    if is_python_function(value):
         yield value
     inners = list(vars(value).values()) if _is(value, type) else _wrapped_by(value)
     for inner in inners if depth else ():
@@ -7796,7 +7891,7 @@ def _holds(new, old, depth=3):
 
 def _is_plain_instance(value):
     """Tell whether a class statement made its class, and its attributes are in a dict."""
-    return type(value).__flags__ & _HEAP_TYPE and not _is(value, (type, types.ModuleType)) and (
+    return type(value).__flags__ & HEAP_TYPE and not _is(value, (type, types.ModuleType)) and (
         type(_get_dict(value)) is dict)
 
 
@@ -7809,7 +7904,7 @@ def _slots(cls):
     own = {name for name, value in vars(cls).items()
            if isinstance(value, types.MemberDescriptorType)}
     return own | {name for base in cls.__mro__ for name in ("__dict__", "__weakref__")
-                  if name in vars(base) and base.__flags__ & _HEAP_TYPE}
+                  if name in vars(base) and base.__flags__ & HEAP_TYPE}
 
 
 def _own_bases(cls):
@@ -7847,7 +7942,8 @@ def _instances(*classes):
     # No bytecode for each object: beside busy threads that would take a hundred times as long.
     is_one = set(map(id, classes)).__contains__
     instances = list(itertools.compress(found, map(is_one, map(id, map(type, found)))))
-    del found       # up to 3.10 it has this frame in it: a cycle, and the collector is off
+    # Up to 3.10 it has this frame in it: a cycle, and the collector is off.
+    del found
     return instances
 
 
@@ -7858,8 +7954,10 @@ def _forget_subclasses():
         if "_abc_impl" in vars(cls):
             cls._abc_caches_clear()
         elif "_abc_cache" in vars(cls):
-            cls._abc_cache.clear()  # 3.6, PyPy
-    abc.ABCMeta("_", (), {}).register(int)  # there the noes are dropped at the next registration
+            # 3.6, PyPy.
+            cls._abc_cache.clear()
+    # There the classes that are no subclasses are forgotten at the next registration.
+    abc.ABCMeta("_", (), {}).register(int)
     for function in _functions_of([vars(functools)]):
         if hasattr(function, "_clear_cache"):
             function._clear_cache()
@@ -7889,7 +7987,8 @@ def _restore_container(container, before, after=None):
             if was is not ours and now.get(key, _MISSING) is ours and key not in _CLASS_SKIPS:
                 _put_item(container, key, was)
         if is_whole and not _is(container, type) and list(_content(container)) != list(before):
-            for key, value in before.items():       # all go to the end, one after the other
+            for key, value in before.items():
+                # All go to the end, one after the other, and so into the old order.
                 _put_item(container, key, _MISSING)
                 _put_item(container, key, value)
     elif type(before) is set:
@@ -7898,7 +7997,8 @@ def _restore_container(container, before, after=None):
     elif is_whole:
         if list(map(id, now)) != list(map(id, before)):
             _replace_items(container, before)
-    else:       # what came goes; what went returns, as near to its place as the others allow
+    else:
+        # What came goes; what went returns, as near to its place as the others allow.
         gone = set(map(id, _gained(before, after)[0]))
         items = [item for item in now if id(item) not in gone]
         for item in _gained(after, before)[0]:
@@ -7924,7 +8024,8 @@ def _replace_items(items, others):
         kind.clear(items)
         kind.extend(items, others)
     else:
-        kind.__setitem__(items, slice(None), others)  # at once: nobody sees it without them
+        # At once: nobody sees it without its items.
+        kind.__setitem__(items, slice(None), others)
 
 
 def _modules_named(space, names):
@@ -7959,7 +8060,7 @@ def _reachable(values):
 def _reached_from(value):
     """Return ([what of a value may change], what it leads to)."""
     kind = _container_kind(value)
-    if _is_python_function(value):
+    if is_python_function(value):
         inners = [vars(value), value.__defaults__, value.__kwdefaults__]
         inners += map(_cell_value, value.__closure__ or ())
         if _is_library(value.__code__.co_filename):
@@ -8014,7 +8115,8 @@ def _stored_names(code, kind, how=("STORE_", "DELETE_")):
     import dis
     names = {each + kind for each in how}
     if not any(dis.opmap[name] in code.co_code for name in names):
-        return []  # most have none, and to look at each instruction costs
+        # Most have none, and to look at each instruction costs.
+        return []
     return [step.argval for step in dis.get_instructions(code) if step.opname in names]
 
 
@@ -8031,8 +8133,10 @@ def _stored_attributes(code):
 def _held_elsewhere(pairs):
     """Return the pairs whose first object something else may hold too."""
     if not hasattr(sys, "getrefcount"):
-        return pairs  # PyPy can't count references
-    pairs = pairs + [(types.FunctionType(_held_elsewhere.__code__, {}), None)]  # nobody else's
+        # PyPy can't count references.
+        return pairs
+    # A pair that nobody else holds, to compare with.
+    pairs = pairs + [(types.FunctionType(_held_elsewhere.__code__, {}), None)]
     counts = [sys.getrefcount(pair[0]) for pair in pairs]
     return [pair for pair, count in zip(pairs[:-1], counts)
             if count > counts[-1] or isinstance(pair[0], type) or weakref.getweakrefs(pair[0])]
@@ -8045,13 +8149,16 @@ def _redirect_holder(journal, holder, moves):
         journal.put(_cell(holder), moves.get(id(value), (0, value))[1])
         return
     if not _container_kind(holder):
-        holder = _get_dict(holder)              # the attributes of an instance
+        # The attributes of an instance.
+        holder = _get_dict(holder)
     is_of_a_class = type(holder) is dict and "__module__" in holder and "__dict__" in holder
-    if _is(holder, _REGISTRIES) and not is_of_a_class:      # a class is changed by its own methods
+    # A class is changed by type's methods, not by its dict.
+    if _is(holder, _REGISTRIES) and not is_of_a_class:
         before = _content(holder)
         after = _redirected(before, moves)
         _restore_container(holder, after)
-        if not journal.keeps(holder):       # else what came and went meanwhile would come back
+        if not journal.keeps(holder):
+            # Else what came and went meanwhile would come back.
             journal.on_undo(functools.partial(_restore_container, holder, before, after))
 
 
@@ -8069,7 +8176,8 @@ def _redirected(content, moves):
 
 
 # --- Live code: what the heap and the stacks hold, and what code does ---
-
+# A look at the heap holds up all other threads for as long as it lasts: so it is a few calls in C,
+# made once for all modules of a reload.
 def _may_refer_to(values):
     """Return the objects that may refer to some values: those that do, or all there are."""
     # get_referrers is a pass in C, five times as fast as one in Python; but each reference in the
@@ -8112,7 +8220,8 @@ def _running_frames():
 def _outwards(frame):
     """Return the frames of a stack, the outermost first."""
     stack = []
-    with suppress(SystemError):           # PyPy 7.3, of a thread that goes on computing meanwhile
+    with suppress(SystemError):
+        # PyPy 7.3 raises it for a thread that goes on computing meanwhile.
         while frame is not None:
             stack.append(frame)
             frame = frame.f_back
@@ -8172,7 +8281,7 @@ def _code_paths(codes, prefix=""):
     for code in codes:
         path = prefix + code.co_name
         yield path, code
-        is_function = code.co_flags & 1  # CO_OPTIMIZED, which class bodies are not
+        is_function = code.co_flags & CO_OPTIMIZED
         yield from _code_paths(_nested_codes(code), path + (".<locals>." if is_function else "."))
 
 
@@ -8449,7 +8558,7 @@ def _find_typed_class(kind):
     """
     import inspect
     import linecache
-    files = {each.__code__.co_filename for each in vars(kind).values() if _is_python(each)}
+    files = {each.__code__.co_filename for each in vars(kind).values() if is_python_function(each)}
     files = [each for each in files if each in _remembered or not each.startswith("<")]
     for filename in reversed(list(_remembered)):
         lines = linecache.getlines(filename)
@@ -8597,9 +8706,6 @@ def _write_back(frame, variables, changes):
         variables.clear, functools.partial(variables.update, changes),
         functools.partial(ctypes.pythonapi.PyFrame_LocalsToFast, ctypes.py_object(frame),
                           ctypes.c_int(0))]))
-
-
-CO_OPTIMIZED = 0x1                # as in inspect: not of a module or a class body
 
 
 def _stacks():
