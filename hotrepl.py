@@ -9190,8 +9190,16 @@ GUESTS = Guests()
 # the requests of web pages in the owner's browser. Every doubt is a refusal. The client asks the
 # same questions about its server. Nothing here keeps a thread or a descriptor; any thread may call
 # it, also after a fork. The server lends its netlink socket: beside a thread that computes, to
-# make and close one takes 10 ms. Below are files for our eyes only, TLS, and the client's way to a
-# server. Uses 2 and 3.
+# make and close one takes 10 ms. Uses 2 and 3. Its rooms:
+#
+#     Door, First bytes      is this connection let in?               the server's threads
+#     Peers, Owners          who is at the other end of a socket      both sides
+#     Private files          sockets, tokens and notes for our eyes   both sides
+#     TLS                    carries bytes                            a thread for each connection
+#     Servers                the client's way to a server             the client's main thread
+#
+# A refusal is the exception Refused. The server's Admission (section 13) catches it, has it put on
+# record by Door.refuse, and closes the connection.
 # Layouts: linux/netlink.h, linux/inet_diag.h, proc(5), unix(7), sys/ucred.h.
 
 ADMISSION_TIMEOUT_S = 10.0        # for a TLS handshake, and for all attempts at the token together
@@ -9217,7 +9225,11 @@ class Refused(Exception):
 
 
 class Door:
-    """Who may connect to one server. Only `check_bind` changes it, before the first connection."""
+    """Who may connect to one server. Only `check_bind` changes that, before the first connection.
+
+    Called for a connection in this order: check_peer, shake_hands where there is TLS, ask_token
+    where the peer needs one. Each raises Refused, or says that the peer may go on.
+    """
 
     def __init__(self, allow_uids=(), token=None, insecure=False, ssl_context=None,
                  allow_names=None):
@@ -9232,7 +9244,8 @@ class Door:
                                   and ssl_context.verify_mode.name == "CERT_REQUIRED")
         self.tell = None                      # called with a line for people about who is refused
         self._guesses = {}        # Peer.who -> wrong guesses; any thread, a lost count does no harm
-        # Whose refusals were logged since when, how many were left out since the last; by _lock
+        # Guarded by _lock: whose refusals were logged in this second, since when that lasts, and
+        # how many others were left out since the last line.
         self._refused, self._refused_since, self._left_out = set(), -1e9, 0
         self._lock = threading.Lock()
         if isinstance(allow_names, str) or (
@@ -9263,14 +9276,21 @@ class Door:
             self.token = make_token()
 
     def token_for_file(self):
-        """Return the token, or None; PermissionError: who reads our files is not to have it."""
+        """Return the token for a file beside the server, or None.
+
+        PermissionError: this process is by seteuid() only who will own the file, so that user must
+        not get in.
+        """
         if self.token is not None and lasting_uids() != {effective_uid()}:
             raise PermissionError("a token would be a file of a user that this process is by "
                                   "seteuid() only; call start() as who the process is")
         return self.token
 
     def check_peer(self, sock, netlink=None):
-        """Return the Peer at the other end of `sock`, or raise Refused. Does not block."""
+        """Return the Peer at the other end of `sock`, or raise Refused, by the table above.
+
+        Does not block. A Peer that `needs_token` is let in only after ask_token.
+        """
         try:
             peer = identify(sock, netlink)
         except Refused as exc:
@@ -9278,12 +9298,14 @@ class Door:
             if not self.insecure or peer.address == "unknown":
                 raise
         if self.insecure or peer.uid in self.allow_uids | lasting_uids():
-            return peer           # who it is matters for the audit, and for who may pair
+            # The audit and pairing use who it is.
+            return peer
         if peer.uid not in (None, 0):
             raise Refused("%s may not connect; allow_uids would let it in" % peer, peer)
         lack = "%s needs a token; pass token=True to have one" % peer
         if peer.uid == 0 and peer.host:
-            peer.uid = None       # root made the socket, and may have given it away
+            # Root made the socket, and may have given it away.
+            peer.uid = None
             lack = ("%s has a socket that root made and needs a token; root can come as uid %d"
                     % (peer, effective_uid()))
         peer.needs_token = peer.uid is None and self.token is not None
@@ -9294,7 +9316,8 @@ class Door:
     def shake_hands(self, tls, peer, timeout_s=ADMISSION_TIMEOUT_S):
         """Do the TLS handshake on the server's side, or raise Refused; blocks up to `timeout_s`."""
         try:
-            tls.settimeout(timeout_s)     # ssl takes it as a deadline for the whole handshake
+            # ssl takes it as a deadline for the whole handshake.
+            tls.settimeout(timeout_s)
             tls.do_handshake()
             tls.settimeout(None)
             shown = tls.getpeercert() or {}
@@ -9304,7 +9327,8 @@ class Door:
         peer.certificate = ",".join("=".join(pair) for pair in pairs)
         names = {value for key, value in pairs if key == "commonName"}
         names.update(value for kind, value in shown.get("subjectAltName", ()))
-        if self.wants_certificate and not shown:      # with post_handshake_auth TLS asks for none
+        # With post_handshake_auth TLS asks for none.
+        if self.wants_certificate and not shown:
             raise Refused("%s showed no certificate" % peer, peer)
         if self.allow_names is not None and not names & self.allow_names:
             raise Refused("no name in the certificate of %s is in allow_names" % peer, peer)
@@ -9348,10 +9372,10 @@ class Door:
         raise Refused("%d wrong tokens" % TOKEN_ATTEMPTS, peer)
 
     def check_guess(self, peer, reason, check, *args):
-        """Return `check(*args)`, of a token or secret; late, where `peer` was wrong several times.
+        """Return check(*args), whether a token or secret is right; late after several wrong ones.
 
-        The wait comes first: a guesser learns nothing sooner by more connections. `reason` is what
-        is put on record where it is wrong.
+        The wait, of `peer` on all its connections, comes before the answer: more connections at
+        once are no quicker. `reason` is what is put on record where it is wrong.
         """
         wrong = self._guesses.get(peer.who, 0)
         if wrong >= FREE_GUESSES:
@@ -9378,9 +9402,9 @@ class Door:
             [compare_digest(candidate, each) for each in known])
 
     def refuse(self, peer, reason, **facts):
-        """Have a refusal on record, one of a peer and REFUSED_PEERS in all within a second.
+        """Put a refusal on record: one of each peer and REFUSED_PEERS in all within a second.
 
-        Its `left_out` says how many there were since the line before it, of whomever.
+        Its `left_out` says how many others, of whomever, there were since the last line.
         """
         with self._lock:
             if time.monotonic() - self._refused_since >= 1 / REFUSALS_PER_S:
@@ -9394,13 +9418,15 @@ class Door:
         self.audit("refused", peer=peer, reason=reason, **facts)
 
     def write_left_out(self):
-        """Have on record how many refusals no line came after."""
+        """Put on record how many refusals were left out since the last line; when a server stops.
+        """
         if self._left_out:
             self.audit("refused", left_out=self._left_out)
 
     def audit(self, event, **facts):
         """Log one line about `event`; what peers wrote is escaped, and the token is never in it."""
-        level = 30 if event == "refused" else 20      # logging.WARNING, logging.INFO
+        # logging.WARNING and logging.INFO.
+        level = 30 if event == "refused" else 20
         if event == "refused" and self.tell is not None:
             self.tell("refused %s" % " ".join("%s=%s" % fact for fact in facts.items()))
         if audit_log.isEnabledFor(level):
@@ -9418,7 +9444,8 @@ def _purposes(certificate):
     """Return what a certificate in DER may be used for, object identifiers (RFC 5280, 4.2.1.12)."""
     (_, whole), = _der(certificate)
     (_, signed), *_ = _der(whole)
-    for _, wrapped in [part for part in _der(signed) if part[0] == 0xA3]:     # the extensions
+    # 0xA3 is the tag of the extensions.
+    for _, wrapped in [part for part in _der(signed) if part[0] == 0xA3]:
         (_, extensions), = _der(wrapped)
         for _, extension in _der(extensions):
             (_, name), *_, (_, value) = _der(extension)
@@ -9429,10 +9456,11 @@ def _purposes(certificate):
 
 
 def _der(data):
-    """Yield (tag, content) of the elements in `data` (X.690, 8.1)."""
+    """Yield (tag, content) of the elements in `data`, in DER (X.690, 8.1)."""
     while data:
         tag, size, at = data[0], data[1], 2
-        if size & 0x80:           # that many bytes have the size
+        if size & 0x80:
+            # So many of the next bytes hold the size.
             at += size & 0x7F
             size = int.from_bytes(data[2:at], "big")
         yield tag, data[at:at + size]
@@ -9464,7 +9492,10 @@ def _take_line(data):
 
 
 def _take_message(data):
-    """Return (what the first message shows for the token, or None; what comes after it)."""
+    """Return (what the first message shows as the token, or None; what comes after it).
+
+    None while its end is missing. A message that shows nothing, or is another, shows b"".
+    """
     decoder = MessageDecoder()
     for at in range(1, len(data) + 1):
         for body in decoder.feed(data[at - 1:at]):
@@ -9534,7 +9565,8 @@ def identify(sock, netlink=None):
             return Peer("unix socket", *_unix_owner(sock))
         address = ("[%s]:%d" if ":" in theirs[0] else "%s:%d") % theirs[:2]
         uid, inode = tcp_owner(theirs, sock.getsockname(), netlink)
-        sock.getpeername()        # fails after a reset: the address may have been another's by now
+        # It fails after a reset: then the address may have been another's by now.
+        sock.getpeername()
     except OSError as exc:
         if exc.errno in OUT_OF_DESCRIPTORS:
             raise
@@ -9550,7 +9582,8 @@ def server_owner(sock, expected=None):
     """Return the uid of the server at the other end of a socket that we connected; None: unknown.
 
     It may not have accepted yet: then the listener counts, which has the connection in its queue.
-    `expected` is who it was then: root's process can accept as who it is for a while.
+    `expected` is who it was when asked before: a process of root's may accept as another for a
+    while.
     """
     with suppress(Refused):
         return _holder_by_now(sock, expected)
@@ -9563,7 +9596,8 @@ def server_owner(sock, expected=None):
     is_to_be_seen = listener.uid == 0 and effective_uid() != 0
     end = time.monotonic() + (0.5 if is_to_be_seen else 0.0)
     while True:
-        with suppress(Refused):   # accepted meanwhile, and the listener may be gone
+        with suppress(Refused):
+            # It was accepted meanwhile, and the listener may be gone.
             return _holder_by_now(sock, expected)
         if time.monotonic() >= end:
             return holder_of(listener)
@@ -9576,7 +9610,8 @@ def _holder_by_now(sock, expected):
     What is accepted just now has an owner before a process has it.
     """
     end = time.monotonic() + 0.2
-    for tries in range(20):       # few, where there are many processes to look at
+    # Not by the clock alone: where there are many processes each look takes long.
+    for tries in range(20):
         peer = identify(sock)
         uid = holder_of(peer, expected)
         if uid is not None or not peer.inode or tries and time.monotonic() > end:
@@ -9592,22 +9627,23 @@ def listener_at(address):
 
 
 def come_as_its_user(sock, address):
-    """Make our new socket that of the user whose server is at `address`; only root can.
+    """Make our new socket that of the user whose server is at `address`, where we are root.
 
-    By that a server tells root from who has but got a socket that root made.
+    So the server lets us in: one that root made could have been given away to anybody.
     """
     if effective_uid() == 0 and hasattr(os, "fchown"):
-        with suppress(OSError):   # a container's root may not
+        with suppress(OSError):
+            # A container's root may not.
             uid = holder_of(listener_at(address)) if is_local(address) else None
             if uid:
                 os.fchown(sock.fileno(), uid, -1)
 
 
 def holder_of(peer, expected=None):
-    """Return the uid of a Peer; of a TCP socket that root made root looks whose it is by now.
+    """Return the uid of a Peer. Where we are root and root made its TCP socket, who holds it now.
 
-    None: nobody who can be seen from here holds it. What another user made stays that user's, if
-    it is not `expected` to be root's.
+    None: nobody who can be seen from here holds it. What another user made stays that user's,
+    unless it is `expected` to be root's.
     """
     if 0 not in (peer.uid, expected) or not peer.inode or effective_uid() != 0:
         return peer.uid
@@ -9615,7 +9651,8 @@ def holder_of(peer, expected=None):
     with suppress(OSError):
         pids = [name for name in os.listdir("/proc") if name.isdigit()]
     for pid in reversed(pids):
-        with suppress(OSError):   # it has ended
+        with suppress(OSError):
+            # This process has ended.
             with open("/proc/%s/status" % pid, "rb", 0) as status:
                 found = [int(uid) for uid in status.read(4096).split(b"\nUid:\t")[1].split()[:4]]
             # To look through what it has open takes long: not for one more of root's.
@@ -9630,7 +9667,8 @@ def holder_of(peer, expected=None):
 def _has_open(tasks, link):
     """Return whether a process has a file open; a thread may have descriptors of its own."""
     for task in os.listdir(tasks):
-        with suppress(OSError):       # this thread has ended
+        with suppress(OSError):
+            # This thread has ended.
             folder = os.open("%s/%s/fd" % (tasks, task), os.O_RDONLY)
             try:
                 if any(_is_link_to(name, folder, link) for name in os.listdir(folder)):
@@ -9641,16 +9679,19 @@ def _has_open(tasks, link):
 
 
 def _is_link_to(name, folder, link):
-    try:                          # by the folder's descriptor: a path would take twice as long
+    """Return whether a file in a folder, given by its descriptor, is a link that says `link`."""
+    try:
+        # By the folder's descriptor: a path would take twice as long.
         return os.readlink(name, dir_fd=folder) == link
-    except OSError:               # it was closed
+    except OSError:
+        # It was closed.
         return False
 
 
 def knows_local_peers():
     """Find out by a socket of our own whether this system tells whose a socket is.
 
-    It listens only: that is in the same tables, and to connect to it would take longer.
+    It listens only: listeners are in the same tables, and a connection would take longer.
     """
     try:
         with socket.socket() as listener:
@@ -9664,10 +9705,12 @@ def knows_local_peers():
 def _unix_owner(sock):
     """Return (uid, pid) of who connected to a unix socket; None for what the system can't say."""
     if sys.platform.startswith("linux"):
-        option = getattr(socket, "SO_PEERCRED", 17)       # PyPy 7.3 has no name for it
+        # PyPy 7.3 has no name for it.
+        option = getattr(socket, "SO_PEERCRED", 17)
         pid, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, option, 12))
         return _certain(uid), pid
-    try:                          # macOS, FreeBSD: LOCAL_PEERCRED, a struct xucred
+    try:
+        # macOS, FreeBSD: LOCAL_PEERCRED, a struct xucred.
         return struct.unpack_from("2I", sock.getsockopt(0, 1, 76))[1], None
     except (OSError, struct.error):
         return None, None
@@ -9685,13 +9728,14 @@ def _certain(uid):
 
 
 def is_local(address):
-    """Return whether a socket's address is one of this machine: the way there begins at it.
+    """Return whether a socket's address is one of this machine: packets to it would come from it.
 
-    Whose socket that is, this machine's tables must know; of another machine they know nothing.
+    This machine's tables must know whose socket it is; of another machine they know nothing.
     """
     if _is_loopback(address[0]):
         return True
-    try:                          # a UDP socket sends nothing for it; bind() may take any address
+    try:
+        # A UDP socket sends nothing for it. bind() would not do: it may take any address.
         with socket.socket(socket.AF_INET6 if len(address) == 4 else socket.AF_INET,
                            socket.SOCK_DGRAM) as probe:
             probe.connect((address[0], 9) + tuple(address[2:]))
@@ -9703,6 +9747,7 @@ def is_local(address):
 
 
 def _is_loopback(host):
+    """Return whether a numeric address leads to this machine alone: 127.x.x.x or ::1."""
     packed = _packed(host)
     return packed == b"\0" * 15 + b"\1" or len(packed) == 4 and packed[0] == 127
 
@@ -9748,18 +9793,20 @@ def tcp_owner(theirs, ours, netlink=None):
                 # Text takes long; it knows more of what is here, or where devices are not known.
                 if hasattr(socket, "if_nameindex") and not is_local(theirs):
                     break
-        except OSError as exc:    # a sandbox, or not Linux
+        except OSError as exc:
+            # A sandbox, or not Linux.
             if exc.errno in OUT_OF_DESCRIPTORS:
-                raise             # this tells nothing about the peer
+                # This tells nothing about the peer.
+                raise
     return answer
 
 
 def owner_by_netlink(theirs, ours, netlink=None):
     """Ask the kernel for the socket that has the address `theirs` and is connected to `ours`.
 
-    Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer. It
-    is asked as for a packet that came by one device after the other: it finds what is bound to a
-    device, and the listener that would get the packet, whatever its family and address.
+    Return (uid, inode), inode 0 for nobody, or None for a miss; OSError if there is no answer. We
+    ask as if a packet had come by one network device after the other. So we find a socket that is
+    bound to a device, and the listener that would get the packet, whatever its family and address.
     """
     if netlink is None:
         with open_netlink() as netlink:
@@ -9767,13 +9814,14 @@ def owner_by_netlink(theirs, ours, netlink=None):
     scope = (theirs + (0, 0))[3]
     found = _ask_netlink(netlink, theirs, ours, scope or LOOPBACK)
     if not scope and found is None:
-        for device, _ in getattr(socket, "if_nameindex", list)():     # PyPy 7.3 has none
+        # PyPy 7.3 has no such function.
+        for device, _ in getattr(socket, "if_nameindex", list)():
             found = found or _ask_netlink(netlink, theirs, ours, device)
     return found
 
 
 def _ask_netlink(netlink, theirs, ours, device):
-    """See owner_by_netlink."""
+    """Ask as owner_by_netlink does, for one network device, given by its number."""
     ends, number = (_packed(theirs[0]), _packed(ours[0])), next(_queries) & 0xFFFFFFFF
     netlink.sendto(struct.pack(
         "=IHHII4BI4s16s16sIII",
@@ -9782,7 +9830,8 @@ def _ask_netlink(netlink, theirs, ours, device):
         0xFFFFFFFF, struct.pack("!HH", theirs[1], ours[1]), *ends,      # inet_diag_req_v2
         device, 0xFFFFFFFF, 0xFFFFFFFF), (0, 0))
     answered, sender = None, None
-    while answered != number or sender != 0:      # others are to queries whose answer nobody took
+    # The others answer queries that somebody gave up.
+    while answered != number or sender != 0:
         answer, (sender, _) = netlink.recvfrom(512)
         kind, answered, error = struct.unpack_from("=4xH2xI4xi", answer.ljust(20, b"\0"))
     if kind == 2 and error == -errno.ENOENT:      # NLMSG_ERROR
@@ -9803,12 +9852,14 @@ _queries = itertools.count(1)     # their numbers
 def owner_by_procfs(theirs, ours):
     """Do what owner_by_netlink does by reading the kernel's tables as text, in milliseconds."""
     names = _proc_names(theirs), _proc_names(ours)
-    if not ours[1]:               # whoever listens there may do so at all addresses
+    if not ours[1]:
+        # Whoever listens there may do so at all addresses.
         for host in [host for size, host in _ANYBODY.items() if size >= len(_packed(theirs[0]))]:
             names[0].extend(_proc_names((host, theirs[1])))
             names[1].extend(_proc_names((host, 0)))
     for table in "/proc/self/net/tcp", "/proc/self/net/tcp6":
-        if os.path.exists(table) or not table.endswith("6"):      # no IPv6, no tcp6
+        # Without IPv6 there is no tcp6.
+        if os.path.exists(table) or not table.endswith("6"):
             with open(table) as rows:
                 for row in rows:
                     _, source, target, state, _, _, _, uid, _, inode = row.split()[:10]
@@ -9830,7 +9881,8 @@ def open_netlink():
     if not hasattr(socket, "AF_NETLINK"):
         raise OSError(errno.EAFNOSUPPORT, "no netlink on this system")
     netlink = OwnSocket(socket.AF_NETLINK, socket.SOCK_RAW, 4)  # NETLINK_SOCK_DIAG
-    netlink.setblocking(False)    # the answer is there when sendto() returns
+    # The answer is there when sendto() returns.
+    netlink.setblocking(False)
     return netlink
 
 
@@ -9841,7 +9893,7 @@ class FirstBytes:
 
     Feed it all that arrives, before any of it is used; at end-of-file feed it a newline. The first
     line that isn't blank decides. Up to the next blank one, at most HEADER_LIMIT_BYTES, no line may
-    name a Host: a browser's request has one, however its first line looks. It holds nothing back.
+    begin with "Host:": a browser's request has one such, whatever its first line looks like.
     On the control channel one byte decides: there is no skipping to the first message, since a web
     page can put one into a request's body.
     """
@@ -9863,11 +9915,13 @@ class FirstBytes:
             return None if received[:1] == IAC else known
         text = self._text + received
         # As the session will read it: without telnet's commands, and blank lines before the first.
-        if text.find(IAC) >= 0:           # quicker than `in`
+        # Quicker than `in`.
+        if text.find(IAC) >= 0:
             text = re.sub(_TELNET, b"", text)
         if self._is_first:
             text = b"\n" + text[re.match(_BLANK, text).end():]
-        is_ours = text.startswith(BEGIN, 1)       # our client's secret
+        # Our client's secret.
+        is_ours = text.startswith(BEGIN, 1)
         foreign = foreign_greeting(text[1:]) if self._is_first and not is_ours else None
         end = _HEADER_END.search(text)
         if end and end.group("host") and not is_ours:
@@ -9955,10 +10009,11 @@ def foreign_greeting(received):
 
 @contextmanager
 def unix_listener(path, token=None):
-    """Listen at `path` for our uid alone, as a context, the `token` beside it; then both are gone.
+    """Yield a listener at `path` for our uid alone; the `token` is in a file beside it.
 
-    A file that a killed server left is replaced; one that answers is EADDRINUSE. There is no moment
-    in which others could connect: before listen() nobody can, and by then the mode is 0600.
+    Both files are gone afterwards. One that a killed server left is replaced; where somebody
+    answers, that is an OSError, EADDRINUSE. There is no moment in which others could connect:
+    before listen() nobody can, and by then the mode is 0600.
     """
     limit_bytes = 107 if sys.platform.startswith("linux") else 103
     if len(os.fsencode(path)) > limit_bytes or "\0" in path:
@@ -9966,7 +10021,8 @@ def unix_listener(path, token=None):
                          "pass a shorter one" % (path, limit_bytes, len(os.fsencode(path))))
     with ExitStack() as undo:
         listener = entered(undo, OwnSocket(socket.AF_UNIX, socket.SOCK_STREAM))
-        with suppress(OSError):   # Linux: bind() gives it to the file
+        with suppress(OSError):
+            # Linux: bind() gives the mode to the file.
             os.fchmod(listener.fileno(), 0o600)
         try:
             with safe_folder(path) as (folder, name):
@@ -9974,7 +10030,8 @@ def unix_listener(path, token=None):
                 listener.bind(path)
                 made = os.stat(name, dir_fd=folder, follow_symlinks=False)
                 undo.callback(remove_made, path, made)
-                if made.st_mode & 0o077:      # elsewhere
+                if made.st_mode & 0o077:
+                    # On other systems the file needs it.
                     os.chmod(path, 0o600, follow_symlinks=False)
                 if token is not None:
                     undo.callback(remove_made, path + TOKEN_SUFFIX,
@@ -9992,10 +10049,12 @@ def unix_listener(path, token=None):
 def _remove_stale(folder, name, path):
     """Make way for a socket: remove one that nobody answers; else OSError, EADDRINUSE."""
     with suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)     # it may be alive and full
+        # It may be alive and full.
+        probe.settimeout(1.0)
         is_socket = stat.S_ISSOCK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
         near = "/proc/self/fd/%d/%s" % (folder, name)
-        if os.path.lexists(near) and len(os.fsencode(near)) <= 107:   # Linux
+        if os.path.lexists(near) and len(os.fsencode(near)) <= 107:
+            # Linux: by the descriptor the path can't lead elsewhere meanwhile.
             path = near
         if not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED:
             raise OSError(errno.EADDRINUSE, "in use")
@@ -10004,12 +10063,13 @@ def _remove_stale(folder, name, path):
 
 @contextmanager
 def safe_folder(path):
-    """Yield a descriptor of the folder of the file `path`, and its name, for arguments dir_fd.
+    """Yield (descriptor of the folder of the file `path`, the file's name), for `dir_fd`.
 
-    The way to it may lead elsewhere a moment later, where it goes through folders of other users.
-    PermissionError: others can replace files in the folder itself.
+    By its descriptor the folder stays the same one; its path may lead elsewhere a moment later,
+    where it goes through folders of other users. PermissionError: others can replace files in it.
     """
-    if os.name != "posix":        # the folder of the user's profile keeps others out
+    if os.name != "posix":
+        # The folder of the user's profile keeps others out.
         yield None, path
         return
     place, name = os.path.split(path)
@@ -10039,7 +10099,8 @@ def _is_own_group(gid):
 
 def remove_made(path, made):
     """Remove the file `path` if it is still the one of which `made` is what os.stat said."""
-    with suppress(OSError), safe_folder(path) as (folder, name):      # it may be gone, with that
+    with suppress(OSError), safe_folder(path) as (folder, name):
+        # It may be gone, and the folder with it.
         info = os.stat(name, dir_fd=folder, follow_symlinks=False)
         if os.path.samestat(info, made) and info.st_mtime_ns == made.st_mtime_ns:
             os.unlink(name, dir_fd=folder)
@@ -10064,6 +10125,7 @@ def stored_tokens(address):
 
 
 def _token_name(port):
+    """Return the name of the token file for a port; it has the number of the network namespace."""
     return "-".join(["token-%d" % port] + re.findall(r"net:\[(\d+)", str(namespaces())))
 
 
@@ -10087,7 +10149,8 @@ def runtime_files(pattern):
     import fnmatch
     found = []
     for folder in _runtime_folders():
-        with suppress(OSError):   # there is none, or it is a trap
+        with suppress(OSError):
+            # There is none, or it is another user's trap.
             _check_folder(folder)
             found += [os.path.join(folder, name)
                       for name in fnmatch.filter(os.listdir(folder), pattern)]
@@ -10112,6 +10175,7 @@ def _runtime_folders():
 
 
 def _check_folder(path):
+    """Raise PermissionError where a path is no folder that only we may open."""
     info = os.lstat(path)
     if not (stat.S_ISDIR(info.st_mode) and _is_private(info)):
         raise PermissionError(
@@ -10125,7 +10189,7 @@ def _is_private(info):
 
 
 def _has_our_uid(info):
-    # Elsewhere the folder of the user's profile keeps others out.
+    """Return whether a file is ours; on Windows the folder of the user's profile sees to that."""
     return os.name != "posix" or info.st_uid == effective_uid()
 
 
@@ -10135,10 +10199,11 @@ def effective_uid():
 
 
 def lasting_uids():
-    """Return in a set whose this process is whatever it calls itself for a while; empty: nobody's.
+    """Return the uids that may come in as this process's own, a set of one, or an empty one.
 
     A program of root's that works as somebody by seteuid() must not let that user in: whoever is
-    in can take root's power back. Source: man 2 getresuid.
+    in can take root's power back. So it is root's as long as one of its uids is 0; where its uids
+    differ otherwise, it is nobody's. Source: man 2 getresuid.
     """
     uids = set(os.getresuid()) if hasattr(os, "getresuid") else {effective_uid()}
     return {0} if 0 in uids else uids if len(uids) == 1 else set()
@@ -10177,6 +10242,7 @@ def write_private(path, content):
 
 
 def _write_at(folder, name, content):
+    """Write a file under another name, and give it its own then; return what os.stat says of it."""
     new = "%s.%s" % (name, os.urandom(8).hex())
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
@@ -10192,7 +10258,11 @@ def _write_at(folder, name, content):
 
 
 def namespaces():
-    """Return what tells containers apart that share files: numbers of processes, ports differ."""
+    """Return the names of our namespaces of processes and networks, [] where there are none.
+
+    They tell containers apart that share a folder: a PID or port of the one means nothing in the
+    other.
+    """
     try:
         return [os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net")]
     except OSError:
@@ -10200,10 +10270,11 @@ def namespaces():
 
 
 def process_mark(pid):
-    """Return a text that no other process has which gets the number `pid` later; "" if unknown."""
+    """Return a text that tells the process `pid` from a later one of that number; "": unknown."""
     try:
         with open("/proc/%d/stat" % pid) as file:
-            return file.read().rpartition(")")[2].split()[19]     # when it began, see proc(5)
+            # When it began, see proc(5).
+            return file.read().rpartition(")")[2].split()[19]
     except OSError:
         return ""
 
@@ -10215,7 +10286,8 @@ def noted_servers():
     """
     notes = []
     for path in runtime_files("server-*.note"):
-        with suppress(OSError, ValueError):   # it stops just now; no note of ours
+        with suppress(OSError, ValueError):
+            # It stops just now, or it is no note of ours.
             note = _read_note(path)
             if note["namespaces"] != namespaces():
                 continue
@@ -10227,6 +10299,7 @@ def noted_servers():
 
 
 def _read_note(path):
+    """Return a server's note as a dict; OSError, ValueError: it is none that a server wrote."""
     text = read_private(path, NOTE_LIMIT_BYTES).decode("utf-8", "surrogatepass")
     pid, process, started, spaces, address, control_address, *argv = text.split("\0")
     note = {"pid": int(pid), "process": process, "started": float(started),
@@ -10245,13 +10318,14 @@ def _parse_place(text):
 
 
 def _is_alive(note):
-    """Find out without a connection, which the server would take for a visitor."""
+    """Return whether the server of a note runs; without a connection, which it would count."""
     try:
         if os.name == "posix":
             os.kill(note["pid"], 0)
     except ProcessLookupError:
         return False
-    except PermissionError:       # it has become another user's
+    except PermissionError:
+        # It has become another user's.
         pass
     address = note["address"]
     if process_mark(note["pid"]) != note["process"]:
@@ -10259,7 +10333,8 @@ def _is_alive(note):
     if isinstance(address, str):
         return os.path.exists(address)
     with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
-        if os.name == "posix":    # else an address that was in use a minute ago counts as well
+        if os.name == "posix":
+            # Else an address counts too that was in use a minute ago.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(address)
@@ -10301,13 +10376,15 @@ def _way(source, target):
             try:
                 data = data[target.send(data):] or None if data else source.recv(RECEIVE_BYTES)
                 yield None
-            except ssl.SSLWantReadError:      # TLS may want the other event
+            except ssl.SSLWantReadError:
+                # TLS may want the other event.
                 yield sock, selectors.EVENT_READ
             except ssl.SSLWantWriteError:
                 yield sock, selectors.EVENT_WRITE
             except BlockingIOError:
                 yield sock, event
-    with suppress(OSError, ValueError):       # it has said goodbye and does not wait for the answer
+    with suppress(OSError, ValueError):
+        # The other end may have gone without waiting for our goodbye.
         if hasattr(target, "unwrap"):
             target.unwrap()
     shut_down(target, socket.SHUT_WR)
@@ -10326,7 +10403,8 @@ def drain(sock):
     with suppress(OSError):
         socket.socket.settimeout(sock, CLOSE_TIMEOUT_S)
         for _ in range(64):
-            if not socket.socket.recv(sock, RECEIVE_BYTES):   # of TLS what it is does not matter
+            # What it is, be it of TLS, does not matter.
+            if not socket.socket.recv(sock, RECEIVE_BYTES):
                 break
 
 
@@ -10334,7 +10412,8 @@ def shut_down(sock, how=socket.SHUT_RDWR):
     """Shut down a socket, from any thread; one that is gone already is as good."""
     with suppress(OSError):
         if is_own(sock):
-            socket.socket.shutdown(sock, how)     # SSLSocket's own would go on in plain text
+            # SSLSocket's own shutdown() would go on in plain text.
+            socket.socket.shutdown(sock, how)
 
 
 # --- Servers: the way to one, whose it is, and its token ---
@@ -10366,16 +10445,19 @@ def tunnel(target, port, control_port, deadline, has_shell=True):
     """
     import subprocess
     import tempfile
-    with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:    # its mode is 0700
+    # The folder's mode is 0700.
+    with tempfile.TemporaryDirectory(prefix="hotrepl-") as folder:
         path = os.path.join(folder, "repl")
         words, far_path = ssh_words(target, path, port, control_port, has_shell)
         questions = os.path.join(folder, "questions")
         os.mkfifo(questions)
-        asked = os.open(questions, os.O_RDWR)     # to write only would wait for a reader
+        # To open it for writing only would wait for a reader.
+        asked = os.open(questions, os.O_RDWR)
         ssh = subprocess.Popen(["sh", "-c", _SSH, questions] + words, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)
         try:
-            while not os.path.exists(path + CONTROL_SUFFIX):  # ssh makes them in this order
+            # ssh makes the two sockets in this order, so this is the last.
+            while not os.path.exists(path + CONTROL_SUFFIX):
                 if ssh.poll() is not None:
                     raise ConnectionError(errno.ECONNREFUSED, "no way through ssh to %s: it ended "
                                           "with exit code %d" % (target, ssh.returncode))
@@ -10386,7 +10468,8 @@ def tunnel(target, port, control_port, deadline, has_shell=True):
             if has_shell and confirm(is_first=True) == NO_SHELL:
                 with suppress(subprocess.TimeoutExpired):
                     ssh.wait(ANSWER_LIMIT_S)
-                if ssh.poll() in (None, 255):     # others there can see to it that no shell starts
+                if ssh.poll() in (None, 255):
+                    # Others there can see to it that no shell starts.
                     raise ConnectionError(errno.ECONNABORTED, "%s starts nothing that could say "
                                           "whose server is there, so nothing was sent" % target)
                 with tunnel(target, port, control_port, deadline, has_shell=False) as found:
@@ -10401,7 +10484,10 @@ def tunnel(target, port, control_port, deadline, has_shell=True):
 
 
 def ssh_words(target, path, port, control_port, has_shell):
-    """Return the command that forwards to sockets at `path`, and what path is meant over there."""
+    """Return (the command that forwards both channels to sockets at `path`, the path over there).
+
+    The latter is None where ports are meant.
+    """
     import shlex
     match = re.match(r"(?:ssh://)?((?:[^@/]+@)?)(?:\[(.+)\]|([^:/@]+))(?::(\d+))?(/.+)?/?$", target)
     if not match:
@@ -10450,13 +10536,14 @@ _FAR_LOOPBACK = [begin + end for begin in (b"", b"0" * 24, b"0" * 16 + b"FFFF000
 
 
 def far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
-    """Return whose the server is, as the other machine says it, where we are root there.
+    """Ask over there whose the server is: "" for our user's; NO_SHELL; NOT_SAID.
 
-    "" for our user's, NO_SHELL, or NOT_SAID. PermissionError: it is another's, and we aren't root.
-    ConnectionError: a shell is there, and does not say it; `is_first`: maybe none is.
+    Where we are root there, another user's number is returned; where we are not, PermissionError.
+    ConnectionError: there is a shell, and it does not say it. `is_first`: maybe there is none.
     """
     said, mark = b"", b"hotrepl shell\n"
-    with suppress(OSError):       # it has ended
+    with suppress(OSError):
+        # It has ended.
         os.write(asked, b"\n")
     end = deadline or time.monotonic() + ANSWER_LIMIT_S
     while not (mark in said and said.endswith(b"hotrepl end\n")):
@@ -10498,7 +10585,10 @@ def far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
 
 
 def tell_far_owner(target, whose):
-    """Say whose server it is on the far side of ssh, if not ours; return whether it may be ours."""
+    """Tell the user whose server it is on the far side of ssh, if not ours.
+
+    Return whether it may be ours.
+    """
     is_known = whose not in (NO_SHELL, NOT_SAID)
     if whose:
         print("hotrepl: the server at %s %s" % (target, "is uid %s's over there" % whose if is_known
@@ -10525,7 +10615,8 @@ def dial(address, ssl_context, is_plain, deadline, is_roots=False):
         owner = _check_owner(sock, where, ssl_context is not None or is_plain)
         if ssl_context is not None:
             sock = _encrypted(sock, ssl_context, where, deadline)
-        sock.settimeout(time_left_s(deadline))    # a stopped process answers nothing at all
+        # A stopped process answers nothing at all.
+        sock.settimeout(time_left_s(deadline))
         return sock, owner
     except BaseException:
         sock.close()
@@ -10538,17 +10629,20 @@ def connect_to(address, deadline, is_roots):
         found = [(socket.AF_UNIX, address)]
     else:
         name, port = address
-        with suppress(UnicodeEncodeError):    # for text Python loads tables of international names
+        with suppress(UnicodeEncodeError):
+            # As text Python would load its tables of international names for it.
             name = name.encode("ascii")
         found = [(each[0], each[4]) for host in (
             (DEFAULT_BIND, "::1") if name == b"localhost" else (name,))
             for each in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
     for family, place in found:
         sock = None
-        try:                      # it may be that this system has no IPv6
+        try:
+            # It may be that this system has no IPv6.
             sock = socket.socket(family, socket.SOCK_STREAM)
             if family != socket.AF_UNIX:
-                if not is_roots:  # to look takes a system call for each open file of the machine
+                if not is_roots:
+                    # To look takes a system call for each open file of the machine.
                     come_as_its_user(sock, place)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.settimeout(time_left_s(deadline, None))
@@ -10567,12 +10661,14 @@ def _check_owner(sock, where, is_vouched):
     Root may visit another user's, as it may do all else, and is told so.
     """
     ours = effective_uid()
-    owner = server_owner(sock)    # None also behind a container's published port
+    # None also behind a container's published port.
+    owner = server_owner(sock)
     if owner is None and not is_vouched:
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
                               "nothing was sent; come by --tls or ssh, or pass --plain to send "
                               "all, a token too, in clear text" % where)
-    is_roots_right = ours == 0 and owner != NUMBERLESS        # 0 in a user namespace is not root
+    # In a user namespace 0 is not root.
+    is_roots_right = ours == 0 and owner != NUMBERLESS
     if owner not in (None, ours) and not (is_vouched or is_roots_right):
         raise PermissionError(errno.EACCES, "the server at %s is %s, not yours, so "
                               "nothing was sent; 'list' shows yours" % (where, owned_by(owner)))
@@ -10587,7 +10683,8 @@ def _encrypted(sock, ssl_context, where, deadline):
     try:
         sock.settimeout(time_left_s(deadline))
         tls = ssl_context.wrap_socket(sock, server_hostname=name)
-    except (OSError, ValueError) as exc:      # ssl.SSLError is an OSError
+    except (OSError, ValueError) as exc:
+        # ssl.SSLError is an OSError.
         sock.close()
         if deadline is not None and isinstance(exc, socket.timeout):
             raise
