@@ -10760,8 +10760,16 @@ def tokens_to_show(address, token, is_ours, is_trusted):
 #
 # A failed send only sets a flag, which the next read turns into end-of-file: a dead peer is its
 # own session's business. There, and only there, print() raises BrokenPipeError for it, as into a
-# pipe, so that no loop goes on for nobody.
-
+# pipe, so that no loop goes on for nobody. Who may call what:
+#
+#     the evaluator's thread      read, greet, run_awaitable, release; all of Evaluator
+#     a control connection's      interrupt, background, complete, where, may_pair, use_marks, ...
+#     the Flusher's               Connection.tick
+#     any                         close, Connection.send_note
+#
+# Two locks, in this order: the connection's, held while something is sent, and the session's, for
+# its turn and who waits. Ctrl+Z (`background`) takes both: no turn can begin meanwhile, and from
+# then on the old Evaluator prints into its job, the new one to the client.
 VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
 
@@ -10774,7 +10782,7 @@ class Connection:
         self._received = received         # what came before the connection was handed to us
         self.lock = threading.RLock()     # one sender at a time; held while a slow client reads
         self.is_broken = False    # a send failed: the peer is gone
-        self.is_shut = False      # from outside: what came and was not read is not read either
+        self.is_shut = False      # ended from outside: what has come and is unread counts no more
         self.has_marks = False    # the client asked for turn marks; guarded by lock, as all below
         self.has_kinds = False    # and to be told what each turn is for, ...
         self.has_streams = False  # ... and for stream marks
@@ -10792,7 +10800,7 @@ class Connection:
                 self.flush()
 
     def put(self, data, stream="stdout"):
-        """Have `data` sent by the next `flush`."""
+        """Have `data` sent by the next `flush`; the caller holds the lock, as for put_turn."""
         if self.has_streams and stream != self._stream:
             self._stream = stream
             self._outbox.append(_Kept(BEGIN + STREAM_KINDS[stream] + END))
@@ -10817,7 +10825,7 @@ class Connection:
         self.send_own(BEGIN + NOTE_KIND + data + END if self.has_marks else data)
 
     def send_own(self, data):
-        """Send `data`, which no program printed, as it is."""
+        """Send `data` as it is: words and marks of ours, not what a program printed."""
         with self.lock:
             self._outbox.append(_Kept(data))
             self.flush()
@@ -10890,9 +10898,10 @@ class Connection:
             return b""
 
     def is_left(self):
-        """Return whether the client has gone, also while nothing is read.
+        """Return whether the client has gone, also while nothing is read; does not block.
 
-        One without marks may have closed its sending half alone.
+        Of a client without marks only a failed send tells: it may have closed its sending half
+        alone, as `printf ... | nc` does.
         """
         if self.is_broken or not self.has_marks or not hasattr(socket, "MSG_DONTWAIT"):
             return self.is_broken
@@ -10922,7 +10931,10 @@ class Connection:
 
 
 class _Kept(bytes):
-    """What a client needs to follow: it is sent also where what was printed is dropped."""
+    """Bytes that are sent in any case, as the client needs them to follow: marks and prompts.
+
+    What a program printed is not such, and is dropped after a Ctrl+C.
+    """
 
 
 # What continues a character, or an IAC that may be the first half of a doubled one.
@@ -10939,7 +10951,11 @@ def pieces_of(data):
 
 
 class Session:
-    """One client's conversation with the process."""
+    """One client's conversation with the process.
+
+    A turn is counted when it is announced. What is evaluated after it is "of" that turn: by its
+    number a client says what it means to interrupt, and what is over meanwhile is left alone.
+    """
 
     def __init__(self, server, number, connection, peer):
         self.server = server
@@ -10962,7 +10978,8 @@ class Session:
         self._inputs = InputDecoder()
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
-        self.proof = make_token()                 # told here, it passes for the token there
+        # Told on this channel to its client, it passes for the token on the control channel.
+        self.proof = make_token()
         self._own_loop = None     # an OwnLoop, once something was awaited that has no other
         self._follower = None     # a Follower while follow() is on
 
@@ -11003,20 +11020,22 @@ class Session:
         self._inputs.ready.extendleft(reversed(items))
 
     def audit_input(self, text, event="input"):
-        """Have it on record what is about to run, or to be read.
+        """Put on record what is about to run, or to be read.
 
         It raises the interpreter's own audit event too (3.8, PEP 578): an audit hook forbids by
         raising; then `text` must not run.
         """
-        if "logging" in sys.modules and audit_log.isEnabledFor(20):   # else nobody listens
+        # 20 is logging.INFO.
+        if "logging" in sys.modules and audit_log.isEnabledFor(20):
             self.audit(event, source=text)
         if _audit is not None:
             _audit("hotrepl.exec", text, self.number)
 
     def audit(self, event, peer=None, **facts):
-        """Have it on record what the session does, or `peer` to it.
+        """Put on record what the session does, or `peer` to it.
 
-        Handlers that the session made on its own stderr show it to the program.
+        Meanwhile this thread prints where the program does: a handler that the session has made for
+        its own stderr would show the record to its client.
         """
         evaluator = current_evaluator()
         if evaluator is not None:
@@ -11042,12 +11061,13 @@ class Session:
     def interrupt(self, turn=None, is_answered=False):
         """Raise KeyboardInterrupt in the evaluation, or end the wait for input, as Ctrl+C does.
 
-        `turn`, where the client knows: the last it saw, and whether it has answered that. What is
-        over is not interrupted, an answer that is still on its way here will be.
+        `turn` is the last that the client saw, `is_answered` whether it has answered that; None: it
+        does not know. What is over is not interrupted; an answer that is still on its way here is.
         """
         with self._lock:
             if turn not in (None, self.turn) and not (is_answered and turn >= self._begun_turn):
-                return            # too late: that one is over
+                # Too late: that one is over.
+                return
             waits_at_prompt = self._waiting in AT_PROMPT and not is_answered
             if waits_at_prompt:
                 self.turn += 1
@@ -11085,8 +11105,8 @@ class Session:
     def complete(self, line, cursor=None):
         """Return the Completions at `cursor` in `line`.
 
-        None are found where an object's __dir__ hangs, or raises what is no Exception: that is the
-        business of the thread that looks.
+        A thread of its own looks for them, up to COMPLETION_TIMEOUT_S: an object's __dir__ may
+        hang, or raise what is no Exception. Then none are found.
         """
         names = debugged_names(self.evaluator) if self._waiting in IN_EVALUATION else None
         job = Job(complete, self.server.namespace if names is None else names, line, cursor,
@@ -11099,7 +11119,10 @@ class Session:
         return job.value or Completions(len(line), [], None)
 
     def run_awaitable(self, function):
-        """Return the result of a function, called, or awaited, where such things run."""
+        """Return the result of a function that has to do with coroutines; called where they run.
+
+        By what start() was given: `run_coroutine`, `loop`, or a loop of the session's own.
+        """
         own = current_evaluator()
         try:
             if self.server.run_coroutine is not None:
@@ -11108,7 +11131,8 @@ class Session:
                 self._own_loop = OwnLoop()
             return run_on_loop(self.loops()[0], own.context, function)
         except (KeyboardInterrupt, SystemExit):
-            own.context = own.context.copy()      # what goes on there keeps the other
+            # What goes on there keeps the other one.
+            own.context = own.context.copy()
             raise
 
     def loops(self):
@@ -11139,9 +11163,9 @@ class Session:
         return "%s: %s" % (text, line) if line else text
 
     def may_pair(self, peer, secret):
-        """Return whether a control connection of `peer` that shows `secret` may be ours; can block.
+        """Return whether a control connection of `peer` that shows `secret` may pair with us.
 
-        The session's own secret may still be on its way here.
+        Blocks up to PAIRING_TIMEOUT_S: the session's own secret may still be on its way here.
         """
         if secret is not None:
             self._secret_came.wait(PAIRING_TIMEOUT_S)
@@ -11198,7 +11222,8 @@ class Session:
             with self._lock:
                 if self.evaluator is not evaluator:
                     raise Detached
-                self.turn += 1    # with the next line: an interrupt is for this turn from here on
+                # Both under the lock: from here on an interrupt is for this turn.
+                self.turn += 1
                 self._waiting = kind
                 if kind in AT_PROMPT:
                     self._begun_turn = self.turn
@@ -11231,9 +11256,11 @@ class Session:
         foreign = self._first_bytes.feed(data or b"\n")
         if not foreign:
             return data
-        self._inputs = InputDecoder()     # not even the half of a line runs
+        # Not even the half of a line runs.
+        self._inputs = InputDecoder()
         self.connection.shut()
-        ROUTER.unbind()           # what is said of it is not said here
+        # What `serve` says of it goes to the program's stderr, not to this client.
+        ROUTER.unbind()
         self.server.door.refuse(self.peer, foreign, session=self.number)
         return b""
 
@@ -11269,13 +11296,15 @@ class Session:
         self._wakers = socket.socketpair()
 
     def _drop_wakers(self):
+        """Close the pair, once the wait is over."""
         wakers, self._wakers = self._wakers, ()
         for each in wakers:
             each.close()
 
     def _wake(self):
         """End the wait of an input() in an evaluation, from any thread."""
-        with suppress(OSError):   # the wait was over
+        with suppress(OSError):
+            # The wait was over just now.
             for each in self._wakers[1:]:
                 each.send(b"!", NO_SIGNAL)
 
@@ -11295,6 +11324,10 @@ _audit = getattr(sys, "audit", None)
 
 
 # --- What every session needs, loaded ahead ---
+# A program may call os.chroot() or setuid(), and then nothing can be imported any more. So what
+# sessions need of the standard library is loaded a moment after start() has returned, in a thread
+# of the server's, or by the first session where that comes sooner. LOADING is held meanwhile: a
+# fork waits for it (section 13).
 
 LIBRARY = [name for name, is_needed in (
     ("ctypes", not IS_PYPY), ("dis", sys.version_info >= (3, 14)),
@@ -11307,14 +11340,15 @@ LOADING_DELAY_S = 0.01            # how long a server waits with that; start() h
 
 def note_program():
     """Have the sources of the program noted, once a server has started."""
-    with LOADING:                 # what is new is parsed, by modules to import
+    # New ones are parsed, which may import something.
+    with LOADING:
         note_sources()
 
 
 def load_library():
     """Import all that sessions need, while it can be found: after os.chroot, say, nothing can.
 
-    That is also what the first interrupt and the first traceback use, which takes as long again.
+    Besides import_library() that is what the first interrupt and the first traceback use.
     """
     import_library()
     with LOADING, SHORT_TURNS:
@@ -11331,9 +11365,10 @@ def import_library():
     _import_library(*map(sys.modules.get, LIBRARY))
 
 
-@functools.lru_cache(1)           # as long as these are the modules that were found to be right
+@functools.lru_cache(1)
 def _import_library(*modules):
-    """See import_library; `modules` are what is loaded of them so far."""
+    """Do it, once for the same `modules`: those of LIBRARY that are loaded, and found to be right.
+    """
     with LOADING, SHORT_TURNS:
         hiding = [path for path in map(_hiding_file, LIBRARY) if path]
         if hiding:
@@ -11348,7 +11383,10 @@ def _import_library(*modules):
 
 
 class ShortTurns(Installed):
-    """Within this a thread that computes lets us in sooner, at each call where we let it in."""
+    """Within this a thread that computes gets shorter turns, so that we come to ours sooner.
+
+    Each time that a call of ours waits, it would else compute for 5 ms before we go on.
+    """
 
     SHORT_S = 64e-6               # sys.getswitchinterval() gives the same number back
 
@@ -11375,7 +11413,8 @@ def _hiding_file(name):
     """Return the path of the file that hides the standard library's module `name`, or None."""
     if name in sys.modules:
         path = getattr(sys.modules[name], "__file__", None)
-    else:                         # import it, and it runs: it may be the program's own script
+    else:
+        # Not by an import, which would run it: it may be the program's own script.
         spec = sys.modules["_frozen_importlib_external"].PathFinder.find_spec(name)
         path = spec and spec.origin
     own = os.path.join(os.path.dirname(os.__file__), name)
@@ -11416,7 +11455,10 @@ class Evaluator(Job):
         self.streams = {"stdin": SessionInput(self._ask), "stdout": stdout, "stderr": stderr}
 
     def run(self):
-        """Hold the session from its first line to its end, or until Ctrl+Z makes this a job."""
+        """Hold the session from its first line to its end, or until Ctrl+Z makes this a job.
+
+        All that it sets in the process it has acquired; `_end` takes it back, whatever happens.
+        """
         self.interrupts.adopt()
         self.trace = sys.gettrace()
         sys.settrace(None)
@@ -11435,7 +11477,8 @@ class Evaluator(Job):
             self._converse()
         except Detached:
             pass
-        except BaseException as exc:      # the outermost frame of the thread
+        except BaseException as exc:
+            # This is the outermost frame of the thread: nobody else would tell.
             log.exception("session %d ended by an error of hotrepl", self.session.number)
             self.session.connection.send(b"hotrepl: the session can't go on: %s\n"
                                          % _message(exc).encode("utf-8", "backslashreplace"))
@@ -11526,14 +11569,18 @@ class Evaluator(Job):
         """
         kind, frames = type(value), value.__traceback__
         if issubclass(kind, KeyboardInterrupt):
-            exec("")              # else, after one in an exec(), CPython ends the program by SIGINT
-            if IS_PYPY:           # one that has landed in Context.run() leaves it entered for ever
+            # CPython ends the program by SIGINT after a KeyboardInterrupt in an exec(), unless
+            # another exec() has run since.
+            exec("")
+            if IS_PYPY:
+                # One that has landed in Context.run() leaves that context entered for ever.
                 self.context = self.context.copy()
         self.result.exception = value
         if self.is_detached:
             return
         self.session.error = value
-        if self.console is not None:      # pdb.pm() is to find the lines later, too
+        if self.console is not None:
+            # pdb.pm() is to find the lines later, too.
             remember_source(self.console.filename, self.console.source)
         text = _format_exception(kind, value, frames)
         if self.session.is_copy:
@@ -11578,14 +11625,16 @@ class Evaluator(Job):
         if self.console is None:
             self.console = make_console(self.session.server.namespace, self,
                                         self.session.server.console_class)
-        else:                     # after Ctrl+Z: what was defined in the old one, macros too
+        else:
+            # After Ctrl+Z. A copy has what was defined in the old one, macros too. The job goes on
+            # with the old one, its context, and the lines of its input.
             import copy
             job = self.console.evaluator
-            self.trace, self.context = job.trace, job.context.copy()      # the old one is in use
+            self.trace, self.context = job.trace, job.context.copy()
             self.console = copy.copy(self.console)
             self.console.evaluator = self
             self.console.compile = copy.copy(self.console.compile)
-            self.console.filename = ""    # the job may still need its lines
+            self.console.filename = ""
             self.console.resetbuffer()
             self.console.write("\n%r; fg(%d) fetches its value\n" % (job, job.number))
 
@@ -11618,7 +11667,8 @@ class Evaluator(Job):
     def _take_line(self, text):
         """Run a line, or keep it until its statement is complete."""
         if not self.console.buffer:
-            text = text.lstrip("\ufeff")  # of a file that went through nc
+            # The mark at the beginning of a file that went through nc.
+            text = text.lstrip("\ufeff")
         self.session.audit_input(text)
         wants_more = self.console.run_line(text)
         if wants_more and len(self.console.source) > INPUT_LIMIT_BYTES:
@@ -11654,9 +11704,9 @@ class Evaluator(Job):
         self.session.connection.send_own(IAC + b"\xfb\x06")
 
     def _finish_input(self):
-        """Run what was piped in and begun: its block has no empty line behind it.
+        """At end-of-file, run a block that was piped in: no empty line has ended it.
 
-        A client with marks was killed in the middle of it, or did not want it.
+        Not of a client with marks: it was killed in the middle, or its user did not want the block.
         """
         connection = self.session.connection
         if self.console.buffer and not (connection.is_broken or connection.has_marks):
@@ -11671,7 +11721,8 @@ class Evaluator(Job):
             _exit_copy(status, text)
         if text:
             self.console.write(text)
-        if not self.session.connection.is_broken:     # else it is close() that raised it
+        # Else it is Session.close() that raised it.
+        if not self.session.connection.is_broken:
             self.result.facts["exit"] = status
 
     def _ask(self, word=None):
@@ -11702,14 +11753,16 @@ class Evaluator(Job):
             return None
         text = self._text_of(value)
         if text is not None and len(text) > CHUNK_BYTES:
-            text = self._write_value(text)        # so that Ctrl+C can drop the rest
+            # Now, in the evaluation, so that Ctrl+C can drop the rest.
+            text = self._write_value(text)
         return text
 
     def _write_value(self, text):
+        """Print the text of a value, marked as such; return None: nothing is left to be sent."""
         self.streams["stdout"].write_as("value", sys.stdout.write, text)
 
     def _text_of(self, value):
-        """Return the line that shows `value`, which is kept for `_`; None for none."""
+        """Return the line that shows `value`, and keep that for `_`; None: nothing is shown."""
         if value is None:
             return None
         self.result.value = value
@@ -11740,16 +11793,20 @@ class Evaluator(Job):
         return False
 
     def _write_traceback(self, text):
-        """Send a traceback, by the console's write() if that works."""
+        """Send a traceback, by the console's write() if that works.
+
+        It may be the class's own and raise, or there may be no console yet.
+        """
         stderr = self.streams["stderr"]
-        with suppress(BaseException):     # it may be the class's own, or there is no console yet
+        with suppress(BaseException):
             return stderr.write_as("traceback", self.console.write, text)
         stderr.write_as("traceback", stderr.text.write, text)
 
     def _stop_tracing(self):
         """Trace nothing of ours; what the user, or coverage, set is set again for the next one."""
         trace = sys.gettrace()
-        if trace is not None:     # an exception has come by
+        if trace is not None:
+            # An exception has left the evaluation before it could take the trace off.
             sys.settrace(None)
             self.trace = trace
         if self.trace is not None and _is_bdb(getattr(self.trace, "__self__", None)):
@@ -11781,7 +11838,8 @@ class Evaluator(Job):
             _here.evaluator = self.session = self.console = None
             for each in self.streams.values():
                 each.release()
-            if not self.is_detached:      # last: from here on stop() does not wait for us
+            if not self.is_detached:
+                # The last thing of all: from here on stop() does not wait for us.
                 session.server.ended(session)
 
 
@@ -11821,22 +11879,28 @@ class _Lent:
 
 
 def prompt_text(name, default):
-    """Return sys.ps1 or ps2, which may be any object, as Python shows it; `default` if it can't."""
+    """Return sys.ps1 or ps2, which may be any object, as Python shows it; `default` if it can't.
+
+    Its __str__ may even call exit(): that must end no session, or nobody could come in any more.
+    """
     try:
         return str(getattr(sys, name, default))
-    except BaseException:         # of its __str__, exit() too: nobody could come in any more
+    except BaseException:
         return default
 
 
 def _restore_prompts(prompts, source):
-    """Take back what a library left, and no user: code.interact(), IPython.embed()."""
+    """Put prompts back that an input has changed and does not name.
+
+    code.interact() and IPython.embed() leave theirs behind; a user's own `sys.ps1 = ...` stays.
+    """
     for name, value in zip(("ps1", "ps2"), prompts):
         if name not in source:
             _put_back(sys, name, value)
 
 
 def _put_back(owner, name, value, ours=_MISSING):
-    """Let `owner` have `value` under `name` again, None: nothing; where it still has `ours`."""
+    """Set an attribute back to `value`, None: take it away; only while it is `ours`, if given."""
     if ours is not _MISSING and vars(owner).get(name) is not ours:
         return
     if value is not None:
@@ -11851,11 +11915,13 @@ def _format_exception(kind, value, frames):
     try:
         name = getattr(value, "name", "") if kind in (NameError, AttributeError) else ""
         if isinstance(name, str) and len(name) > 1000:
-            value.name = None     # PyPy 7.3 would compare it with all others, for hours
+            # PyPy 7.3 would compare it with all others, for hours.
+            value.name = None
         restore_sources()
         shown = traceback.TracebackException(kind, value, frames, lookup_lines=False)
         return "".join(_without_ours(shown).format())
-    except BaseException as exc:  # one that can't even be formatted; interrupts are off
+    except BaseException as exc:
+        # One that can't even be formatted. No interrupt: they are off.
         return "%s (its traceback can't be shown: %s)\n" % (kind.__name__, type(exc).__name__)
 
 
@@ -11902,13 +11968,19 @@ def _exit_copy(status, text):
 def _forget_error(error):
     """Drop from sys what pdb.pm() looks at, where it is `error`: its frames hold everything."""
     for name in ("last_type", "last_traceback", "last_exc", "last_value"):
-        if getattr(sys, "last_value", None) is error:     # asked again: another session's may come
+        # Asked for each name: another session's may come meanwhile.
+        if getattr(sys, "last_value", None) is error:
             _put_back(sys, name, None)
 
 
 # --- Debuggers: pdb talks to the session in whose thread it is ---
+# pdb reads by sys.stdin, which is the session's, so an answer at `(Pdb)` comes by Evaluator._ask.
+# What has to be changed is where it begins and ends: at the input's frames, not at ours. While
+# there are sessions, pdb.Pdb.set_trace is ours: in a session's thread it makes the debugger one of
+# DebuggerMixin; in the program's threads it is as before, but traces by sys.settrace.
 
 def _is_bdb(thing):
+    """Return whether something is a debugger of the standard library's kind."""
     return "bdb" in sys.modules and issubclass(type(thing), sys.modules["bdb"].Bdb)
 
 
@@ -11949,6 +12021,7 @@ class DebuggerMixin:
         return stack[first:], at - first if at >= first else len(stack) - first - 1
 
     def stop_here(self, frame):
+        """Stop in the frames of the input alone."""
         return not _is_plumbing(frame.f_code) and super().stop_here(frame)
 
     def dispatch_return(self, frame, value):
@@ -11962,9 +12035,9 @@ class DebuggerMixin:
 class Debuggers(Installed):
     """Has pdb talk to the session in whose thread it is called, while there are sessions.
 
-    3.14: else all threads share one debugger, which follows one of them, belongs to the terminal
-    where it was first used, and asks before it quits whether to kill the process. pdb is adapted
-    when it is imported, since its import takes longer than all else that a session needs.
+    On 3.14 all threads would else share one debugger, which follows one of them, belongs to the
+    terminal where it was first used, and asks before it quits whether to kill the process. pdb is
+    adapted when it is imported, since its import takes longer than all else that a session needs.
     """
 
     def __init__(self):
@@ -11975,7 +12048,8 @@ class Debuggers(Installed):
     def look(self):
         """Adapt pdb if it is there already."""
         if "pdb" in sys.modules:
-            import pdb            # waits for another thread that is still at it
+            # This waits for another thread that is still at it.
+            import pdb
             self._adapt(pdb)
 
     def find_spec(self, name, path=None, target=None):
@@ -12026,11 +12100,13 @@ class Debuggers(Installed):
             elif is_ours:
                 debugger.__class__, debugger.mode = self._kind, None
             if getattr(debugger, "monitoring_tracer", None) is not None:
-                debugger.stop_trace()     # that way only one thread of a process can be followed
+                # By monitoring only one thread of a process can be followed.
+                debugger.stop_trace()
                 debugger.monitoring_tracer, debugger.backend = None, "settrace"
             result = original(debugger, frame, **options)
             if is_ours:
-                shared._last_pdb_instance = last      # nobody else is to stand at it
+                # Nobody else is to stand at the session's debugger.
+                shared._last_pdb_instance = last
             return result
         return stop
 
@@ -12192,7 +12268,15 @@ class ControlConnection(threading.Thread):
 # ControlConnection, each with a thread of its own; all have start, close and forget. `start` is a
 # transaction: bind every socket first, touch what belongs to the process last, unwind all on
 # failure. `stop` undoes it in reverse and may be called twice, and by atexit.
-
+#
+#     the server's thread     _accept_one: Door.check_peer
+#       Refused                 -> closed, and on record (Door.refuse)
+#       needs a proof, or TLS   -> Admission, a thread: shake_hands, ask_token
+#                                    Refused -> closed, and on record
+#                                    else    -> take
+#       else                    -> take: a Session or a ControlConnection begins, and is a member
+#     each member's thread    at its end: `ended`
+#     a forked child          Registry._let_go: all members forget; nobody has to be told
 class Server:
     """A running server: see `start`. Usable as a context manager, which stops it."""
 
@@ -12238,14 +12322,16 @@ class Server:
             self.address, self.control_address = [
                 name if isinstance(name, str) else name[:2] for name in names]
             self.door.check_bind(*{each if isinstance(each, str) else each[0] for each in names})
-            for each in listeners:        # a child that was forked just now holds it as well
+            # Closed is not enough: a child that was forked just now holds them as well.
+            for each in listeners:
                 undo.callback(shut_down, each)
             token = self.door.token_for_file()
             if unix is None and token is not None:
                 undo.callback(remove_made, *write_private(token_path(self.address), token))
             try:
                 undo.callback(remove_made, *_write_note(self))
-            except OSError as exc:        # no folder to write to: it can be reached nevertheless
+            except OSError as exc:
+                # There is no folder to write to. The server can be reached nevertheless.
                 log.debug("no note of the server at %s: %s", _join_address(self.address), exc)
             self._begin_accepting(undo, listeners)
             for enter, leave, *what in ((MAIN.acquire, MAIN.release),
@@ -12274,11 +12360,13 @@ class Server:
         deadline = time.monotonic() + STOP_TIMEOUT_S
         for _, thread in members:
             _join(thread, deadline - time.monotonic())
-        with suppress(Exception):     # a log handler's
+        # A handler of the program's for the log may raise.
+        with suppress(Exception):
             self.door.write_left_out()
         if self.on_stop is not None:
             self.on_stop()
-        for each in own:          # last, as it ends what runs in this thread
+        # Last, as it ends what runs in this thread.
+        for each in own:
             each.close()
 
     def halt(self):
@@ -12302,7 +12390,7 @@ class Server:
         return next((each for each in self.sessions() if each.number == number), None)
 
     def check_proof(self, candidate):
-        """Return whether `candidate` is the token, or what an open session was given for it."""
+        """Return whether `candidate` is the token, or the proof of a session that is open."""
         return self.door.check_token(candidate, [each.proof for each in self.sessions()])
 
     def take(self, channel, sock, peer, received=b""):
@@ -12337,7 +12425,8 @@ class Server:
         self._lock = threading.RLock()
         self._is_stopped = True
         for each in self._sockets:
-            each.close()          # and no more: the files of unix sockets are the parent's
+            # Closed, and no more: the files of unix sockets are the parent's.
+            each.close()
         for each in self._members:
             each.forget()
         GUESTS.leave(self.namespace, is_copy=True)
@@ -12345,7 +12434,8 @@ class Server:
     def _begin_accepting(self, undo, listeners):
         """Start the server's thread; `undo`, an ExitStack, ends it and closes what it uses."""
         netlink = None
-        with suppress(OSError):   # check_peer() finds another way
+        with suppress(OSError):
+            # Without it, check_peer() finds another way.
             netlink = entered(undo, open_netlink())
         waker, woken = [entered(undo, OwnSocket.adopt(each)) for each in socket.socketpair()]
         selector = entered(undo, _Selector())
@@ -12372,7 +12462,8 @@ class Server:
         while not self._is_stopped:
             found = selector.select(ahead[0][0] if ahead else None)
             if not found:
-                with suppress(Exception):     # a session tells its client
+                # What it raises the next session finds too, and tells its client.
+                with suppress(Exception):
                     ahead.pop(0)[1]()
             for key, _ in found:
                 if not key.fileobj.is_own():
@@ -12381,7 +12472,8 @@ class Server:
                 try:
                     if key.data is not None:
                         self._accept_one(key.fileobj, key.data, netlink)
-                except BaseException:     # a log handler's; without this thread nobody comes in
+                except BaseException:
+                    # Of a handler for the log, say. Without this thread nobody could come in.
                     with suppress(BaseException):
                         sys.excepthook(*sys.exc_info())
 
@@ -12389,7 +12481,8 @@ class Server:
         """Let in one connection, or close it and have the reason on record."""
         sock = None
         try:
-            with SHORT_TURNS:     # else each question to the kernel may cost 5 ms
+            # Else each question to the kernel may cost 5 ms.
+            with SHORT_TURNS:
                 sock, _ = listener.accept()
                 peer = self.door.check_peer(sock, netlink)
                 sock.setblocking(True)
@@ -12412,7 +12505,8 @@ class Server:
     def _pause(self, exc):
         """Wait a moment where no descriptor is left; say so once."""
         if not self._is_stopped:
-            time.sleep(0.2)       # the listener stays readable: without a pause this would spin
+            # The listener stays readable: without a pause this would spin.
+            time.sleep(0.2)
             note = log.debug if self._is_short else log.warning
             self._is_short = True
             note("can't accept connections for a while: %s", exc)
@@ -12420,7 +12514,8 @@ class Server:
     def _admit(self, channel, sock, peer):
         """Have `peer` prove itself in a thread of its own.
 
-        Beyond ADMISSION_LIMIT another makes room: the oldest of the host that has the most here.
+        Where ADMISSION_LIMIT are at it already, one of them makes room: the oldest of the host that
+        has the most.
         """
         admission = Admission(self, channel, sock, peer)
         with self._lock:
@@ -12444,13 +12539,15 @@ class Server:
         """Start a member that was entered, or forget it."""
         try:
             member.start()
-        except BaseException:     # no more threads, or an audit hook's
+        except BaseException:
+            # There are no more threads, or an audit hook forbids it.
             self.ended(member)
             member.forget()
             raise
 
 
 def _join(thread, timeout_s=STOP_TIMEOUT_S):
+    """Wait for the end of a thread, unless that is the one that calls."""
     if thread is not None and thread is not threading.current_thread():
         thread.join(max(timeout_s, 0.0))
 
@@ -12541,7 +12638,8 @@ class Admission(threading.Thread):
     def run(self):
         """Ask for the proof, then hand over; the Door has a refusal on record."""
         door = self.server.door
-        _hold_sigpipe(True)   # NO_SIGNAL is not for TLS
+        # A send through TLS can't be told NO_SIGNAL.
+        _hold_sigpipe(True)
         try:
             if door.ssl_context is not None:
                 door.shake_hands(self.sock, self.peer)
@@ -12557,10 +12655,12 @@ class Admission(threading.Thread):
             reason = str(exc) if self._reason is None else self._reason
             if reason:
                 door.refuse(self.peer, reason, channel=self.channel)
-        except (OSError, ValueError, RuntimeError) as exc:    # it is gone, or we are stopping
+        except (OSError, ValueError, RuntimeError) as exc:
+            # The peer is gone, or the server is stopping.
             self.sock.close()
             log.debug("connection of %s dropped: %s", self.peer, exc)
-        except BaseException:     # a log handler's
+        except BaseException:
+            # Of a handler for the log.
             self.sock.close()
             raise
         finally:
@@ -12584,14 +12684,19 @@ class Admission(threading.Thread):
         socket.socket.close(self.sock)
 
     def _hand_over(self, received):
-        """Have the server take the connection; of TLS one end of a pair, for which we carry."""
-        _hold_sigpipe(False)     # the session's thread inherits it, and its children
+        """Have the server take the connection, or with TLS one end of a pair.
+
+        Between the other end of that pair and the TLS connection this thread carries the bytes.
+        """
+        # The session's thread inherits the mask, and so do its children.
+        _hold_sigpipe(False)
         if self.server.door.ssl_context is None:
             return self.server.take(self.channel, self.sock, self.peer, received)
         inner, outer = map(OwnSocket.adopt, socket.socketpair())
         try:
             self.server.take(self.channel, outer, self.peer, received)
-        except Refused:           # it is told why
+        except Refused:
+            # The client is told why, through TLS.
             outer.close()
             _hold_sigpipe(True)
             carry(self.sock, inner)
@@ -12605,7 +12710,10 @@ class Admission(threading.Thread):
 
 
 def _hold_sigpipe(is_held):
-    """Have SIGPIPE wait, or no longer, in the calling thread; what is sent fails then instead."""
+    """Block SIGPIPE in the calling thread, or let it in again.
+
+    While it is blocked, a send to a peer that is gone fails by an error.
+    """
     if hasattr(signal, "pthread_sigmask"):
         how = signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK
         signal.pthread_sigmask(how, [signal.SIGPIPE])
@@ -12613,7 +12721,8 @@ def _hold_sigpipe(is_held):
 
 def _say_goodbye(sock, text):
     """Tell a client why it is not let in."""
-    with suppress(OSError):       # nothing was sent there before: it has room, and does not block
+    # Nothing was sent there before: there is room, so that this does not block.
+    with suppress(OSError):
         sock.sendall(b"hotrepl: %s\n" % text.encode("ascii"), NO_SIGNAL)
         shut_down(sock, socket.SHUT_WR)
 
@@ -12668,8 +12777,11 @@ class Registry(Installed):
 
 
 def _pause_loading():
-    """Before a fork: wait for imports of ours."""
-    LOADING.acquire(True, STOP_TIMEOUT_S)     # not for ever: the import may wait for the caller
+    """Before a fork: wait for imports of ours, which a child could never end.
+
+    Not for ever: the import may wait for the very thread that forks.
+    """
+    LOADING.acquire(True, STOP_TIMEOUT_S)
 
 
 def _go_on_loading():
@@ -12683,7 +12795,8 @@ def at_fork(in_child, before=int, in_parent=int):
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=before, after_in_parent=in_parent,  # novm
                             after_in_child=in_child)
-    elif hasattr(os, "fork"):     # 3.6: no such hook, so os.fork itself gets one
+    elif hasattr(os, "fork"):
+        # 3.6 has no such hook, so os.fork itself gets one.
         def fork(original=os.fork):
             before()
             pid = original()
@@ -12704,7 +12817,7 @@ def _listeners(bind, port, control_port, unix, door):
 
 
 def _listen_near(bind, port, parameter, default):
-    """As _listen; where `port` is None at `default`, or at a free one if that is taken."""
+    """As _listen. Where `port` is None, at `default`, or at a free port if that is taken."""
     try:
         return _listen(bind, default if port is None else port, parameter)
     except OSError as exc:
@@ -12720,7 +12833,8 @@ def _listen(bind, port, parameter):
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise ValueError("%s is %r, expected a number from 0 to 65535" % (parameter, port))
     host = bind
-    with suppress(AttributeError, UnicodeEncodeError):    # for a str it imports encodings.idna
+    # For a str getaddrinfo() imports encodings.idna, which takes long.
+    with suppress(AttributeError, UnicodeEncodeError):
         host = bind.encode("ascii")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -12733,7 +12847,8 @@ def _listen(bind, port, parameter):
             if os.name == "posix":
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind(address)
-            _tune(sock)           # which hands it on to what it accepts
+            # A listener hands its options on to what it accepts.
+            _tune(sock)
             sock.listen(BACKLOG)
         except OSError as exc:
             raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
@@ -12743,7 +12858,10 @@ def _listen(bind, port, parameter):
 
 
 def _write_note(server):
-    """Let the client find `server` by a note in the runtime folder; return what was made."""
+    """Let the client find `server` by a note in the runtime folder; see `_read_note`.
+
+    Return what `remove_made` takes.
+    """
     places = ["unix:" + each if isinstance(each, str) else "tcp:%s %d" % each[:2]
               for each in (server.address, server.control_address)]
     note = [os.getpid(), process_mark(os.getpid()), time.time(), " ".join(namespaces()), *places,
@@ -12780,6 +12898,7 @@ def _tune(sock):
 
 
 def _join_address(address):
+    """Return an address as text: a path, or HOST:PORT."""
     if not isinstance(address, tuple):
         return str(address)
     host, port = address[:2]
@@ -12787,6 +12906,7 @@ def _join_address(address):
 
 
 def _default_banner():
+    """Return the line below "REPL session N connected."; at most 79 characters."""
     pypy = " (PyPy %d.%d.%d)" % sys.pypy_version_info[:3] if IS_PYPY else ""
     return "Python %s%s, hotrepl %s. doc() lists tools, obj? explains, exit() leaves.\n" % (
         sys.version.split()[0], pypy, __version__)
