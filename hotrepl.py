@@ -5045,8 +5045,7 @@ class _Apply:
         elif old.decorator_list and new.decorator_list:
             self._redecorate(scope, pair)
         else:
-            if old.decorator_list:
-                self._take_back(scope, pair)
+            self._take_back(scope, pair)
             self._run(scope, pair)
 
     def _define(self, scope, pair):
@@ -5130,7 +5129,7 @@ class _Apply:
         value = places.renew(decorate)
         if pair.old is not None and not places.taken and (
                 pair.old.decorator_dump != pair.new.decorator_dump) and not (
-                    _is_transparent(node)):
+                    _is_transparent(node)) or places.returned and _lost_decorators(pair):
             self._note_not_retired(scope, pair.new)
         # What they return is `raw` itself, or is made of it, or it is what the name had before.
         if value is not raw:
@@ -5146,8 +5145,10 @@ class _Apply:
 
     def _note_not_retired(self, scope, statement):
         """Say that an old registration may go on beside the new one."""
-        self.report.notes.append("%s: what its old decorator registered may be "
-                                 "there still" % scope.title(statement.node.name))
+        note = "%s: what its old decorator registered may be there still" % scope.title(
+            statement.node.name)
+        if note not in self.report.notes:
+            self.report.notes.append(note)
 
     def _run_group(self, scope, name):
         """Run all `def`s of one name in a class, such as a property and its setter."""
@@ -5172,6 +5173,7 @@ class _Apply:
         pairs = scope.edit.sub_pairs(pair) if inner else []
         if is_changed and (inner is None or _needs_its_statement(inner.cls, pairs) or (
                 pair.old is not None and _class_head(pair.old) != _class_head(pair.new))):
+            self._take_back(scope, pair)
             self._run(scope, pair)
         elif inner is not None:
             self._apply_body(inner, pair, pairs)
@@ -5336,6 +5338,8 @@ class _Apply:
         is_again = statement.is_definition and (pair.old is not None or pair.change == "again")
         places = _Registrations(self, reached, _ids_of(before.values()) if is_again else set())
         bound = places.renew(lambda: scope.execute([statement.node], self, statement))
+        if places.returned and _lost_decorators(pair):
+            self._note_not_retired(scope, statement)
         if any(_is_foreign(edit.space.get(name, vars(builtins).get(name)))
                for name in statement.names.calls | statement.names.heads):
             self.called.append(statement.title)
@@ -5427,17 +5431,18 @@ class _Apply:
             self._take_attributes(scope, pairs, names)
 
     def _take_back(self, scope, pair):
-        """Take back what the decorators of a function had registered, which has none any more.
+        """Take back what the decorators of a definition had registered, which has none any more.
 
-        Where a statement uses the function, that may have put it there as well: it stays.
+        Where a statement uses what is defined, that may have put it there as well: it stays.
         """
-        is_used = any(pair.new.node.name in each.names.reads for each in scope.statements
-                      if not each.is_definition)
-        if is_used:
+        if pair.new.node.decorator_list or not _lost_decorators(pair):
+            return
+        if any(pair.new.node.name in each.names.reads for each in scope.statements
+               if not each.is_definition):
             self._note_not_retired(scope, pair.new)
         elif self._retire(scope, pair, [pair]):
-            self.report.notes.append("%s: it was taken out of what its old decorator had put it "
-                                     "into" % scope.title(pair.new.node.name))
+            self.report.notes.append("%s: it was taken out of what its old decorator can have put "
+                                     "it into" % scope.title(pair.new.node.name))
 
     def _retire(self, scope, pair, pairs):
         """Take a definition out of what it had been put into; return whether it was found there."""
@@ -5578,8 +5583,10 @@ class _Apply:
 
     def replace(self, old, new, reason=None):
         """A class can't become what it is now: instances and references move to the new one."""
-        self.moves.append((old, new, reason or "it was a %s and is a %s now" % tuple(
-            "class" if _is(each, type) else type(each).__name__ for each in (old, new))))
+        kinds = ["class" if _is(each, type) else type(each).__name__ for each in (old, new)]
+        if kinds == ["class", "class"]:
+            reason = reason or _ANOTHER_CLASS
+        self.moves.append((old, new, reason or "it was a %s and is a %s now" % tuple(kinds)))
         self.stands_for(new, new)
         return new
 
@@ -5816,8 +5823,9 @@ class _Apply:
         """Move instances and subclasses from classes that can't change in place, or are new."""
         for old, new, reason in self.moves:
             is_class = isinstance(old, type)
-            self.stuck[getattr(old, "__qualname__", "?"), reason] += (
-                self._move_instances({old: new}) if is_class else 0)
+            count = self._move_instances({old: new}) if is_class else 0
+            if count or reason != _ANOTHER_CLASS:
+                self.stuck[getattr(old, "__qualname__", "?"), reason] += count
             for sub in old.__subclasses__() if is_class else ():
                 try:
                     self.put(_attribute(sub, "__bases__"), tuple(
@@ -6098,6 +6106,7 @@ def _ids(values):
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, tuple)
 
 
+_ANOTHER_CLASS = "another class has its name now"
 _VALUES = ("value", "again", "new")
 _INITS = ("__init__", "__post_init__", "__attrs_post_init__")
 
@@ -6453,12 +6462,19 @@ def _is_overload(node):
 _TRANSPARENT = {"staticmethod", "classmethod", "property", "setter", "getter", "deleter", "wraps",
                 "lru_cache", "cache", "cached_property", "contextmanager", "asynccontextmanager",
                 "abstractmethod", "override", "final", "overload", "total_ordering",
-                "singledispatch"}
+                "singledispatch", "dataclass"}
 
 
 def _is_transparent(node):
     """Tell whether all decorators only wrap, and look at no signature."""
     return all(_decorator_name(each) in _TRANSPARENT for each in node.decorator_list)
+
+
+def _lost_decorators(pair):
+    """Return the names of old decorators that a definition has no more, if they may register it."""
+    olds, news = [{_decorator_name(each) for each in getattr(statement.node, "decorator_list", ())}
+                  for statement in (pair.old or pair.new, pair.new)]
+    return olds - news - _TRANSPARENT
 
 
 def _class_head(statement):
@@ -6808,7 +6824,8 @@ class _Registrations:
         self._befores = {}              # id -> entries before all
         self._bases = {}                # id -> entries after the old ones were taken out
         self._grown = set()             # ids of those that got others then
-        self.taken = []                 # the containers that had old ones
+        self.taken = []                 # the containers that had old ones ...
+        self.returned = []              # ... and those where they came back
 
     def renew(self, make):
         """Take the old entries out, call `make`, put what it registered in their places."""
@@ -6856,6 +6873,8 @@ class _Registrations:
         olds = {key for key, _ in _gained(rest, before, _KEY)[0]}
         # Some is put there only once, as by `if f not in R`: what nothing came for returns.
         returns = not news and not self._has_moved(container)
+        if returns:
+            self.returned.append(container)
         kept, result = dict(rest), []
         for key, value in before:
             partner = _take_partner(key, olds, news) if key in olds else None
@@ -9151,7 +9170,9 @@ class Guests:
                     del namespace[name]
             own = self._names.pop(id(namespace), None)
             if own is not None and not is_copy:
-                sys.modules.pop(own, None)
+                module = sys.modules.get(own)
+                if type(module) is _NamespaceModule and vars(module) is namespace:
+                    del sys.modules[own]      # else it is one that the program has put there
                 if namespace.get("__name__") == own:
                     del namespace["__name__"]
 

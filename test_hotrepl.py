@@ -7817,10 +7817,41 @@ class Scenarios(Workspace):
             "R = []\ndef reg(n):\n    return lambda f: f if R is not n else R\n@reg(2)\ndef f(): pass\nR.append(f)\n", ["m.R == [m.f]"]),
         "decorator that is taken away, and the function stays": (
             REG + "@reg\ndef f(): return 1\n", "f = m.f", REG + "def f(): return 2\n",
-            ["m.R == []", "m.f is f and f() == 2", "'f: it was taken out of what its old decorator had put it into' in report"]),
+            ["m.R == []", "m.f is f and f() == 2", "'f: it was taken out of what its old decorator can have put it into' in report"]),
         "decorator that is taken away where a statement registers as well": (
             REG + "@reg\ndef f(): return 1\nR.append(f)\n", "f = m.f", REG + "def f(): return 2\nR.append(f)\n",
             ["m.R == [f, f]", "'f: what its old decorator registered may be there still' in report"]),
+        "decorator that is taken away, and the class stays": (
+            REG + "@reg\nclass C: x = 1\n", "cls = m.C", REG + "class C: x = 1\n",
+            ["m.R == []", "m.C is cls", "'C: it was taken out of what its old decorator can have put it into' in report"]),
+        "decorator of a class that is taken away where a statement registers as well": (
+            REG + "@reg\nclass C: x = 1\nR.append(C)\n", "cls = m.C", REG + "class C: x = 1\nR.append(C)\n",
+            ["m.R == [cls, cls]", "'C: what its old decorator registered may be there still' in report", "'taken out' not in report"]),
+        "decorator that is taken away from a class whose method is registered": (
+            REG + "@reg\nclass C:\n    @reg\n    def a(self): pass\n@reg\ndef f(): pass\n", "f, cls = m.f, m.C",
+            REG + "class C:\n    @reg\n    def a(self): pass\n@reg\ndef f(): pass\n", ["m.R == [cls.a, f]", "m.C is cls"]),
+        "decorator that is taken away and has only wrapped": (
+            DECO + "@deco(1)\ndef f(): return 1\n", "f = m.f", DECO + "def f(): return 2\n", ["m.f() == f() == 2", "'taken out' not in report"]),
+        "decorator of a class that is taken away and has only looked": (
+            COUNT + "@count\nclass C: x = 1\n", "cls = m.C", COUNT + "class C: x = 2\n", ["m.C is cls and cls.x == 2", "'taken out' not in report"]),
+        "dataclass that is one no more": (
+            "import dataclasses\n@dataclasses.dataclass\nclass C:\n    x: int = 1\n", "", "class C:\n    x: int = 1\n",
+            ["'__init__' not in vars(m.C)", "'decorator registered' not in report"]),
+        "dataclass that goes": (
+            "import dataclasses\n@dataclasses.dataclass\nclass C:\n    x: int = 1\n", "", "import dataclasses\n",
+            ["not hasattr(m, 'C')", "'decorator' not in report"]),
+        "one of several decorators that is taken away": (
+            REG + DECO + "@reg\n@deco(1)\ndef f(): return 1\n", "", REG + DECO + "@deco(1)\ndef f(): return 2\n",
+            ["m.f() == (1, 2)", "report.count('f: what its old decorator registered may be there still') == 1"]),
+        "one of several decorators that is taken away and has only wrapped": (
+            REG + DECO + "@reg\n@deco(1)\ndef f(): return 1\n", "", REG + DECO + "@reg\ndef f(): return 2\n",
+            ["m.R == [m.f] and m.f() == 2", "'decorator' not in report"]),
+        "decorator in place of another": (
+            REG + COUNT + "@reg\ndef f(): return 1\n", "", REG + COUNT + "@count\ndef f(): return 2\n",
+            ["m.N == ['f'] and m.f() == 2", "report.count('f: what its old decorator registered may be there still') == 1"]),
+        "decorator of a class in place of another": (
+            REG + COUNT + "@reg\nclass C: x = 1\n", "", REG + COUNT + "@count\nclass C: x = 2\n",
+            ["m.N == ['C'] and m.C.x == 2", "report.count('C: what its old decorator registered may be there still') == 1"]),
         # Readers
         "body of what is in a registry that was copied": (
             ROUTES + "@routes.get('/a')\ndef a(): return 1\nTABLE = list(routes)\n", "",
@@ -7942,6 +7973,14 @@ class Scenarios(Workspace):
             ["(a, m.E.A) == (1, 2)", "report.count('stale') == 1"]),
         "class becomes a function": (
             "class C: pass\nclass D(C): pass\n", "c = m.C()", "def C(): return 1\nclass D: pass\n", ["m.C() == 1", "'function now (1 live)' in report"]),
+        "class that moves to another module": (
+            "# file: m.py\nclass C: x = 1\nclass D(C): pass\n", "c, d = m.C(), m.D()",
+            "# file: m.py\nfrom other import C\nclass D(C): pass\n# file: other.py\nclass C: x = 2\n",
+            ["type(c) is m.C", "c.x == d.x == 2", "'stale' not in report"]),
+        "class that moves to another module, and its objects can not": (
+            "# file: m.py\nclass C: pass\n", "c = m.C()",
+            "# file: m.py\nfrom other import C\n# file: other.py\nclass C: __slots__ = 'x'\n",
+            ["'stale: C: another class has its name now (1 live)' in report"]),
         "metaclass that makes something of an attribute": (
             META_NEW + "class C(metaclass=Meta): x = 1\n", "cls = m.C", META_NEW + "class C(metaclass=Meta): x = 2\n", ["m.C.double == 4", "m.C is cls"]),
         "metaclass that makes something of an attribute afterwards": (
@@ -10443,6 +10482,17 @@ class NamesOfTheProgram(Case):
         with Served(namespace) as served:
             served.paired().ask("doc = 5; fg = None; del bg")
         self.assertEqual(self.names(namespace), {"doc": 5, "fg": None})
+
+    def test_a_module_that_was_put_in_the_place_of_the_namespace_stays(self):
+        namespace = {}
+        module = types.ModuleType("theirs")
+        with Served(namespace):
+            name = namespace["__name__"]
+            self.assertIs(vars(sys.modules[name]), namespace)
+            sys.modules[name] = module
+            self.addCleanup(sys.modules.pop, name)
+        self.assertIs(sys.modules[name], module)
+        self.assertEqual(namespace, {})
 
     def test_two_servers_over_one_namespace_share_the_names(self):
         namespace = {}
