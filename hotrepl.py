@@ -906,7 +906,7 @@ class StreamRouter(Installed):
         """
         with self._lock:
             if self._users and not self.is_bound():
-                self._install()
+                self._put_in()
             for name in STREAM_NAMES:
                 if name in self.ours:
                     streams[name].bind(self.ours[name])
@@ -959,18 +959,23 @@ class StreamRouter(Installed):
         return _stand_ins(value)[-1].default if _stand_ins(value) else value
 
     def _install(self):
+        """Do nothing: who has acquired it binds a thread, which puts in what is missing."""
+
+    def _put_in(self):
         """Put a stand-in before whatever is in each place now, unless one of ours is there."""
+        missing = {}
         for module, name, own in self.PLACES:
             module = __import__(module)
             value = _without_retired(_standing(module, name))
             if self.ours.get(name) not in _stand_ins(value):
                 each = self._made.pop((name, id(value)), None) or (
                     ThreadFunction(value, own) if own else thread_stream(value))
-                self._made[name, id(value)] = each
+                self._made[name, id(value)] = missing[name] = each
                 if len(self._made) > 256:
                     del self._made[next(iter(self._made))]
-                self.ours = dict(self.ours, **{name: each})
                 setattr(module, name, each)
+        if missing:
+            self.ours = dict(self.ours, **missing)
 
     def _uninstall(self):
         self.ours = {}
@@ -983,7 +988,7 @@ class StreamRouter(Installed):
 
 def _standing(module, name):
     """Return what `module` has under `name`; where that was deleted, what it had at first."""
-    return getattr(module, name, getattr(module, "__%s__" % name, None))
+    return getattr(module, name if hasattr(module, name) else "__%s__" % name, None)
 
 
 def _without_retired(value):
@@ -2640,8 +2645,8 @@ class Outcome:
     One thread writes it: `state` last, so that whoever sees "done" sees the rest too.
     """
 
-    def __init__(self, state="running"):
-        self.state = state        # then "done"; "background": the input has become a job
+    def __init__(self):
+        self.state = "running"    # then "done"; "background": the input has become a job
         self.value = None         # what was returned, or displayed last
         self.exception = None     # or raised
         self.facts = {}           # texts of these and an exit status, for the Outcome command
@@ -11013,8 +11018,8 @@ class Session:
     def greet(self):
         """Send the first lines; they go out with the first prompt."""
         hello = "REPL session %d connected.\n%s" % (self.number, self.server.banner)
-        hidden = GUESTS.hidden(self.server.namespace)
-        if hidden and self.server.banner:
+        hidden = GUESTS.hidden(self.server.namespace) if self.server.banner else []
+        if hidden:
             hello += "The program has names of its own that hide tools: %s.\n" % ", ".join(hidden)
         self.connection.put(hello.encode("utf-8", "backslashreplace"))
 
@@ -11459,7 +11464,7 @@ class Evaluator(Job):
 
     def __init__(self, session, console=None):
         super().__init__(None)
-        self.result = Outcome("done" if console is None else "background")    # of the last input
+        self.result.state = "done" if console is None else "background"       # of the last input
         self.name = "hotrepl session %d" % session.number
         self.session = session
         self.interrupts = Interrupts()
