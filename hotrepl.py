@@ -94,6 +94,8 @@ the README. SPDX-License-Identifier: MIT; the text is at the end.
 # a program which starts a server and is never visited pays for none of it.
 
 import _imp
+import _signal as signal         # without the enums that signal.py makes of its numbers
+import _weakref as weakref       # the half that is written in C
 import atexit
 import builtins
 import collections
@@ -106,8 +108,6 @@ import keyword
 import operator
 import os
 import select
-import selectors
-import signal
 import socket
 import stat
 import struct
@@ -115,7 +115,6 @@ import sys
 import threading
 import time
 import types
-import weakref
 from _operator import _compare_digest as compare_digest   # hmac's, without OpenSSL
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -291,6 +290,23 @@ class OwnSocket(socket.socket):
 def is_own(sock):
     """Return False where `sock`, of whatever class, has a descriptor that is another file's now."""
     return not isinstance(sock, OwnSocket) or sock.is_own()
+
+
+def wait_for(readers, writers=(), timeout_s=None):
+    """Return those of the sockets that can be read or written, or are over; blocks.
+
+    As select.select(), which takes no descriptor above 1023.
+    """
+    if not hasattr(select, "poll"):       # Windows
+        return sum(select.select(readers, writers, [], timeout_s), [])
+    events = dict.fromkeys(readers, select.POLLIN)
+    for each in writers:
+        events[each] = events.get(each, 0) | select.POLLOUT
+    poll = select.poll()
+    for each, event in events.items():
+        poll.register(each, event)
+    found = {number for number, _ in poll.poll(timeout_s and timeout_s * 1000)}
+    return [each for each in events if each.fileno() in found]
 
 
 def entered(undo, context):
@@ -3251,7 +3267,7 @@ class _Hot:
         self.known = {}                 # module name -> _Known; each operation on it is atomic
         self.changes = []               # _Change, newest last; guarded by lock
         self.count = 0                  # of changes so far; guarded by lock
-        self.hooks = weakref.WeakKeyDictionary()   # class -> functions of on_reload()
+        self.hooks = {}                 # reference to a class -> functions of on_reload()
         self.module_count = 0           # how many were loaded when note_sources() looked last
         self.loaded_at = time.time()
 
@@ -5878,7 +5894,7 @@ class _Apply:
         """Call __reload__ of changed classes for each instance, of modules, and of on_reload."""
         hooked = {}
         for cls in [each for changed in self.classes.values() for each in _all_classes(changed[0])]:
-            functions = [f for base, some in list(HOT.hooks.items()) if base in cls.__mro__
+            functions = [f for base, some in list(HOT.hooks.items()) if base() in cls.__mro__
                          for f in some]
             if hasattr(cls, "__reload__"):
                 functions.append(type.__getattribute__(cls, "__reload__"))
@@ -5901,6 +5917,7 @@ class _Apply:
         So a registry that was filled anew holds the old object, once. A tuple is replaced by
         another one where a list, set or dict holds it.
         """
+        from weakref import KeyedRef
         moves = {id(pair[0]): pair for pair in _held_elsewhere(
             [pair for pair in self.folded.values() if pair[0] is not pair[1]])}
         if self.is_patch:
@@ -5910,8 +5927,8 @@ class _Apply:
         moves.update((id(old), (old, new)) for old, new, _ in self.moves)
         # Else a WeakValueDictionary would lose them.
         for new, old in list(moves.values()):
-            moves.update((id(ref), (ref, weakref.KeyedRef(old, ref.__callback__, ref.key)))
-                         for ref in weakref.getweakrefs(new) if type(ref) is weakref.KeyedRef)
+            moves.update((id(ref), (ref, KeyedRef(old, ref.__callback__, ref.key)))
+                         for ref in weakref.getweakrefs(new) if type(ref) is KeyedRef)
         sources = [source for source, _ in moves.values()]
         own = {id(source.__mro__) for source in sources if isinstance(source, type)}
         tuples = {}
@@ -7659,7 +7676,7 @@ def on_reload(cls, function):
     """
     if not _is(cls, type) or not callable(function):
         raise TypeError("expected a class and a function, not %r and %r" % (cls, function))
-    HOT.hooks.setdefault(cls, []).append(function)
+    HOT.hooks.setdefault(weakref.ref(cls, HOT.hooks.pop), []).append(function)
 
 
 def patch(old, new=None):
@@ -10371,7 +10388,7 @@ def _is_alive(note):
 
 # --- TLS: one thread carries the bytes between it and a plain socket ---
 # A TLS connection bears one thread at a time; what talks through the plain socket has several.
-# Each direction is a generator that yields what it has to wait for, a (socket, event), or None
+# Each direction is a generator that yields what it has to wait for, as wait_for() takes it, or None
 # once it has moved something: then it is the other one's turn.
 
 def carry(tls, inner):
@@ -10386,7 +10403,7 @@ def carry(tls, inner):
         for wait in _way(inner, tls):
             waits = [wait, next(inward, wait)]
             if None not in waits:
-                _wait(waits)
+                wait_for(*map(operator.add, *waits))
         inner.close()
         drain(tls)
 
@@ -10397,31 +10414,22 @@ def _way(source, target):
     data = None                   # received and not sent yet; b"" is the end
     with suppress(OSError):
         while data != b"":
-            sock, event = ((target, selectors.EVENT_WRITE) if data else
-                           (source, selectors.EVENT_READ))
+            sock = target if data else source
             try:
                 data = data[target.send(data):] or None if data else source.recv(RECEIVE_BYTES)
                 yield None
             except ssl.SSLWantReadError:
-                # TLS may want the other event.
-                yield sock, selectors.EVENT_READ
+                # TLS may want the other direction.
+                yield [sock], []
             except ssl.SSLWantWriteError:
-                yield sock, selectors.EVENT_WRITE
+                yield [], [sock]
             except BlockingIOError:
-                yield sock, event
+                yield ([], [sock]) if data else ([sock], [])
     with suppress(OSError, ValueError):
         # The other end may have gone without waiting for our goodbye.
         if hasattr(target, "unwrap"):
             target.unwrap()
     shut_down(target, socket.SHUT_WR)
-
-
-def _wait(waits):
-    """Block until one of the (socket, selectors' event) happens."""
-    with selectors.DefaultSelector() as selector:
-        for sock in {sock for sock, _ in waits}:
-            selector.register(sock, sum({event for each, event in waits if each is sock}))
-        selector.select()
 
 
 def drain(sock):
@@ -11301,10 +11309,8 @@ class Session:
         shield = self.evaluator.interrupts.shield     # no descriptor is to be lost on the way
         try:
             shield(self._make_wakers)
-            with _Selector() as selector:
-                selector.register(self._wakers[0], selectors.EVENT_READ)
-                selector.register(self.connection.sock, selectors.EVENT_READ)
-                return bool(selector.select(self.server.idle_timeout_s))
+            return bool(wait_for([self._wakers[0], self.connection.sock],
+                                 timeout_s=self.server.idle_timeout_s))
         except (OSError, ValueError):
             return True           # the connection was closed meanwhile: receive() tells
         finally:
@@ -11344,8 +11350,6 @@ class Session:
             self.connection.flush()
 
 
-# One without a descriptor, which the program could close.
-_Selector = getattr(selectors, "PollSelector", selectors.DefaultSelector)
 _audit = getattr(sys, "audit", None)
 
 
@@ -12464,12 +12468,9 @@ class Server:
             # Without it, check_peer() finds another way.
             netlink = entered(undo, open_netlink())
         waker, woken = [entered(undo, OwnSocket.adopt(each)) for each in socket.socketpair()]
-        selector = entered(undo, _Selector())
-        for sock, channel in zip([*listeners, woken], ("repl", "control", None)):
-            selector.register(sock, selectors.EVENT_READ, channel)
-        self._sockets = [each for each in (selector, waker, woken, netlink, *listeners)
-                         if each is not None]
-        thread = threading.Thread(target=self._accept, args=(selector, netlink),
+        self._sockets = [each for each in (waker, woken, netlink, *listeners) if each is not None]
+        channels = dict(zip([*listeners, woken], ("repl", "control", None)))
+        thread = threading.Thread(target=self._accept, args=(channels, netlink),
                                   name="hotrepl server", daemon=True)
         thread.start()
         undo.callback(_join, thread)
@@ -12481,23 +12482,23 @@ class Server:
         if waker.is_own():
             waker.send(b"!")
 
-    def _accept(self, selector, netlink):
+    def _accept(self, channels, netlink):
         """The server's thread: let in who comes, until the server stops."""
         # What to do once nobody has come for so long; start() is to return before all of it.
         ahead = [(0.001, note_program), (LOADING_DELAY_S, load_library)]
         while not self._is_stopped:
-            found = selector.select(ahead[0][0] if ahead else None)
+            found = wait_for(channels, timeout_s=ahead[0][0] if ahead else None)
             if not found:
                 # What it raises the next session finds too, and tells its client.
                 with suppress(Exception):
                     ahead.pop(0)[1]()
-            for key, _ in found:
-                if not key.fileobj.is_own():
+            for each in found:
+                if not each.is_own():
                     return log.warning("the program has closed the sockets of the server at %s",
                                        _join_address(self.address))
                 try:
-                    if key.data is not None:
-                        self._accept_one(key.fileobj, key.data, netlink)
+                    if channels[each] is not None:
+                        self._accept_one(each, channels[each], netlink)
                 except BaseException:
                     # Of a handler for the log, say. Without this thread nobody could come in.
                     with suppress(BaseException):
