@@ -12965,7 +12965,11 @@ REGISTRY = Registry()
 # How a connection comes about. `open_channels`: the way there (`_reach`, by ssh `tunnel`), the REPL
 # channel (`dial`, which asks the kernel whose server that is), the token if it is asked for, then
 # the control channel that the server names (`Link.meet`). All but the last are section 10's.
-
+#
+# What is done to the terminal is undone: by `kept_modes` around each line that is read, a secret
+# one too, and around the whole; and by Terminal's ExitStack (signals, readline's hooks, pastes).
+# Three things run beside the main thread's flow, all in the main thread: the handlers of SIGINT,
+# SIGTSTP and SIGWINCH, at any line; and readline, in C, which calls `Terminal._next_key`.
 class ServerGone(Exception):
     """The server closed the connection, or does not answer."""
 
@@ -12986,9 +12990,12 @@ KEPT_EVENTS, KEPT_BYTES = 100, 4 << 20    # of what came and is not shown yet; t
 class Link:
     """A session with a server: bytes and requests out, events in. For the main thread.
 
-    `events` holds (kind, bytes), as they came: "data"; "kind" (what the turn will be for), "turn";
-    "stream" (which the data is of from here on); "closed", the last. What is no part of the text
-    stands aside: `notes` and `is_ended`.
+    `events` holds (kind, bytes), as they came:
+        "kind"     what the turn will be for; "turn": it is there, the server waits
+        "stream"   of which kind the data is from here on
+        "data"     what was printed, and the prompt
+        "closed"   the last one
+    What is no part of the text stands aside: `notes` and `is_ended`.
     """
 
     BLOCKS = {NOTE_KIND: "note", TURN_KIND: "kind", CONTROL_KIND: "control"}
@@ -13014,13 +13021,14 @@ class Link:
             each.setblocking(False)
 
     def meet(self, call_control, is_known=False, streams=False):
-        """Have the server name its control channel, and connect to it: `call_control(port)` does.
+        """Have the server name its control channel, connect by `call_control(port)`, and pair.
 
         The second connection goes where the first says, and never carries the token: where one
-        was shown (`is_known`), a proof is. From then on the server marks its turns, and `streams`.
-        ServerGone, ProtocolError or OSError: it does not work out.
+        was shown (`is_known`), it shows a proof. From then on the server marks its turns, and with
+        `streams` its streams. ServerGone, ProtocolError or OSError: this fails.
         """
-        secret = os.urandom(16).hex()     # shows that both channels are ours
+        # By this the server knows that both channels are ours.
+        secret = os.urandom(16).hex()
         self.sock.setblocking(False)
         self.send(BEGIN + SECRET_KIND + secret.encode("ascii") + END + BEGIN + CONTROL_KIND + END)
         number, address = self._receive_hello()
@@ -13074,7 +13082,8 @@ class Link:
 
     def wake(self):
         """Have `wait` return; also from a signal's handler."""
-        with suppress(OSError):   # so many were not seen yet
+        with suppress(OSError):
+            # So many wakes were not seen yet that none is needed.
             self._wake.send(b"!")
 
     @contextmanager
@@ -13152,19 +13161,23 @@ class Link:
         return watched
 
     def _is_full(self):
+        """Return whether so much has come and is not shown that the server has to wait."""
         kept = [data for _, data in self.events] + list(self.notes)
         return len(kept) > KEPT_EVENTS or sum(map(len, kept)) > KEPT_BYTES
 
     def _send_text(self):
+        """Send of the REPL channel's text what the socket takes now."""
         data = self._text.popleft()
         try:
             data = data[self.sock.send(data):]
-        except OSError as exc:    # it is gone, which the next event tells, or takes nothing now
+        except OSError as exc:
+            # It is gone, which the next event tells; or it takes nothing just now.
             data = data if isinstance(exc, BlockingIOError) else b""
         if data:
             self._text.appendleft(data)
 
     def _receive(self):
+        """Take in what has come on the REPL channel: as events, or where it stands aside."""
         try:
             data = self.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -13187,6 +13200,7 @@ class Link:
             self.events.append(("closed", b""))
 
     def _send_requests(self):
+        """Send what was posted; each request is owed a reply then, in this order."""
         for request, use in take_all(self._unsent):
             self._owed.append(use)
             try:
@@ -13196,6 +13210,7 @@ class Link:
                 self._give_up(exc)
 
     def _receive_replies(self):
+        """Take in what has come on the control channel, each reply for the oldest request."""
         try:
             data = self.control.recv(RECEIVE_BYTES) or _gone("the control connection was closed")
             for reply in self._messages.feed(data):
@@ -13204,6 +13219,7 @@ class Link:
             self._give_up(exc)
 
     def _give_up(self, why):
+        """Do without the control channel from now on: whoever waits for a reply gets {}."""
         self.loss = self.loss or str(why)
         self.control.close()
         for use in take_all(self._owed):
@@ -13211,6 +13227,7 @@ class Link:
 
 
 def _gone(why):
+    """Raise ServerGone, where only an expression can stand."""
     raise ServerGone(why)
 
 
@@ -13266,7 +13283,8 @@ class Conversation:
                         _gone("it closed the connection")
                     self._answer(kind)
             except Left:
-                if self._state != "leaving":      # the shell's prompt is not to stand behind ^C
+                # The shell's prompt is not to stand behind ^C.
+                if self._state != "leaving":
                     with suppress(Left):
                         self.terminal.write(b"\n")
                 return 0
@@ -13277,12 +13295,15 @@ class Conversation:
                 return 1
 
     def _show(self, kind, data):
-        if kind == "kind" and self._state not in ("leaving", "in vain"):      # the prompt is next
+        """Take an event that is no turn: text is shown, unless it is to be dropped."""
+        if kind == "kind" and self._state not in ("leaving", "in vain"):
+            # The prompt comes next.
             self._state = "at work"
         elif kind == "data" and self._state != "dropping":
             self.terminal.show(data)
 
     def _pause(self, is_quiet):
+        """Do what is due before the link waits; return how long it may, None: for ever."""
         if is_quiet:
             self.terminal.show_held()
         if self._explain_at is not None and time.monotonic() >= self._explain_at:
@@ -13302,6 +13323,7 @@ class Conversation:
                             "no answer from the server: the process is stopped or very busy")
 
     def _let_leave(self, why):
+        """Say why nothing more can be done; the next Ctrl+C leaves."""
         self._state, self._explain_at = "in vain", None
         self._say("%s; Ctrl+C again leaves, the process goes on" % why)
 
@@ -13332,7 +13354,8 @@ class Conversation:
     def _answer(self, kind):
         """Send what the user answers to a turn for `kind`."""
         self.terminal.expect()
-        self._answers = []        # from here on it is asked: first of all, see on_interrupt
+        # From here on it is "asked"; first of all, see on_interrupt.
+        self._answers = []
         self._turn += 1
         if self._state == "leaving":
             raise Left
@@ -13351,7 +13374,8 @@ class Conversation:
             self._pressed_at = None
             if self._state == "in vain":
                 self._state = "at work"
-        elif self._pressed_at is None or ended - begun > HASTE_S:     # who thinks is in no haste
+        elif self._pressed_at is None or ended - begun > HASTE_S:
+            # Who thinks before Ctrl+C is in no haste.
             self._pressed_at = ended
         self._answers.append(data)
         if self._answers[0] is data:
@@ -13374,7 +13398,8 @@ class Conversation:
                     raise Left from exc
                 return END_OF_FILE if isinstance(exc, EOFError) else b""
         if kind in AT_PROMPT:
-            text = text if text.strip() else ""   # an empty line has no indentation
+            # An empty line has no indentation.
+            text = text if text.strip() else ""
             self._block += text.split("\n")
             if text:
                 self.terminal.remember("\n".join(self._block), kind == "continuation")
@@ -13390,7 +13415,8 @@ class Conversation:
 
     def on_ready(self):
         """While a line is edited: take in what came; ServerGone ends it."""
-        self.link.wait(0.0)       # events are for later: another's interrupt, say
+        # Events are for later: there may be another's interrupt in between.
+        self.link.wait(0.0)
         if self.link.is_closed:
             raise ServerGone("it closed the connection")
         self._show_notes()
@@ -13401,10 +13427,12 @@ class Conversation:
         A signal's handler.
         """
         if self._state == "leaving" or self._state == "in vain" and self._answers:
-            self._state = "at work"       # the next press finds us on the way out
+            # The next press finds us on the way out.
+            self._state = "at work"
             raise Left
         self._ahead.clear()
-        press = bytes(bytearray(INTERRUPT))       # no other: the next may come at any line here
+        # An object of its own: the next press may come at any line here.
+        press = bytes(bytearray(INTERRUPT))
         self._answers.append(press)
         is_answer = self._answers[0] is press
         if is_answer:
@@ -13414,7 +13442,8 @@ class Conversation:
         if self._state != "in vain":
             self._state = "dropping" if self._state in ("flooded", "dropping") else "urged"
         now = time.monotonic()
-        self._explain_at = self._explain_at or now + STUCK_AFTER_S    # the first press counts
+        # The first press counts.
+        self._explain_at = self._explain_at or now + STUCK_AFTER_S
         self._pressed_at = self._pressed_at or now
         return is_answer
 
@@ -13440,12 +13469,15 @@ class Conversation:
         return 0, [], None
 
     def _request(self, command, use, **fields):
+        """Send a request by which we see whether the server still hears us."""
         self._is_heard = False
         self.link.post(command, use, **fields)
 
     def _on_heard(self, reply):
+        """Take the reply to such a request, {} where the control channel is lost."""
         self._is_heard = bool(reply)
-        if reply and self._state == "in vain" and not self._is_in_vain():     # it was busy
+        if reply and self._state == "in vain" and not self._is_in_vain():
+            # The server was only busy.
             self._state, self._explain_at = "urged", time.monotonic()
         if not reply:
             self._tell_loss()
@@ -13454,15 +13486,18 @@ class Conversation:
                 self._explain_at = time.monotonic()
 
     def _tell_loss(self):
+        """Say once that the control channel is lost."""
         if not self._is_loss_told and not self.link.is_closed:
             self._is_loss_told = True
             self._say("the control connection is lost, and with it Tab and interrupts: %s"
                       % self.link.loss)
 
     def _say(self, text):
+        """Have a line of ours shown, as soon as notes are."""
         self.link.notes.append(("\nhotrepl: %s\n" % printable(text)).encode("utf-8", "replace"))
 
     def _show_notes(self):
+        """Show the server's notes, and lines of ours."""
         if self.link.notes:
             self.terminal.show_note(b"".join(take_all(self.link.notes)))
 
@@ -13470,7 +13505,8 @@ class Conversation:
 def _indentation(block):
     """Return what the next line of a statement begins with, after the lines `block`."""
     import tokenize
-    row, is_new = len(block), True    # where the last logical line begins
+    # The row where the last logical line begins, and whether the next token begins another.
+    row, is_new = len(block), True
     lines = iter([line + "\n" for line in block] + [""])
     try:
         for kind, _, (start, _), _, _ in tokenize.generate_tokens(lines.__next__):
@@ -13479,9 +13515,11 @@ def _indentation(block):
             elif is_new and kind in (tokenize.NAME, tokenize.OP, tokenize.STRING, tokenize.NUMBER):
                 row, is_new = start, False
     except (tokenize.TokenError, SyntaxError, StopIteration) as exc:
-        if "string" in str(exc):  # its lines are the user's
+        if "string" in str(exc):
+            # The lines of a long string are the user's.
             return ""
-        row = len(block)          # in brackets
+        # Within brackets.
+        row = len(block)
     first, last = (block[at - 1] for at in (row, len(block)))
     indent, last = first[:len(first) - len(first.lstrip())], last.partition("#")[0].rstrip()
     if last.endswith((":", "(", "[", "{")):
@@ -13521,7 +13559,8 @@ class Terminal:
 
     def __enter__(self):
         self._modes = entered(self._undo, kept_modes())
-        entered(self._undo, self.owner.link.signals(     # before it is shown that we connected
+        # Before it is shown that we are connected: from then on a user may press Ctrl+C.
+        entered(self._undo, self.owner.link.signals(
             SIGINT=self._on_interrupt, SIGTSTP=self._on_suspend, SIGWINCH=self._on_resize))
         return self
 
@@ -13543,7 +13582,8 @@ class Terminal:
         try:
             if hasattr(sys.stdout, "buffer"):
                 sys.stdout.buffer.write(data)
-            else:                 # IDLE's, a notebook's
+            else:
+                # That of IDLE or of a notebook.
                 sys.stdout.write(data.decode("utf-8", "replace"))
             sys.stdout.flush()
         except (OSError, ValueError) as exc:
@@ -13578,19 +13618,21 @@ class Terminal:
         self._line, self._is_line_open = b"", False
 
     def expect(self):
-        """From here on Ctrl+C can end what is read next."""
+        """Forget a Ctrl+C of before: from here on one ends what is read next."""
         self._ending = None
 
     def take_prompt(self):
         """Return what came since the last newline, for `read` to write: the prompt.
 
-        A line that is long it does not stand behind. A byte that is no text would become three.
+        Where the line is long already, the prompt begins another. Bytes that are no text are left
+        out: as text each would become three.
         """
         prompt, self.held = self.held, b""
         if self._is_line_open or len(self._line + prompt) > PROMPT_LIMIT_BYTES:
             self.end_line()
         if self._line:
-            self.write(b"\r")     # it is written again
+            # The prompt is written again.
+            self.write(b"\r")
         line, self._line = self._line + prompt, b""
         return line.rpartition(b"\r")[2].decode("utf-8", "ignore")
 
@@ -13605,11 +13647,13 @@ class Terminal:
 
     def show_above(self, data, begin=b"\n"):
         """Write lines above the one that is edited, and that line again."""
-        self.write((begin + data).replace(b"\n", b"\r\n"))    # the terminal may be raw
+        # The terminal may be raw.
+        self.write((begin + data).replace(b"\n", b"\r\n"))
         if self._call("rl_on_new_line", "rl_redisplay"):
             return
         line = b""
-        with suppress(Exception):     # there is no readline; PyPy's on a terminal it can't use
+        with suppress(Exception):
+            # There is no readline, or it is PyPy's on a terminal that it can't use.
             line = b"" if self._is_secret else _line_buffer()
         self.write(self._prompt.encode("utf-8", "surrogateescape") + line)
 
@@ -13617,7 +13661,8 @@ class Terminal:
         """Show a block that fills the screen again: readline leaves out the lines in its middle."""
         import shutil
         columns, lines = shutil.get_terminal_size()
-        columns = columns or 80   # 3.6 has 0 where the terminal was told no size
+        # 3.6 has 0 where the terminal was told no size.
+        columns = columns or 80
         if sum(1 + len(line) // columns for line in text.split("\n")) > lines > 1:
             self.write(("\033[H\033[J%s\n" % text).encode("utf-8", "surrogateescape"))
 
@@ -13634,7 +13679,8 @@ class Terminal:
             self._mark_pastes(False)
             edit = self._read_cooked if _has_modes() else self._read_alone
         try:
-            with kept_modes():   # Ctrl+C can be raised while a reader puts them back
+            # Once more than the readers do it: Ctrl+C can be raised while one puts them back.
+            with kept_modes():
                 self._is_reading = True
                 text = edit(prompt, begun)
                 if not (is_secret or self._takes_pastes or edit == self._read_alone):
@@ -13649,7 +13695,8 @@ class Terminal:
             raise
         finally:
             self._is_reading = False
-            self._mark_pastes(True)       # also what is pasted before the next prompt is one unit
+            # So what is pasted before the next prompt is one unit too.
+            self._mark_pastes(True)
         if not is_secret:
             self._show_tall((prompt + text).rstrip("\n"))
         return text
@@ -13669,7 +13716,8 @@ class Terminal:
         finally:
             readline.set_startup_hook(None)
         text = ctypes.string_at(line) if line else b""
-        self._library.rl_free(ctypes.c_void_p(line))      # its own: free() here may be another's
+        # Its own function: free() here may be that of another library.
+        self._library.rl_free(ctypes.c_void_p(line))
         return text.decode("utf-8", "surrogateescape")
 
     def _read_pypy(self, prompt, begun):
@@ -13703,7 +13751,8 @@ class Terminal:
         import getpass
         if self._ending is not None:
             raise self._ending
-        if sys.stdin is None:     # it was closed before we began
+        if sys.stdin is None:
+            # It was closed before we began.
             raise EOFError
         return getpass.getpass(prompt) if self._is_secret else input(_hide_escapes(prompt))
 
@@ -13725,7 +13774,8 @@ class Terminal:
                     misses -= 0 if data else 1
                 if misses == 0:
                     self._ending = EOFError()
-        except BaseException as exc:      # our caller can be readline, which is C
+        except BaseException as exc:
+            # Our caller can be readline, which is C.
             self._ending = exc
         # Ctrl+C right after a read: what was read is in all likelihood what it is to drop.
         return data if self._ending is None else b""
@@ -13733,18 +13783,22 @@ class Terminal:
     def _next_key(self):
         """Return the next byte that is typed into a line editor; b"": `_ending` says why none."""
         try:
-            if read_without_waiting():   # the line begins
+            if read_without_waiting():
+                # The line begins.
                 self._is_typed_ahead = bool(self._typed or select.select([0], [], [], 0)[0])
-        except Exception:         # termios.error: the terminal is gone; readline is C
+        except Exception:
+            # termios.error: the terminal is gone. Our caller can be readline, which is C.
             self._ending = EOFError()
         key = self._next_bytes(1)
-        if key == b"\0" and self._is_typed_ahead:     # Linux makes that of it in the other mode
+        if key == b"\0" and self._is_typed_ahead:
+            # Linux makes a NUL of a Ctrl+D that was typed in the other mode.
             key = CTRL_D
         self._is_typed_ahead = False
         if key == CTRL_D and not _line_buffer().strip():
             self._ending, key = EOFError(), b""
         if key in BACKSPACES and re.match(rb"(    )+\Z", _line_buffer()):
-            self._typed = key * 3 + self._typed       # it takes back a step of the indentation
+            # It takes back a step of the indentation.
+            self._typed = key * 3 + self._typed
         return key
 
     def _rest_of_paste(self):
@@ -13759,13 +13813,14 @@ class Terminal:
             if not piece:
                 break
             data += piece
-        data = data.replace(b"\r", b"\n").replace(b"\0", CTRL_D)     # see _next_key
+        # A NUL was a Ctrl+D, see _next_key.
+        data = data.replace(b"\r", b"\n").replace(b"\0", CTRL_D)
         lines, newline, self._typed = data.rpartition(b"\n")
         self.write(lines + newline)
         return (newline + lines).decode("utf-8", "surrogateescape")
 
     def _mark_pastes(self, is_on):
-        """Tell the terminal, where that can be done, whether to mark what is pasted."""
+        """Tell the terminal, where it understands that, whether to mark what is pasted."""
         if self._marks_pastes:
             with suppress(Left):
                 self.write(b"\033[?2004h" if is_on else b"\033[?2004l")
@@ -13773,6 +13828,8 @@ class Terminal:
     # Signals.
 
     def _on_interrupt(self, signum, frame):
+        """SIGINT's handler: what was typed before Ctrl+C is dropped, and a line ends that is read.
+        """
         self._typed = b""
         if self.owner.on_interrupt():
             self._ending = KeyboardInterrupt()
@@ -13780,19 +13837,22 @@ class Terminal:
                 raise self._ending
 
     def _on_resize(self, signum, frame):
+        """SIGWINCH's handler: tell the server and readline of the new size."""
         self.describe_to(self.owner.link.post)
         if self._is_reading:
             self._call("rl_resize_terminal")
 
     def _on_suspend(self, signum, frame):
-        """Stop, as any program does on Ctrl+Z; then show the line again that is being edited.
+        """SIGTSTP's handler. While a line is edited: stop, as any program does on Ctrl+Z.
 
-        The terminal is in readline's mode then, which not every shell takes back and gives again.
+        The terminal is in readline's mode then, which not every shell takes back and gives again:
+        so both are done here, and afterwards the line is shown again.
         """
         if not self._is_reading:
             return self.owner.on_suspend()
         import termios
-        if self._is_secret:       # else what follows reads it, and shows it
+        if self._is_secret:
+            # Else what follows us reads it, and shows it.
             termios.tcflush(0, termios.TCIFLUSH)
         with kept_modes():
             termios.tcsetattr(0, termios.TCSADRAIN, self._modes)
@@ -13800,7 +13860,8 @@ class Terminal:
             self._mark_pastes(False)
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTSTP)
             signal.signal(signal.SIGTSTP, before)
-        self._mark_pastes(True)           # shells end that
+        # The shell has told the terminal to mark no pastes.
+        self._mark_pastes(True)
         self.show_above(b"", begin=b"")
 
     # The line editors.
@@ -13816,7 +13877,8 @@ class Terminal:
         self._undo.callback(self._mark_pastes, False)
         self._history = _History(readline)
         readline.set_completer(_RemoteCompleter(self, readline).complete)
-        readline.set_completer_delims("")     # the word is the whole line: any replacement fits
+        # The word is the whole line: any replacement fits.
+        readline.set_completer_delims("")
         is_terminal = _has_modes() and os.isatty(1)
         if "libedit" in (readline.__doc__ or ""):
             readline.parse_and_bind("bind ^I rl_complete")
@@ -13842,26 +13904,31 @@ class Terminal:
             source = ctypes.c_void_p.in_dll(library, "rl_getc_function")
             library.readline.restype, library.rl_free.restype = ctypes.c_void_p, None
         except (ImportError, AttributeError, OSError, ValueError):
-            return                # some builds of Python
+            # Some builds of Python have it otherwise.
+            return
         self._give_key = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(self._key_for_gnu)
         self._undo.callback(setattr, source, "value", source.value)
         source.value = ctypes.cast(self._give_key, ctypes.c_void_p).value
         self._library, self._edit = library, self._read_gnu
-        self._variable("rl_catch_signals").value = 0      # as Python's input() has it
+        # As Python's input() has it.
+        self._variable("rl_catch_signals").value = 0
 
     def _key_for_gnu(self, stream):
+        """Return a key's code, as GNU readline's rl_getc_function; without one it ends the line."""
         key = self._next_key()
         if key:
             return key[0]
         done = self._variable("rl_done")
         was_done, done.value = done.value, 1
-        return -1 if was_done else 0      # -1: in the middle of a paste, which ends so
+        # -1 in the middle of a paste, which ends so.
+        return -1 if was_done else 0
 
     def _feed_pypy(self):
         """Have PyPy's line editor ask us for keys, where it can use the terminal."""
         try:
             console = sys.modules["pyrepl.readline"]._wrapper.get_reader().console
-        except Exception:         # it has one of its own for that
+        except Exception:
+            # It has a way of its own for such a terminal.
             return
         events = console.event_queue
 
@@ -13879,6 +13946,7 @@ class Terminal:
         self._edit = self._read_pypy
 
     def _variable(self, name):
+        """Return a variable of GNU readline's, an int in C."""
         import ctypes
         return ctypes.c_int.in_dll(self._library, name)
 
@@ -13888,7 +13956,8 @@ class Terminal:
             return False
         for call in calls:
             name, *arguments = (call,) if isinstance(call, str) else call
-            if hasattr(self._library, name):      # an old one
+            if hasattr(self._library, name):
+                # An old one lacks some.
                 getattr(self._library, name)(*arguments)
         return True
 
@@ -13900,7 +13969,11 @@ def _has_modes():
 
 @contextmanager
 def kept_modes():
-    """Yield the terminal's modes, None where it has none; afterwards they are as before."""
+    """Yield the terminal's modes, None where it has none; afterwards they are as before.
+
+    Around each line that is read, and around the whole conversation: so getpass, which turns the
+    echo off, leaves no trace, whatever ends it.
+    """
     if not _has_modes():
         yield None
         return
@@ -13914,16 +13987,18 @@ def kept_modes():
 
 
 def _line_buffer():
+    """Return the line that is being edited, as bytes."""
     line = sys.modules["readline"].get_line_buffer()
-    return line if isinstance(line, bytes) else line.encode("utf-8", "replace")   # PyPy: bytes
+    # PyPy has bytes.
+    return line if isinstance(line, bytes) else line.encode("utf-8", "replace")
 
 
 def read_without_waiting():
-    """Have a read of the terminal return what was typed, be it nothing, and Ctrl+C be a signal.
+    """Set the terminal so that a read returns at once, with what was typed or nothing.
 
-    Return whether that was not so before.
-    A line editor has set it up nearly so. But Ctrl+C, which drops what was typed, can come between
-    our looking and reading; and PyPy 7 would have it as a key.
+    Return whether it was otherwise before. A line editor has set it up nearly so. But Ctrl+C, which
+    drops what was typed, can come between our look and our read, which would then wait. And Ctrl+C
+    is to be a signal; PyPy 7 would have it as a key.
     """
     import termios
     before, modes = termios.tcgetattr(0), termios.tcgetattr(0)
@@ -13951,7 +14026,10 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=
 @contextmanager
 def open_channels(host, port, control_port, ssl_context=None, token=None, is_plain=False,
                   deadline=None, streams=False):
-    """Yield a Link to a server, past the door. OSError: it does not let us in, or not answer."""
+    """Yield a Link to a server that has let us in; the way is told in the section's head.
+
+    OSError: it does not let us in, does not answer, or may be another user's.
+    """
     way = _reach(host, port, control_port, deadline)
     with way as (address, locate_control, confirm), ExitStack() as undo:
         sock, owner = dial(address, ssl_context, is_plain, deadline)
@@ -14029,6 +14107,7 @@ class _RemoteCompleter:
         return self._matches[state] if state < len(self._matches) else None
 
     def _fetch(self, line):
+        """Return the lines that the completions make of `line`; a hint is shown above it."""
         if not line.strip():
             return [line + "    "]
         start, matches, hint = self._terminal.owner.complete(line)
@@ -14093,18 +14172,23 @@ class _History:
             self._offer(entry)
 
     def _offer(self, entry):
+        """Give readline an entry, for the up arrow, if it takes it."""
         # LC_ALL=C: Python reads UTF-8, readline can't keep it; PyPy's has errors of its own.
         with suppress(Exception):
             self._readline.add_history(entry)
 
     def _open(self, flags, mode):
+        """Open the file, which is for our eyes only from now on, even if it was not."""
         descriptor = open_own(self._path, flags)
-        if os.name == "posix":    # an older one, or a copy
-            with suppress(OSError):       # a disk without modes, or to read only
+        if os.name == "posix":
+            # The file may be an older one, or a copy.
+            with suppress(OSError):
+                # A disk may have no modes, or be there to read only.
                 os.fchmod(descriptor, 0o600)
         return open(descriptor, mode, encoding="utf-8")
 
     def _read(self):
+        """Return the last entries of the file, without those that only begin the next one."""
         import json
         try:
             with self._open(os.O_RDONLY, "r") as file:
@@ -14129,15 +14213,18 @@ def _hide_escapes(prompt):
 #   exec     find one or all, hold an Execution with each; one piece of code, or --stream's requests
 #   list     the notes that servers leave in the runtime folder, see `noted_servers`
 #
-# A new option is a line of _OPTIONS: argparse and --help have it from there.
-
+# A new option is a line of _OPTIONS: argparse and --help have it from there. Each subcommand is a
+# function of the parsed options that returns the exit code; a ValueError that it raises is the
+# user's mistake (2), an OSError what could not be done (1). All runs in the main thread. What exec
+# needs stands in a room of its own at the end.
 def main(argv=None):
     """Run the command line `argv`; return the exit code: 0, 1 for bind and connect, 2 for usage."""
     parser = make_parser()
     options, rest = parser.parse_known_args(argv)
     if any(re.match("-.", word) for word in rest) or rest and not hasattr(options, "words"):
         parser.error("unrecognized arguments: " + " ".join(rest))
-    elif rest:                    # argparse does not take words on both sides of an option
+    elif rest:
+        # argparse does not take words on both sides of an option.
         options.words += rest
     try:
         return options.run(options)
@@ -14153,8 +14240,10 @@ def main(argv=None):
 
 
 def make_parser():
+    """Return argparse's parser, made of _SUBCOMMANDS and _OPTIONS."""
     import argparse
-    columns = os.environ.get("COLUMNS", "")       # else argparse imports shutil, bz2, lzma and more
+    # Without a width argparse imports shutil, bz2, lzma and more.
+    columns = os.environ.get("COLUMNS", "")
     style = functools.partial(argparse.RawDescriptionHelpFormatter,
                               width=int(columns) - 2 if columns.isdigit() else 78)
     parser = argparse.ArgumentParser(
@@ -14162,7 +14251,8 @@ def make_parser():
         description="Talk to a running Python process, and change it.", epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version="hotrepl " + __version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.required = True      # 3.6 has no such argument
+    # 3.6 has no such argument.
+    commands.required = True
     by_name = {}
     for name, run, usage, purpose, description in _SUBCOMMANDS:
         by_name[name] = commands.add_parser(
@@ -14237,10 +14327,15 @@ program: serve an empty namespace until Ctrl+C. Options come before the program.
 
 
 def _serve(options):
+    """Run a program with a server in it, or a server alone; return the exit code.
+
+    The server is there before the program's first line, in a new __main__ that the program gets.
+    """
     words = (options.module or []) + options.script
     if options.module == [] and not words:
         return _misuse("serve -m needs the name of a module")
-    main_module = types.ModuleType("__main__")    # pickle and friends look names up in __main__
+    # pickle and others look names up in __main__.
+    main_module = types.ModuleType("__main__")
     vars(main_module)["__builtins__"] = builtins
     done = threading.Event()
     # What a shell's script starts by `serve &` has SIGINT ignored: Ctrl+C is not to end that.
@@ -14253,12 +14348,14 @@ def _serve(options):
     server = _start_server(options, main_module, done)
     pid = os.getpid()
     status = _run_program(load, vars(main_module), server)
-    if not options.keep or os.getpid() != pid:    # a child that the program forked is not kept
+    if not options.keep or os.getpid() != pid:
+        # A child that the program forked is not kept.
         if sys.version_info >= (3, 12):
             # At its end Python waits for the program's threads, and lets no new one start: nobody
             # could visit them. So wait here, by the same function.
             threading._shutdown()
-        return status             # the server is stopped by atexit
+        # The server is stopped by atexit.
+        return status
     _end_on_signals(done, ends)
     _say("%s has ended with exit status %d and is kept; %s ends it"
          % (words[0], status, "Ctrl+C" if signal.SIGINT in ends else "SIGTERM"))
@@ -14266,6 +14363,7 @@ def _serve(options):
 
 
 def _start_server(options, main_module, done):
+    """Start the server over the new __main__, and say where it is; it sets `done` when it stops."""
     sys.modules["__main__"] = main_module
     server = start(vars(main_module), options.bind, options.port, options.control_port,
                    unix=options.unix, token=options.token, insecure=options.insecure)
@@ -14288,6 +14386,7 @@ def _start_server(options, main_module, done):
 
 
 def _stay(server, done, status=0):
+    """Wait until `done` is set, by a signal or by halt(); then stop the server."""
     done.wait()
     server.stop()
     return status
@@ -14301,12 +14400,14 @@ def _end_on_signals(done, numbers):
         for number, handler in before.items():
             try:
                 signal.signal(number, handler)
-            except ValueError:    # PyPy: the thread that forked is not the main one
+            except ValueError:
+                # PyPy: the thread that forked is not the main one.
                 import ctypes
                 ctypes.CDLL(None).signal(int(number), 0)
         release()
 
-    if hasattr(os, "fork"):       # a signal for the child may come before it has these back
+    if hasattr(os, "fork"):
+        # A signal for the child may come before it has these back.
         hold, release = [functools.partial(signal.pthread_sigmask, how, before)
                          for how in (signal.SIG_BLOCK, signal.SIG_UNBLOCK)]
         at_fork(restore, hold, release)
@@ -14318,7 +14419,8 @@ def _prepare_script(words, main_module):
     source = _read_file(words[0])
     _set_first_path(os.path.dirname(os.path.realpath(words[0])))
     sys.argv = words
-    path = os.path.abspath(words[0])      # as 3.9 and later have it: right also after a chdir
+    # As 3.9 and later have it: right also after a chdir().
+    path = os.path.abspath(words[0])
     vars(main_module).update(__file__=path, __cached__=None,
                              __loader__=importlib.machinery.SourceFileLoader("__main__", path))
     return lambda: compile(source, path, "exec", 0, True)
@@ -14330,7 +14432,8 @@ def _prepare_module(words, main_module):
     _set_first_path(os.getcwd())
     sys.argv = words
 
-    def load():                   # imports the module's package: that is the program's code too
+    def load():
+        # It imports the module's package, which is the program's code too.
         try:
             _, spec, code_object = runpy._get_module_details(
                 words[0], _NoSuchModule)
@@ -14364,7 +14467,8 @@ def _run_program(load, namespace, server):
         _hide_our_frames(exc)
         server.keep_error(exc)
         status = _show_death(exc)
-    with suppress(AttributeError, OSError, ValueError):   # no stdout, or one that was closed
+    with suppress(AttributeError, OSError, ValueError):
+        # There is no stdout, or it was closed.
         sys.stdout.flush()
     return status
 
@@ -14373,12 +14477,14 @@ def _exit_status(code_or_text):
     """Return the status that sys.exit(`code_or_text`) stands for, having printed a text."""
     if code_or_text is None or isinstance(code_or_text, int):
         return int(code_or_text or 0)
-    with suppress(Exception):     # whatever its str() does
+    with suppress(Exception):
+        # Whatever its str() raises.
         print(code_or_text, file=sys.stderr or io.StringIO())
     return 1
 
 
 def _hide_our_frames(exc):
+    """Let the traceback of the program's exception begin with the program."""
     frames = exc.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == _serve.__code__.co_filename:
         frames = frames.tb_next
@@ -14387,13 +14493,15 @@ def _hide_our_frames(exc):
 
 def _show_death(exc):
     """Do what Python does for an uncaught exception; return the exit status."""
-    frames = exc.__traceback__    # on PyPy it is another once the hook has raised
+    # On PyPy they are others once the hook has raised.
+    frames = exc.__traceback__
     sys.last_type, sys.last_value, sys.last_traceback = type(exc), exc, frames
     if sys.version_info >= (3, 12):
         sys.last_exc = exc  # novm
     try:
         sys.excepthook(type(exc), exc, frames)
-    except SystemExit as own:     # the program's own hook
+    except SystemExit as own:
+        # Of the program's own hook.
         return _exit_status(own.code)
     except BaseException as own:
         _hide_our_frames(own)
@@ -14457,6 +14565,7 @@ answered by its objects up to {"exit": N}, whatever fails."""
 
 
 def _connect(options):
+    """Open a session in this terminal; or, where stdin is none, run what comes on it."""
     place = _find_server(options, options.host)
     if sys.stdin is None or sys.stdin.isatty():
         return connect(*place, *_credentials(options))
@@ -14471,11 +14580,13 @@ def _credentials(options):
 
 
 def _tls_context(options):
+    """Return the ssl.SSLContext that the options ask for, or None."""
     if not (options.tls or options.cafile or options.cert):
         return None
     import ssl
     for path in filter(None, (options.cafile, options.cert)):
-        _read_file(path)          # ssl does not say which it can't read
+        # ssl does not say which of them it can't read.
+        _read_file(path)
     try:
         context = ssl.create_default_context(cafile=options.cafile)
         if options.cert:
@@ -14487,6 +14598,7 @@ def _tls_context(options):
 
 
 def _exec(options):
+    """Check what belongs together, read the code, and have it run; return the exit code."""
     words, codes = list(options.words), options.codes or []
     path = words.pop() if words and not codes else None
     is_for_all = options.all or options.match is not None
@@ -14513,7 +14625,8 @@ def _placed(options, path, source):
     """Return (source, fields of the Place request) of code that stands in a module's file."""
     place = {name: getattr(options, name) for name in ("module", "file", "line")
              if getattr(options, name) is not None}
-    if not place:                 # its name is for tracebacks
+    if not place:
+        # The file's name is for tracebacks.
         return source, {"name": os.path.basename(path)} if path not in (None, "-") else {}
     if options.file or path not in (None, "-"):
         place["file"] = os.path.abspath(options.file or path)
@@ -14531,7 +14644,8 @@ def _definition_at(source, line):
         nodes = ast.parse(text).body
     except SyntaxError as exc:
         raise ValueError("line %s is no Python: %s" % (exc.lineno, exc.msg)) from exc
-    for node in nodes:            # what stands in the class at that line is added meanwhile
+    # What stands in the class at that line is added meanwhile.
+    for node in nodes:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             first = min(each.lineno for each in [node] + node.decorator_list)
             block = inspect.getblock(text.splitlines(True)[first - 1:])
@@ -14563,6 +14677,10 @@ def _exec_in(server, options, source, place, label="", **fields):
 
 
 def _exec_in_all(options, source, place):
+    """Run code in each server of the list that --match fits, one after the other.
+
+    Return 130 after Ctrl+C, which ends all of it; 1 if one failed, or there was none; else 0.
+    """
     codes = []
     for note in noted_servers():
         if (options.match or "") in _command(note) and 130 not in codes:
@@ -14580,6 +14698,7 @@ def _exec_in_all(options, source, place):
 
 
 def _list(options):
+    """Print the servers of this user, for people or as JSON."""
     import json
     notes = noted_servers()
     if options.json:
@@ -14618,6 +14737,7 @@ def _table(notes):
 
 
 def _command(note):
+    """Return the command line of a noted server's process, as one line."""
     return printable(" ".join(" ".join(note["argv"]).split()))
 
 
@@ -14677,6 +14797,7 @@ def _read_source(path):
 
 
 def _seconds(text):
+    """Return the number of an option in SECONDS, for argparse."""
     with suppress(ValueError):
         if 0 < float(text) <= threading.TIMEOUT_MAX:
             return float(text)
@@ -14695,6 +14816,7 @@ def _split_address(text, default_port):
 
 
 def _read_file(path, hint="", limit_bytes=-1):
+    """Return the bytes of a file that the user has named; ValueError says why it can't be read."""
     try:
         with open(path, "rb") as file:
             return file.read(limit_bytes)
@@ -14703,7 +14825,10 @@ def _read_file(path, hint="", limit_bytes=-1):
 
 
 def _read_token(path):
-    """Return the token in a file. Nothing else is: a link may lead to a secret of another kind."""
+    """Return the token in a file, which must hold one and nothing else.
+
+    The path may be a link to a secret of another kind, which is not to be sent.
+    """
     data = b""
     if os.path.isfile(path) or not os.path.exists(path):
         data = _read_file(path, limit_bytes=1024)
@@ -14715,14 +14840,17 @@ def _read_token(path):
 
 
 def _misuse(text):
+    """Say what is wrong with the command; return the exit code for that."""
     _say(text + "; see --help")
     return 2
 
 
 def _say(text):
+    """Say something to people, on stderr; nothing where that is closed or full."""
     stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
     raw = getattr(getattr(stderr, "buffer", None), "raw", None)
-    with suppress(OSError):       # /dev/full, say
+    with suppress(OSError):
+        # /dev/full, say.
         stderr.flush()
         # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
         if raw is None:
@@ -14733,14 +14861,21 @@ def _say(text):
 
 def _say_if_read(text):
     """Say it unless nobody reads just now: the thread that lets people in must not wait for it."""
-    with suppress(OSError, ValueError, TypeError):    # nothing that select() knows; no stderr
+    with suppress(OSError, ValueError, TypeError):
+        # Stderr is closed, or nothing that select() knows.
         if not select.select([], [sys.stderr], [], 0)[1]:
             return
     _say(text)
 
 
 # --- exec: pieces of code are run for a program, which holds a Link and no terminal ---
-
+#
+#     Execution.run   connect, if need be   open_channels, until the first prompt
+#                     Place, if need be     a request: file and line of what comes next
+#                     the code              one block; what is printed goes to the output
+#                     input()               is answered by end-of-file
+#                     the next prompt       Outcome, a request: value, exception, exit status
+#     output          PlainOutput, JsonOutput: write(kind, bytes) as it comes, finish(outcome, code)
 class Execution:
     """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
 
@@ -14789,7 +14924,8 @@ class Execution:
                 print("hotrepl: it has not ended; left it running there", file=sys.stderr)
             code = self._cause or 1
             self._end()
-        except ProtocolError as exc:      # it can't stand in that place
+        except ProtocolError as exc:
+            # The code can't stand in that place.
             outcome, code = self._say(exc, exc), 2
         except (OSError, ServerGone) as exc:
             # Without a time of ours it is the system's own, after which nobody answers.
@@ -14812,6 +14948,7 @@ class Execution:
         self._link.deadline = deadline
 
     def _end(self):
+        """Let go of the session; the next code begins another."""
         self._link = None
         self._undo.close()
 
@@ -14827,7 +14964,8 @@ class Execution:
             link.deadline = self._deadline + self.GRACE_S
         link.send(BEGIN + BLOCK_KIND + source + END)
         while self._until_turn() in IN_EVALUATION:
-            link.send(END_OF_FILE)        # there is nobody who could answer
+            # There is nobody who could answer.
+            link.send(END_OF_FILE)
         outcome = _ask_outcome(link)
         if link.is_closed:
             self._end()
@@ -14835,6 +14973,7 @@ class Execution:
         return outcome
 
     def _until_turn(self):
+        """Pass on what comes until the server waits for input; return what for, "": it is gone."""
         word = self._link.until_turn(self._pass_on, self._pause)
         self._turn += 1
         return word
@@ -14846,11 +14985,14 @@ class Execution:
         elif kind == "data" and self._turn:
             try:
                 self._output.write(self._stream, data)
-            except OSError as exc:        # whoever read our output has gone
+            except OSError as exc:
+                # Whoever read our output has gone.
                 raise Left from exc
 
     def _pause(self, is_quiet):
-        self._link.notes.clear()  # they are for people
+        """See to the time limit; return how long the link may wait, None: for ever."""
+        # They are for people.
+        self._link.notes.clear()
         if self._deadline is None:
             return time_left_s(self._link.deadline, None)
         if time.monotonic() >= self._deadline:
@@ -14862,12 +15004,14 @@ class Execution:
         return max(0.0, self._deadline - time.monotonic())
 
     def _on_interrupt(self, signum, frame):
+        """SIGINT's handler: the first Ctrl+C interrupts the code, the next leaves."""
         is_first, self._cause = not self._cause, self._cause or self.PRESSED
         if not is_first or not self._turn:
             raise Left
         self._interrupt()
 
     def _interrupt(self):
+        """Have the code interrupted that runs now, and none later."""
         self._link.post("KeyboardInterrupt", turn=self._turn, answered=True)
 
     def _say(self, text, exc):
@@ -14885,6 +15029,7 @@ def describe_exception(exc):
 
 
 def _ask_outcome(link):
+    """Return what the server says of the last input, checked; ServerGone: it makes no sense."""
     try:
         outcome = link.ask("Outcome").get("outcome")
         is_sound = type(outcome.get("exit", 0)) is int and isinstance(outcome.get("value", ""), str)
@@ -14900,16 +15045,18 @@ def _ask_outcome(link):
 
 
 def _exit_code(outcome):
-    if "exit" in outcome:         # what is no C int is 255, as sys.exit() has it
+    """Return what we exit with after such an outcome."""
+    if "exit" in outcome:
+        # What is no C int is 255, as sys.exit() has it.
         return outcome["exit"] if -1 << 31 <= outcome["exit"] < 1 << 31 else 255
     kind = outcome.get("exception", {"type": None})["type"]
     return {None: 0, "KeyboardInterrupt": 130}.get(kind, 1)
 
 
 class PlainOutput:
-    """Print what comes: to stdout and stderr as the code did, byte for byte.
+    """Prints what comes: to stdout and stderr as the code did, byte for byte.
 
-    With a `prefix` it comes in whole lines, each behind that.
+    With a `prefix`, only whole lines, each behind the prefix.
     """
 
     def __init__(self, prefix=""):
@@ -14938,14 +15085,15 @@ class PlainOutput:
 
 
 class JsonOutput:
-    """Print what comes as JSON objects, one a line; `fields` are in each.
+    """Prints what comes as JSON objects, one a line; `fields` are in each.
 
-    A text, or all that one execution prints to a stream, of over `max_chars` is cut.
+    A text of over `max_chars` is cut; so is all that one piece of code prints to a stream.
     """
 
     def __init__(self, max_chars=None, **fields):
         import codecs
-        decoder = codecs.getincrementaldecoder("utf-8")   # characters may come in pieces
+        # Characters may come in pieces.
+        decoder = codecs.getincrementaldecoder("utf-8")
         self._max_chars = sys.maxsize if max_chars is None else max_chars
         self._fields = fields
         self._printed = {"stdout": decoder(), "stderr": decoder()}
@@ -14965,7 +15113,8 @@ class JsonOutput:
         for name in self._printed:
             self._put_chunk(name, b"", is_last=True)
         texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
-        if "value" in outcome:    # in full where it was displayed, else it may be cut
+        if "value" in outcome:
+            # In full where it was displayed; else it may have been cut.
             self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
         if "exception" in outcome:
             traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
@@ -14973,11 +15122,16 @@ class JsonOutput:
         self._put(exit=code)
 
     def _put_cut(self, name, texts):
+        """Print an object of texts that are cut."""
         cut = {key: text[:self._max_chars] for key, text in texts.items()}
         self._put(**{name: cut if name == "exception" else cut[name]},
                   **{"truncated": True} if cut != texts else {})
 
     def _put_chunk(self, name, data, is_last=False):
+        """Print what has come of a stream: as text, as far as it ends with a whole character.
+
+        In base64 what is no UTF-8; nothing once a text of the stream was cut.
+        """
         decoder, left = self._printed[name], self._left[name]
         begun = decoder.getstate()[0]
         try:
@@ -14995,21 +15149,26 @@ class JsonOutput:
         self._put(stream=name, text=text)
 
     def _put(self, **fields):
+        """Print one object."""
         import json
         line = json.dumps(dict(self._fields, **fields)) + "\n"
         _write_out("stdout", line.encode("ascii"))
 
 
 def _write_out(name, data):
+    """Write bytes to our stdout or stderr at once; BrokenPipeError: nobody reads them."""
     stream = getattr(getattr(sys, name), "buffer", None)
-    if stream is None:            # it was closed before we began
+    if stream is None:
+        # It was closed before we began.
         return
     try:
-        while data:               # python -u: a signal can cut a write short
+        while data:
+            # With python -u a signal can cut a write short.
             data = data[stream.write(data):]
         stream.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())    # Python flushes at its exit
+        # Python flushes stdout at its exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise
 
 
