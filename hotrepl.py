@@ -9556,11 +9556,6 @@ NUMBERLESS = -1                   # a user who has no number in this user namesp
 _NOBODY = 65534                   # what a user namespace shows for all of these
 
 
-def owned_by(uid):
-    """Say whose something is that a user owns."""
-    return "a user's who has no number here" if uid == NUMBERLESS else "uid %d's" % uid
-
-
 class Peer:
     """Who is at the other end of a connection."""
 
@@ -9628,44 +9623,34 @@ def server_owner(sock, expected=None):
     `expected` is who it was when asked before: a process of root's may accept as another for a
     while.
     """
-    with suppress(Refused):
-        return _holder_by_now(sock, expected)
-    theirs = sock.getpeername()
-    # The tables also have what waits in a queue. What they have not was led elsewhere, by NAT.
-    if tcp_owner(theirs, sock.getsockname()) == (None, 0):
-        return None
-    listener = listener_at(theirs)
-    # Who called setuid() since accepts as another than who listens; root itself looks who it is.
-    is_to_be_seen = listener.uid == 0 and effective_uid() != 0
-    end = time.monotonic() + (0.5 if is_to_be_seen else 0.0)
+    theirs, listener = sock.getpeername(), None
+    # A look may take longer than that: there are always two.
+    is_late, end = False, time.monotonic() + 0.5
     while True:
-        with suppress(Refused):
-            # It was accepted meanwhile, and the listener may be gone.
-            return _holder_by_now(sock, expected)
-        if time.monotonic() >= end:
-            return holder_of(listener)
+        try:
+            peer = identify(sock)
+            uid = holder_of(peer, expected)
+            # What is accepted just now has an owner before a process has it.
+            if uid is not None or not peer.inode or is_late:
+                return uid
+        except Refused:
+            if listener is None:
+                # The tables have what waits in a queue; what they have not was led off, by NAT.
+                if tcp_owner(theirs, sock.getsockname()) == (None, 0):
+                    return None
+                listener = listener_at(theirs)
+                # It may be accepted by now, and the listener gone.
+                continue
+            # Who called setuid() since accepts as another than who listens; root looks who it is.
+            if is_late or listener.uid != 0 or effective_uid() == 0:
+                return holder_of(listener)
+        is_late = time.monotonic() > end
         time.sleep(0.01)
-
-
-def _holder_by_now(sock, expected):
-    """Return the holder_of of the other end; Refused: it is closed by now.
-
-    What is accepted just now has an owner before a process has it.
-    """
-    end = time.monotonic() + 0.2
-    # Not by the clock alone: where there are many processes each look takes long.
-    for tries in range(20):
-        peer = identify(sock)
-        uid = holder_of(peer, expected)
-        if uid is not None or not peer.inode or tries and time.monotonic() > end:
-            break
-        time.sleep(0.01)
-    return uid
 
 
 def listener_at(address):
     """Return as a Peer who listens at an address of this machine."""
-    uid, inode = tcp_owner(address, (_ANYBODY[len(_packed(address[0]))], 0))
+    uid, inode = tcp_owner(address, ANYBODY)
     return Peer("%s:%d" % address[:2], uid, inode=inode)
 
 
@@ -9714,21 +9699,14 @@ def _has_open(tasks, link):
             # This thread has ended.
             folder = os.open("%s/%s/fd" % (tasks, task), os.O_RDONLY)
             try:
-                if any(_is_link_to(name, folder, link) for name in os.listdir(folder)):
-                    return True
+                for name in os.listdir(folder):
+                    with suppress(OSError):
+                        # It was closed. By the folder's descriptor: a path takes twice as long.
+                        if os.readlink(name, dir_fd=folder) == link:
+                            return True
             finally:
                 os.close(folder)
     return False
-
-
-def _is_link_to(name, folder, link):
-    """Return whether a file in a folder, given by its descriptor, is a link that says `link`."""
-    try:
-        # By the folder's descriptor: a path would take twice as long.
-        return os.readlink(name, dir_fd=folder) == link
-    except OSError:
-        # It was closed.
-        return False
 
 
 def knows_local_peers():
@@ -9740,7 +9718,7 @@ def knows_local_peers():
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen(1)
-            return tcp_owner(listener.getsockname(), (_ANYBODY[4], 0))[0] is not None
+            return listener_at(listener.getsockname()).uid is not None
     except OSError:
         return False
 
@@ -9813,7 +9791,7 @@ _MAPPED = b"\0" * 10 + b"\xff\xff"        # in front of an IPv4 address in IPv6 
 # sending half), CLOSE_WAIT, CLOSING. SYN_SENT is not: that would be somebody's next connection.
 _LISTENING = 10
 _LIVE_STATES = (1, 4, 5, 8, 11, _LISTENING)
-_ANYBODY = {4: "0.0.0.0", 16: "::"}       # with port 0: what a listener is connected to
+ANYBODY = "::", 0                 # what a listener is connected to, of IPv4 too
 LOOPBACK = 1                      # the number of the device, always
 
 
@@ -9897,7 +9875,7 @@ def owner_by_procfs(theirs, ours):
     names = _proc_names(theirs), _proc_names(ours)
     if not ours[1]:
         # Whoever listens there may do so at all addresses.
-        for host in [host for size, host in _ANYBODY.items() if size >= len(_packed(theirs[0]))]:
+        for host in ["::", "0.0.0.0"] if len(_packed(theirs[0])) == 4 else ["::"]:
             names[0].extend(_proc_names((host, theirs[1])))
             names[1].extend(_proc_names((host, 0)))
     for table in "/proc/self/net/tcp", "/proc/self/net/tcp6":
@@ -10694,20 +10672,20 @@ def _check_owner(sock, where, is_vouched):
 
     Root may visit another user's, as it may do all else, and is told so.
     """
-    ours = effective_uid()
-    # None also behind a container's published port.
-    owner = server_owner(sock)
+    ours, owner = effective_uid(), server_owner(sock)
     if owner is None and not is_vouched:
+        # So it is behind a container's published port, too.
         raise PermissionError(errno.EACCES, "the system can't tell whose server is at %s, so "
                               "nothing was sent; come by --tls or ssh, or pass --plain to send "
                               "all, a token too, in clear text" % where)
-    # In a user namespace 0 is not root.
-    is_roots_right = ours == 0 and owner != NUMBERLESS
-    if owner not in (None, ours) and not (is_vouched or is_roots_right):
-        raise PermissionError(errno.EACCES, "the server at %s is %s, not yours, so "
-                              "nothing was sent; 'list' shows yours" % (where, owned_by(owner)))
     if owner not in (None, ours):
-        print("hotrepl: the server at %s is %s" % (where, owned_by(owner)), file=sys.stderr)
+        said = "the server at %s is %s" % (where, "uid %d's" % owner if owner != NUMBERLESS else
+                                           "a user's who has no number here")
+        # 0 in a user namespace is not root.
+        if not (is_vouched or ours == 0 and owner != NUMBERLESS):
+            raise PermissionError(errno.EACCES, said + ", not yours, so nothing was sent; 'list' "
+                                  "shows yours")
+        print("hotrepl: " + said, file=sys.stderr)
     return owner
 
 
@@ -10719,7 +10697,6 @@ def _encrypted(sock, ssl_context, where, deadline):
         tls = ssl_context.wrap_socket(sock, server_hostname=name)
     except (OSError, ValueError) as exc:
         # ssl.SSLError is an OSError.
-        sock.close()
         if deadline is not None and isinstance(exc, socket.timeout):
             raise
         raise ConnectionError(errno.EPROTO, "no TLS with %s: %s; the server must have an "
@@ -10738,12 +10715,9 @@ def show_token(sock, confirm_owner, tokens, deadline):
         print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
               "Ctrl+C gives up", file=sys.stderr)
     while True:
-        try:
+        begin = b""
+        with suppress(ConnectionError):       # it is closed
             begin = sock.recv(1, socket.MSG_PEEK)
-        except socket.timeout:
-            raise
-        except OSError:
-            begin = b""
         if not begin:
             raise ConnectionError(errno.ECONNREFUSED,
                                   "the server does not let us in; its log says why")
@@ -12722,18 +12696,13 @@ class Admission(threading.Thread):
         inner, outer = map(OwnSocket.adopt, socket.socketpair())
         try:
             self.server.take(self.channel, outer, self.peer, received)
-        except Refused:
-            # The client is told why, through TLS.
+        except BaseException:
             outer.close()
+            raise
+        finally:
+            # A client that is refused is told why, through TLS.
             _hold_sigpipe(True)
             carry(self.sock, inner)
-            raise
-        except BaseException:
-            inner.close()
-            outer.close()
-            raise
-        _hold_sigpipe(True)
-        carry(self.sock, inner)
 
 
 def _hold_sigpipe(is_held):
@@ -12835,28 +12804,28 @@ def at_fork(in_child, before=int, in_parent=int):
 def _listeners(bind, port, control_port, unix, door):
     """Yield the socket of the REPL channel, and then that of the control channel, as contexts."""
     if unix is None:
-        yield _listen_near(bind, port, "port", DEFAULT_PORT)
-        yield _listen_near(bind, control_port, "control_port", DEFAULT_CONTROL_PORT)
+        yield _listen(bind, port, "port", DEFAULT_PORT)
+        yield _listen(bind, control_port, "control_port", DEFAULT_CONTROL_PORT)
     else:
         path = os.path.abspath(os.fsdecode(unix))
         yield unix_listener(path, door.token_for_file())
         yield unix_listener(path + CONTROL_SUFFIX)
 
 
-def _listen_near(bind, port, parameter, default):
-    """As _listen. Where `port` is None, at `default`, or at a free port if that is taken."""
-    try:
-        return _listen(bind, default if port is None else port, parameter)
-    except OSError as exc:
-        if port is not None or exc.errno != errno.EADDRINUSE:
-            raise
-    sock = _listen(bind, 0, parameter)
-    log.warning("port %d is in use, took %d as %s", default, sock.getsockname()[1], parameter)
-    return sock
+def _listen(bind, port, parameter, default):
+    """Return a socket that listens; an OSError says what to do.
 
-
-def _listen(bind, port, parameter):
-    """Return a socket that listens; an OSError says what to do."""
+    Where `port` is None at `default`, or at a free one if that is taken.
+    """
+    if port is None:
+        try:
+            return _listen(bind, default, parameter, default)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+        sock = _listen(bind, 0, parameter, default)
+        log.warning("port %d is in use, took %d as %s", default, sock.getsockname()[1], parameter)
+        return sock
     if not isinstance(port, int) or not 0 <= port <= 65535:
         raise ValueError("%s is %r, expected a number from 0 to 65535" % (parameter, port))
     host = bind
@@ -12868,20 +12837,19 @@ def _listen(bind, port, parameter):
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as exc:
         raise OSError(exc.errno, "%r is no address to bind: %s" % (bind, exc.strerror)) from exc
-    with ExitStack() as undo:
-        sock = entered(undo, OwnSocket(family, kind, proto))
-        try:
-            if os.name == "posix":
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(address)
-            # A listener hands its options on to what it accepts.
-            _tune(sock)
-            sock.listen(BACKLOG)
-        except OSError as exc:
-            raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
-        sock.setblocking(False)
-        undo.pop_all()
-        return sock
+    sock = OwnSocket(family, kind, proto)
+    try:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        # A listener hands its options on to what it accepts.
+        _tune(sock)
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
+    sock.setblocking(False)
+    return sock
 
 
 def _write_note(server):
@@ -12914,14 +12882,13 @@ KEEPALIVE = [("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)]
 
 def _tune(sock):
     """Send at once (no Nagle), keep little on its way, and notice a peer whose machine is gone."""
-    if sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # What is in there no Ctrl+C can take back.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
-        for name, value in KEEPALIVE:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # What is in there no Ctrl+C can take back.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 18)
+    for name, value in KEEPALIVE:
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _join_address(address):

@@ -13618,7 +13618,7 @@ class PeerOverTcp(AccessParts):
 
     def test_whose_server_it_is_is_not_looked_for_again_and_again_where_that_takes_long(self):
         client, _ = self.connect(self.listen())
-        with unittest.mock.patch.object(hotrepl, "holder_of", side_effect=lambda peer, _=None: time.sleep(0.3)) as look:
+        with unittest.mock.patch.object(hotrepl, "holder_of", side_effect=lambda peer, _=None: time.sleep(0.6)) as look:
             self.assertIsNone(hotrepl.server_owner(client))
         self.assertEqual(look.call_count, 2)
 
