@@ -333,6 +333,20 @@ def is_python_function(value):
     return type(value) is types.FunctionType and type(value.__code__) is types.CodeType
 
 
+def say(text):
+    """Say something to people, on stderr; nothing where that is closed or full."""
+    stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
+    raw = getattr(getattr(stderr, "buffer", None), "raw", None)
+    with suppress(OSError):
+        # It can be /dev/full.
+        stderr.flush()
+        # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
+        if raw is None:
+            stderr.write(line)
+        else:
+            raw.write(line.encode(stderr.encoding, "backslashreplace"))
+
+
 def take_all(items):
     """Yield the items of a deque, taken from its left, until it is empty; others may take too."""
     while True:
@@ -9378,12 +9392,12 @@ class Door:
         if shown and CLIENT_PURPOSE not in _purposes(tls.getpeercert(True)):
             raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
 
-    def ask_token(self, sock, peer, is_control, check=None, timeout_s=ADMISSION_TIMEOUT_S):
+    def ask_token(self, sock, peer, is_control, proofs=(), timeout_s=ADMISSION_TIMEOUT_S):
         """Ask for the token; return the bytes that came after the right one. Blocks.
 
         The REPL channel asks in words, and each line is an attempt, so that netcat will do; on the
-        control channel the first request must be Authenticate. `check(candidate)` may know another
-        proof. Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
+        control channel the first request must be Authenticate. `proofs` pass for the token.
+        Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
         """
         take, first_bytes = (_take_message if is_control else _take_line), FirstBytes(is_control)
         deadline, room, data = time.monotonic() + timeout_s, TOKEN_LIMIT_BYTES, b""
@@ -9401,8 +9415,8 @@ class Door:
                     if refusal:
                         raise Refused(refusal, peer)
                     candidate, data = take(data + received)
-                is_right = self.check_guess(peer, "wrong token", check or self.check_token,
-                                            candidate)
+                is_right = self.check_guess(peer, "wrong token", self.check_token, candidate,
+                                            proofs)
                 if is_control:
                     sock.sendall(encode_message({"status": "ok"} if is_right else {
                         "status": "failed",
@@ -9433,11 +9447,8 @@ class Door:
             self.refuse(peer, reason)
         return is_right
 
-    def check_token(self, candidate, proofs=()):
-        """Return whether `candidate`, from the wire, is the token, in constant time.
-
-        Or one of the `proofs` that stand for it.
-        """
+    def check_token(self, candidate, proofs):
+        """Return whether `candidate`, from the wire, is the token or a proof, in constant time."""
         if isinstance(candidate, str):
             candidate = candidate.encode("utf-8", "replace")
         known = [self.token, *proofs] if self.token is not None else []
@@ -10206,16 +10217,12 @@ def _check_folder(path):
 
 def _is_private(info):
     """Return whether what `os.stat` says of a file or folder keeps all others out, but root."""
-    return _has_our_uid(info) and not (os.name == "posix" and info.st_mode & 0o077)
-
-
-def _has_our_uid(info):
-    """Return whether a file is ours; on Windows the folder of the user's profile sees to that."""
-    return os.name != "posix" or info.st_uid == effective_uid()
+    # Elsewhere the folder of the user's profile keeps others out.
+    return info.st_uid == effective_uid() and not (os.name == "posix" and info.st_mode & 0o077)
 
 
 def effective_uid():
-    """Return the effective uid of this process; 0 where the system has none."""
+    """Return the effective uid of this process; 0 where the system has none: files have it then."""
     return getattr(os, "geteuid", int)()
 
 
@@ -10238,7 +10245,7 @@ def open_own(path, flags=os.O_RDONLY):
     flags |= sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
     descriptor = os.open(path, flags, 0o600)
     info = os.fstat(descriptor)
-    if stat.S_ISREG(info.st_mode) and _has_our_uid(info) and info.st_nlink == 1:
+    if stat.S_ISREG(info.st_mode) and info.st_uid == effective_uid() and info.st_nlink == 1:
         return descriptor
     os.close(descriptor)
     raise PermissionError(errno.EPERM, "%s is no file of ours alone" % path)
@@ -10512,10 +10519,10 @@ def ssh_words(target, path, port, control_port, has_shell):
     words += ["-p", ssh_port] if ssh_port else []
     for ends in zip([path, path + CONTROL_SUFFIX], far_ends):
         words += ["-L", "%s:%s" % ends]
-    say = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
-                         _FIND_ROWS % (port, control_port))
+    code = _SAY_OWNERS % ("stat -c%u " + " ".join(map(shlex.quote, far_ends)) if far_path else
+                          _FIND_ROWS % (port, control_port))
     words += ["--", user + (literal or name)]
-    words += ["exec sh -c " + shlex.quote(say)] if has_shell else []
+    words += ["exec sh -c " + shlex.quote(code)] if has_shell else []
     return words, far_path
 
 
@@ -10603,8 +10610,8 @@ def tell_far_owner(target, whose):
     """
     is_known = whose not in (NO_SHELL, NOT_SAID)
     if whose:
-        print("hotrepl: the server at %s %s" % (target, "is uid %s's over there" % whose if is_known
-              else "may be any user's over there: nobody there told us"), file=sys.stderr)
+        say("the server at %s %s" % (target, "is uid %s's over there" % whose if is_known else
+                                     "may be any user's over there: nobody there told us"))
     return not (whose and is_known)
 
 
@@ -10685,7 +10692,7 @@ def _check_owner(sock, where, is_vouched):
         if not (is_vouched or ours == 0 and owner != NUMBERLESS):
             raise PermissionError(errno.EACCES, said + ", not yours, so nothing was sent; 'list' "
                                   "shows yours")
-        print("hotrepl: " + said, file=sys.stderr)
+        say(said)
     return owner
 
 
@@ -10712,8 +10719,7 @@ def show_token(sock, confirm_owner, tokens, deadline):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
     if time_left_s(deadline) > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
-        print("hotrepl: no answer so far; the server is busy, or this is not its REPL port. "
-              "Ctrl+C gives up", file=sys.stderr)
+        say("no answer so far; the server is busy, or this is not its REPL port. Ctrl+C gives up")
     while True:
         begin = b""
         with suppress(ConnectionError):       # it is closed
@@ -12393,10 +12399,6 @@ class Server:
         """Return the open Session of that number, or None."""
         return next((each for each in self.sessions() if each.number == number), None)
 
-    def check_proof(self, candidate):
-        """Return whether `candidate` is the token, or the proof of a session that is open."""
-        return self.door.check_token(candidate, [each.proof for each in self.sessions()])
-
     def take(self, channel, sock, peer, received=b""):
         """Begin what a connection is for, now that it may come in; `received` came already."""
         self.door.audit("accepted", channel=channel, peer=peer)
@@ -12404,8 +12406,11 @@ class Server:
             return self._start(self._enter(ControlConnection(self, sock, peer, received)))
         with self._lock:
             if len(self.sessions()) >= self.max_sessions:
-                _say_goodbye(sock, "no more than %d sessions are let in at once"
-                             % self.max_sessions)
+                # Nothing was sent there before: there is room, so that this does not block.
+                with suppress(OSError):
+                    sock.sendall(b"hotrepl: no more than %d sessions are let in at once\n"
+                                 % self.max_sessions, NO_SIGNAL)
+                    shut_down(sock, socket.SHUT_WR)
                 raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
             self._last_number += 1
             session = self._enter(
@@ -12646,8 +12651,9 @@ class Admission(threading.Thread):
                 door.shake_hands(self.sock, self.peer)
             received = b""
             if self.peer.needs_token:
-                check = self.server.check_proof if self.channel == "control" else door.check_token
-                received = door.ask_token(self.sock, self.peer, self.channel == "control", check)
+                is_control = self.channel == "control"
+                proofs = [each.proof for each in self.server.sessions()] if is_control else ()
+                received = door.ask_token(self.sock, self.peer, is_control, proofs)
             if not self._decision.acquire(False):
                 raise Refused(self._reason, self.peer)
             self._hand_over(received)
@@ -12713,14 +12719,6 @@ def _hold_sigpipe(is_held):
     if hasattr(signal, "pthread_sigmask"):
         how = signal.SIG_BLOCK if is_held else signal.SIG_UNBLOCK
         signal.pthread_sigmask(how, [signal.SIGPIPE])
-
-
-def _say_goodbye(sock, text):
-    """Tell a client why it is not let in."""
-    # Nothing was sent there before: there is room, so that this does not block.
-    with suppress(OSError):
-        sock.sendall(b"hotrepl: %s\n" % text.encode("ascii"), NO_SIGNAL)
-        shut_down(sock, socket.SHUT_WR)
 
 
 def stop():
@@ -13012,8 +13010,6 @@ class Link:
         """Return the session's number, and what is said of the control channel, once both came."""
         match, end = None, self.deadline or time.monotonic() + ANSWER_LIMIT_S
         while not (match and self._named is not None):
-            if self._is_full():
-                _gone("it says much and sends no first line")
             self.wait(time_left_s(end))
             text = b"".join(data for kind, data in self.events if kind == "data")
             match = re.match(rb"REPL session (\d{1,9}) connected\.\r?\n", text)
@@ -13258,7 +13254,7 @@ class Conversation:
             except (ProtocolError, ServerGone) as exc:
                 if self._state == "leaving" or self.link.is_ended:
                     return 0
-                print("hotrepl: the server is gone: %s" % exc, file=sys.stderr)
+                say("the server is gone: %s" % exc)
                 return 1
 
     def _show(self, kind, data):
@@ -14196,13 +14192,13 @@ def main(argv=None):
     try:
         return options.run(options)
     except OSError as exc:
-        _say(exc.strerror or str(exc))
+        say(exc.strerror or str(exc))
         return 1
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return 130
     except ValueError as exc:
-        _say(str(exc))
+        say(str(exc))
         return 2
 
 
@@ -14300,7 +14296,7 @@ def _serve(options):
     """
     words = (options.module or []) + options.script
     if options.module == [] and not words:
-        return _misuse("serve -m needs the name of a module")
+        raise ValueError("serve -m needs the name of a module; see --help")
     # pickle and others look names up in __main__.
     main_module = types.ModuleType("__main__")
     vars(main_module)["__builtins__"] = builtins
@@ -14324,8 +14320,8 @@ def _serve(options):
         # The server is stopped by atexit.
         return status
     _end_on_signals(done, ends)
-    _say("%s has ended with exit status %d and is kept; %s ends it"
-         % (words[0], status, "Ctrl+C" if signal.SIGINT in ends else "SIGTERM"))
+    say("%s has ended with exit status %d and is kept; %s ends it"
+        % (words[0], status, "Ctrl+C" if signal.SIGINT in ends else "SIGTERM"))
     return _stay(server, done, status)
 
 
@@ -14336,19 +14332,19 @@ def _start_server(options, main_module, done):
                    unix=options.unix, token=options.token, insecure=options.insecure)
     server.on_stop = done.set
     if server.address is None:
-        _say("HOTREPL_DISABLE is set: no server is started")
+        say("HOTREPL_DISABLE is set: no server is started")
         done.set()
         return server
     server.door.tell = _say_if_read
     if options.unix is None and options.port is None and server.address[1] != DEFAULT_PORT:
-        _say("port %d is in use, took a free one" % DEFAULT_PORT)
-    _say("listening on %s (REPL) and %s (control)"
-         % (_join_address(server.address), _join_address(server.control_address)))
-    _say("connect with: python %s connect %s%s"
-         % (os.path.basename(__file__), "" if options.unix is None else "unix:",
+        say("port %d is in use, took a free one" % DEFAULT_PORT)
+    say("listening on %s (REPL) and %s (control)"
+        % (_join_address(server.address), _join_address(server.control_address)))
+    say("connect with: python %s connect %s%s"
+        % (os.path.basename(__file__), "" if options.unix is None else "unix:",
             _join_address(server.address)))
     if server.door.token is not None:
-        _say("the token is in %s" % token_path(server.address))
+        say("the token is in %s" % token_path(server.address))
     return server
 
 
@@ -14570,14 +14566,14 @@ def _exec(options):
     path = words.pop() if words and not codes else None
     is_for_all = options.all or options.match is not None
     if not codes and path is None:
-        return _misuse("exec needs -c CODE, a FILE or -")
+        raise ValueError("exec needs -c CODE, a FILE or -; see --help")
     if len(codes) > 1:
-        return _misuse("-c is there twice, expected one CODE, of any number of lines")
+        raise ValueError("-c is there twice, expected one CODE, of any number of lines; see --help")
     if len(words) > (0 if is_for_all else 1):
-        return _misuse("exec takes one FILE or -c CODE, and one HOST without --all and --match; "
-                       "found also %r" % words[-1])
+        raise ValueError("exec takes one FILE or -c CODE, and one HOST without --all and --match; "
+                         "found also %r; see --help" % words[-1])
     if options.stream and (not options.json or path != "-" or is_for_all):
-        return _misuse("--stream goes with --json and -, without --all and --match")
+        raise ValueError("--stream goes with --json and -, without --all and --match; see --help")
     source, place = b"", {}
     if not options.stream:
         # In an ASCII locale what was typed has come as surrogates.
@@ -14654,7 +14650,7 @@ def _exec_in_all(options, source, place):
             codes.append(_exec_in(_place_of_note(note), options, source, place,
                                   "%d: " % note["pid"], pid=note["pid"]))
     if not codes:
-        _say("there is no such server; 'list' shows those there are")
+        say("there is no such server; 'list' shows those there are")
     if 130 in codes:
         code = 130
     else:
@@ -14676,7 +14672,7 @@ def _list(options):
     elif notes:
         sys.stdout.buffer.write(_table(notes))
     else:
-        _say("no server of yours is running here")
+        say("no server of yours is running here")
     return 0
 
 
@@ -14806,33 +14802,13 @@ def _read_token(path):
                          % path) from exc
 
 
-def _misuse(text):
-    """Say what is wrong with the command; return the exit code for that."""
-    _say(text + "; see --help")
-    return 2
-
-
-def _say(text):
-    """Say something to people, on stderr; nothing where that is closed or full."""
-    stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
-    raw = getattr(getattr(stderr, "buffer", None), "raw", None)
-    with suppress(OSError):
-        # /dev/full, say.
-        stderr.flush()
-        # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
-        if raw is None:
-            stderr.write(line)
-        else:
-            raw.write(line.encode(stderr.encoding, "backslashreplace"))
-
-
 def _say_if_read(text):
     """Say it unless nobody reads just now: the thread that lets people in must not wait for it."""
     with suppress(OSError, ValueError, TypeError):
         # Stderr is closed, or nothing that select() knows.
         if not select.select([], [sys.stderr], [], 0)[1]:
             return
-    _say(text)
+    say(text)
 
 
 # --- exec: pieces of code are run for a program, which holds a Link and no terminal ---
@@ -14888,7 +14864,7 @@ class Execution:
             code = self.LATE if self._cause == self.LATE else _exit_code(outcome)
         except Left:
             if self._cause and self._turn:
-                print("hotrepl: it has not ended; left it running there", file=sys.stderr)
+                say("it has not ended; left it running there")
             code = self._cause or 1
             self._end()
         except ProtocolError as exc:
@@ -14983,7 +14959,7 @@ class Execution:
 
     def _say(self, text, exc):
         """Say what went wrong; return it as an outcome."""
-        print("hotrepl: %s%s" % (self._label, text), file=sys.stderr)
+        say("%s%s" % (self._label, text))
         return {"exception": describe_exception(exc)}
 
 

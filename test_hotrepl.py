@@ -12831,7 +12831,7 @@ class Tokens(AccessCase):
         self.assertEqual(hotrepl.ADMISSION_TIMEOUT_S, 10)
         for function in (hotrepl.Door.ask_token, hotrepl.Door.shake_hands):
             self.assertEqual(function.__defaults__[-1], 10)
-        with unittest.mock.patch.object(hotrepl.Door.ask_token, "__defaults__", (None, 0.2)):
+        with unittest.mock.patch.object(hotrepl.Door.ask_token, "__defaults__", ((), 0.2)):
             wires = [self.stranger(), self.served.control()]
             for wire in wires:
                 self.assertEqual(wire.until_end(5), "")
