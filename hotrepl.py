@@ -51,21 +51,22 @@ CONTENTS, and where to look for what. A section uses only sections above it; 14 
      8. Hot patching          know, diff, apply, tell; an old function is given its new code by
                               _assign_code
      9. Session tools         the names a user finds at the prompt; frames, watch, editors' code
-    10. Access                who may come in: Door.check_peer, ask_token; who may not:
-                              Door.refuse; private files; TLS; whom
-                              a client talks to: dial
+    10. Access                who may come in: Door.check_peer and ask_token, which raise Refused;
+                              private files; TLS; whom a client talks to: dial
     11. Sessions              one console from hello to goodbye; values and exceptions are shown
                               by the Evaluator; pdb
     12. Control channel       answer commands, one method each: Complete, KeyboardInterrupt, ...
-    13. Server                start and stop as one transaction; fork
+    13. Server                start and stop as one transaction; a refused peer's connection is
+                              closed in Server._accept_one, or in Admission.run; fork
     14. Client                link, conversation, terminal; kept_modes puts the terminal back,
                               also after getpass
     15. Command line          argv -> exit code
 
 WORDS. A *session* is one client's conversation; a *peer* the process at its other end. It has a
 *REPL channel*, text, and may have a *control channel*, messages; who has both has *paired* them.
-An *evaluator* is the thread of a session; its *console* compiles; all share one *namespace*. A
-*turn* is a wait for input, announced by a *mark* to who asked for marks; a *prompt* is its text.
+An *evaluator* is the thread of a session; its *console* compiles what comes; all sessions share
+one *namespace*. A *turn* is a wait for input; its *prompt* is the text, its *mark* the bytes that
+announce it to a client that asked for marks. An *input* is what the client answers.
 An *evaluation* is the run of one input, and has an *outcome*; with its thread it can become a
 *job*. An *errand* is a call that another thread makes for a session, which waits. A *stand-in* is
 what the process has in place of sys.stdout and the like while a session is open. To *reload* is
@@ -89,7 +90,7 @@ the README. SPDX-License-Identifier: MIT; the text is at the end.
 """
 
 # === 1. Imports, version, exports ============================================
-# Only what start() needs. All else (argparse, ast, asyncio, code, ctypes, inspect, json,
+# What start() needs, and no more. All else (argparse, ast, asyncio, code, ctypes, inspect, json,
 # logging, readline, ssl, traceback, ...) is imported in the functions that use it, so that
 # a program which starts a server and is never visited pays for none of it.
 
@@ -6070,8 +6071,8 @@ class _Apply:
         for pair in edit.pairs if unseen else ():
             if pair.change == "value" and not pair.new.is_harmless and (
                     not _INDIRECT.isdisjoint(pair.new.code.co_names)):
-                self.report.notes.append("%s: what it had bound before and binds no more is still "
-                                         "there: which of %s, can't be told" % (
+                self.report.notes.append("%s: a name that it bound before, and does not any more, "
+                                         "is still there: which of %s, can't be told" % (
                                              pair.new.title, ", ".join(unseen)))
 
     def _report_stuck(self):
@@ -9339,8 +9340,8 @@ class Door:
         not get in.
         """
         if self.token is not None and lasting_uids() != {effective_uid()}:
-            raise PermissionError("a token would be a file of a user that this process is by "
-                                  "seteuid() only; call start() as who the process is")
+            raise PermissionError("the token's file would be that of uid %d, who this process is "
+                                  "by seteuid() only; call start() before that" % effective_uid())
         return self.token
 
     def check_peer(self, sock, netlink=None):
@@ -10334,7 +10335,7 @@ def _read_note(path):
             "namespaces": spaces.split(), "argv": argv, "address": _parse_place(address),
             "control_address": _parse_place(control_address)}
     if not 0 < note["started"] <= time.time() + 1e9:
-        raise ValueError("no time of this age")
+        raise ValueError("the time when it started is none")
     return note
 
 
@@ -10737,7 +10738,7 @@ def show_token(sock, confirm_owner, tokens, deadline):
         token = next(tokens, None)
         if token is None:
             raise PermissionError(errno.EACCES, "the server wants its token; pass --token-file or "
-                                  "set HOTREPL_TOKEN, its log or owner knows the file")
+                                  "set HOTREPL_TOKEN; its log or its owner can name the file")
         sock.sendall(token.encode("utf-8") + b"\n")
 
 
@@ -12411,7 +12412,8 @@ class Server:
                     sock.sendall(b"hotrepl: no more than %d sessions are let in at once\n"
                                  % self.max_sessions, NO_SIGNAL)
                     shut_down(sock, socket.SHUT_WR)
-                raise Refused("%d sessions are open; max_sessions" % self.max_sessions, peer)
+                raise Refused("%d sessions are open, which is max_sessions" % self.max_sessions,
+                              peer)
             self._last_number += 1
             session = self._enter(
                 Session(self, self._last_number, Connection(sock, received), peer))
