@@ -3123,13 +3123,21 @@ class Jobs(Case):
 
 # === 8. Hot patching =========================================================
 
+def raises(kind, function, *args):
+    """Return the exception of that kind that the call raises, or None."""
+    try:
+        function(*args)
+    except kind as exc:
+        return exc
+
+
 class Workspace(unittest.TestCase):
     """A folder on sys.path with modules to import, edit and reload.
 
     ROWS are small edits, a test each: the file, what is done then, the file as it is edited, and what must be true
     afterwards, where a statement runs. The edit may be a pair instead, what "@@" (or each % of the text) stands for
     before and after. Further names: the module `m`, the report, or the error, as the text `report` and the object
-    `told`, and what was done is known too. A text with several modules, in lines `# file: NAME`, is reloaded as a
+    `told`, again() for another edit, and what was done is known too. A text with several modules, in lines `# file: NAME`, is reloaded as a
     whole if the edited one is so too. Where the title says so, nobody knows what ran.
     """
 
@@ -3189,6 +3197,7 @@ class Workspace(unittest.TestCase):
 
     def check(self, before, state, after, musts, is_noted):
         """Test a row; what was done is held by a frame, as a program holds it."""
+        template = before
         if isinstance(after, tuple):
             before, after = [before.replace("@@", each) if isinstance(each, str) else before % each for each in after]
         for word, version in self.SINCE.items():
@@ -3200,7 +3209,8 @@ class Workspace(unittest.TestCase):
             self.edit(name, text)
         for name, text in zip(names, olds.values()):
             self.load(text, name.replace(".__init__", ""), is_noted)
-        space = dict(globals(), m=sys.modules["m"], stale=lambda *words: self.stale(space["told"], *words))
+        space = dict(globals(), m=sys.modules["m"], stale=lambda *words: self.stale(space["told"], *words),
+                     again=lambda text: self.again(template.replace("@@", text) if "@@" in template else text))
         exec("def hold():\n%s\n    yield" % textwrap.indent(textwrap.dedent(state).strip() or "pass", "    "), space)
         held = space["hold"]()
         next(held)
@@ -3314,6 +3324,11 @@ class OnlyWhatChangedRuns(Workspace):
             """, "error = m.Model.DoesNotExist", ("1", "2"), ["m.Model().m() == 2", "m.Model.DoesNotExist == error"]),
         "namesakes that change places and bodies": (
             "def f(%s=0): return %d\ndef f(%s=0): return %d\n", "", (("x", 1, "y", 2), ("y", 3, "x", 4)), ["m.f(x=1) == 4"]),
+        "same size edit within the same second is seen": (
+            "def f(): return 1\n", "", "def f(): return 2\n", ["m.f() == 2", "told = again('def f(): return 3\\n')", "m.f() == 3"]),
+        "else added behind an unchanged if takes effect": (
+            "A = []\nB = 0\nif B:\n    C = 1\n@@D = 3\n", "m.A.append(1)", ("", "else:\n    C = 2\n"),
+            ["m.A == [1]", "m.C == 2", "told = again('')", "m.A == [1]", "hasattr(m, 'D')"]),
     }
 
     @unittest.skipIf(IS_PYPY, "PyPy counts no references: all that is let go waits for its collector")
@@ -3405,13 +3420,6 @@ class OnlyWhatChangedRuns(Workspace):
         reload(m, everything=True)
         self.assertEqual(m.CACHE, {})
 
-    def test_same_size_edit_within_the_same_second_is_seen(self):
-        m = self.load("def f(): return 1\n")
-        self.again("def f(): return 2\n")
-        self.assertEqual(m.f(), 2)
-        self.again("def f(): return 3\n")
-        self.assertEqual(m.f(), 3)
-
     def test_statements_of_all_kinds_equal_the_cached_ones(self):
         text = """
             'doc'
@@ -3446,15 +3454,6 @@ class OnlyWhatChangedRuns(Workspace):
         report = self.again("# moved\n" + textwrap.dedent(text.replace("@@", "2")))
         self.assertEqual((report.changed, report.cant_tell, report.notes, m.RUNS),
                          ([], ["A is 1, the file says 2"], [], before))
-
-    def test_else_added_behind_an_unchanged_if_takes_effect(self):
-        text = "A = []\nB = 0\nif B:\n    C = 1\n%sD = 3\n"
-        m = self.load(text % "")
-        m.A.append(1)
-        self.again(text % "else:\n    C = 2\n")
-        self.assertEqual((m.A, m.C), ([1], 2))
-        self.again(text % "")
-        self.assertEqual((m.A, hasattr(m, "D")), ([1], True))
 
     def test_unknown_old_source_keeps_all_state_and_says_what_cannot_be_told(self):
         sys.dont_write_bytecode = True
@@ -4445,6 +4444,15 @@ class IdentityIsKept(Workspace):
             """, "held = m.f", ("1", "2"), ["held() == 2", "m.x[0] == 2"]),
         "name mangled attribute goes": (
             "class C:\n    @@ = 1\n", "", ("__a", "__b"), ["not hasattr(m.C, '_C__a')", "m.C._C__b == 1"]),
+        "combination of flags that is valid no longer goes": (
+            "import enum\nclass F(enum.Flag):\n    A = 1\n@@", "m.F.A | m.F.B", ("    B = 2\n", ""), ["raises(ValueError, m.F, 3)"]),
+        "abstract class keeps registered classes": (
+            "import abc\nclass A(abc.ABC):\n    @abc.abstractmethod\n    def m(self): pass\n@@", "m.A.register(int); b = m.B()",
+            ("class B(A):\n    def m(self): return 1\n", "    @abc.abstractmethod\n    def n(self): pass\nclass B(A):\n    def m(self): return 2\n    def n(self): return 3\n"),
+            ["b.m() == 2", "b.n() == 3", "isinstance(1, m.A)", "isinstance(b, m.A)", "raises(TypeError, type('X', (m.A,), {'m': None}))"]),
+        "method that is no longer abstract frees the subclasses": (
+            "import abc\nclass A(abc.ABC):\n    @@\n    def m(self): pass\nclass B(A): pass\n", "assert raises(TypeError, m.B)",
+            ("@abc.abstractmethod", "# free"), ["isinstance(m.B(), m.A)"]),
     }
 
     def change(self, template, old="1", new="2", **options):
@@ -4558,25 +4566,6 @@ class IdentityIsKept(Workspace):
             self.assertEqual((held[f.A | f.B], held[f(0)], both.m(), f.A in both), (3, 0, 3, True))
             self.assertEqual(((both | f.C).value, f.C in ~f.B), (7, True))
 
-    def test_combination_of_flags_that_is_valid_no_longer_goes(self):
-        m, change = self.change("import enum\nclass F(enum.Flag):\n    A = 1\n    @@ = 2\n", "B", "C")
-        m.F.A | m.F.B
-        self.again("import enum\nclass F(enum.Flag):\n    A = 1\n")
-        with self.assertRaises(ValueError):
-            m.F(3)
-
-    def test_abstract_class_keeps_registered_classes(self):
-        m = self.load("import abc\nclass A(abc.ABC):\n    @abc.abstractmethod\n    def m(self): pass\n"
-                      "class B(A):\n    def m(self): return 1\n")
-        m.A.register(int)
-        b = m.B()
-        self.again("import abc\nclass A(abc.ABC):\n    @abc.abstractmethod\n    def m(self): pass\n"
-                   "    @abc.abstractmethod\n    def n(self): pass\n"
-                   "class B(A):\n    def m(self): return 2\n    def n(self): return 3\n")
-        self.assertEqual((b.m(), b.n(), isinstance(1, m.A), isinstance(b, m.A)), (2, 3, True, True))
-        with self.assertRaises(TypeError):
-            type("X", (m.A,), {"m": None})()
-
     def test_subclass_hooks_are_asked_again(self):
         m, change = self.change("import abc\nclass A(abc.ABC):\n    @classmethod\n"
                                 "    def __subclasshook__(cls, c): return hasattr(c, 'run')\n"
@@ -4589,14 +4578,6 @@ class IdentityIsKept(Workspace):
                    "    def __subclasshook__(cls, c): return hasattr(c, 'run')\n"
                    "class C:\n    def run(self): pass\nclass D: pass\n")
         self.assertEqual((isinstance(c, m.A), issubclass(m.D, m.A)), (True, False))
-
-    def test_method_that_is_no_longer_abstract_frees_the_subclasses(self):
-        m, change = self.change("import abc\nclass A(abc.ABC):\n    @@\n    def m(self): pass\n"
-                                "class B(A): pass\n", "@abc.abstractmethod", "# free")
-        with self.assertRaises(TypeError):
-            m.B()
-        change()
-        self.assertIsInstance(m.B(), m.A)
 
     def test_running_coroutine_finishes_on_old_code(self):
         m, change = self.change("import asyncio\nasync def f():\n    await asyncio.sleep(0)\n    return @@\n")
@@ -4703,19 +4684,26 @@ class WhatGoesAndWhatStays(Workspace):
         "closures of unchanged factories get new lines": (
             "@@def make(n):\n    def inner():\n        return n\n    return inner\n", "inner = m.make(1)", ("", "\n\n"),
             ["inner() == 1", "inner.__code__.co_firstlineno == 4"]),
+        "docstring of a module taken away goes": (
+            "'doc'\nA = 1\n", "", "A = 1\n",
+            ["m.__doc__ is None", "told.removed == ['__doc__']", "repr(again('A = 1 \\n')) == 'nothing changed'"]),
+        "empty file takes all names away": (
+            "A = 1\ndef f(): pass\n", "", "",
+            ["told.removed == ['A', 'f']", "again('A = 2\\n').added == ['A']", "m.A == 2", "not hasattr(m, 'f')"]),
+        "instances have a hash again when eq goes": (
+            "class C:\n    def __eq__(self, other): return True\nclass D(C):\n    __hash__ = None\n"
+            "    def __eq__(self, other): return True\n", "c, d = m.C(), m.D(); assert raises(TypeError, hash, c)",
+            "class C: pass\nclass D(C):\n    __hash__ = None\n",
+            ["hash(c) == object.__hash__(c)", "raises(TypeError, hash, d)",
+             "told = again('class C: pass\\nclass D(C):\\n    __hash__ = None\\n    x = 1\\n')", "m.D.__hash__ is None"]),
+        "block that goes and may have bound a name anew is named": (
+            "X = []\nif not X:\n    X = [1]\nY = 2\n", "", "X = []\nY = 2\n",
+            ["m.X == [1]", "told.removed == ['if not X']", "str(told.stale[0].name) == 'if not X'",
+             "repr(again('X = []\\nY = 2\\n')) == 'nothing changed'"]),
+        "deleted definition stays deleted after a reload that fails": (
+            "def f(): return 1\n", "f = m.f; del m.f", "def f(): return 1\n1 / 0\n",
+            ["isinstance(told, ReloadError)", "not hasattr(m, 'f')", "f() == 1"]),
     }
-
-    def test_docstring_of_a_module_taken_away_goes(self):
-        m = self.load("'doc'\nA = 1\n")
-        report = self.again("A = 1\n")
-        self.assertEqual((m.__doc__, report.removed), (None, ["__doc__"]))
-        self.assertEqual(repr(self.again("A = 1 \n")), "nothing changed")
-
-    def test_empty_file_takes_all_names_away(self):
-        m = self.load("A = 1\ndef f(): pass\n")
-        self.assertEqual(self.again("").removed, ["A", "f"])
-        self.assertEqual(self.again("A = 2\n").added, ["A"])
-        self.assertEqual((m.A, hasattr(m, "f")), (2, False))
 
     def test_methods_and_class_attributes_no_longer_defined_go(self):
         for is_noted in (True, False):
@@ -4730,19 +4718,6 @@ class WhatGoesAndWhatStays(Workspace):
                 self.assertEqual(sorted(report.cant_tell), [
                     "C.D.y is not in the file", "C.put is not in the file", "C.x is not in the file"])
 
-    def test_instances_have_a_hash_again_when_eq_goes(self):
-        m = self.load("class C:\n    def __eq__(self, other): return True\nclass D(C):\n    __hash__ = None\n"
-                      "    def __eq__(self, other): return True\n")
-        c, d = m.C(), m.D()
-        with self.assertRaises(TypeError):
-            hash(c)
-        self.again("class C: pass\nclass D(C):\n    __hash__ = None\n")
-        self.assertEqual(hash(c), object.__hash__(c))
-        with self.assertRaises(TypeError):
-            hash(d)
-        self.again("class C: pass\nclass D(C):\n    __hash__ = None\n    x = 1\n")
-        self.assertIsNone(m.D.__hash__)
-
     def test_what_a_later_statement_had_bound_anew_counts_again_when_that_goes(self):
         before = ("RUNS = []\ndef wrap(f):\n    return lambda: (f(), 'wrapped')\ndef f(): return 1\nX = 0\n"
                   "class C:\n    x = 1\n    y = []\ndef g(): return 1\nimport os\n")
@@ -4755,13 +4730,6 @@ class WhatGoesAndWhatStays(Workspace):
                          (1, 1, 1, True, 0, True, 1, [1]))
         self.assertEqual((report.changed, report.removed, report.stale), (["f", "X", "C", "g"], [], []))
         self.assertEqual(repr(self.again(before)), "nothing changed")
-
-    def test_block_that_goes_and_may_have_bound_a_name_anew_is_named(self):
-        m = self.load("X = []\nif not X:\n    X = [1]\nY = 2\n")
-        report = self.again("X = []\nY = 2\n")
-        self.assertEqual((m.X, report.removed), ([1], ["if not X"]))
-        self.assertEqual(str(report.stale[0].name), "if not X")
-        self.assertEqual(repr(self.again("X = []\nY = 2\n")), "nothing changed")
 
     @unittest.skipIf(sys.version_info < (3, 8), "where a statement ends is known since 3.8")
     def test_statement_of_several_lines_is_named_by_all_of_them(self):
@@ -4806,14 +4774,6 @@ class WhatGoesAndWhatStays(Workspace):
         namesake = type("f", (), {"__module__": "m"})     # of an older module of this name
         self.assertEqual(str(reload(m)), "added: f\nnot run again: _ (f changed)")
         self.assertIsNot(m.f, namesake)
-
-    def test_deleted_definition_stays_deleted_after_a_reload_that_fails(self):
-        m = self.load("def f(): return 1\n")
-        f = m.f
-        del m.f
-        with self.assertRaises(ReloadError):
-            self.again("def f(): return 1\n1 / 0\n")
-        self.assertEqual((hasattr(m, "f"), f()), (False, 1))
 
     DECORATORS = textwrap.dedent("""
         def tagged(name):
@@ -4930,16 +4890,13 @@ class Stale(Workspace):
         "int enum member with another value is reported": (
             "import enum\nclass I(enum.IntEnum):\n    A = @@\n", "old = m.I.A", ("1", "2"),
             ["stale('I.A', 'mixed') == [1]", "m.I.A == 2", "int(old) == 1"]),
+        "changed slots are reported with live instances": (
+            "class C:\n    __slots__ = ('a',@@\n", "held = [m.C(), m.C()]",
+            (")\n    def m(self): return 1", " 'b')\n    def m(self): return 2"),
+            ["stale('C', '__slots__') == [2]", "pickle.loads(pickle.dumps(told)).stale == told.stale",
+             "re.search(r'(?m)^stale: C: .*__slots__.* \\(2 live\\)$', report)", "m.C().m() == 2", "held[0].m() == 2",
+             "type(held[0]) is not m.C"]),
     }
-
-    def test_changed_slots_are_reported_with_live_instances(self):
-        m = self.load("class C:\n    __slots__ = ('a',)\n    def m(self): return 1\n")
-        held = [m.C(), m.C()]
-        report = self.again("class C:\n    __slots__ = ('a', 'b')\n    def m(self): return 2\n")
-        self.assertStale(report, "C", "__slots__", 2)
-        self.assertEqual(pickle.loads(pickle.dumps(report)).stale, report.stale)
-        self.assertRegex(str(report), r"(?m)^stale: C: .*__slots__.* \(2 live\)$")
-        self.assertEqual((m.C().m(), held[0].m(), type(held[0]) is m.C), (2, 2, False))
 
     def run_until_entered(self, function, *args):
         """Let a thread run a function that enters and waits to leave; return what ends it."""
@@ -5154,6 +5111,14 @@ class DryRun(Workspace):
 
 class Modules(Workspace):
 
+    ROWS = {
+        "main guard of an imported module does not run": (
+            "A = 1\nif __name__ == '__main__':\n    A = 5\n", "", "A = 2\nif __name__ == '__main__':\n    A = 6\n", ["m.A == 2"]),
+        "set only if absent survives": (
+            "_servers = globals().setdefault('_servers', [])\ndef f(): return @@\n", "m._servers.append('running')", ("1", "2"),
+            ["reload(m, everything=True)", "m._servers == ['running']", "m.f() == 2"]),
+    }
+
     def test_package_and_submodule(self):
         os.mkdir(os.path.join(self.folder, "pkg"))
         self.edit("pkg.sub", "def f(): return 1\n")
@@ -5246,19 +5211,6 @@ class Modules(Workspace):
             if least:       # the text that the loop is of is not known
                 del lines[2]
             self.assertEqual(output.splitlines(), lines, least)
-
-    def test_main_guard_of_an_imported_module_does_not_run(self):
-        m = self.load("A = 1\nif __name__ == '__main__':\n    A = 5\n")
-        self.again("A = 2\nif __name__ == '__main__':\n    A = 6\n")
-        self.assertEqual(m.A, 2)
-
-    def test_set_only_if_absent_survives(self):
-        text = "_servers = globals().setdefault('_servers', [])\ndef f(): return %d\n"
-        m = self.load(text % 1)
-        m._servers.append("running")
-        self.again(text % 2)
-        reload(m, everything=True)
-        self.assertEqual((m._servers, m.f()), (["running"], 2))
 
     @once("slow")
     def test_reload_of_the_library_itself(self):
@@ -5364,6 +5316,11 @@ class Modules(Workspace):
 
 
 class Patch(Workspace):
+
+    ROWS = {
+        "reload takes the place of a patch": (
+            "def f(): return 1\n", "held = m.f; patch(m.f, lambda: 2)", "def f(): return 3\n", ["held() == 3", "m.f() == 3"]),
+    }
 
     def test_patched_function_behaves_like_the_new_one_everywhere(self):
         m = self.load("X = 1\ndef f(a, b=1): return a, b, X\n")
@@ -5565,15 +5522,35 @@ class Patch(Workspace):
             m.f().send(None)
         self.assertEqual(caught.exception.value, 2)
 
-    def test_reload_takes_the_place_of_a_patch(self):
-        m = self.load("def f(): return 1\n")
-        held = m.f
-        patch(m.f, lambda: 2)
-        self.again("def f(): return 3\n")
-        self.assertEqual((held(), m.f()), (3, 3))
-
 
 class History(Workspace):
+
+    ROWS = {
+        "undo leaves what the program has done since": (
+            "HOOKS = {}\ndef hook(f):\n    HOOKS[f.__name__] = f\n    return f\n@hook\ndef f(): pass\nX = @@", "",
+            ("1\n", "2\n@hook\ndef g(): pass\n"),
+            ["sorted(m.HOOKS) == ['f', 'g']", "m.HOOKS['mine'], m.X = 1, 7", "undo()", "sorted(m.HOOKS) == ['f', 'mine']", "m.X == 7"]),
+        "undo takes out of a list or set what the reload put there and no more": (
+            "L, S = [], set()\ndef hook(f):\n    L.append(f)\n    S.add(f)\n    return f\n@hook\ndef @@(): pass\n", "f = m.f", ("f", "g"),
+            ["m.L == [m.g]", "m.S == {m.g}", "m.L.append(1) is None", "undo()", "m.L == [f, 1]", "m.S == {f}", "m.f == f"]),
+        "failed reload leaves no change on record": (
+            "A = 1\n", "before = list(changes())", "A = 2\n1 / 0\n", ["isinstance(told, ReloadError)", "list(changes()) == before"]),
+        "undo puts back what a statement had set in another module": (
+            "# file: other.py\nSTATE = 1\ndef set(x):\n    global STATE\n    STATE = x\n# file: m.py\nimport other\n", "import other",
+            "import other\nother.set(2)\n", ["other.STATE == 2", "undo()", "other.STATE == 1"]),
+        "hook of a class is called for each live instance of it and below": (
+            "class C:\n    x = @@\n    def __reload__(self): self.seen = self.x\nclass D(C): pass\nclass Other:\n"
+            "    def __reload__(self): self.seen = 1\n", "c, d, other = m.C(), m.D(), m.Other()", ("1", "2"),
+            ["c.seen == 2", "d.seen == 2", "not hasattr(other, 'seen')"]),
+        "hook of a class is called when only a body changed": (
+            "class C:\n    def m(self): return @@\n    def __reload__(self): self.seen = self.m()\n", "c = m.C()", ("1", "2"),
+            ["c.seen == 2"]),
+        "hook of a module gets the previous values": (
+            "A = @@\ndef __reload__(old):\n    global SUM\n    SUM = old.A + A\n", "", ("1", "5"), ["m.SUM == 6"]),
+        "hook that fails undoes all": (
+            "X = @@\nclass C:\n    x = @@\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n", "c = m.C()", ("1", "2"),
+            ["re.search('ZeroDivisionError', str(told))", "m.X == 1", "m.C.x == 1", "vars(c) == {}"]),
+    }
 
     def test_undo_of_a_function_that_went_to_another_module_and_is_imported_from_there(self):
         one, two = self.load("A = 1\ndef f(): return 1\n", name="one"), self.load("A = 2\n", name="two")
@@ -5599,25 +5576,6 @@ class History(Workspace):
         reload(m)
         self.assertEqual((m.A, m.B, held(), c.y, c.m(), hasattr(m, "GONE")), (5, 6, 2, 2, 2, False))
 
-    def test_undo_leaves_what_the_program_has_done_since(self):
-        text = "HOOKS = {}\ndef hook(f):\n    HOOKS[f.__name__] = f\n    return f\n@hook\ndef f(): pass\nX = 1\n"
-        m = self.load(text)
-        self.again(text.replace("X = 1", "X = 2") + "@hook\ndef g(): pass\n")
-        self.assertEqual(sorted(m.HOOKS), ["f", "g"])
-        m.HOOKS["mine"], m.X = 1, 7
-        undo()
-        self.assertEqual((sorted(m.HOOKS), m.X), (["f", "mine"], 7))
-
-    def test_undo_takes_out_of_a_list_or_set_what_the_reload_put_there_and_no_more(self):
-        text = "L, S = [], set()\ndef hook(f):\n    L.append(f)\n    S.add(f)\n    return f\n@hook\ndef f(): pass\n"
-        m = self.load(text)
-        f = m.f
-        self.again(text.replace("@hook\ndef f(): pass\n", "@hook\ndef g(): pass\n"))
-        self.assertEqual((m.L, m.S), ([m.g], {m.g}))
-        m.L.append(1)
-        undo()
-        self.assertEqual((m.L, m.S, m.f), ([f, 1], {f}, f))
-
     def test_changes_are_listed_with_number_time_thread_and_names(self):
         m = self.load("def f(): return 1\ndef g(): return 1\n")
         self.again("def f(): return 2\ndef g(): return 1\n")
@@ -5640,21 +5598,6 @@ class History(Workspace):
         with self.assertRaisesRegex(ReloadError, "take that back first: .* patch f"):
             undo(number)
         self.assertEqual(m.f(), 3)
-
-    def test_failed_reload_leaves_no_change_on_record(self):
-        self.load("A = 1\n")
-        before = list(changes())
-        with self.assertRaises(ReloadError):
-            self.again("A = 2\n1 / 0\n")
-        self.assertEqual(list(changes()), before)
-
-    def test_undo_puts_back_what_a_statement_had_set_in_another_module(self):
-        other = self.load("STATE = 1\ndef set(x):\n    global STATE\n    STATE = x\n", "other")
-        self.load("import other\n")
-        self.again("import other\nother.set(2)\n")
-        self.assertEqual(other.STATE, 2)
-        undo()
-        self.assertEqual(other.STATE, 1)
 
     def test_reload_that_changes_nothing_is_not_on_record(self):
         self.load("A = 1\n")
@@ -5687,27 +5630,6 @@ class History(Workspace):
         with self.assertRaisesRegex(ValueError, "is not patched"):
             unpatch(m.f)
 
-    def test_hook_of_a_class_is_called_for_each_live_instance_of_it_and_below(self):
-        text = ("class C:\n    x = %d\n    def __reload__(self): self.seen = self.x\nclass D(C): pass\n"
-                "class Other:\n    def __reload__(self): self.seen = 1\n")
-        m = self.load(text % 1)
-        c, d, other = m.C(), m.D(), m.Other()
-        self.again(text % 2)
-        self.assertEqual((c.seen, d.seen, hasattr(other, "seen")), (2, 2, False))
-
-    def test_hook_of_a_class_is_called_when_only_a_body_changed(self):
-        text = "class C:\n    def m(self): return %d\n    def __reload__(self): self.seen = self.m()\n"
-        m = self.load(text % 1)
-        c = m.C()
-        self.again(text % 2)
-        self.assertEqual(c.seen, 2)
-
-    def test_hook_of_a_module_gets_the_previous_values(self):
-        text = "A = %d\ndef __reload__(old):\n    global SUM\n    SUM = old.A + A\n"
-        m = self.load(text % 1)
-        self.again(text % 5)
-        self.assertEqual(m.SUM, 6)
-
     def test_on_reload_is_for_classes_of_others(self):
         m = self.load("class C:\n    x = 1\n")
         c, seen = m.C(), []
@@ -5734,14 +5656,6 @@ class History(Workspace):
         exec(compile("def f(): return 5\n", "<input>", "exec"), vars(m))
         hotrepl.unpatch(m.f)
         self.assertEqual((m.f(), m.f.cache_info().misses), (1, 1))
-
-    def test_hook_that_fails_undoes_all(self):
-        text = "X = %d\nclass C:\n    x = %d\n    def __reload__(self):\n        self.y = 1\n        1 / 0\n"
-        m = self.load(text % (1, 1))
-        c = m.C()
-        with self.assertRaisesRegex(ReloadError, "ZeroDivisionError"):
-            self.again(text % (2, 2))
-        self.assertEqual((m.X, m.C.x, vars(c)), (1, 1, {}))
 
 
 class Diff(unittest.TestCase):
@@ -6261,6 +6175,20 @@ class RealPrograms(Workspace):
              "held is m.E.c or re.search('stale.*\\\\bb\\\\b', report)"]),
         "name that the file deletes does not come back": (
             "tmp = 1\nX = tmp * @@\ndel tmp\n", "", ("2", "3"), ["m.X == 3", "not hasattr(m, 'tmp')"]),
+        "failed reload puts back what a name leads to that it imported": (
+            "# file: reg.py\nR = {}\ndef reg(f):\n    R[f.__name__] = f\n    return f\n# file: m.py\nx = 1\n", "",
+            "x = 1\nfrom reg import reg\n@reg\ndef g(): pass\n1 / 0\n", ["isinstance(told, ReloadError)", "sys.modules['reg'].R == {}"]),
+        "class that stays a class is not said to become one": (
+            "import enum, typing, collections\nclass C:\n    x = @@\nclass E(enum.Enum):\n    a = @@\nclass N(typing.NamedTuple):\n"
+            "    a: int = @@\n", "", ("1", "2"),
+            ["not re.search(r'is a class now|\\(0 live\\)', report)", "m.C.x == 2", "m.E.a.value == 2", "m.N().a == 2"]),
+        "instances get literals of the new init and the rest is named": (
+            "class Group:\n    def __init__(self):\n        self.a = 1\n%s    def m(self): return %s\n",
+            "groups = [m.Group() for _ in range(3)]",
+            (("", 1), ("        self._help = None\n        self.seen = set()\n        self.made = list(range(3))\n", "self._help")),
+            ["[group.m() for group in groups] == [None] * 3",
+             "[(group.seen, group.seen is groups[0].seen) for group in groups[1:]] == [(set(), False)] * 2",
+             "re.search(r'3 live.*\\bmade\\b|\\bmade\\b.*3 live', report)"]),
     }
 
     # What runs
@@ -6634,13 +6562,6 @@ class RealPrograms(Workspace):
 
     # What is put back
 
-    def test_failed_reload_puts_back_what_a_name_leads_to_that_it_imported(self):
-        self.load("R = {}\ndef reg(f):\n    R[f.__name__] = f\n    return f\n", "reg")
-        self.load("x = 1\n")
-        with self.assertRaises(ReloadError):
-            self.again("x = 1\nfrom reg import reg\n@reg\ndef g(): pass\n1 / 0\n")
-        self.assertEqual(sys.modules["reg"].R, {})
-
     def test_failed_reload_puts_back_the_process(self):
         other = self.load("V = 1\nL = []\n", "other")
         self.load("import os, sys, other\nx = 1\n")
@@ -6666,13 +6587,6 @@ class RealPrograms(Workspace):
         self.assertEqual(m.A, 1)
         self.assertNotIn("nothing changed", repr(report))
 
-    def test_class_that_stays_a_class_is_not_said_to_become_one(self):
-        text = "import enum, typing, collections\nclass C:\n    x = %d\nclass E(enum.Enum):\n    a = %d\nclass N(typing.NamedTuple):\n    a: int = %d\n"
-        m = self.load(text % (1, 1, 1))
-        report = self.again(text % (2, 2, 2))
-        self.assertNotRegex(repr(report), r"is a class now|\(0 live\)")
-        self.assertEqual((m.C.x, m.E.a.value, m.N().a), (2, 2, 2))
-
     def test_code_that_ran_for_a_class_and_changed_is_named(self):
         for text in ("class M(type):\n    def __new__(meta, *args):\n        x = %d\n        return type.__new__(meta, *args)\nclass C(metaclass=M): pass\n",
                      "class B:\n    def __init_subclass__(cls):\n        cls.x = %d\nclass C(B): pass\n",
@@ -6692,16 +6606,6 @@ class RealPrograms(Workspace):
         if means != (True, True, False):
             self.assertRegex(repr(report), r"stale.*\bP\b")
         self.assertTrue(single is m.P.WRITE or re.search(r"stale.*WRITE", repr(report)), report)
-
-    def test_instances_get_literals_of_the_new_init_and_the_rest_is_named(self):
-        text = "class Group:\n    def __init__(self):\n        self.a = 1\n%s    def m(self): return %s\n"
-        m = self.load(text % ("", 1))
-        groups = [m.Group() for _ in range(3)]
-        report = self.again(text % ("        self._help = None\n        self.seen = set()\n"
-                                    "        self.made = list(range(3))\n", "self._help"))
-        self.assertEqual([group.m() for group in groups], [None] * 3, report)
-        self.assertEqual([(group.seen, group.seen is groups[0].seen) for group in groups[1:]], [(set(), False)] * 2)
-        self.assertRegex(repr(report), r"3 live.*\bmade\b|\bmade\b.*3 live")
 
     # What was typed
 
