@@ -348,6 +348,16 @@ def say(text):
             raw.write(line.encode(stderr.encoding, "backslashreplace"))
 
 
+def process_mark(pid):
+    """Return a text that tells the process `pid` from a later one of that number; "": unknown."""
+    try:
+        with open("/proc/%d/stat" % pid, "rb", 0) as file:
+            # When it began, in ticks, see proc(5). Before that stands its name, any bytes.
+            return file.read().rpartition(b")")[2].split()[19].decode()
+    except OSError:
+        return ""
+
+
 def take_all(items):
     """Yield the items of a deque, taken from its left, until it is empty; others may take too."""
     while True:
@@ -3453,8 +3463,7 @@ def _stamp(path):
 def _process_start():
     """Return when this process began, in seconds as time.time() has them."""
     try:
-        with open("/proc/self/stat") as file:
-            ticks = int(file.read().rpartition(")")[2].split()[19])
+        ticks = int(process_mark(os.getpid()))
         with open("/proc/uptime") as file:
             uptime_s = float(file.read().split()[0])
         return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
@@ -10296,16 +10305,6 @@ def namespaces():
         return [os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net")]
     except OSError:
         return []
-
-
-def process_mark(pid):
-    """Return a text that tells the process `pid` from a later one of that number; "": unknown."""
-    try:
-        with open("/proc/%d/stat" % pid) as file:
-            # When it began, see proc(5).
-            return file.read().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""
 
 
 def noted_servers():

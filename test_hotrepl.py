@@ -19430,6 +19430,13 @@ class Finding(NotesCase):
         self.assertRegex(out, "a.*31m.*b")
         self.assertFalse(set("\x1b\u202e") & set(out), out)
 
+    @unittest.skipUnless(os.path.exists("/proc/self/comm"), "needs Linux' /proc")
+    def test_a_process_whose_name_is_cut_within_a_character_is_listed(self):
+        # As that of a script that its #! line starts: the system keeps 15 bytes of it.
+        program, = self.programs("", source="open('/proc/self/comm', 'wb').write('pröööööööö'.encode()[:15])\n"
+                                 + SERVE + "input()")
+        self.assertEqual(self.pids(), [program.process.pid])
+
     def test_a_note_is_for_this_user_alone(self):
         self.serve()
         path = os.path.join(self.notes, os.listdir(self.notes)[0])
