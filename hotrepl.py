@@ -258,7 +258,7 @@ class OwnSocket(socket.socket):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self._mark = self._inode()
+        self._mark = self._inode()        # of what the descriptor led to at first
 
     @classmethod
     def adopt(cls, sock):
@@ -611,7 +611,7 @@ class InputDecoder:
     """
 
     def __init__(self, limit_bytes=INPUT_LIMIT_BYTES):
-        self.ready = collections.deque()
+        self.ready = collections.deque()  # (kind, text), the oldest first
         self.secret = b""         # of the session, if its client sent one; the first counts
         self.asks_for_control = False     # the client wants to be told where the control channel is
         self._limit_bytes = limit_bytes
@@ -1964,6 +1964,7 @@ class ConsoleMixin:
         from codeop import CommandCompiler
         compiler = getattr(self, "compile")
         self._has_plain_compiler = type(compiler) is CommandCompiler
+        # No method of the class's own stands between a line and the compiler.
         self._is_plain = (self._has_plain_compiler
                           and self.own.isdisjoint(("push", "runsource", "runcode")))
         compiler.compiler.flags |= ALLOW_AWAIT    # mcpyrate and imacropy take it from there
@@ -2163,7 +2164,7 @@ _EXPRESSION_WORDS = ("None", "True", "False", "lambda", "not", "await")
 _THIS_FILE = ConsoleMixin.run_line.__code__.co_filename
 
 
-def _is_own_file(path):
+def _is_our_file(path):
     """Return whether code of that file is ours: this file, or what PyPy runs a context by."""
     return path == _THIS_FILE or IS_PYPY and path.endswith("_contextvars.py")
 
@@ -2171,7 +2172,7 @@ def _is_own_file(path):
 def _is_plumbing(code_object):
     """Return whether the code runs inputs and is of none: our own, or that of code's runcode()."""
     from code import InteractiveConsole
-    return (_is_own_file(code_object.co_filename)
+    return (_is_our_file(code_object.co_filename)
             or code_object is InteractiveConsole.runcode.__code__)
 
 
@@ -2220,7 +2221,7 @@ _remembered = collections.OrderedDict()   # file name -> its entry in linecache,
 # may be abandoned or interrupted at any bytecode. The text is cut into tokens:
 #     f(1, d["a"].up|rest     tokens: \n f ( 1 , d [ "a" ] .     word: up
 # What stands before the last "." is found without a call (`_value`), and its attributes are listed.
-# `_Place.find` decides by the last token:
+# `_Cursor.find` decides by the last token:
 #     import, from    modules; names in one, from its source where it is not loaded
 #     value.          attributes
 #     value["         string keys
@@ -2263,7 +2264,7 @@ def complete(namespace, line, cursor=None, limit=10000, before="", overlay=None)
     try:
         text = before.rstrip("\n")[-_BEFORE_LIMIT:] + "\n" + line[:cursor]
         scope = collections.ChainMap(overlay or {}, namespace, vars(builtins))
-        place = _Place(text, line[cursor:], scope)
+        place = _Cursor(text, line[cursor:], scope)
         matches, hint = place.find()
         return Completions(cursor - len(place.word), _cut(matches, limit), hint)
     except Exception:
@@ -2285,7 +2286,7 @@ def _cut(matches, limit):
     return matches[:most - 1] + matches[-1:]
 
 
-class _Place:
+class _Cursor:
     """What stands left of the cursor, cut into tokens. `find` returns what fits there.
 
     An Exception: nothing does, or it can't be told.
@@ -2719,8 +2720,8 @@ class Job(threading.Thread):
         self.result = Outcome()   # written by the job's own thread
         self.output = JobOutput()  # what an evaluation printed since it went to the background
         self.started = time.monotonic()   # of an Evaluator: the input that it runs
-        self.ended = None
-        self._call = (function, args, kwargs)
+        self.ended = None         # when; None: it runs
+        self._call = (function, args, kwargs)     # until it runs, which lets go of them
 
     @property
     def state(self):
@@ -2850,9 +2851,9 @@ class Errand:
         self.is_abandoned = False  # nobody waits any more; written by who waited
         self.task = None          # where it is a coroutine's: what to cancel; written by its loop
         self.ticks = 0            # how often who waits has looked around
-        self._call = function, args
+        self._call = function, args       # of a coroutine function, no args
         self._outcome = Outcome()         # written by who runs it
-        self._printed = Backlog()
+        self._printed = Backlog()         # what the call prints, for who waits
         self._unclaimed = threading.Lock()        # who acquires it runs the call, or cancels it
         self._unfinished = threading.Lock()       # held until the outcome is known
         self._unfinished.acquire()
@@ -3215,7 +3216,7 @@ class OwnLoop:
     def __init__(self):
         import asyncio
         self.loop = asyncio.new_event_loop()
-        self._runs = threading.Event()
+        self._runs = threading.Event()    # set by the loop itself
         self._thread = threading.Thread(target=self._run, name="hotrepl loop", daemon=True)
         self._thread.start()
         self._runs.wait()
@@ -3294,7 +3295,7 @@ class _Hot:
         self.count = 0                  # of changes so far; guarded by lock
         self.hooks = {}                 # reference to a class -> functions of on_reload()
         self.module_count = 0           # how many were loaded when note_sources() looked last
-        self.loaded_at = time.time()
+        self.loaded_at = time.time()    # where no /proc says when the process began
 
 
 HOT = globals().setdefault("HOT", _Hot())
@@ -3868,6 +3869,7 @@ class _Source:
     def __init__(self, data, path, newer=None):
         import importlib.util
         self.path = path
+        # From 0 on, as the statements count them; Python's own line numbers begin at 1.
         self.lines = importlib.util.decode_source(data).split("\n")
         shared = newer and self._sharing(newer)
         self.statements = shared or self._cut(0, len(self.lines))
@@ -4168,7 +4170,7 @@ class _Names:
     def __init__(self, nodes):
         self.binds, self.reads, self.calls = set(), set(), set()
         self.heads = set()      # read by decorators, bases and keywords of definitions
-        self.deletes = set()
+        self.deletes = set()    # by `del`; these are among `binds` too
         for node in nodes:
             self._add(node)
 
@@ -4370,6 +4372,7 @@ class _Evidence:
         self.name, self.space, self.source = module.__name__, _space_of(module), source
         self.line = line        # where the top level stands, if it runs just now
         codes = [code for _, code in _code_paths([source.code])]
+        # What the module's own code sets, so that nobody can tell what it ought to be.
         self.set_globals = {name for code in codes for name in _stored_names(code, "GLOBAL")}
         self.set_attributes = {name for code in codes for name in _stored_attributes(code)}
         self.found = {}         # path -> the sentence on what can't be told
@@ -4772,7 +4775,7 @@ class _Apply:
 
     def __init__(self, report, edits=(), everything=False):
         self.report, self.edits, self.everything = report, edits, everything
-        self.journal = _Journal()
+        self.journal = _Journal()       # all that is written, with what takes it back
         self.put = self.journal.put
         self.by_name = {edit.name: edit for edit in edits}
         self.is_patch = False           # every new object counts as made by this transaction then
@@ -6161,11 +6164,12 @@ class _Scope:
     """A module or a class, in which statements bind names."""
 
     def __init__(self, edit, cls=None, path="", pair=None):
+        # The class, None: the module; its path as in __qualname__.
         self.edit, self.cls, self.path = edit, cls, path
         self.prefix = path + "." if path else ""
         self.statements = edit.new.statements if pair is None else pair.new.body
-        self.held = edit.held if cls is None else {}
-        self._lasts = None
+        self.held = edit.held if cls is None else {}    # see _Edit
+        self._lasts = None      # name -> statement, once last_binder() was asked
 
     def name_of(self, name):
         """Return a name as the scope has it: a class mangles private ones."""
@@ -8712,7 +8716,7 @@ def _marks():
     for title, stack in _stacks():
         for frame in stack:
             code = frame.f_code
-            if id(frame) not in seen and _is_own_code(code):
+            if id(frame) not in seen and _is_program_code(code):
                 # A task that runs is on its thread's stack as well.
                 seen.add(id(frame))
                 marks.append(_FrameMark(id(frame), code, title, "%s, %s:%d" % (
@@ -8730,7 +8734,7 @@ def _find_frame(mark):
     return found
 
 
-def _is_own_code(code):
+def _is_program_code(code):
     """Return whether code is the program's own."""
     name = code.co_filename
     return not (name == _THIS_FILE or name.startswith("<frozen ") or _is_library(name))
@@ -8788,7 +8792,7 @@ def _stacks():
         stack, thread = _outwards(running.pop(ident)), known.get(ident)
         loops += [_variables(each)["self"] for each in stack if each.f_code.co_name == "run_forever"
                   and "asyncio" in each.f_code.co_filename]
-        if not _is_ours(thread) or any(_is_own_code(each.f_code) for each in stack):
+        if not _is_ours(thread) or any(_is_program_code(each.f_code) for each in stack):
             yield _thread_title(thread, ident), stack
     tasks = set()
     for loop in loops:
@@ -8813,7 +8817,7 @@ def _print_stack(title, stack, with_variables):
         and not frame.f_code.co_name.startswith("_bootstrap")]
     summary = traceback.StackSummary.extract((frame, frame.f_lineno) for frame in stack)
     for each, frame in zip(summary, stack if with_variables else ()):
-        if _is_own_code(frame.f_code):
+        if _is_program_code(frame.f_code):
             each.locals = _shown(_variables(frame))
     print(title + ":")
     print("".join(summary.format()))
@@ -8885,7 +8889,7 @@ class Call:
     def __init__(self, calls, args, kwargs):
         self.args = args
         self.kwargs = kwargs
-        self.result = None
+        self.result = None        # what it returned
         self.exception = None     # that it raised
         self.seconds = None       # how long it took
         self.number = 0           # among all that were noted
@@ -8930,15 +8934,16 @@ class Calls(list):
             raise TypeError("expected a Python function or method, found %s; of a class watch "
                             "one of its methods" % shorten(repr(function)))
         self._wanted = itertools.islice(filter(when, self._noted()), count)   # for who looks
-        self._end = time.monotonic() + seconds
-        self._session = current_session()
+        self._end = time.monotonic() + seconds        # when the watch is over at the latest
+        self._session = current_session()         # at whose end it is over too
         self._numbers = itertools.count(1)        # of calls that were noted
         self._queue = collections.deque()         # calls that nobody has looked at
-        self._is_over = threading.Event()
+        self._is_over = threading.Event()         # set by whoever ends it
         self._looker = None       # with quiet=True the Job that looks at them
         # The looker has ended: an event, as PyPy 7.3 fails where two threads join one.
         self._is_looked_through = threading.Event()
         self.problem = ""         # ": " and why it is over, if that must be said
+        # The function as it was, and the code that it has meanwhile.
         self._copy = _function_like(self.function, self.function.__code__,
                                     self.function.__closure__ or ())
         self._code = _forwarder(self.function, _noting(self._copy, self))[0]
@@ -9075,8 +9080,8 @@ class Placed:
         self._source = source.rstrip() + "\n"
         self._line = line         # where the source begins
         self._path = within.split(".") if within else []    # of the class around it
-        self._scope = functools.reduce(_own_class, self._path, self._module)
-        self._params = _type_params(vars(self._module), self._path)
+        self._scope = functools.reduce(_own_class, self._path, self._module)  # where names go
+        self._params = _type_params(vars(self._module), self._path)   # PEP 695
 
     def run(self):
         """Run it in its module; return the value of the last statement, if it is an expression."""
@@ -9941,9 +9946,9 @@ class FirstBytes:
     """
 
     def __init__(self, is_control=False):
-        self.is_over = False
+        self.is_over = False      # all that need be looked at has come
         self._is_control = is_control
-        self._room = HEADER_LIMIT_BYTES
+        self._room = HEADER_LIMIT_BYTES   # how many bytes more are looked at
         self._is_first = True     # the first line that isn't blank is not past
         self._text = b"\n"        # a newline, and the line that is being received
 
@@ -10989,7 +10994,7 @@ class Session:
         self.is_copy = False      # this is a child that was forked; nobody is connected
         self._waiting = None      # the kind of turn while it waits for the client; _lock
         self._wakers = ()         # (ours, for whoever ends a wait in an evaluation), during one
-        self._inputs = InputDecoder()
+        self._inputs = InputDecoder()     # what the client sent
         self._first_bytes = FirstBytes()
         self._secret_came = threading.Event()     # what the client sent first has been read
         # Told on this channel to its client, it passes for the token on the control channel.
@@ -11872,7 +11877,7 @@ class _Lent:
 
     def __init__(self, namespace, value):
         is_free = "_" not in namespace and not hasattr(builtins, "_")
-        self._names = namespace if is_free else {}
+        self._names = namespace if is_free else {}    # where `_` is lent
         self._value = None        # what `_` is; None: it is not there, as for a last value of None
         self.put(value)
 
@@ -11942,9 +11947,9 @@ def _without_ours(shown):
     """
     if shown.stack is not None:
         asking = [k for k, each in enumerate(shown.stack)
-                  if each.name == "_ask" and _is_own_file(each.filename)]
+                  if each.name == "_ask" and _is_our_file(each.filename)]
         shown.stack[:] = [each for each in shown.stack[:min(asking, default=None)]
-                          if not _is_own_file(each.filename)]
+                          if not _is_our_file(each.filename)]
     for each in (shown.__cause__, shown.__context__):
         if each is not None:
             _without_ours(each)
@@ -12306,12 +12311,12 @@ class Server:
         self.error = None         # of what the program died; written by keep_error
         self._lock = threading.RLock()
         self._members = []        # the oldest first; guarded by _lock, as is all below
-        self._last_number = 0
-        self._is_stopped = False
+        self._last_number = 0     # of a session
+        self._is_stopped = False  # stop() has begun
         self._is_halting = False  # stop when the last session is gone
         self._is_short = False    # of descriptors; written by the server's thread
         self._sockets = []        # what a forked child has to close
-        self._undo = ExitStack()
+        self._undo = ExitStack()  # what open() did, for stop()
 
     def __enter__(self):
         return self
@@ -13503,8 +13508,9 @@ class Terminal:
 
     def __init__(self, owner):
         self.owner = owner        # a Conversation, for its on_... methods
-        self._undo = ExitStack()
+        self._undo = ExitStack()  # what is put back at the end
         self._modes = None        # of the terminal, before we were there
+        # How a line is read: by one of the _read_... methods.
         self._edit = self._read_cooked if _has_modes() else self._read_alone
         self._history = None      # a _History where there is readline
         self._library = None      # the C library of GNU readline, where that can be had
@@ -15043,6 +15049,7 @@ class JsonOutput:
         self._printed = {"stdout": decoder(), "stderr": decoder()}
         # Characters that may still be printed; None: a text was cut.
         self._left = dict.fromkeys(self._printed, self._max_chars)
+        # What is printed at the end, as a whole.
         self._whole = {"value": bytearray(), "traceback": bytearray()}
 
     def write(self, kind, data):
