@@ -10055,12 +10055,12 @@ def foreign_greeting(received):
 # --- Private files: unix sockets, tokens, the runtime folder ---
 
 @contextmanager
-def unix_listener(path, token=None):
-    """Yield a listener at `path` for our uid alone; the `token` is in a file beside it.
+def unix_listener(path):
+    """Yield a listener at `path` for our uid alone; afterwards the file is gone.
 
-    Both files are gone afterwards. One that a killed server left is replaced; where somebody
-    answers, that is an OSError, EADDRINUSE. There is no moment in which others could connect:
-    before listen() nobody can, and by then the mode is 0600.
+    One that a killed server left is replaced; where somebody answers, that is an OSError,
+    EADDRINUSE. There is no moment in which others could connect: before listen() nobody can, and
+    by then the mode is 0600.
     """
     limit_bytes = 107 if sys.platform.startswith("linux") else 103
     if len(os.fsencode(path)) > limit_bytes or "\0" in path:
@@ -10080,9 +10080,6 @@ def unix_listener(path, token=None):
                 if made.st_mode & 0o077:
                     # On other systems the file needs it.
                     os.chmod(path, 0o600, follow_symlinks=False)
-                if token is not None:
-                    undo.callback(remove_made, path + TOKEN_SUFFIX,
-                                  _write_at(folder, name + TOKEN_SUFFIX, token))
         except OSError as exc:
             raise type(exc)(exc.errno, "a program listens at %s, or it is no socket; stop it, "
                             "remove it or pass another path" % path
@@ -10278,26 +10275,21 @@ def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
 def write_private(path, content):
     """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all.
 
-    Return what `remove_made` takes.
+    It has another name until it is whole. Return what `remove_made` takes.
     """
-    with safe_folder(path) as (folder, name):
-        return path, _write_at(folder, name, content)
-
-
-def _write_at(folder, name, content):
-    """Write a file under another name, and give it its own then; return what os.stat says of it."""
-    new = "%s.%s" % (name, os.urandom(8).hex())
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
-            file.write(content)
-        made = os.stat(new, dir_fd=folder)
-        os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
-        return made
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(new, dir_fd=folder)
-        raise
+    with safe_folder(path) as (folder, name):
+        new = "%s.%s" % (name, os.urandom(8).hex())
+        try:
+            with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
+                file.write(content)
+            made = os.stat(new, dir_fd=folder)
+            os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+            return path, made
+        except BaseException:
+            with suppress(FileNotFoundError):
+                os.unlink(new, dir_fd=folder)
+            raise
 
 
 def namespaces():
@@ -12304,7 +12296,10 @@ class Server:
         self.run_coroutine = run_coroutine        # for another framework's; None: asyncio
         self.max_sessions = max_sessions
         self.idle_timeout_s = idle_timeout_s      # of a session that waits for input, or None
-        self.banner = _default_banner() if banner is None else _with_newline(banner)
+        # Below "REPL session N connected."; "" or whole lines.
+        self.banner = _default_banner() if banner is None else banner
+        if self.banner and not self.banner.endswith("\n"):
+            self.banner += "\n"
         self.address = None       # of the REPL channel, as bound: (host, port), or a path
         self.control_address = None
         self.on_stop = None       # called at the end of stop()
@@ -12332,7 +12327,7 @@ class Server:
         """Bind, listen and go; for `start`. Raises what that raises, with all undone."""
         with ExitStack() as undo:
             listeners = [entered(undo, each)
-                         for each in _listeners(bind, port, control_port, unix, self.door)]
+                         for each in _listeners(bind, port, control_port, unix)]
             names = [each.getsockname() for each in listeners]
             self.address, self.control_address = [
                 name if isinstance(name, str) else name[:2] for name in names]
@@ -12341,7 +12336,7 @@ class Server:
             for each in listeners:
                 undo.callback(shut_down, each)
             token = self.door.token_for_file()
-            if unix is None and token is not None:
+            if token is not None:
                 undo.callback(remove_made, *write_private(token_path(self.address), token))
             try:
                 undo.callback(remove_made, *_write_note(self))
@@ -12510,18 +12505,13 @@ class Server:
             if sock is not None:
                 sock.close()
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
-                self._pause(exc)
+                if not self._is_short:
+                    log.warning("can't accept connections for a while: %s", exc)
+                self._is_short = True
+                # The listener stays readable: without a pause this would spin.
+                time.sleep(0.2)
             elif sock is not None:
                 log.warning("a connection was dropped: %s", exc)
-
-    def _pause(self, exc):
-        """Wait a moment where no descriptor is left; say so once."""
-        if not self._is_stopped:
-            # The listener stays readable: without a pause this would spin.
-            time.sleep(0.2)
-            note = log.debug if self._is_short else log.warning
-            self._is_short = True
-            note("can't accept connections for a while: %s", exc)
 
     def _admit(self, channel, sock, peer):
         """Have `peer` prove itself in a thread of its own.
@@ -12805,14 +12795,14 @@ def at_fork(in_child, before=int, in_parent=int):
         os.fork = fork
 
 
-def _listeners(bind, port, control_port, unix, door):
+def _listeners(bind, port, control_port, unix):
     """Yield the socket of the REPL channel, and then that of the control channel, as contexts."""
     if unix is None:
         yield _listen(bind, port, "port", DEFAULT_PORT)
         yield _listen(bind, control_port, "control_port", DEFAULT_CONTROL_PORT)
     else:
         path = os.path.abspath(os.fsdecode(unix))
-        yield unix_listener(path, door.token_for_file())
+        yield unix_listener(path)
         yield unix_listener(path + CONTROL_SUFFIX)
 
 
@@ -12906,12 +12896,8 @@ def _join_address(address):
 def _default_banner():
     """Return the line below "REPL session N connected."; at most 79 characters."""
     pypy = " (PyPy %d.%d.%d)" % sys.pypy_version_info[:3] if IS_PYPY else ""
-    return "Python %s%s, hotrepl %s. doc() lists tools, obj? explains, exit() leaves.\n" % (
+    return "Python %s%s, hotrepl %s. doc() lists tools, obj? explains, exit() leaves." % (
         sys.version.split()[0], pypy, __version__)
-
-
-def _with_newline(text):
-    return text if not text or text.endswith("\n") else text + "\n"
 
 
 REGISTRY = Registry()
@@ -12974,7 +12960,6 @@ class Link:
     def __init__(self, sock, deadline=None):
         self.sock = sock          # the REPL channel
         self.control = None       # the control channel, once `meet` had the server name it
-        self.hello = b""          # the server's first line, from `meet`
         self.deadline = deadline  # for all answers together; None: ANSWER_LIMIT_S for each
         self.events = collections.deque()
         self.notes = collections.deque()      # bytes to be shown at once
@@ -13025,9 +13010,6 @@ class Link:
                       % shorten(text.partition(b"\n")[0]))
             if self.is_closed:
                 _gone("it closed the connection at once")
-        self.hello = match.group()
-        later = [each for each in take_all(self.events) if each[0] != "data"]
-        self.events.extend([("data", text[match.end():])] + later)
         return int(match.group(1)), self._named
 
     def close(self):
@@ -13242,7 +13224,6 @@ class Conversation:
         with self.terminal:
             try:
                 self.terminal.describe_to(self.link.ask)
-                self.terminal.show(self.link.hello)
                 self.terminal.begin()
                 while True:
                     kind = self.link.until_turn(self._show, self._pause)
@@ -14778,11 +14759,11 @@ def _seconds(text):
 def _split_address(text, default_port):
     """Return (host, port) of HOST, HOST:PORT, [HOST]:PORT or a bare IPv6 address."""
     match = re.match(r"(?:\[(.*)\]|([^:@]*))(?::(\d+))?$", text)
-    if not match and re.match(r"(?!unix:)[^:@/]+:[^:@/]*$", text):
+    if match:
+        return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
+    if re.match(r"(?!unix:)[^:@/]+:[^:@/]*$", text):
         raise ValueError("%r has no number as its port, expected HOST:PORT; see --help" % text)
-    if not match:
-        return text, default_port
-    return match.group(1) or match.group(2) or DEFAULT_BIND, int(match.group(3) or default_port)
+    return text, default_port
 
 
 def _read_file(path, hint="", limit_bytes=-1):
