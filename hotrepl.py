@@ -226,10 +226,7 @@ class Record(tuple):
 
 
 def record(name, names):
-    """Return a class as collections.namedtuple does, but quickly.
-
-    namedtuple compiles code for each class, which would be a tenth of our import.
-    """
+    """Return a class as collections.namedtuple does, which compiles code for each, at import."""
     names = names.split()
     fields = {each: property(operator.itemgetter(at)) for at, each in enumerate(names)}
     return type(name, (Record,), dict(fields, names=names, __slots__=()))
@@ -381,8 +378,8 @@ def take_all(items):
 #     client, REPL       1+1\n                                          or \xff\xfab1+1\n2+2\xff\xf0
 #     server, REPL       2\n                                            then the next prompt
 #
-# Server and client read by the same MarkDecoder. Whatever is decoded here came from outside: what
-# the protocol does not allow raises ProtocolError, and nothing is ever run.
+# Server and client read by the same MarkDecoder. All that is decoded here came from outside: what
+# the protocol does not allow becomes a ProtocolError or an "invalid" input, of which nothing runs.
 IAC = b"\xff"
 GO_AHEAD = IAC + b"\xf9"          # server: it waits; all since the last newline is the prompt
 END_OF_FILE = IAC + b"\xec"       # client: end of file for whatever reads now; server: goodbye
@@ -604,7 +601,7 @@ class MarkDecoder:
 class InputDecoder:
     """What a user sends to a session, out of the bytes of its REPL channel.
 
-    Of its session's thread alone. `ready` is a deque of (kind, text):
+    Its session's thread feeds it and takes from it. `ready` is a deque of (kind, text):
         "line", "block"              what was typed, without the line's end
         "eof", "interrupt", "timing"      a mark; no text. After `close` "eof" is the last.
         "invalid"                    what was wrong with an input that was dropped
@@ -674,6 +671,7 @@ class InputDecoder:
             self.asks_for_control = True
 
     def _append_text(self, kind, data):
+        """Have an input ready, if it is text."""
         try:
             self.ready.append((kind, data.decode("utf-8")))
         except UnicodeDecodeError as exc:
@@ -695,10 +693,10 @@ class InputDecoder:
 # session's stream is io.TextIOWrapper, also C; Python runs once for each CHUNK_BYTES. What
 # is printed less often than that is sent by the Flusher, one thread in a process.
 #
-#     first session opens     ROUTER.acquire: a stand-in goes into each of PLACES
-#     each session's thread   ROUTER.bind(its streams): its slots of the stand-ins are filled
-#     an input has run        ROUTER.is_bound()? if the program has set sys.stdout since: bind again
-#     last session ends       ROUTER.release: what the stand-ins stood for is back in its place
+#     a session's thread begins   ROUTER.bind(its streams): a stand-in goes into each of PLACES that
+#                                 has none, and the thread's slots of the stand-ins are filled
+#     before each input           ROUTER.is_bound()? if the program has set sys.stdout since: bind
+#     the last session ends       ROUTER.release: what the stand-ins stood for is in its place again
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
 _of_sys = vars(sys).get           # names may be deleted from it
@@ -879,7 +877,7 @@ class Installed:
         StreamRouter     the stand-ins in sys, os and getpass       used by open sessions
         Followers        logging's record factory, a teed `write`   used by follow()
         MainThread       the handler of SIGURG (section 7)          used by servers that run
-        ShortTurns       a shorter sys.setswitchinterval (11)       while a connection is accepted
+        ShortTurns       a shorter sys.setswitchinterval (11)       while we import, or accept
         Debuggers        the adapted pdb (11)                       used by open sessions
         Registry         the atexit callback (13)                   used by servers that run
     """
@@ -2966,7 +2964,8 @@ def _refuse_to_ask():
 # Python.
 #     session's thread    call: append an Errand, send the signal, wait; send it again at each tick
 #     main thread         _on_signal: claim what waits, run it, one after the other
-#     ... deaf            blocked in C, or the signal is masked: the user is told, Ctrl+C gives up
+#     ... that is deaf    while it is in C, nothing; where it blocks the signal, the user is told.
+#                         Ctrl+C gives up
 
 class MainThread(Installed):
     """Makes calls in the main thread, for whoever waits in another; used by servers that run."""
@@ -12925,8 +12924,8 @@ REGISTRY = Registry()
 #
 # What is done to the terminal is undone: by `kept_modes` around each line that is read, a secret
 # one too, and around the whole; and by Terminal's ExitStack (signals, readline's hooks, pastes).
-# Three things run beside the main thread's flow, all in the main thread: the handlers of SIGINT,
-# SIGTSTP and SIGWINCH, at any line; and readline, in C, which calls `Terminal._next_key`.
+# What comes in between, in the main thread too: the handlers of SIGINT, SIGTSTP and SIGWINCH, at
+# any line; and readline, which is C, calls `Terminal._next_key` while a line is edited.
 class ServerGone(Exception):
     """The server closed the connection, or does not answer."""
 
