@@ -380,6 +380,7 @@ def take_all(items):
 #
 # Server and client read by the same MarkDecoder. All that is decoded here came from outside: what
 # the protocol does not allow becomes a ProtocolError or an "invalid" input, of which nothing runs.
+
 IAC = b"\xff"
 GO_AHEAD = IAC + b"\xf9"          # server: it waits; all since the last newline is the prompt
 END_OF_FILE = IAC + b"\xec"       # client: end of file for whatever reads now; server: goodbye
@@ -1473,6 +1474,7 @@ FOLLOWERS = Followers()
 #
 #     Ctrl+C     -> control thread, KeyboardInterrupt -> Session.interrupt -> request -> _take
 #     evaluation -> owner's thread: expect, run(function) -> OPEN -> function -> DUE ... close
+
 PATIENCE_PAUSE_S = 0.0005         # how long an interrupt waits for a better moment each time
 IMPORT_PATIENCE_S = 0.5           # how long the end of a session waits for an import to end
 ARRIVAL_S = 0.1                   # PyPy: what has not arrived after this is sent again
@@ -1876,6 +1878,7 @@ class Interrupts:
 #     names?                      run_line, _answer                         Evaluator.answer
 #     a pasted block, exec -c     run_block                                 the last value is shown
 #     return 5                    push or run_block, showsyntaxerror        its line and caret
+
 CONSOLES = [                      # (modules to import, class in the last, below which Python)
     (("imacropy.console",), "MacroConsole", (3, 9)),  # later ones import, but expand no macro
     (("macropy.activate", "macropy.core.console"), "MacroConsole", (3, 9)),
@@ -8246,6 +8249,7 @@ def _redirected(content, moves):
 # --- Live code: what the heap and the stacks hold, and what code does ---
 # A look at the heap holds up all other threads for as long as it lasts: so it is a few calls in C,
 # made once for all modules of a reload.
+
 def _may_refer_to(values):
     """Return the objects that may refer to some values: those that do, or all there are."""
     # get_referrers is a pass in C, five times as fast as one in Python; but each reference in the
@@ -10780,6 +10784,7 @@ def tokens_to_show(address, token, is_ours, is_trusted):
 # Two locks, in this order: the connection's, held while something is sent, and the session's, for
 # its turn and who waits. Ctrl+Z (`background`) takes both: no turn can begin meanwhile, and from
 # then on the old Evaluator prints into its job, the new one to the client.
+
 VALUE_LIMIT = 10000               # characters of a value that a terminal shows
 PAIRING_TIMEOUT_S = 5.0           # how long a control connection waits for its session's secret
 
@@ -12131,6 +12136,7 @@ DEBUGGERS = Debuggers()
 # methods run in this thread, beside the evaluation, so they ask the Session, which has the locks.
 # The Server makes the connection once the Door (section 10) has let it in. A method is named after
 # its command, gets the request, whose fields have passed the check, and returns the reply's fields.
+
 class ControlConnection(threading.Thread):
     """One control connection, from its first byte to its last."""
 
@@ -12283,6 +12289,7 @@ class ControlConnection(threading.Thread):
 #       else                    -> take: a Session or a ControlConnection begins, and is a member
 #     each member's thread    at its end: `ended`
 #     a forked child          Registry._let_go: all members forget; nobody has to be told
+
 class Server:
     """A running server: see `start`. Usable as a context manager, which stops it."""
 
@@ -12926,6 +12933,7 @@ REGISTRY = Registry()
 # one too, and around the whole; and by Terminal's ExitStack (signals, readline's hooks, pastes).
 # What comes in between, in the main thread too: the handlers of SIGINT, SIGTSTP and SIGWINCH, at
 # any line; and readline, which is C, calls `Terminal._next_key` while a line is edited.
+
 class ServerGone(Exception):
     """The server closed the connection, or does not answer."""
 
@@ -14167,6 +14175,7 @@ def _hide_escapes(prompt):
 # function of the parsed options that returns the exit code; a ValueError that it raises is the
 # user's mistake (2), an OSError what could not be done (1). All runs in the main thread. What exec
 # needs stands in a room of its own at the end.
+
 def main(argv=None):
     """Run the command line `argv`; return the exit code: 0, 1 for bind and connect, 2 for usage."""
     parser = make_parser()
@@ -14806,6 +14815,7 @@ def _say_if_read(text):
 #                     input()               is answered by end-of-file
 #                     the next prompt       Outcome, a request: value, exception, exit status
 #     output          PlainOutput, JsonOutput: write(kind, bytes) as it comes, finish(outcome, code)
+
 class Execution:
     """Runs pieces of code in a session with a server, for a program; each ends with an exit code.
 
