@@ -10058,12 +10058,12 @@ def foreign_greeting(received):
 # --- Private files: unix sockets, tokens, the runtime folder ---
 
 @contextmanager
-def unix_listener(path):
-    """Yield a listener at `path` for our uid alone; afterwards the file is gone.
+def unix_listener(path, token=None):
+    """Yield a listener at `path` for our uid alone; the `token` is in a file beside it.
 
-    One that a killed server left is replaced; where somebody answers, that is an OSError,
-    EADDRINUSE. There is no moment in which others could connect: before listen() nobody can, and
-    by then the mode is 0600.
+    Both files are gone afterwards. One that a killed server left is replaced; where somebody
+    answers, that is an OSError, EADDRINUSE. There is no moment in which others could connect:
+    before listen() nobody can, and by then the mode is 0600.
     """
     limit_bytes = 107 if sys.platform.startswith("linux") else 103
     if len(os.fsencode(path)) > limit_bytes or "\0" in path:
@@ -10083,6 +10083,10 @@ def unix_listener(path):
                 if made.st_mode & 0o077:
                     # On other systems the file needs it.
                     os.chmod(path, 0o600, follow_symlinks=False)
+                if token is not None:
+                    # In the very folder of the socket, wherever the way leads by now.
+                    undo.callback(remove_made, path + TOKEN_SUFFIX,
+                                  _write_at(folder, name + TOKEN_SUFFIX, token))
         except OSError as exc:
             raise type(exc)(exc.errno, "a program listens at %s, or it is no socket; stop it, "
                             "remove it or pass another path" % path
@@ -10278,21 +10282,26 @@ def read_private(path, limit_bytes=TOKEN_LIMIT_BYTES):
 def write_private(path, content):
     """Make or replace the file `path`, mode 0600, with `content`, bytes, whole or not at all.
 
-    It has another name until it is whole. Return what `remove_made` takes.
+    Return what `remove_made` takes.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     with safe_folder(path) as (folder, name):
-        new = "%s.%s" % (name, os.urandom(8).hex())
-        try:
-            with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
-                file.write(content)
-            made = os.stat(new, dir_fd=folder)
-            os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
-            return path, made
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(new, dir_fd=folder)
-            raise
+        return path, _write_at(folder, name, content)
+
+
+def _write_at(folder, name, content):
+    """Write a file under another name, and give it its own then; return what os.stat says of it."""
+    new = "%s.%s" % (name, os.urandom(8).hex())
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    try:
+        with open(os.open(new, flags, 0o600, dir_fd=folder), "wb") as file:
+            file.write(content)
+        made = os.stat(new, dir_fd=folder)
+        os.replace(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+        return made
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(new, dir_fd=folder)
+        raise
 
 
 def namespaces():
@@ -12333,7 +12342,7 @@ class Server:
         """Bind, listen and go; for `start`. Raises what that raises, with all undone."""
         with ExitStack() as undo:
             listeners = [entered(undo, each)
-                         for each in _listeners(bind, port, control_port, unix)]
+                         for each in _listeners(bind, port, control_port, unix, self.door)]
             names = [each.getsockname() for each in listeners]
             self.address, self.control_address = [
                 name if isinstance(name, str) else name[:2] for name in names]
@@ -12342,7 +12351,7 @@ class Server:
             for each in listeners:
                 undo.callback(shut_down, each)
             token = self.door.token_for_file()
-            if token is not None:
+            if unix is None and token is not None:
                 undo.callback(remove_made, *write_private(token_path(self.address), token))
             try:
                 undo.callback(remove_made, *_write_note(self))
@@ -12801,14 +12810,14 @@ def at_fork(in_child, before=int, in_parent=int):
         os.fork = fork
 
 
-def _listeners(bind, port, control_port, unix):
+def _listeners(bind, port, control_port, unix, door):
     """Yield the socket of the REPL channel, and then that of the control channel, as contexts."""
     if unix is None:
         yield _listen(bind, port, "port", DEFAULT_PORT)
         yield _listen(bind, control_port, "control_port", DEFAULT_CONTROL_PORT)
     else:
         path = os.path.abspath(os.fsdecode(unix))
-        yield unix_listener(path)
+        yield unix_listener(path, door.token_for_file())
         yield unix_listener(path + CONTROL_SUFFIX)
 
 
