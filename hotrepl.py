@@ -39,6 +39,7 @@ runs keeps its code; the next call inside it sees the new one. A line or block h
 a control message 1 MiB. On Windows there is no readline and no fork.
 
 CONTENTS, and where to look for what. A section uses only sections above it; 14 only 2, 3, 10.
+`grep -n '^# [=-]' hotrepl.py` prints sections and their rooms; each begins with how it works.
      1. Imports, version, exports
      2. Constants and errors
      3. Wire protocol         bytes <-> checked messages and turn marks; no socket, no thread
@@ -1048,6 +1049,10 @@ def _stand_ins(value):
 
 
 # --- A session's own streams ---
+# What stands behind the stand-ins in the thread of a session, which alone writes to them; the
+# Flusher visits stdout while an evaluation prints.
+#     print() -> TextIOWrapper, `text` -> SessionStream.write, whole chunks -> `sink`.send
+# The sink is the session's Connection; once Ctrl+Z has made the evaluation a job, its JobOutput.
 
 class OfSession:
     """What the streams of a session have in common."""
@@ -3741,6 +3746,7 @@ class _Edit:
 #   (unknown)           def f(): ...        live: what f is now is not what this makes
 # Code is always taken from the new text as a whole, so that bytecode and lines are those of a
 # fresh process; the old text is only parsed.
+
 _Pair = record("_Pair", "old new change")
 _LEFT_ALONE = ("same", "moved", "body")
 _FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
@@ -9815,9 +9821,14 @@ _MAPPED = b"\0" * 10 + b"\xff\xff"        # in front of an IPv4 address in IPv6 
 
 
 # --- Owners: the kernel's tables of TCP sockets, asked by netlink or read as text ---
-
+# On one machine both ends of a connection are in the tables, each with its uid; the pair of its
+# addresses, the peer's first, finds the peer's end.
+#     owner_by_netlink    a question to the kernel, 0.1 ms
+#     owner_by_procfs     /proc/self/net/tcp{,6}, milliseconds; where netlink misses or can't be had
+# An end that its process has closed is nobody's: inode 0, though its uid says root.
 # TCP states of an end that its process holds: ESTABLISHED, FIN_WAIT1 and 2 (it has shut down its
 # sending half), CLOSE_WAIT, CLOSING. SYN_SENT is not: that would be somebody's next connection.
+
 _LISTENING = 10
 _LIVE_STATES = (1, 4, 5, 8, 11, _LISTENING)
 ANYBODY = "::", 0                 # what a listener is connected to, of IPv4 too
@@ -9937,6 +9948,11 @@ def open_netlink():
 
 
 # --- First bytes: another protocol than ours, as a web page in the owner's browser sends ---
+# A browser runs as its user, so the Door lets it in. What it sends is found out before a line runs:
+#     GET /x HTTP/1.1\r\n      by the first line: a row of _GREETINGS
+#     odd(\r\nHost: ...\r\n     by a header that every request of a browser has
+#     \x16\x03...               a TLS hello; SSH, Redis and others likewise
+#     x = 1\n                   ours; so is what begins with our client's secret
 
 class FirstBytes:
     """Finds out from its first lines whether a connection speaks another protocol than ours.
@@ -10056,6 +10072,14 @@ def foreign_greeting(received):
 
 
 # --- Private files: unix sockets, tokens, the runtime folder ---
+# All have mode 0600, and are read only where they are regular files of ours.
+#     PATH, PATH.control                  a server's unix sockets
+#     PATH.token, token-PORT-NETWORK      its token, for our client
+#     server-PID-RANDOM.note              where it is, for list, connect and exec
+#     ~/.hotrepl_history                  what was typed, see section 14
+# All but the last are gone when the server stops. Those without a PATH are in the runtime folder,
+# of mode 0700: hotrepl in $XDG_RUNTIME_DIR, else hotrepl-UID where temporary files are. They are
+# made and removed by the descriptor of their folder: its path could lead elsewhere a moment later.
 
 @contextmanager
 def unix_listener(path, token=None):
@@ -11444,6 +11468,13 @@ def _hiding_file(name):
 
 
 # --- Evaluator: the thread that runs the inputs ---
+# What an evaluation changes around itself, `run_code` takes back, in whatever way it ends:
+#     interrupts       on in Interrupts.run alone
+#     `_`              lent by _Lent, where the name is free
+#     a trace function the user's own while the input runs, none in between
+#     sys.ps1, ps2     as before, unless the input names them
+# Ctrl+Z: the thread goes on as a Job; another Evaluator has the session, and a copy of
+# its console.
 
 class Detached(BaseException):
     """This thread's session goes on in another; what it evaluated has become a job."""
@@ -12960,6 +12991,8 @@ PROMPT_LIMIT_BYTES = 400          # more is text: readline writes past its memor
 KEPT_EVENTS, KEPT_BYTES = 100, 4 << 20    # of what came and is not shown yet; then the server waits
 
 
+# --- Link: both sockets ---
+
 class Link:
     """A session with a server: bytes and requests out, events in. For the main thread.
 
@@ -13197,6 +13230,8 @@ def _gone(why):
     """Raise ServerGone, where only an expression can stand."""
     raise ServerGone(why)
 
+
+# --- Conversation: which event means what ---
 
 class Conversation:
     """One session with a server, as a person at a terminal has it.
@@ -13493,6 +13528,8 @@ def _indentation(block):
     is_end = re.match(r"\s*(return|raise|pass|break|continue)\b", first)
     return indent[:-4] if is_end else indent
 
+
+# --- Terminal: what a person sees and types ---
 
 class Terminal:
     """What a person sees and types. A context manager: afterwards all is as it was before.
@@ -13975,6 +14012,8 @@ def read_without_waiting():
         termios.tcsetattr(0, termios.TCSANOW, modes)
     return modes != before
 
+
+# --- The way in, completion, history ---
 
 def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=None,
             token=None, is_plain=False):
