@@ -996,8 +996,7 @@ class StreamRouter(Installed):
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
-        value = _standing(sys, name)
-        return _stand_ins(value)[-1].default if _stand_ins(value) else value
+        return _chain(sys, name)[-1]
 
     def _install(self):
         """Do nothing: who has acquired it binds a thread, which puts in what is missing."""
@@ -1007,8 +1006,9 @@ class StreamRouter(Installed):
         missing = {}
         for module, name, own in self.PLACES:
             module = __import__(module)
-            value = _without_retired(_standing(module, name))
-            if self.ours.get(name) not in _stand_ins(value):
+            chain = _chain(module, name)
+            value = chain[0]
+            if self.ours.get(name) not in chain[:-1]:
                 each = self._made.pop((name, id(value)), None) or (
                     ThreadFunction(value, own) if own else thread_stream(value))
                 self._made[name, id(value)] = missing[name] = each
@@ -1023,28 +1023,20 @@ class StreamRouter(Installed):
         for module, name, _ in self.PLACES:
             module = sys.modules.get(module)
             if module is not None:
-                setattr(module, name, _without_retired(_standing(module, name)))
+                setattr(module, name, _chain(module, name)[0])
         FLUSHER.stop()
 
 
-def _standing(module, name):
-    """Return what `module` has under `name`; where that was deleted, what it had at first."""
-    return getattr(module, name if hasattr(module, name) else "__%s__" % name, None)
-
-
-def _without_retired(value):
-    """Return what `value` stands for, if it is a stand-in that somebody put back too late."""
-    while _stand_ins(value) and value.is_retired:
-        value = value.default
-    return value
-
-
-def _stand_ins(value):
-    """Return the chain of stand-ins that begins with `value`: ours, and those of other copies."""
-    chain = []
-    while getattr(type(value), "is_thread_stream", False):
-        chain.append(value)
-        value = value.default
+def _chain(module, name):
+    """Return in a list what `module` has under `name`, what that stands for, and so on; the last is
+    no stand-in, neither of ours nor of another copy. Those that somebody put back too late are left
+    out. Where the name was deleted, what it had at first counts.
+    """
+    chain = [getattr(module, name if hasattr(module, name) else "__%s__" % name, None)]
+    while getattr(type(chain[-1]), "is_thread_stream", False):
+        chain.append(chain[-1].default)
+    while len(chain) > 1 and chain[0].is_retired:
+        del chain[0]
     return chain
 
 
