@@ -95,9 +95,11 @@ the README. SPDX-License-Identifier: MIT; the text is at the end.
 # logging, readline, ssl, traceback, ...) is imported in the functions that use it, so that
 # a program which starts a server and is never visited pays for none of it.
 
+# Of signal, struct and weakref the part in C: the rest of them takes long, and is not used here.
 import _imp
-import _signal as signal         # without the enums that signal.py makes of its numbers
-import _weakref as weakref       # the half that is written in C
+import _signal as signal
+import _struct as struct
+import _weakref as weakref
 import atexit
 import builtins
 import collections
@@ -112,7 +114,6 @@ import os
 import select
 import socket
 import stat
-import struct
 import sys
 import threading
 import time
