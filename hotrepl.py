@@ -906,6 +906,9 @@ class Installed:
             if not self._users:
                 self._uninstall()
 
+    def _install(self):
+        """Put it in; nothing where each user does so: StreamRouter.bind, MainThread.acquire."""
+
     def __enter__(self):
         self.acquire()
 
@@ -998,9 +1001,6 @@ class StreamRouter(Installed):
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
         return _chain(sys, name)[-1]
-
-    def _install(self):
-        """Do nothing: who has acquired it binds a thread, which puts in what is missing."""
 
     def _put_in(self):
         """Put a stand-in before whatever is in each place now, unless one of ours is there."""
@@ -2989,9 +2989,6 @@ class MainThread(Installed):
         super().acquire()
         if not self._is_installed():
             self._missing = self._take_signal()
-
-    def _install(self):
-        """Do nothing; `acquire` has more to do."""
 
     def _uninstall(self):
         """Fail what waits, and give the signal back, which the main thread has to do."""
