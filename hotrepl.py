@@ -2306,8 +2306,8 @@ class _Cursor:
             self.word, self.quote, self.prefix = found.group("body", "quote", "prefix")
         elif found.lastgroup == "name":
             self.word = found.group()
-        if found.lastgroup == "comment" or found.group("triple") or "\n" in self.word:
-            raise LookupError("nothing is completed in a comment or a long string")
+        if found.lastgroup == "comment" or "\n" in self.word:
+            raise LookupError("nothing is completed in a comment or a string of several lines")
         if self.word or self.quote:
             self.tokens.pop()
 
@@ -2353,7 +2353,7 @@ class _Cursor:
     def _in_string(self):
         """The keys that fit after `d["`, spelled for this kind of string."""
         quote = self.quote
-        if self.prefix or self.tokens[-1] != "[" or not _ends_operand(self.tokens[-2]):
+        if self.prefix or self.tokens[-1] != "[":
             return []
         typed = _constant(quote + self.word + quote)
         ending = "" if self.rest.startswith(quote) else quote + "]"
@@ -2536,10 +2536,9 @@ def _select(names, word):
     found = {name for name in list(names)
              if type(name) is str and name.startswith(word) and name.isidentifier()}
     for hidden in ("_", "__"):
-        if hidden.startswith(word):
-            shown = [name for name in found if not name.startswith(hidden)]
-            if shown:
-                return sorted(shown)
+        shown = [name for name in found if not name.startswith(hidden)]
+        if shown:
+            return sorted(shown)
     return sorted(found)
 
 
@@ -2579,7 +2578,7 @@ def _bare(called):
     if is_python_function(called):
         wrapped = _instance_dict(called).get("__wrapped__")
         return _bare(wrapped) if is_python_function(wrapped) else _copy_function(called)
-    if kind is types.MethodType and is_python_function(called.__func__):
+    if kind is types.MethodType:
         return types.MethodType(_bare(called.__func__), 0)
     call = _find(kind, "__call__")
     if is_python_function(call):
