@@ -1050,6 +1050,8 @@ def _chain(module, name):
 class OfSession:
     """What the streams of a session have in common."""
 
+    closed = False                # io's is a property, which each print() would ask twice
+
     def isatty(self):
         session = current_session()
         return session is not None and session.terminal_size is not None
@@ -10980,10 +10982,10 @@ _WITHIN = Lazy(lambda: re.compile(rb"[\x80-\xbf\xff]*"))
 
 def pieces_of(data):
     """Yield `data` in parts, none of which ends within a character or a doubled IAC."""
-    begin = 0
+    begin, view = 0, memoryview(data)
     while begin < len(data):
         end = _WITHIN.match(data, begin + CHUNK_BYTES).end()
-        yield data[begin:end]
+        yield view[begin:end]
         begin = end
 
 
