@@ -558,6 +558,8 @@ class MarkDecoder:
 
     def feed(self, data):
         """Return what `data` completes, in order."""
+        if data and data.find(IAC) < 0 and not self._rest and self._block is None:    # mostly
+            return [("data", data)]
         events, at = [], 0
         data, self._rest = self._rest + data, b""
         while at < len(data):
@@ -569,9 +571,6 @@ class MarkDecoder:
 
     def _take_plain(self, data, at, events):
         """Outside of a block: text as far as it goes, or one mark."""
-        if data.find(IAC, at) < 0:
-            events.append(("data", data[at:]))
-            return len(data)
         found = self.MARK.match(data, at)
         kind, mark = found.lastgroup, found.group()
         if kind == "unfinished":
@@ -616,8 +615,8 @@ class InputDecoder:
         self.asks_for_control = False     # the client wants to be told where the control channel is
         self._limit_bytes = limit_bytes
         self._marks = MarkDecoder(limit_bytes)
-        self._pieces = []         # of the line that is being received; none of one over the limit
-        self._length = 0          # of that line so far, in bytes
+        self._begun = []          # pieces of a line without its end; none of one over the limit
+        self._length = 0          # of these, in bytes
 
     def feed(self, data):
         """Take `data` apart; what it completes is appended to `ready`."""
@@ -635,34 +634,34 @@ class InputDecoder:
     def close(self):
         """End the stream: a last line without a newline counts, then it is end-of-file."""
         if self._length:
-            self._end_line()
+            self._take_lines(b"\n")
         self.ready.append(("eof", ""))
 
     def _take_lines(self, data):
-        first, *more = data.split(b"\n")
-        self._add_piece(first)
-        for piece in more:
-            self._end_line()
-            self._add_piece(piece)
+        *lines, begun = data.split(b"\n")
+        for line in lines:
+            length = len(line)
+            if self._length or line.startswith(CTRL_D):
+                self._begin_line(line)
+                line, length = b"".join(self._begun), self._length
+                self._begun, self._length = [], 0
+            if length > self._limit_bytes:
+                self._refuse("line")
+            else:
+                self._append_text("line", line[:-1] if line.endswith(b"\r") else line)
+        if begun:
+            self._begin_line(begun)
 
-    def _add_piece(self, piece):
+    def _begin_line(self, piece):
         """Append bytes to the line that is being received; Ctrl+D at its start is end-of-file."""
         while piece.startswith(CTRL_D) and not (self._length or self.secret):
             self.ready.append(("eof", ""))
             piece = piece[1:]
         self._length += len(piece)
         if self._length <= self._limit_bytes:
-            self._pieces.append(piece)
+            self._begun.append(piece)
         else:
-            self._pieces = []
-
-    def _end_line(self):
-        line, length = b"".join(self._pieces), self._length
-        self._pieces, self._length = [], 0
-        if length > self._limit_bytes:
-            self._refuse("line")
-        else:
-            self._append_text("line", line[:-1] if line.endswith(b"\r") else line)
+            self._begun = []
 
     def _take_block(self, payload):
         # Kinds that are not named here are for later versions.
@@ -1086,6 +1085,7 @@ class SessionStream(OfSession, io.BufferedIOBase):
         self.count = 0            # bytes so far
         self._earlier = earlier   # a stream whose text goes out before ours
         self._slots = None        # our thread's slots of the stand-in: print() finds `write` there
+        self._is_watched = False  # the Flusher visits it; set by the thread that prints
         self.text = io.TextIOWrapper(self, "utf-8", "strict" if flusher else "backslashreplace",
                                      newline="\n", write_through=flusher is None)
         self.text._CHUNK_SIZE = CHUNK_BYTES
@@ -1093,16 +1093,19 @@ class SessionStream(OfSession, io.BufferedIOBase):
     def bind(self, stand_in):
         """Be what `stand_in` stands for in the calling thread."""
         self._slots = stand_in._use(self.text)
-        self.rearm()
+        if self._flusher is not None and not self._is_watched:
+            self._slots["write"] = self._write_first
 
     def rearm(self):
         """Stop the Flusher's visits until the next text is printed."""
-        if self._flusher is not None:
+        if self._is_watched:
+            self._is_watched = False
             self._flusher.unwatch(self)
             self._slots["write"] = self._write_first
 
     def _write_first(self, text):
         self._check_peer()
+        self._is_watched = True
         self._guard.shield(self._flusher.watch, self)
         # From here on print() runs in C.
         self._slots["write"] = self.text.write
@@ -1955,7 +1958,9 @@ class ConsoleMixin:
     own = frozenset()             # names of methods that the class has in place of code's
 
     def __init__(self, namespace, evaluator):
+        import linecache
         self.evaluator = evaluator
+        self._linecache = linecache       # an import statement for each line costs more
         # The file names of the inputs: <hotrepl CONSOLE:INPUT>, each a number.
         self._names = map(("<hotrepl %d:%%d>" % next(_serials)).__mod__, itertools.count(1))
         self.source = ""          # what runs now, for its traceback
@@ -2015,15 +2020,15 @@ class ConsoleMixin:
     def _begin(self, filename, source):
         """Let tracebacks, stacks() and pdb find the lines of what runs now, not of the last input.
         """
-        import linecache
-        if self.filename not in linecache.cache:
+        cache = self._linecache.cache
+        if self.filename not in cache:
             restore_sources()
         elif self.filename not in _remembered:
             # No function has come from the last input, so nobody needs its lines.
-            linecache.cache.pop(self.filename, None)
+            cache.pop(self.filename, None)
         self.filename, self.source = filename, source
         if source:
-            linecache.cache[filename] = _lines_entry(filename, source)
+            cache[filename] = _lines_entry(filename, source)
 
     def forget(self):
         """Let go of the lines of the last input."""
@@ -2037,8 +2042,7 @@ class ConsoleMixin:
         shown when all is over; "single" would display it within the evaluation, which is slower,
         and only done where the line is or may be a statement.
         """
-        word = line.partition(" ")[0]
-        is_statement = "=" in line or keyword.iskeyword(word) and word not in _EXPRESSION_WORDS
+        is_statement = "=" in line or line.partition(" ")[0] in _STATEMENT_WORDS
         if "__future__" in line:
             # The console's compiler has to see it, as it remembers what is imported.
             return None
@@ -2161,7 +2165,7 @@ class ConsoleMixin:
 _serials = itertools.count(1)
 ALLOW_AWAIT = 0x2000 if sys.version_info >= (3, 8) else 0     # ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 _INTERACTIVE_FLAGS = 0x200 | 0x4000       # codeop's: don't imply dedent, allow incomplete input
-_EXPRESSION_WORDS = ("None", "True", "False", "lambda", "not", "await")
+_STATEMENT_WORDS = set(keyword.kwlist) - {"None", "True", "False", "lambda", "not", "await"}
 _THIS_FILE = ConsoleMixin.run_line.__code__.co_filename
 
 
@@ -9975,16 +9979,18 @@ class FirstBytes:
         # Quicker than `in`.
         if text.find(IAC) >= 0:
             text = re.sub(_TELNET, b"", text)
+        is_ours, foreign = False, None
         if self._is_first:
             text = b"\n" + text[re.match(_BLANK, text).end():]
-        # Our client's secret.
-        is_ours = text.startswith(BEGIN, 1)
-        foreign = foreign_greeting(text[1:]) if self._is_first and not is_ours else None
+            # Our client's secret.
+            is_ours = text.startswith(BEGIN, 1)
+            foreign = None if is_ours else foreign_greeting(text[1:])
         end = _HEADER_END.search(text)
         if end and end.group("host") and not is_ours:
             foreign = foreign or "an HTTP request"
         self._room -= len(received)
-        self.is_over = bool(is_ours or foreign or end or text != b"\n" and self._room < 0)
+        if is_ours or foreign or end or self._room < 0 and text != b"\n":
+            self.is_over = True
         # What is past need not be looked at again, but for a first line that needs its second.
         begin = 0 if self._is_first and _UNDECIDED.match(text) else text.rfind(b"\n")
         self._is_first = self._is_first and begin == 0
@@ -11887,14 +11893,15 @@ class Evaluator(Job):
 
 def _evaluate_here(code, names, own, use):
     """Run code with the user's trace function on, and call `use` with the value."""
-    settrace, gettrace, keep = sys.settrace, sys.gettrace, setattr
+    settrace, gettrace = sys.settrace, sys.gettrace
     # One line on purpose, and C functions: a debugger started in the session and still stepping
     # when the evaluation returns would otherwise stop at our next line.
-    value = settrace(own.trace), eval(code, names), keep(own, "trace", gettrace()), settrace(None)
-    return use(value[1])
+    _, value, own.trace, _ = settrace(own.trace), eval(code, names), gettrace(), settrace(None)
+    return use(value)
 
 
 LOOP_NAMES = {"all_tasks", "current_task", "create_task", "ensure_future", "get_running_loop"}
+_BUILTINS = vars(builtins)
 _CLEAR = compile("values.clear()", "<hotrepl>", "eval")
 _PLAIN = {int, float, str, bool, bytes, type(None)}
 
@@ -11903,14 +11910,15 @@ class _Lent:
     """The session's last value under `_` for one evaluation, where that name is free."""
 
     def __init__(self, namespace, value):
-        is_free = "_" not in namespace and not hasattr(builtins, "_")
+        is_free = "_" not in namespace and "_" not in _BUILTINS
         self._names = namespace if is_free else {}    # where `_` is lent
-        self._value = None        # what `_` is; None: it is not there, as for a last value of None
-        self.put(value)
+        self._value = value       # what `_` is; None: it is not there, as for a last value of None
+        if value is not None:
+            self._names["_"] = value
 
     def put(self, value):
         """Let `_` be `value`, unless the user has put something there meanwhile."""
-        if value is not None and self._names.get("_") is self._value:
+        if self._names.get("_") is self._value:
             self._names["_"] = self._value = value
 
     def take_back(self):
