@@ -9470,9 +9470,8 @@ class Door:
         """Return whether `candidate`, from the wire, is the token or a proof, in constant time."""
         if isinstance(candidate, str):
             candidate = candidate.encode("utf-8", "replace")
-        known = [self.token, *proofs] if self.token is not None else []
         return isinstance(candidate, bytes) and any(
-            [compare_digest(candidate, each) for each in known])
+            [compare_digest(candidate, each) for each in (self.token, *proofs)])
 
     def refuse(self, peer, reason, **facts):
         """Put a refusal on record: one of each peer and REFUSED_PEERS in all within a second.
@@ -10369,10 +10368,9 @@ def _read_note(path):
 
 
 def _parse_place(text):
-    """Return the address that a note has, as in Server: a path or (host, port)."""
-    kind, _, place = text.partition(":")
-    host, _, port = place.rpartition(" ")
-    return place if kind == "unix" else (host, int(port))
+    """Return the address of which `text` is what _join_address makes: a path or (host, port)."""
+    host, _, port = text.rpartition(":")
+    return text if text.startswith("/") else (host.strip("[]"), int(port))
 
 
 def _is_alive(note):
@@ -12886,7 +12884,10 @@ def _listen(bind, port, parameter, default):
         sock.listen(BACKLOG)
     except OSError as exc:
         sock.close()
-        raise type(exc)(exc.errno, _explain(exc, bind, port, parameter)) from exc
+        raise type(exc)(exc.errno, "port %d is in use; pass %s=0 to pick a free one, or stop the "
+                        "program that holds it" % (port, parameter)
+                        if exc.errno == errno.EADDRINUSE else
+                        "can't listen on %s port %d: %s" % (bind, port, exc.strerror)) from exc
     sock.setblocking(False)
     return sock
 
@@ -12896,23 +12897,12 @@ def _write_note(server):
 
     Return what `remove_made` takes.
     """
-    places = ["unix:" + each if isinstance(each, str) else "tcp:%s %d" % each[:2]
-              for each in (server.address, server.control_address)]
+    places = map(_join_address, (server.address, server.control_address))
     note = [os.getpid(), process_mark(os.getpid()), time.time(), " ".join(namespaces()), *places,
             *getattr(sys, "argv", [])]
     name = NOTE_NAME % (os.getpid(), os.urandom(4).hex())
     return write_private(os.path.join(runtime_folder(), name),
                          "\0".join(map(str, note)).encode("utf-8", "surrogatepass"))
-
-
-def _explain(exc, bind, port, parameter):
-    """Return what went wrong with a port, and what to do."""
-    if exc.errno == errno.EADDRINUSE:
-        return ("port %d is in use; pass %s=0 to pick a free one, or stop the program that holds it"
-                % (port, parameter))
-    if exc.errno == errno.EACCES:
-        return "port %d needs privileges; pass %s=0 or one above 1023" % (port, parameter)
-    return "can't listen on %s port %d: %s" % (bind, port, exc.strerror)
 
 
 # Gone after two minutes. No TCP_USER_TIMEOUT: it would end a client that was stopped for a while.
@@ -12934,7 +12924,7 @@ def _join_address(address):
     """Return an address as text: a path, or HOST:PORT."""
     if not isinstance(address, tuple):
         return str(address)
-    host, port = address[:2]
+    host, port = address
     return "%s:%s" % ("[%s]" % host if ":" in host else host, port)
 
 
