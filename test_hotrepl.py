@@ -125,8 +125,13 @@ class Talk:
         self._fileno = fileno
         self._receive = receive   # returns bytes, b"" at the end
 
-    def until(self, marker, deadline_s=DEADLINE_S):
-        """Return what came up to and with `marker`; it is str if that is, otherwise bytes."""
+    def until(self, *markers, deadline_s=DEADLINE_S):
+        """Wait for one marker after the other; return what came with the last one, as str if that is one, or bytes."""
+        for marker in markers:
+            found = self._until(marker, deadline_s)
+        return found
+
+    def _until(self, marker, deadline_s):
         wanted = marker.encode("utf-8") if isinstance(marker, str) else marker
         end = time.monotonic() + deadline_s
         while self.received.find(wanted, self._position) < 0:
@@ -223,8 +228,9 @@ class Wire(Talk):
         self.number = int(match.group(1))
 
     def send(self, line):
-        """Send one line (str), or raw bytes as they are."""
+        """Send one line (str), or raw bytes as they are; return self, as all that sends or types does."""
         self.sock.sendall(line if isinstance(line, bytes) else line.encode("utf-8") + b"\n")
+        return self
 
     def ask(self, line, prompt=">>> "):
         """Send `line` and return what is printed before the next `prompt`."""
@@ -265,6 +271,7 @@ class Control(Talk):
             body = json.dumps(message).encode("utf-8")
             message = b"\xffv01l%d;%s" % (len(body), body)
         self.sock.sendall(message)
+        return self
 
     def reply(self):
         """Wait for one reply and return it, a dict."""
@@ -306,7 +313,7 @@ class Paired(Wire):
 
     def turn(self, deadline_s=DEADLINE_S):
         """Wait for the next turn mark; return what was printed before its prompt."""
-        data = self.until(self.MARK, deadline_s)[:-len(self.MARK)]
+        data = self.until(self.MARK, deadline_s=deadline_s)[:-len(self.MARK)]
         self.turns += 1
         text, newline, self.prompt = data.decode("utf-8", "backslashreplace").rpartition("\n")
         return text + newline
@@ -509,6 +516,7 @@ class Program(Talk):
     def send(self, text):
         """Write `text` to its stdin."""
         self.process.stdin.write(text.encode("utf-8"))
+        return self
 
     def finish(self, text):
         """Write `text` to its stdin, close that, and return what `end` does."""
@@ -575,11 +583,13 @@ class Terminal(Talk):
         data = text.replace("\n", "\r").encode("utf-8")
         while data:
             data = data[os.write(self._fd, data):]
+        return self
 
     def press(self, *keys):
         """Press keys by name, as in KEYS."""
         for key in keys:
             os.write(self._fd, self.KEYS[key])
+        return self
 
     def ask(self, line, answer, prompt=">>> "):
         """Type `line` and wait for the line `answer`, then for `prompt`; return what came between.
@@ -1093,8 +1103,7 @@ class ThreadStreams(Case):
     def test_output_arrives_while_the_evaluation_goes_on(self):
         served = self.serve({"go": threading.Event()})
         wire = served.wire()
-        wire.send("print('half' + ' a line', end=''); go.wait()")
-        wire.until("half a line")
+        wire.send("print('half' + ' a line', end=''); go.wait()").until("half a line")
         served.namespace["go"].set()
         self.assertEqual(wire.until(">>> "), "True\n>>> ")
 
@@ -1112,17 +1121,14 @@ class ThreadStreams(Case):
     def test_a_session_reads_its_own_stdin(self):
         wire = self.serve().wire()
         wire.ask("import sys")
-        wire.send("sys.stdin.readline()\nfirst")
-        self.assertEqual(wire.until(">>> "), "'first\\n'\n>>> ")
+        self.assertEqual(wire.send("sys.stdin.readline()\nfirst").until(">>> "), "'first\\n'\n>>> ")
         wire.send("[sys.stdin.read(2), sys.stdin.readline()]\nsecond")
         self.assertEqual(wire.until(">>> "), "['se', 'cond\\n']\n>>> ")
-        wire.send("next(iter(sys.stdin))\nthird")
-        self.assertEqual(wire.until(">>> "), "'third\\n'\n>>> ")
+        self.assertEqual(wire.send("next(iter(sys.stdin))\nthird").until(">>> "), "'third\\n'\n>>> ")
 
     def test_stdin_of_a_session_can_be_read_to_the_end(self):
         client = self.serve().paired()
-        client.send("import sys; sys.stdin.read()")
-        client.turn()
+        client.ask("import sys; sys.stdin.read()")
         client.ask("a")
         client.ask("b")
         client.sock.sendall(b"\xff\xec")
@@ -1559,8 +1565,7 @@ class InterruptsOverTheWire(Case):
     def test_one_that_overtakes_its_input_hits_it(self):
         client = self.serve().paired()
         client.interrupt()                # "answered": the line is on its way
-        client.send("import itertools; [None for _ in itertools.count()]")
-        self.assertTrue(self.interrupted(client.turn()))
+        self.assertTrue(self.interrupted(client.ask("import itertools; [None for _ in itertools.count()]")))
         self.assertEqual(client.ask("6*7"), "42\n")
 
     def test_at_the_prompt_it_drops_the_block_and_prompts_again(self):
@@ -1575,8 +1580,7 @@ class InterruptsOverTheWire(Case):
     def test_it_ends_a_wait_for_input_at_once(self):
         client = self.serve().paired()
         for is_answered in (False, True):
-            client.send("input('name? ')")
-            client.turn()
+            client.ask("input('name? ')")
             self.assertEqual(client.prompt, "name? ")
             client.interrupt(answered=is_answered)
             self.assertTrue(self.interrupted(client.turn()))
@@ -1596,8 +1600,7 @@ class InterruptsOverTheWire(Case):
     def test_it_hits_an_evaluation_that_asked_for_input_meanwhile(self):
         client = self.serve().paired()
         answered = client.turns
-        client.send("input('name? ')")
-        client.turn()
+        client.ask("input('name? ')")
         client.interrupt(turn=answered)
         self.assertIn("KeyboardInterrupt", client.turn())
         client.interrupt(turn=answered)       # that is over
@@ -1624,12 +1627,9 @@ class InterruptsOverTheWire(Case):
     def test_the_interrupt_mark_of_telnet_ends_the_wait_for_input(self):
         wire = self.serve().wire()
         wire.ask("if True:", prompt="... ")
-        wire.send(b"\xff\xf4")
-        self.assertIn("KeyboardInterrupt", wire.until(">>> "))
-        wire.send("input('name? ')")
-        wire.until("name? ")
-        wire.send(b"\xff\xf4")
-        self.assertIn("KeyboardInterrupt", wire.until(">>> "))
+        self.assertIn("KeyboardInterrupt", wire.send(b"\xff\xf4").until(">>> "))
+        wire.send("input('name? ')").until("name? ")
+        self.assertIn("KeyboardInterrupt", wire.send(b"\xff\xf4").until(">>> "))
 
     def test_a_loop_that_prints_is_interrupted_and_no_line_is_torn(self):
         client = self.serve().paired()
@@ -1655,8 +1655,7 @@ class InterruptsOverTheWire(Case):
                 pass
             client.interrupt()
             client.turn()
-            client.until(">>> ")
-            client.until(Paired.MARK)
+            client.until(">>> ", Paired.MARK)
             client.send_block("print('sent', end='!'); input()")
             client.until("sent!", deadline_s=5.0)
             client.close()
@@ -2068,8 +2067,7 @@ class Consoles(Case):
         self.assertEqual(client.prompt, "in> ")
         client.ask("if 1:")
         self.assertEqual(client.prompt, "..> ")
-        client.send("    del sys.ps1, sys.ps2\n")
-        client.turn()
+        client.ask("    del sys.ps1, sys.ps2\n")
         client.turn()
         self.assertEqual(client.prompt, ">>> ")
 
@@ -2120,8 +2118,7 @@ class Consoles(Case):
         before = len(linecache.cache)
         for at in range(300):
             wire.send("x = %d" % at)
-        wire.send("print('all ' + 'done')")
-        wire.until("all done\n")
+        wire.send("print('all ' + 'done')").until("all done\n")
         self.assertLess(len(linecache.cache) - before, 50)
 
 
@@ -2172,8 +2169,7 @@ class Blocks(Case):
         self.assertEqual(self.client.block("6*7"), "42\n")
 
     def test_a_block_answers_input_line_by_line(self):
-        self.client.send("[input(), input()]")
-        self.client.turn()
+        self.client.ask("[input(), input()]")
         self.client.send_block("first\nsecond")
         self.client.until("['first', 'second']\n")
 
@@ -2268,8 +2264,7 @@ class RealConsoles(Case):
         self.assertEqual(client.ask("6*7"), "42\n")
         client.ask("from mac import macros, dbl")
         self.assertEqual(client.ask("dbl[21]"), "42\n")
-        client.send("for i in range(2): print(dbl[i + 20])\n")
-        client.turn()
+        client.ask("for i in range(2): print(dbl[i + 20])\n")
         self.assertEqual(client.turn(), "40\n42\n")
         self.assertIn("ZeroDivisionError", client.ask("1 / 0"))
         self.assertEqual(client.block("x = dbl[3]\ny = dbl[x]\ny"), "12\n")
@@ -2365,8 +2360,7 @@ class RealConsoles(Case):
                     "print((sys.stdin, sys.stdout, sys.stderr, sys.displayhook) == before)\n"
                     "print(hasattr(sys, 'ps1'))", python=third_party(name), PYTHONWARNINGS="ignore")
                 self.wire(addresses(program)[0]).finish()
-                program.send("\n")
-                self.assertEqual(program.end()[:2], [0, "True\nFalse\n"])
+                self.assertEqual(program.send("\n").end()[:2], [0, "True\nFalse\n"])
 
     def test_where_they_do_not_work_the_standard_library_serves(self):
         python, folder = third_party("extras"), self.folder()
@@ -5875,9 +5869,7 @@ world.run()
         text = textwrap.dedent(self.WORLD)
         for bad in ("def step(: pass\n", "1 / 0\n"):
             folder.write("world.py", text.format(12) + bad)
-            terminal.type("reload('world')\n")
-            terminal.until("ReloadError: ")
-            terminal.until(">>> ")
+            terminal.type("reload('world')\n").until("ReloadError: ", ">>> ")
             terminal.ask("seen(11)", "\n'version 11 at work'")
         folder.write("world.py", text.format(13))
         terminal.ask("reload()", "\nchanged: world.RATE, world.Body, world.step")
@@ -5900,9 +5892,7 @@ world.run()
         terminal.ask("reload(hotrepl)", "\nchanged: ReloadReport")
         terminal.ask("reload(hotrepl)", "\nall as before")
         if not IS_PYPY:           # where it takes ten seconds
-            terminal.type("reload(hotrepl, everything=True) and 0\n")
-            terminal.until("\n0\n", 120)
-            terminal.until(">>> ")
+            terminal.type("reload(hotrepl, everything=True) and 0\n").until("\n0\n", ">>> ", deadline_s=120)
         self.assertEqual(wire.ask("6 * 7"), "42\n")
         other = Wire(self.addresses[0]).hello()
         self.addCleanup(other.close)
@@ -9244,8 +9234,7 @@ class Tools(Case):
         self.assertEqual(self.client.ask("6*7"), "42\n")
 
     def test_input_asks_the_client(self):
-        self.client.send("input('your ' + 'name? ')")
-        self.client.turn()
+        self.client.ask("input('your ' + 'name? ')")
         self.assertEqual(self.client.prompt, "your name? ")
         self.assertEqual(self.client.ask("me"), "'me'\n")
 
@@ -9255,15 +9244,13 @@ class Tools(Case):
         self.assertEqual(wire.ask("me"), "'me'\n")
 
     def test_input_sees_end_of_file_and_the_session_goes_on(self):
-        self.client.send("input()")
-        self.client.turn()
+        self.client.ask("input()")
         self.client.sock.sendall(b"\xff\xec")
         self.assertIn("EOFError", self.client.turn())
         self.assertEqual(self.client.ask("6*7"), "42\n")
 
     def test_getpass_asks_the_client(self):
-        self.client.send("import getpass; getpass.getpass('secret? ')")
-        self.client.turn()
+        self.client.ask("import getpass; getpass.getpass('secret? ')")
         self.assertIn("secret? ", self.client.prompt)
         self.assertIn("'me'\n", self.client.ask("me"))
 
@@ -9272,8 +9259,7 @@ class Tools(Case):
         folder = self.folder()
         folder.write("program.py", SERVE + "import threading; threading.Event().wait()\n")
         client = self.keep(Paired(*addresses(self.keep(folder.terminal("program.py")))))
-        client.send("import getpass; getpass.getpass('secret? ')")
-        client.turn()
+        client.ask("import getpass; getpass.getpass('secret? ')")
         self.assertIn("'me'\n", client.ask("me"))
 
     def test_getpass_of_the_program_is_its_own(self):
@@ -9380,8 +9366,7 @@ class Debuggers(Case):
         self.session_is_whole()
 
     def test_a_client_that_vanishes_in_the_debugger_ends_only_its_session(self):
-        self.client.send("import pdb; pdb.set_trace()")
-        self.client.turn()
+        self.client.ask("import pdb; pdb.set_trace()")
         self.client.vanish()
         eventually(lambda: not self.served.server.find_session(self.client.number))
         self.assertEqual(self.served.wire().ask("6*7"), "42\n")
@@ -9439,8 +9424,7 @@ class Debuggers(Case):
         self.client.block(self.STOP)
         for answer in (b"q\n", b"quit\n", b"\xff\xec"):
             self.client.ask("stop(41)")
-            self.client.send(answer)
-            self.assertNotIn("Quitting", self.client.turn())
+            self.assertNotIn("Quitting", self.client.ask(answer))
             self.session_is_whole()
 
     def test_where_shows_the_input_and_nothing_of_what_runs_it(self):
@@ -9470,8 +9454,7 @@ class Debuggers(Case):
         self.assertEqual((self.client.prompt, complete("ap")), (">>> ", ["apollo", "apple", "apricot"]))
         self.client.ask("apt = 1")
         self.assertEqual(complete("apt"), ["apt"])
-        self.client.send(b"\xff\xec")
-        self.client.turn()
+        self.client.ask(b"\xff\xec")
         self.assertEqual(self.client.prompt, "(Pdb) ")
         self.client.ask("continue")
         self.assertEqual(complete("ap"), ["apollo"])
@@ -9481,8 +9464,7 @@ class Debuggers(Case):
     def test_tab_asks_no_object_whose_method_waits_what_class_it_is(self):
         self.client.block("asked = []\nclass Proxy:\n    @property\n    def __class__(self):\n        asked.append(1)\n"
                           "        return int\n    def ask(self):\n        return input('? ')\n")
-        self.client.send("Proxy().ask()")
-        self.client.turn()
+        self.client.ask("Proxy().ask()")
         before = len(self.served.namespace["asked"])
         self.assertIn("asked", self.client.control.request("Complete", line="ask", cursor=3)["matches"])
         self.assertEqual(len(self.served.namespace["asked"]), before)
@@ -9528,8 +9510,7 @@ class Debuggers(Case):
                     program.send("\n")
                     for value in (1 + is_gone, 3):
                         program.until("(Pdb) ")
-                        program.send("p 'x is %d' % x\n")
-                        program.until("'x is %d'" % value)
+                        program.send("p 'x is %d' % x\n").until("'x is %d'" % value)
                         program.send("continue\n")
                     program.until("3\n")
                     if not is_gone:
@@ -9583,8 +9564,7 @@ class NewPythons(Case):
         self.assertIn("MainThread", client.ask("stacks()"))
         client.ask("jobs()")
         self.assertEqual(program.rest_now(), "")
-        program.send("\n")
-        self.assertEqual(program.until("1\n"), "late was loaded\n1\n")
+        self.assertEqual(program.send("\n").until("1\n"), "late was loaded\n1\n")
         self.assertEqual(client.ask("late.VALUE"), "1\n")
 
     @unittest.skipIf(sys.version_info < (3, 15), "`lazy import` came with 3.15")
@@ -9936,8 +9916,7 @@ class MainThreadCalls(Case):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             while True: time.sleep(1000)
             """)
-        wire.send("main_thread(pow, 2, 10)")
-        wire.until("hotrepl: the main thread blocks SIGURG")
+        wire.send("main_thread(pow, 2, 10)").until("hotrepl: the main thread blocks SIGURG")
         self.wire(wire.sock.getpeername()).ask("go.set()")
         wire.until("gives up\n1024\n>>> ")
         self.assertEqual(wire.ask("main_thread(pow, 2, 11)"), "2048\n")
@@ -10097,8 +10076,7 @@ class AwaitAtThePrompt(Case):
                      "    try: await asyncio.sleep(1000)\n"
                      "    finally: cancelled.set()\n"
                      "task = asyncio.create_task(work()); await asyncio.sleep(0)\n")
-        client.send("exit()")
-        client.until_end()
+        client.send("exit()").until_end()
         self.assertTrue(served.namespace["cancelled"].wait(DEADLINE_S))
 
     def test_async_for_and_async_with_work_in_lines_and_in_blocks(self):
@@ -10151,8 +10129,7 @@ class AwaitAtThePrompt(Case):
         client = served.paired()
         served.namespace["go"] = threading.Event()
         self.addCleanup(served.namespace["go"].set)
-        client.send("print('begun'); [go.wait(20), await asyncio.sleep(0)]")
-        client.until("begun\n")
+        client.send("print('begun'); [go.wait(20), await asyncio.sleep(0)]").until("begun\n")
         client.interrupt(turn=client.turns)
         client.until("Ctrl+C again leaves it\n")
         client.interrupt(turn=client.turns)
@@ -10196,8 +10173,7 @@ class AwaitAtThePrompt(Case):
     def test_one_that_goes_to_the_background_is_a_job_with_its_value(self):
         served = self.host()
         client = served.paired()
-        client.send("e = asyncio.Event(); print('begun'); await e.wait()")
-        client.until("begun\n")
+        client.send("e = asyncio.Event(); print('begun'); await e.wait()").until("begun\n")
         self.assertEqual(client.control.request("Background", turn=client.turns)["status"], "ok")
         client.turn()
         client.ask("loop.call_soon_threadsafe(e.set) and None")
@@ -10213,8 +10189,7 @@ class AwaitAtThePrompt(Case):
     def test_exit_in_an_input_that_awaits_leaves(self):
         served = self.host()
         client = served.paired()
-        client.send("await asyncio.sleep(0); exit()")
-        client.until_end()
+        client.send("await asyncio.sleep(0); exit()").until_end()
         self.assertTrue(served.namespace["loop"].is_running())
         self.assertFalse(sys.stdin.closed)
 
@@ -10677,8 +10652,7 @@ class Watching(Case):
 
     def test_watch_ends_after_its_time(self):
         self.assertEqual(inspect.signature(hotrepl.watch).parameters["seconds"].default, 600)
-        self.client.send("watch(pay, seconds=0.05)")
-        self.assertEqual(self.client.turn(), "")
+        self.assertEqual(self.client.ask("watch(pay, seconds=0.05)"), "")
         self.over()
 
     def test_watch_ends_with_its_session_and_with_its_server(self):
@@ -11111,8 +11085,7 @@ class Following(Case):
         program = self.folder().run(SERVE + "input()\n1 / 0\n")
         wire = self.wire(addresses(program)[0])
         wire.ask("follow()")
-        program.send("\n")
-        code, _, err = program.end()
+        code, _, err = program.send("\n").end()
         self.assertEqual((code, err.count("ZeroDivisionError: ")), (1, 1))
 
     def test_follow_shows_what_a_thread_of_the_program_prints(self):
@@ -11183,8 +11156,7 @@ class Following(Case):
     def test_it_ends_with_the_session(self):
         factory = logging.getLogRecordFactory()
         client = self.follow(self.serve())
-        client.send("exit()")
-        client.until_end()
+        client.send("exit()").until_end()
         eventually(lambda: logging.getLogRecordFactory() is factory)
 
     def test_a_client_that_does_not_read_holds_up_nobody_and_learns_what_was_dropped(self):
@@ -11208,11 +11180,9 @@ class Following(Case):
         self.captured()
         terminal = self.serve().terminal(TERM="xterm")
         terminal.ask("follow(); print('following'.upper())", "FOLLOWING")
-        terminal.type("6*")
-        terminal.until("6*")
+        terminal.type("6*").until("6*")
         print("hello from the host")
-        terminal.until("hello from the host\n")
-        terminal.until(">>> 6*")
+        terminal.until("hello from the host\n", ">>> 6*")
         self.assertIn("42\n", terminal.ask("7", "42"))
 
     @unittest.skipUnless(HAS_PTY, "needs a terminal")
@@ -11837,16 +11807,14 @@ sys.exit(hotrepl.main())
 
     def test_root_visits_a_server_that_was_roots_and_became_another_users(self):
         server = self.server(uid=0, then=self.DROPPED % (OWNER, OWNER) + "print('dropped', flush=True)\ninput()")
-        server.send("\n")
-        server.until("dropped\n")
+        server.send("\n").until("dropped\n")
         code, out, said = self.ran("127.0.0.1:%d" % server.ports[0], uid=0)
         self.assertEqual((code, out), (0, "42\n"), said)
         self.assertEqual(self.inherited(server)[1], "received b''\n" * 3)
 
     def test_a_server_that_was_roots_and_became_ours_is_visited(self):
         server = self.server(uid=0, then=self.DROPPED % (OWNER, OWNER) + "print('dropped', flush=True)\ninput()")
-        server.send("\n")
-        server.until("dropped\n")
+        server.send("\n").until("dropped\n")
         for _ in range(3):
             self.assertEqual(self.ran("127.0.0.1:%d" % server.ports[0]), [0, "42\n", ""])
 
@@ -11911,8 +11879,7 @@ sys.exit(hotrepl.main())
     def test_who_root_is_for_a_while_is_not_let_in_and_root_is(self):
         server = self.server(uid=0, then="import os\nos.setegid(%d); os.seteuid(%d)\nprint('changed', flush=True)\ninput()"
                              % (ATTACKER, ATTACKER))
-        server.send("\n")
-        server.until("changed\n")
+        server.send("\n").until("changed\n")
         said = self.visit(("127.0.0.1", server.ports[0]), "1\n", uid=ATTACKER)
         self.assertTrue(said.startswith("received b''"), said)
         self.assertEqual(self.ran("127.0.0.1:%d" % server.ports[0], uid=0)[:2], [0, "42\n"])
@@ -11969,8 +11936,7 @@ sys.exit(hotrepl.main())
     def test_a_pids_server_whose_ports_are_another_users_by_now_gets_nothing(self):
         server = self.server(then="import os\nos.closerange(3, 256)\n"
                                   "print('closed', flush=True)\ninput()")
-        server.send("\n")
-        server.until("closed\n")
+        server.send("\n").until("closed\n")
         false_servers = [self.false_server(["127.0.0.1", port]) for port in server.ports]
         self.assert_refused(self.ran(str(server.process.pid)))
         self.assert_refused(self.ran())
@@ -12206,8 +12172,7 @@ class OddReplies(AccessCase):
         place = self.odd("", {}, b"token: ")
         terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", place), HOTREPL_HISTORY="", TERM="xterm"))
         terminal.until("token: ")
-        terminal.press("^D")
-        code, said = terminal.end()
+        code, said = terminal.press("^D").end()
         self.assertEqual((code, "Traceback" in said), (1, False))
         self.assertIn("the server wants its token", said)
 
@@ -12246,8 +12211,7 @@ class OddReplies(AccessCase):
                                               HOTREPL_HISTORY="", TERM="xterm"))
                 terminal.until(">>> ")
                 terminal.type("x\n")
-                terminal.press("^C")
-                terminal.until("hotrepl: ")
+                terminal.press("^C").until("hotrepl: ")
                 self.assertNotIn("\u202e", terminal.received.decode("utf-8", "replace"))
                 self.assertNotIn(b"gnp\x07", terminal.received)
                 self.assertNotIn(b"\x1b]0;", terminal.received)
@@ -12278,10 +12242,8 @@ class OddReplies(AccessCase):
                 terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", self.odd("Where", reply)),
                                               HOTREPL_HISTORY=""))
                 terminal.until(">>> ")
-                terminal.type("print(some * much)\n")
-                terminal.until("\n")
-                terminal.press("^C")
-                shown = terminal.until("; Ctrl+C again drops the rest\n")
+                terminal.type("print(some * much)\n").until("\n")
+                shown = terminal.press("^C").until("; Ctrl+C again drops the rest\n")
                 self.assertEqual(shown.rpartition("hotrepl: ")[2].partition(";")[0],
                                  "still sending its output" + (", " + told if told else ""))
                 terminal.close()
@@ -12330,8 +12292,7 @@ class OtherProtocols(AccessCase):
         wire = served.wire()
         wire.send(b"seen.append(1)\xff\xfd\x06")
         wire.until(b"\xff\xfb\x06")      # the timing mark's answer: the half has been read
-        wire.send(b" / HTTP/1.1\r\n")
-        wire.until_end()
+        wire.send(b" / HTTP/1.1\r\n").until_end()
         self.expect_warning("an HTTP request")
         eventually(lambda: any(each.startswith("end ") for each in self.records))
         self.assertEqual(served.namespace["seen"], [])
@@ -12507,8 +12468,7 @@ class Tokens(AccessCase):
     def test_the_third_try_may_be_right(self):
         wire = self.stranger()
         for text in ("wrong", "wrong again"):
-            wire.send(text)
-            wire.until("token: ")
+            wire.send(text).until("token: ")
         wire.send(self.TOKEN)
         wire.hello()
 
@@ -12518,8 +12478,7 @@ class Tokens(AccessCase):
 
     def test_a_long_line_ends_the_connection(self):
         wire = self.stranger()
-        wire.send(b"x" * 5000)
-        wire.until_end()
+        wire.send(b"x" * 5000).until_end()
         self.expect_warning("1024 bytes instead of a token")
 
     def test_a_web_request_ends_the_connection_at_once(self):
@@ -12648,8 +12607,7 @@ class Tokens(AccessCase):
     def test_our_client_asks_for_it_where_it_can_not_find_it(self):
         terminal = self.served.keep(Terminal(connect_command(self.server), XDG_RUNTIME_DIR=""))
         terminal.until("token: ")
-        terminal.type(self.TOKEN + "\n")
-        terminal.until(">>> ")
+        terminal.type(self.TOKEN + "\n").until(">>> ")
         self.assertNotIn(self.TOKEN.encode("ascii"), terminal.received)
 
     def test_our_client_takes_it_from_a_file(self):
@@ -12683,8 +12641,7 @@ class Tokens(AccessCase):
     def test_it_is_compared_in_constant_time(self):
         with unittest.mock.patch.object(hotrepl, "compare_digest", wraps=hotrepl.compare_digest) as compare:
             wire = self.stranger()
-            wire.send("wrong")
-            wire.until("token: ")
+            wire.send("wrong").until("token: ")
             wire.send(self.TOKEN)
             wire.hello()
         token = self.TOKEN.encode("ascii")
@@ -12706,8 +12663,7 @@ class Tokens(AccessCase):
 
     def proof(self, wire):
         """Return (the control channel's port, the proof for it) that the REPL channel names."""
-        wire.send(b"\xff\xfac\xff\xf0")
-        wire.until(b"\xff\xfac")
+        wire.send(b"\xff\xfac\xff\xf0").until(b"\xff\xfac")
         port, proof = wire.until(b"\xff\xf0")[:-2].split()
         return int(port), proof.decode("ascii")
 
@@ -12729,8 +12685,7 @@ class Tokens(AccessCase):
         wire.send(self.TOKEN)
         _, proof = self.proof(wire.hello())
         late = self.stranger()
-        late.send(proof)
-        late.until("token: ")
+        late.send(proof).until("token: ")
 
     def test_ten_silent_seconds_end_the_connection(self):
         self.assertEqual(hotrepl.ADMISSION_TIMEOUT_S, 10)
@@ -12762,8 +12717,7 @@ class Limits(AccessCase):
         self.assertEqual(self.raw(served.server.address, b""),
                          "hotrepl: no more than 2 sessions are let in at once\n")
         self.expect_warning("2 sessions are open")
-        second.send("exit()")
-        second.until_end()
+        second.send("exit()").until_end()
         eventually(lambda: len(served.server.sessions()) == 1)
         self.assertEqual([wire.ask("6*7") for wire in (first, served.wire())], ["42\n"] * 2)
 
@@ -12779,8 +12733,7 @@ class Limits(AccessCase):
         served = self.serve({"seen": []}, idle_timeout_s=0.3)
         for line in ("", "x = input()", "for x in range(3):"):
             wire = served.wire()
-            wire.send(line)
-            self.assertIn("\nhotrepl: no input for 0.3 s, this session ends\n", wire.until_end())
+            self.assertIn("\nhotrepl: no input for 0.3 s, this session ends\n", wire.send(line).until_end())
         eventually(lambda: not served.server.sessions())
         self.assertEqual([each.split()[0] for each in self.records].count("idle"), 3)
 
@@ -12854,16 +12807,13 @@ class Encryption(AccessCase):
 
     def test_our_client_comes_in_and_interrupts(self):
         terminal = self.serve(ssl_context=self.context).terminal("--cafile", self.server_files)
-        terminal.type("exec('print(\\'st\\' + \\'art\\')\\nwhile True: pass')\n")
-        terminal.until("start\n")
-        terminal.press("^C")
-        terminal.until("KeyboardInterrupt")
+        terminal.type("exec('print(\\'st\\' + \\'art\\')\\nwhile True: pass')\n").until("start\n")
+        terminal.press("^C").until("KeyboardInterrupt")
 
     @once("slow")
     def test_much_output_arrives_whole(self):
         terminal = self.serve(ssl_context=self.context).terminal("--cafile", self.server_files)
-        terminal.type("print('x' * 3000000 + 'end')\n")
-        self.assertGreater(len(terminal.until("xend\n")), 3000000)
+        self.assertGreater(len(terminal.type("print('x' * 3000000 + 'end')\n").until("xend\n")), 3000000)
 
     def test_exec_takes_the_same_options(self):
         server = self.serve(ssl_context=self.context).server
@@ -13253,16 +13203,11 @@ class Ssh(AccessCase):
         # Where no shell could continue it the system stops nobody.
         terminal = self.served.keep(Terminal([tool("sh"), "-i"], PS1="[sh] ", ENV="", **env))
         terminal.until("[sh] ")
-        terminal.type(" ".join(map(shlex.quote, words)) + "\n")
-        terminal.until(">>> ")
-        terminal.type("ended = []\n")
-        terminal.until(">>> ")
+        terminal.type(" ".join(map(shlex.quote, words)) + "\n").until(">>> ")
+        terminal.type("ended = []\n").until(">>> ")
         for key, answer in (("^Z", "fetches its value\n"), ("^C", "KeyboardInterrupt")):
-            terminal.type("exec('print(\\'st\\' + \\'art\\')\\nwhile not ended: pass')\n")
-            terminal.until("start\n")
-            terminal.press(key)
-            terminal.until(answer)
-            terminal.until(">>> ")
+            terminal.type("exec('print(\\'st\\' + \\'art\\')\\nwhile not ended: pass')\n").until("start\n")
+            terminal.press(key).until(answer, ">>> ")
             terminal.ask("6*7", "42")
         # Other tests may have left jobs: only the newest is ours.
         terminal.ask("ended = [1]; [each.join() for each in jobs()[-1:]], fg(jobs()[-1].number)", "([None], None)")
@@ -13273,8 +13218,7 @@ class Ssh(AccessCase):
         terminal.until(">>> ")
         folder, = [self.file(name) for name in os.listdir(self.path) if "hotrepl-" in name]
         self.assertEqual(oct(os.lstat(folder).st_mode), "0o40700")
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[0], 0)
+        self.assertEqual(terminal.press("^D").end()[0], 0)
         self.assertEqual([name for name in os.listdir(self.path) if "hotrepl-" in name], [])
 
     def test_ssh_ends_with_a_client_that_is_killed(self):
@@ -14467,11 +14411,9 @@ class Audit(AccessCase):
         wire = self.serve().wire()
         wire.send(b"\xff\xf4")    # at the prompt
         wire.until("KeyboardInterrupt\n>>> ")
-        wire.send(b"\xff\xfd\x06")
-        wire.until(b"\xff\xfb\x06>>> ")
+        wire.send(b"\xff\xfd\x06").until(b"\xff\xfb\x06>>> ")
         self.assertIn("no UTF-8", wire.ask(b"\xe9\n"))
-        wire.send("input('a' 'b')")
-        wire.until("ab")
+        wire.send("input('a' 'b')").until("ab")
         wire.send(b"\xff\xf4")    # within an evaluation
         wire.until("KeyboardInterrupt\n>>> ")
         self.assertEqual([each.split()[0] for each in self.records],
@@ -14539,8 +14481,7 @@ class Audit(AccessCase):
         with self.breaking("end"):
             wire = served.wire()
             wire.ask("halt()")
-            wire.send("exit()")
-            wire.until_end()
+            wire.send("exit()").until_end()
             eventually(lambda: "stopped" in repr(served.server))
 
     def test_a_broken_log_does_not_end_the_server_either(self):
@@ -14569,8 +14510,7 @@ class Audit(AccessCase):
 
         def ask():
             with contextlib.closing(Wire(served.server.address)) as wire:
-                wire.send(b"GET / HTTP/1.1\r\n")
-                wire.until_end()
+                wire.send(b"GET / HTTP/1.1\r\n").until_end()
         began, made = time.monotonic(), 0
         while len(self.refusals()) < 3:
             ask()
@@ -14671,8 +14611,7 @@ class Sessions(Case):
         one, two = served.paired(), served.paired()
         one.ask("if True:")
         self.assertEqual(two.ask("6*7"), "42\n")
-        one.send("    6*7\n")
-        one.turn()
+        one.ask("    6*7\n")
         self.assertEqual(one.turn(), "42\n")
 
     def test_many_sessions_evaluate_at_once(self):
@@ -14746,20 +14685,17 @@ class Sessions(Case):
     def test_invalid_utf8_is_an_error_and_not_the_end(self):
         wire = self.serve().wire()
         wire.ask("pass")
-        wire.send(b"x = '\xc3'\n")
-        self.assertIn("UTF-8", wire.until(">>> "))
+        self.assertIn("UTF-8", wire.send(b"x = '\xc3'\n").until(">>> "))
         self.assertEqual(wire.ask("6*7"), "42\n")
 
     def test_carriage_returns_are_accepted(self):
         wire = self.serve().wire()
-        wire.send(b"x = 6\r\nif x:\r\n    x*7\r\n\r\n")
-        wire.until("42\n")
+        wire.send(b"x = 6\r\nif x:\r\n    x*7\r\n\r\n").until("42\n")
 
     def test_a_line_over_the_limit_is_refused_and_the_session_goes_on(self):
         wire = self.serve().wire()
         wire.ask("pass")
-        wire.send(b"x" * (hotrepl.INPUT_LIMIT_BYTES + 1) + b"\n")
-        self.assertIn("dropped", wire.until(">>> "))
+        self.assertIn("dropped", wire.send(b"x" * (hotrepl.INPUT_LIMIT_BYTES + 1) + b"\n").until(">>> "))
         self.assertEqual(wire.ask("6*7"), "42\n")
 
     @once("slow")
@@ -14798,8 +14734,7 @@ class Sessions(Case):
         wire = served.wire()
         wire.send("input()")
         wire.send("x")
-        wire.send("exit()")
-        wire.until_end()
+        wire.send("exit()").until_end()
         self.assertNotIn(b"\xff", wire.received)
 
     def test_a_mark_follows_a_prompt_that_is_already_out(self):
@@ -14881,10 +14816,8 @@ class Waits(Case):
         self.assertNotIn(b"\xff\xfa", plain.received)
 
     def test_any_number_of_invalid_lines_at_input_is_no_answer(self):
-        self.client.send("x = input()")
-        self.client.turn()
-        self.client.send(b"\xc0\n" * 1500 + b"\xff\xfd\x06" * 1500 + b"an answer\n")
-        self.client.until("primary")
+        self.client.ask("x = input()")
+        self.client.send(b"\xc0\n" * 1500 + b"\xff\xfd\x06" * 1500 + b"an answer\n").until("primary")
         self.client.turn()
         self.assertEqual(self.client.ask("x"), "'an answer'\n")
 
@@ -14980,8 +14913,7 @@ class Shown(Case):
         self.assertEqual(self.client.prompt, "help> ")
         self.client.ask("str")
         self.assertEqual(self.client.prompt, "-- Enter: more, q: enough -- ")
-        self.client.send(b"\xff\xec")
-        self.client.turn()
+        self.client.ask(b"\xff\xec")
         self.assertEqual(self.client.prompt, "help> ")
 
     def test_help_goes_on_without_a_terminal(self):
@@ -15140,20 +15072,16 @@ class OddSurroundings(Case):
 
     def test_a_byte_order_mark_is_no_part_of_the_input(self):
         wire = self.serve().wire()
-        wire.send(b"\xef\xbb\xbf6*7\n")
-        self.assertEqual(wire.until(">>> "), "42\n>>> ")
-        wire.send(b"\xff\xfab\xef\xbb\xbf6*7\xff\xf0")
-        self.assertEqual(wire.until(">>> "), "42\n>>> ")
+        self.assertEqual(wire.send(b"\xef\xbb\xbf6*7\n").until(">>> "), "42\n>>> ")
+        self.assertEqual(wire.send(b"\xff\xfab\xef\xbb\xbf6*7\xff\xf0").until(">>> "), "42\n>>> ")
 
     def test_prompts_that_a_library_leaves_are_taken_back(self):
         client = self.serve().paired()
         client.block("import sys\ndef embed():\n    sys.ps1 = 'In : '\n    1 / 0\n")
         client.ask("embed()")
         self.assertEqual((client.prompt, hasattr(sys, "ps1")), (">>> ", False))
-        client.send("import code; code.interact('')")
-        client.until(">>> ")
-        client.send(b"\xff\xec")
-        client.turn()
+        client.send("import code; code.interact('')").until(">>> ")
+        client.ask(b"\xff\xec")
         self.assertFalse(client.turn() and hasattr(sys, "ps1"))
         client.ask("sys.ps1 = '$ '")
         self.assertEqual((client.prompt, client.ask("6*7")), ("$ ", "42\n"))
@@ -15162,8 +15090,7 @@ class OddSurroundings(Case):
     def test_stacks_and_tasks_show_none_of_our_own(self):
         served = self.serve({"__name__": "served"})
         client, other = served.paired(), served.paired()
-        other.send("input('waits: ')")
-        other.turn()
+        other.ask("input('waits: ')")
         text = client.ask("stacks()")
         self.assertEqual(re.findall(r"thread hotrepl (\S+ \d+)", text),
                          ["session %d" % other.number, "session %d" % client.number])
@@ -15224,8 +15151,7 @@ class OddSurroundings(Case):
                   "child = context.Process(target=time.sleep, args=(60,))\n"
                   "child.start(); child.terminate(); child.join(10); print('ended by', child.exitcode)\n"
                   "pool = context.Pool(2); pool.map(abs, [-6]); pool.terminate(); pool.join(); print('pool', 'over')\n")
-        wire.until("ended by -15\n")
-        wire.until("pool over\n")
+        wire.until("ended by -15\n", "pool over\n")
         program.kill()
         self.assertEqual(program.end()[0], 0)
 
@@ -15357,8 +15283,7 @@ class OddSurroundings(Case):
         place = addresses(program)[0]
         for _ in range(2):
             self.wire(place).ask("6*7")
-        program.send("\n")
-        self.assertEqual(program.until("\n"), "all there\n")
+        self.assertEqual(program.send("\n").until("\n"), "all there\n")
 
 
 class Exceptions(Case):
@@ -15405,8 +15330,7 @@ class Exceptions(Case):
         client = self.serve({"__name__": "served"}).paired()
         for source, expected in self.CASES:
             with self.subTest(source):
-                client.send(source + "\n\nprint('after ' + 'it')")
-                text = client.until("after it\n")
+                text = client.send(source + "\n\nprint('after ' + 'it')").until("after it\n")
                 while client.turn() or client.prompt != ">>> ":
                     pass
                 self.assertIn(expected, text)
@@ -15414,8 +15338,7 @@ class Exceptions(Case):
 
     def test_a_name_of_a_million_characters_is_only_not_defined(self):
         client = self.serve().paired()
-        client.send("x" * 1000000)
-        self.assertTrue(client.until(">>> ").endswith("x' is not defined\n>>> "))
+        self.assertTrue(client.send("x" * 1000000).until(">>> ").endswith("x' is not defined\n>>> "))
 
     def test_a_lone_surrogate_as_a_value_is_shown(self):
         client = self.serve().paired()
@@ -15482,8 +15405,7 @@ class SlowClients(Case):
     def test_a_client_that_does_not_read_holds_up_its_own_session_only(self):
         served = self.serve()
         slow, other = served.wire(), served.paired()
-        slow.send("for i in range(200): print('x' * 100000)\n")
-        slow.until("x" * 1000)
+        slow.send("for i in range(200): print('x' * 100000)\n").until("x" * 1000)
         for _ in range(20):
             self.assertEqual(other.ask("6*7"), "42\n")
         control = served.control(slow.number)
@@ -15493,8 +15415,7 @@ class SlowClients(Case):
     def test_a_client_that_does_not_read_does_not_hold_up_stop(self):
         served = self.serve()
         slow = served.wire()
-        slow.send("while True: print('x' * 100000)\n")
-        slow.until("x" * 1000)
+        slow.send("while True: print('x' * 100000)\n").until("x" * 1000)
         begun = time.monotonic()
         served.server.stop()
         self.assertLess(time.monotonic() - begun, 5.0)
@@ -15514,8 +15435,7 @@ class SlowClients(Case):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             served = self.serve()
             slow = served.wire()
-            slow.send("while True: print('x' * 100000)\n")
-            slow.until("x" * 1000)
+            slow.send("while True: print('x' * 100000)\n").until("x" * 1000)
             for _ in range(1000):
                 print("program")
             served.close()
@@ -15592,8 +15512,7 @@ class Commands(Case):
             self.assertEqual(self.control.request("Complete", line=line, cursor=cursor)["status"], "ok")
 
     def test_Complete_is_answered_during_an_evaluation(self):
-        self.client.send("input()")
-        self.client.turn()
+        self.client.ask("input()")
         self.assertIn("some_name", self.control.request("Complete", line="some_")["matches"])
 
     def test_a_dir_that_raises_whatever_it_likes_leaves_the_control_connection_alone(self):
@@ -15697,8 +15616,7 @@ class ControlChannel(Case):
         for body in (b"{", b"[]", b"{}", b'{"command": 5}', b'{"command": "Frobnicate"}', b"\xff",
                      b'{"command": "PairWithSession"}', b'{"command": "PairWithSession", "id": true}',
                      b'{"command": "_paired"}', b'{"command": "__init__"}', b"[" * 50000):
-            control.send(message(body))
-            reply = control.reply()
+            reply = control.send(message(body)).reply()
             self.assertEqual(reply["status"], "failed", body[:50])
             self.assertTrue(reply["reason"], body[:50])
         self.assertEqual(control.request("DescribeServer")["status"], "ok")
@@ -15706,8 +15624,7 @@ class ControlChannel(Case):
     def test_a_message_over_the_limit_is_refused_and_ends_the_connection(self):
         served = self.serve()
         control = served.control()
-        control.send(b"\xffv01l99999999999;")
-        self.assertEqual(control.reply()["status"], "failed")
+        self.assertEqual(control.send(b"\xffv01l99999999999;").reply()["status"], "failed")
         control.until_end()
         self.assertEqual(served.control().request("DescribeServer")["status"], "ok")
 
@@ -15957,8 +15874,7 @@ class Stopping(Case):
         served = self.serve(namespace)
         namespace["server"] = served.server
         wire = served.wire()
-        wire.send("server.stop()")
-        wire.until_end()
+        wire.send("server.stop()").until_end()
         wire.close()
         served.check_undone()
 
@@ -15969,8 +15885,7 @@ class Stopping(Case):
             each.on_stop = functools.partial(stopped.append, each)
         wire = self.wire(servers[0].address)
         wire.ask("1")
-        wire.send("stop()")
-        wire.until_end()
+        wire.send("stop()").until_end()
         eventually(lambda: len(stopped) == 3, "their ends")
         for each in servers:
             with self.assertRaises(ConnectionRefusedError):
@@ -16024,8 +15939,7 @@ class AtExit(Case):
         program = self.folder().run("import sys, threading\n" + SERVE + "input()\n" + ending)
         address, control_address = addresses(program)
         clients = visit(address, control_address)
-        program.send("\n")
-        self.assertEqual(program.end(), [code, "", ""])
+        self.assertEqual(program.send("\n").end(), [code, "", ""])
         for client in clients or ():
             client.until_end()
 
@@ -16038,8 +15952,7 @@ class AtExit(Case):
         eventually(lambda: "line 1" in (client.control.request("Where")["where"] or ""))
         client.interrupt()
         self.assertIn("KeyboardInterrupt", client.turn())
-        program.send("\n")
-        self.assertEqual(program.end()[0], 0)
+        self.assertEqual(program.send("\n").end()[0], 0)
 
     def test_with_nobody_connected(self):
         self.end_with(lambda *addresses: None)
@@ -16061,15 +15974,13 @@ class AtExit(Case):
     def test_when_the_program_raises(self):
         program = self.folder().run(SERVE + "input()\n1 / 0")
         self.wire(addresses(program)[0])
-        program.send("\n")
-        code, _, err = program.end()
+        code, _, err = program.send("\n").end()
         self.assertEqual((code, err.count("Traceback")), (1, 1), err)
 
     def test_with_a_session_in_the_middle_of_printing(self):
         def visit(address, control_address):
             wire = self.wire(address)
-            wire.send("while True: print('x' * 1000, flush=True)\n")
-            wire.until("xxxx")
+            wire.send("while True: print('x' * 1000, flush=True)\n").until("xxxx")
         self.end_with(visit)
 
     def test_the_whole_program_may_run_in_a_function(self):
@@ -16078,8 +15989,7 @@ class AtExit(Case):
                                     "        print(*server.address[1:] + server.control_address[1:])\n"
                                     "        input()\nmain()")
         self.assertEqual(self.keep(Paired(*addresses(program))).ask("x"), "5\n")
-        program.send("\n")
-        self.assertEqual(program.end(), [0, "", ""])
+        self.assertEqual(program.send("\n").end(), [0, "", ""])
 
 
 @unittest.skipUnless(hasattr(os, "fork"), "needs os.fork")
@@ -16126,8 +16036,7 @@ class Fork(Case):
         self.assertEqual(text, "child prints\nsockets: 0\nnames: []\nserved: True\n"
                                "stdout: TextIOWrapper\nparent goes on 0\n", program.err.rest_now())
         self.assertEqual(client.ask("6*7"), "42\n")
-        program.send("\n")
-        self.assertEqual(program.end()[0], 0)
+        self.assertEqual(program.send("\n").end()[0], 0)
 
     def test_a_child_made_at_the_prompt_ends_as_a_script_does(self):
         program = self.folder().run(SERVE + "input()", PYTHONWARNINGS="ignore", PYTHONMALLOC="pymalloc")
@@ -16204,8 +16113,7 @@ class Fork(Case):
             """))
         addresses(program)
         program.until("again\n")
-        program.send("\n")
-        self.assertEqual(program.end()[0], 0)
+        self.assertEqual(program.send("\n").end()[0], 0)
 
     def test_a_subprocess_holds_none_of_our_sockets(self):
         program = self.folder().run(SERVE + textwrap.dedent("""
@@ -16215,8 +16123,7 @@ class Fork(Case):
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             """))
         wire = self.wire(addresses(program)[0])
-        program.send("\n")
-        self.assertEqual(program.end()[0], 0)
+        self.assertEqual(program.send("\n").end()[0], 0)
         wire.until_end()
 
 
@@ -16245,12 +16152,9 @@ class Client(Case):
 
     def test_a_statement_of_several_lines(self):
         terminal = self.served.terminal()
-        terminal.type("def f(x):\n")
-        terminal.until("... ")
-        terminal.type("return x * 2\x01    \n" if HAS_READLINE else "    return x * 2\n")
-        terminal.until("... ")
-        terminal.type("\n")
-        terminal.until(">>> ")
+        terminal.type("def f(x):\n").until("... ")
+        terminal.type("return x * 2\x01    \n" if HAS_READLINE else "    return x * 2\n").until("... ")
+        terminal.type("\n").until(">>> ")
         terminal.ask("f(21)", "\n42")
 
     def test_a_traceback_is_shown(self):
@@ -16262,30 +16166,25 @@ class Client(Case):
         terminal = self.served.terminal()
         terminal.ask("print('>>>' + ' ')", "\n>>> ")
         terminal.ask("print('...' + ' ')", "\n... ")
-        terminal.type("print('half' + ' a line', end='')\n")
-        terminal.until("half a line>>> ")
+        terminal.type("print('half' + ' a line', end='')\n").until("half a line>>> ")
         self.assert_alive(terminal)
 
     def test_half_a_line_is_shown_before_it_is_whole(self):
         terminal = self.served.terminal()
-        terminal.type("print('half' + ' a line', end=''); n = go.wait()\n")
-        terminal.until("half a line")
+        terminal.type("print('half' + ' a line', end=''); n = go.wait()\n").until("half a line")
         self.served.namespace["go"].set()
         terminal.until(">>> ")
 
     def test_input_of_the_remote_asks_here(self):
         terminal = self.served.terminal()
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
         terminal.ask("me", "'me'")
 
     def test_pdb_of_the_remote_asks_here(self):
         terminal = self.served.terminal()
-        terminal.type("import pdb; pdb.set_trace(); x = 1\n")
-        terminal.until("(Pdb) ")
+        terminal.type("import pdb; pdb.set_trace(); x = 1\n").until("(Pdb) ")
         terminal.ask("p 6*7", "\n42", "(Pdb) ")
-        terminal.type("continue\n")
-        terminal.until(">>> ")
+        terminal.type("continue\n").until(">>> ")
         self.assert_alive(terminal)
 
     def test_characters_of_all_lengths_survive(self):
@@ -16296,33 +16195,28 @@ class Client(Case):
 
     def test_a_character_that_comes_in_pieces_is_whole(self):
         terminal = self.served.terminal()
-        terminal.type("import sys, time\n")
-        terminal.until(">>> ")
+        terminal.type("import sys, time\n").until(">>> ")
         terminal.type("for b in '<\u20ac\U0001F40D>\\n'.encode('utf-8'): n = sys.stdout.buffer.write(bytes([b])), "
                       "sys.stdout.flush(), time.sleep(0.03)\n\n")
         terminal.until("\n<\u20ac\U0001F40D>\n")
 
     def test_a_prompt_with_characters_that_come_in_pieces_is_whole(self):
         terminal = self.served.terminal()
-        terminal.type("input('\u20ac' + '\U0001F40D' * 2 + ' ')\n")
-        terminal.until("\u20ac\U0001F40D\U0001F40D ")
+        terminal.type("input('\u20ac' + '\U0001F40D' * 2 + ' ')\n").until("\u20ac\U0001F40D\U0001F40D ")
         terminal.ask("x", "'x'")
 
     @once("slow")
     def test_a_locale_without_them_does_no_harm(self):
         for options in ({}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
             terminal = self.served.terminal(LC_ALL="C", **options)
-            terminal.type("print('<' + ascii('\u00e4') + '>')\n")
-            terminal.until("\n<'\\xe4'>\n")
-            terminal.until(">>> ")
+            terminal.type("print('<' + ascii('\u00e4') + '>')\n").until("\n<'\\xe4'>\n", ">>> ")
             terminal.ask("print('<' + '\\u20ac' + '>')", "\n<\u20ac>")
             self.assert_alive(terminal)
 
     def test_a_literal_ff_does_no_harm(self):
         terminal = self.served.terminal()
         terminal.type("import sys; n = sys.stdout.buffer.write(b'\\xff\\xf9\\xff\\xff!\\n')\n")
-        terminal.until(b"\xff\xf9\xff\xff!\n")
-        terminal.until(">>> ")
+        terminal.until(b"\xff\xf9\xff\xff!\n", ">>> ")
         self.assert_alive(terminal)
 
     @once("slow")
@@ -16348,15 +16242,12 @@ class Client(Case):
     def test_exit_ends_it_with_0(self):
         for line in ("exit()", "quit()"):
             terminal = self.served.terminal()
-            terminal.type(line + "\n")
-            self.assertEqual(terminal.end()[0], 0)
+            self.assertEqual(terminal.type(line + "\n").end()[0], 0)
 
     def test_help_works(self):
         terminal = self.served.terminal()
-        terminal.type("help()\n")
-        terminal.until("help> ")
-        terminal.type("q\n")
-        terminal.until(">>> ")
+        terminal.type("help()\n").until("help> ")
+        terminal.type("q\n").until(">>> ")
         self.assert_alive(terminal)
 
     def test_two_clients_at_once(self):
@@ -16372,14 +16263,12 @@ class Client(Case):
     @once("slow")
     def test_a_stopped_client_holds_up_its_own_session_only(self):
         stopped, other = self.served.terminal(), self.served.terminal()
-        stopped.type("for i in range(300): print('x' * 100000)\n\n")
-        stopped.until("xxxx")
+        stopped.type("for i in range(300): print('x' * 100000)\n\n").until("xxxx")
         stopped.process.send_signal(signal.SIGSTOP)
         for _ in range(3):
             other.ask("6*7", "\n42")
         stopped.process.send_signal(signal.SIGCONT)
-        stopped.press("^C")
-        stopped.until("KeyboardInterrupt")
+        stopped.press("^C").until("KeyboardInterrupt")
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
@@ -16393,8 +16282,7 @@ class LineEditing(Case):
 
     def test_tab_completes_a_name_of_the_remote(self):
         self.terminal.type("some_lo")
-        self.terminal.press("Tab")
-        self.terminal.until("some_long_name")
+        self.terminal.press("Tab").until("some_long_name")
         self.terminal.ask(" + 1", "\n43")
 
     def test_tab_takes_one_round_trip(self):
@@ -16407,16 +16295,13 @@ class LineEditing(Case):
         hotrepl.Session.complete = counted
         self.terminal.ask("names = dict.fromkeys('key%04d' % n for n in range(5000))", "")
         self.terminal.type("names['key")
-        self.terminal.press("Tab")
-        self.terminal.until("key0199" if HAS_READLINE else "not unique")
-        self.terminal.press("^C")
-        self.terminal.until(">>> ")
+        self.terminal.press("Tab").until("key0199" if HAS_READLINE else "not unique")
+        self.terminal.press("^C").until(">>> ")
         self.assertEqual(asked, ["names['key"])
 
     def test_tab_completes_an_attribute(self):
         self.terminal.type("x = some_long_name.bit_le")
-        self.terminal.press("Tab")
-        self.terminal.until("bit_length")
+        self.terminal.press("Tab").until("bit_length")
 
     def test_tab_completes_what_can_stand_there(self):
         self.terminal.ask("d = {'a_long_key': 42}; f = lambda n, some_argument=1: n", "")
@@ -16426,8 +16311,7 @@ class LineEditing(Case):
                 ("import colors", "colorsys", "; colorsys.__name__.upper()", "\n'COLORSYS'"),
                 ("from colorsys import rgb_to_y", "rgb_to_yiq", "; rgb_to_yiq(0, 0, 0)[0] + 41.5", "\n41.5")]:
             self.terminal.type(typed)
-            self.terminal.press("Tab")
-            self.terminal.until(shown)
+            self.terminal.press("Tab").until(shown)
             self.terminal.ask(line, answer)
 
     def test_tab_lists_what_could_stand_there(self):
@@ -16465,24 +16349,18 @@ class LineEditing(Case):
             self.served.namespace["many_%05d" % at] = at
         self.terminal.type("many_0999")
         self.press_tab_for_list()
-        self.terminal.until("many_09990")
-        self.terminal.until("many_09999")
-        self.terminal.until("many_0999")
+        self.terminal.until("many_09990", "many_09999", "many_0999")
         self.terminal.ask("7 + 1", "\n9998")
 
     def test_tab_at_the_beginning_indents(self):
-        self.terminal.type("if some_long_name:\n")
-        self.terminal.until("... ")
+        self.terminal.type("if some_long_name:\n").until("... ")
         self.terminal.press("Tab")
-        self.terminal.type("6*7\n")
-        self.terminal.until("6*7\n")
-        self.terminal.until("... ")
+        self.terminal.type("6*7\n").until("6*7\n", "... ")
         self.terminal.ask("", "\n42")
 
     def test_history_comes_back(self):
         self.terminal.ask("6 * 7", "\n42")
-        self.terminal.press("Up")
-        self.terminal.until("6 * 7")
+        self.terminal.press("Up").until("6 * 7")
         self.terminal.ask(" + 1", "\n43")
 
     def test_a_line_is_edited_here(self):
@@ -16499,8 +16377,7 @@ class LineEditing(Case):
             """ % (self.served.server.address[1], self.served.server.control_address[1]))
         terminal = self.keep(folder.terminal("program.py", TERM=self.TERM))
         terminal.until(">>> ")
-        terminal.type("exit()\n")
-        terminal.until("restored: True 0\n")
+        terminal.type("exit()\n").until("restored: True 0\n")
 
     def client_with(self, sitecustomize, **options):
         """Return a Terminal with the client in a process that runs `sitecustomize` first."""
@@ -16519,17 +16396,12 @@ class LineEditing(Case):
     def test_without_readline_input_is_plain(self):
         terminal = self.client_with("import sys; sys.modules['readline'] = None")
         terminal.ask("some_long_name", "\n42")
-        terminal.type("1 / 0")
-        terminal.until("1 / 0")
-        terminal.press("^C")
-        terminal.until("KeyboardInterrupt\n")
-        terminal.until(">>> ")
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
+        terminal.type("1 / 0").until("1 / 0")
+        terminal.press("^C").until("KeyboardInterrupt\n", ">>> ")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
         terminal.ask("me", "'me'")
         terminal.ask("some_long_name + 1", "\n43")
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[0], 0)
+        self.assertEqual(terminal.press("^D").end()[0], 0)
 
     def test_libedit_is_spoken_to_in_its_own_words(self):
         terminal = self.client_with("""
@@ -16545,18 +16417,14 @@ class LineEditing(Case):
         self.assertEqual(re.findall(r"readline: (parse_and_bind .*)", terminal.received.decode()),
                          ["parse_and_bind bind ^I rl_complete"])
         terminal.ask("some_long_name", "\n42")
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[0], 0)
+        self.assertEqual(terminal.press("^D").end()[0], 0)
 
     def test_what_comes_with_a_line_begins_the_next(self):
-        self.terminal.type("6 * 7\n8 * ")
-        self.terminal.until("\n42\n")
-        self.terminal.until(">>> 8 * ")
+        self.terminal.type("6 * 7\n8 * ").until("\n42\n", ">>> 8 * ")
         self.terminal.ask("3", "\n24")
 
     def test_several_lines_at_once_and_a_begun_one_lose_nothing(self):
-        self.terminal.type("a = 6\nb = 7\na * ")
-        self.terminal.until(">>> a * ")
+        self.terminal.type("a = 6\nb = 7\na * ").until(">>> a * ")
         self.terminal.ask("b", "\n42")
 
 
@@ -16577,44 +16445,32 @@ class CtrlC(Case):
 
     def test_it_interrupts_the_remote(self):
         self.run_busy()
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n")
-        self.terminal.until(">>> ")
+        self.terminal.press("^C").until("KeyboardInterrupt\n", ">>> ")
         self.terminal.ask("6*7", "\n42")
 
     def test_it_interrupts_only_this_session(self):
         other = self.served.paired()
         other.send_block("import time\nfor i in range(40): time.sleep(0.01)\nprint('came to its ' + 'end')")
         self.run_busy()
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n")
+        self.terminal.press("^C").until("KeyboardInterrupt\n")
         other.until("came to its end\n")
 
     def test_at_the_prompt_it_clears_the_line(self):
-        self.terminal.type("1 / 0")
-        self.terminal.until("1 / 0")
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n" + self.PROMPT)
+        self.terminal.type("1 / 0").until("1 / 0")
+        self.terminal.press("^C").until("KeyboardInterrupt\n" + self.PROMPT)
         self.terminal.ask("6*7", "\n42")
         self.assertNotIn("ZeroDivisionError", self.terminal.received.decode())
 
     def test_at_the_continuation_prompt_it_drops_the_block(self):
-        self.terminal.type("if True:\n")
-        self.terminal.until("... ")
-        self.terminal.type("    print('not' + ' this')\n")
-        self.terminal.until("this')\n")
-        self.terminal.until("... ")
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n" + self.PROMPT)
+        self.terminal.type("if True:\n").until("... ")
+        self.terminal.type("    print('not' + ' this')\n").until("this')\n", "... ")
+        self.terminal.press("^C").until("KeyboardInterrupt\n" + self.PROMPT)
         self.terminal.ask("6*7", "\n42")
         self.assertNotIn("not this", self.terminal.received.decode())
 
     def test_at_input_of_the_remote_it_interrupts_that(self):
-        self.terminal.type("input('your' + ' name? ')\n")
-        self.terminal.until("your name? ")
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n")
-        self.terminal.until(">>> ")
+        self.terminal.type("input('your' + ' name? ')\n").until("your name? ")
+        self.terminal.press("^C").until("KeyboardInterrupt\n", ">>> ")
         self.terminal.ask("6*7", "\n42")
 
     @once("slow")
@@ -16628,9 +16484,7 @@ class CtrlC(Case):
             self.assert_nothing_is_left()
 
     def test_right_behind_a_line_it_is_no_character(self):
-        self.terminal.type("input('your' + ' name? ')\n\x03")
-        self.terminal.until("KeyboardInterrupt\n")
-        self.terminal.until(">>> ")
+        self.terminal.type("input('your' + ' name? ')\n\x03").until("KeyboardInterrupt\n", ">>> ")
         self.assert_nothing_is_left()
 
     @once("slow")
@@ -16642,8 +16496,7 @@ class CtrlC(Case):
             # No -W error: it may end before anybody could close the socket.
             terminal = self.keep(Terminal([sys.executable, SOURCE_PATH, "connect", address], TERM=self.TERM))
             with listener.accept()[0]:
-                terminal.press("^C")
-                self.assertEqual(terminal.end(), (130, "^Chotrepl: interrupted\n"))
+                self.assertEqual(terminal.press("^C").end(), (130, "^Chotrepl: interrupted\n"))
 
     def test_pressed_fifty_times_at_the_prompt_it_hurts_nothing(self):
         for at in range(50):
@@ -16654,16 +16507,13 @@ class CtrlC(Case):
         self.run_busy()
         for _ in range(50):
             self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n")
-        self.terminal.until(">>> ")
+        self.terminal.until("KeyboardInterrupt\n", ">>> ")
         self.assert_nothing_is_left()
 
     def test_pressed_fifty_times_slowly_it_hurts_nothing(self):
         self.run_busy()
         for _ in range(50):
-            self.terminal.press("^C")
-            self.terminal.until("KeyboardInterrupt")
-            self.terminal.until(">>> ")
+            self.terminal.press("^C").until("KeyboardInterrupt", ">>> ")
         self.assert_nothing_is_left()
 
     @once("slow")
@@ -16688,9 +16538,7 @@ class CtrlC(Case):
             terminal = self.keep(folder.terminal("traced.py", str(line), str(server.address[1]),
                                                  str(server.control_address[1]), TERM="xterm", HOTREPL_HISTORY=""))
             terminal.until(">>> ")
-            terminal.press("^C")
-            terminal.until("KeyboardInterrupt\n")
-            terminal.until(">>> ")
+            terminal.press("^C").until("KeyboardInterrupt\n", ">>> ")
             terminal.ask("6*7", "\n42")
             terminal.close()
 
@@ -16712,9 +16560,7 @@ class CtrlC(Case):
         terminal = self.keep(folder.terminal("pressed.py", str(server.address[1]), str(server.control_address[1]),
                                              TERM="xterm", HOTREPL_HISTORY=""))
         terminal.until(">>> ")
-        terminal.type("Q")
-        terminal.until("KeyboardInterrupt\n")
-        terminal.until(">>> ")
+        terminal.type("Q").until("KeyboardInterrupt\n", ">>> ")
         terminal.ask("6*7", "\n42")
 
     def assert_nothing_is_left(self):
@@ -16736,10 +16582,8 @@ class CtrlC(Case):
             self.terminal.ask("print('value', %d*2)" % at, "\nvalue %d" % (at * 2))
 
     def test_it_interrupts_a_loop_that_prints(self):
-        self.terminal.type("while True: print('x' * 50)\n\n")
-        self.terminal.until("x" * 50 + "\n")
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n")
+        self.terminal.type("while True: print('x' * 50)\n\n").until("x" * 50 + "\n")
+        self.terminal.press("^C").until("KeyboardInterrupt\n")
         self.assert_nothing_is_left()
 
 
@@ -16756,8 +16600,7 @@ class LooksLikeAPrompt(Case):
 
     def paste(self, text):
         if HAS_READLINE:
-            self.terminal.type("\x1b[200~" + text + "\x1b[201~")
-            self.terminal.until(text.rpartition("\n")[2])
+            self.terminal.type("\x1b[200~" + text + "\x1b[201~").until(text.rpartition("\n")[2])
             self.terminal.type("\n")
         else:
             self.terminal.type(text + "\n")
@@ -16769,40 +16612,31 @@ class LooksLikeAPrompt(Case):
     def test_a_paste_into_code_interact(self):
         self.terminal.ask("import code; code.interact('be' + 'gin')", "\nbegin")
         self.paste("a = 6\na * 7")
-        self.terminal.until("\n42\n")
-        self.terminal.until(">>> ")
+        self.terminal.until("\n42\n", ">>> ")
         self.assert_in_step()
-        self.terminal.press("^D")
-        self.terminal.until("now exiting")
-        self.terminal.until(">>> ")
+        self.terminal.press("^D").until("now exiting", ">>> ")
         self.assert_in_step()
 
     def test_a_paste_into_interact_of_pdb(self):
         self.terminal.ask("import pdb; pdb.run('n = 6', globals())", "", "(Pdb) ")
         self.terminal.ask("interact", "", ">>> ")
         self.paste("a = 6\na * 7")
-        self.terminal.until("\n42\n")
-        self.terminal.until(">>> ")
+        self.terminal.until("\n42\n", ">>> ")
         self.assert_in_step()
-        self.terminal.press("^D")
-        self.terminal.until("(Pdb) ")
-        self.terminal.type("c\n")
-        self.terminal.until(">>> ")
+        self.terminal.press("^D").until("(Pdb) ")
+        self.terminal.type("c\n").until(">>> ")
         self.assert_in_step()
 
     def test_a_paste_into_input(self):
-        self.terminal.type("x = input('>>> '); y = input('>>> ')\n")
-        self.terminal.until("\n>>> ")
+        self.terminal.type("x = input('>>> '); y = input('>>> ')\n").until("\n>>> ")
         self.paste("one\ntwo")
-        self.terminal.until("two\n")
-        self.terminal.until(">>> ")
+        self.terminal.until("two\n", ">>> ")
         self.assert_in_step()
         self.terminal.ask("x + y", "\n'onetwo'")
 
     @unittest.skipUnless(HAS_READLINE, "GNU readline")
     def test_answers_are_no_history(self):
-        self.terminal.type("input('>>> ')\n")
-        self.terminal.until("\n>>> ")
+        self.terminal.type("input('>>> ')\n").until("\n>>> ")
         self.terminal.ask("an answer", "'an answer'")
         with open(self.path) as file:
             self.assertEqual([json.loads(line) for line in file], ["input('>>> ')"])
@@ -16820,11 +16654,8 @@ class Statements(Case):
 
     def type_lines(self, *lines):
         for line in lines:
-            self.terminal.type(line + "\n")
-            self.terminal.until(line.lstrip("\x7f") + "\n")
-            self.terminal.until("... ")
-        self.terminal.type("\n")
-        self.terminal.until(">>> ")
+            self.terminal.type(line + "\n").until(line.lstrip("\x7f") + "\n", "... ")
+        self.terminal.type("\n").until(">>> ")
 
     def test_the_next_line_is_indented(self):
         self.type_lines("def f(n):", "if n > 1:", "return f(n - 1) * n", "return 1")
@@ -16837,36 +16668,25 @@ class Statements(Case):
         self.terminal.ask("x + 40", "\n42")
 
     def test_an_empty_line_is_not_indented(self):
-        self.terminal.type("x = '''\n")
-        self.terminal.until("... ")
-        self.terminal.type("    a\n")
-        self.terminal.until("... ")
-        self.terminal.type("'''\n")
-        self.terminal.until(">>> ")
+        self.terminal.type("x = '''\n").until("... ")
+        self.terminal.type("    a\n").until("... ")
+        self.terminal.type("'''\n").until(">>> ")
         self.terminal.ask("x", "\n'\\n    a\\n'")
 
     def test_it_comes_back_as_one(self):
         self.type_lines("for n in range(2):", "print('value', n)")
-        self.terminal.press("Up")
-        self.terminal.until("print('value', n)")
-        self.terminal.type("\n")
-        self.terminal.until("\nvalue 0\nvalue 1\n")
-        self.terminal.until(">>> ")
-        self.terminal.press("^D")
-        self.terminal.end()
+        self.terminal.press("Up").until("print('value', n)")
+        self.terminal.type("\n").until("\nvalue 0\nvalue 1\n", ">>> ")
+        self.terminal.press("^D").end()
         terminal = self.served.terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
-        terminal.press("Up")
-        terminal.until("print('value', n)")
-        terminal.type("\n")
-        terminal.until("\nvalue 0\nvalue 1\n")
+        terminal.press("Up").until("print('value', n)")
+        terminal.type("\n").until("\nvalue 0\nvalue 1\n")
         with open(self.path) as file:
             self.assertEqual(json.loads(file.read().splitlines()[-1]), "for n in range(2):\n    print('value', n)")
 
     def test_ctrl_d_behind_the_indentation_leaves(self):
-        self.terminal.type("if True:\n")
-        self.terminal.until("...     ")
-        self.terminal.press("^D")
-        self.assertEqual(self.terminal.end()[0], 0)
+        self.terminal.type("if True:\n").until("...     ")
+        self.assertEqual(self.terminal.press("^D").end()[0], 0)
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
@@ -16880,38 +16700,27 @@ class BehindCtrlC(Case):
 
     def test_at_the_prompt(self):
         for at in range(10):
-            self.terminal.type("some text\x03print('value', %d*2)\n" % at)
-            self.terminal.until("KeyboardInterrupt")
-            self.terminal.until("\nvalue %d\n" % (at * 2))
-            self.terminal.until(">>> ")
+            self.terminal.type("some text\x03print('value', %d*2)\n" % at).until("KeyboardInterrupt")
+            self.terminal.until("\nvalue %d\n" % (at * 2), ">>> ")
         self.assertNotIn(b"Error", self.terminal.received)
 
     def test_at_the_continuation_prompt(self):
-        self.terminal.type("if True:\n")
-        self.terminal.until("... ")
-        self.terminal.type("print('not' + ' this')\x036*7\n")
-        self.terminal.until("KeyboardInterrupt")
-        self.terminal.until("\n42\n")
+        self.terminal.type("if True:\n").until("... ")
+        self.terminal.type("print('not' + ' this')\x036*7\n").until("KeyboardInterrupt", "\n42\n")
         self.assertNotIn(b"not this", self.terminal.received)
 
     def test_at_work(self):
         self.terminal.type("begun.set(); any(each for each in iter(int, 1))\n")
         self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
-        self.terminal.type("some text\x036*7\n")
-        self.terminal.until("KeyboardInterrupt")
-        self.terminal.until("\n42\n")
+        self.terminal.type("some text\x036*7\n").until("KeyboardInterrupt", "\n42\n")
 
     def test_at_input_and_at_a_secret(self):
         for ask in ("input", "__import__('getpass').getpass"):
-            self.terminal.type("%s('your' + ' name? ')\n" % ask)
-            self.terminal.until("your name? ")
-            self.terminal.type("some text\x036*7\n")
-            self.terminal.until("KeyboardInterrupt")
-            self.terminal.until("\n42\n")
+            self.terminal.type("%s('your' + ' name? ')\n" % ask).until("your name? ")
+            self.terminal.type("some text\x036*7\n").until("KeyboardInterrupt", "\n42\n")
 
     def test_several_lines(self):
-        self.terminal.type("x\x03a = 6\nb = 7\na * b\n")
-        self.terminal.until("\n42\n")
+        self.terminal.type("x\x03a = 6\nb = 7\na * b\n").until("\n42\n")
 
 
 @unittest.skipUnless(HAS_PTY, "needs a pty")
@@ -16932,22 +16741,15 @@ class LongLines(Case):
             times.append(self.seconds(terminal.skim, b" the end\n"))
             terminal.until(">>> ")
         self.assertLess(times[1], 10 * times[0] + 1)
-        terminal.type("print('x' * 20000, end='')\n")
-        terminal.until("xx\n>>> ")
+        terminal.type("print('x' * 20000, end='')\n").until("xx\n>>> ")
         terminal.ask("6*7", "\n42")
 
     def test_a_prompt_of_any_length_does_the_line_editor_no_harm(self):    # GNU readline's heap, at 256 rows
         terminal = self.serve().terminal(columns=10)
-        terminal.type("import sys, time\n")
-        terminal.until(">>> ")
-        terminal.type("w = sys.stdout.write\n")
-        terminal.until(">>> ")
-        terminal.type("w('x' * 4090); time.sleep(.3); input('y' * 4090 + '!')\n")
-        terminal.until("!")
-        terminal.until("!")
-        terminal.type("it\n")
-        terminal.until("'it'")
-        terminal.until(">>> ")
+        terminal.type("import sys, time\n").until(">>> ")
+        terminal.type("w = sys.stdout.write\n").until(">>> ")
+        terminal.type("w('x' * 4090); time.sleep(.3); input('y' * 4090 + '!')\n").until("!", "!")
+        terminal.type("it\n").until("'it'", ">>> ")
         terminal.ask("6*7", "\n42")
 
     CHECKED = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
@@ -16968,10 +16770,8 @@ class LongLines(Case):
         served = self.serve({"f": lambda: sys.stdout.buffer.write(b"\x80" * 398 + b"!") and input()})
         terminal = served.terminal(LC_ALL="C", **self.CHECKED)
         fcntl.ioctl(terminal._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 4, 0, 0))
-        terminal.type("f()\n")
-        terminal.until("!")
-        terminal.type("it\n")
-        terminal.until("'it'")
+        terminal.type("f()\n").until("!")
+        terminal.type("it\n").until("'it'")
 
     @unittest.skipUnless(has_checked_heap(), "needs GNU readline, and the malloc of glibc that checks the heap")
     def test_a_line_is_given_back_to_the_heap_that_it_is_of(self):
@@ -16990,8 +16790,7 @@ class LongLines(Case):
 
     def test_ctrl_c_drops_what_is_not_sent_yet(self):
         terminal = self.serve().terminal()
-        terminal.type("print('x' * 200000000)\n")
-        terminal.until("x" * 1000)
+        terminal.type("print('x' * 200000000)\n").until("x" * 1000)
         terminal.press("^C")
         begun = time.monotonic()
         self.assertLess(terminal.skim(b">>> "), 100000000)
@@ -17002,8 +16801,7 @@ class LongLines(Case):
     def test_on_a_slow_terminal_ctrl_c_again_drops_what_has_come(self):
         served = self.serve()
         terminal = served.terminal()
-        terminal.type("print('x' * 200000000)\n")
-        terminal.until("x" * 1000)
+        terminal.type("print('x' * 200000000)\n").until("x" * 1000)
         connection = served.server.find_session(1).connection
         eventually(lambda: connection.sending[0] > 300000)       # so much is on its way
         terminal.press("^C")
@@ -17017,8 +16815,7 @@ class LongLines(Case):
             threading.Event().wait(0.05)     # so slow is the terminal
         terminal._position = 0
         terminal.until("drops the rest\n")
-        terminal.press("^C")
-        self.assertLess(terminal.skim(b">>> "), 1000000)
+        self.assertLess(terminal.press("^C").skim(b">>> "), 1000000)
         terminal.ask("6*7", "\n42")
 
     @once("slow")
@@ -17029,8 +16826,7 @@ class LongLines(Case):
         self.addCleanup(go.set)
         terminal.type("print('x' * 200000000); _ = go.wait()\n")     # with all dropped it still runs
         terminal.until("x" * 1000)
-        terminal.press("^Z")
-        self.assertLess(terminal.skim(b"fetches its value\n"), 100000000)
+        self.assertLess(terminal.press("^Z").skim(b"fetches its value\n"), 100000000)
         terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
@@ -17055,11 +16851,9 @@ class NoAnswer(Case):
 
     def assert_told_and_left(self, terminal):
         begun = time.monotonic()
-        terminal.press("^C")
-        terminal.until(self.SILENT)
+        terminal.press("^C").until(self.SILENT)
         self.assertLess(time.monotonic() - begun, 3)
-        terminal.press("^C")
-        code, text = terminal.end(2)
+        code, text = terminal.press("^C").end(2)
         self.assertEqual((code, text[-1:]), (0, "\n"))
 
     def test_a_signal_that_comes_just_before_a_wait_ends_it(self):
@@ -17076,8 +16870,7 @@ class NoAnswer(Case):
 
     def test_stopped_at_work(self):
         terminal = self.connect()
-        terminal.type("print('be' + 'gun'); time.sleep(1000)\n")
-        terminal.until("begun\n")
+        terminal.type("print('be' + 'gun'); time.sleep(1000)\n").until("begun\n")
         self.stop()
         self.assert_told_and_left(terminal)
 
@@ -17091,11 +16884,9 @@ class NoAnswer(Case):
     def test_one_that_goes_on_is_as_before(self):
         terminal = self.connect()
         self.stop()
-        terminal.press("^C")
-        terminal.until(self.SILENT)
+        terminal.press("^C").until(self.SILENT)
         self.program.process.send_signal(signal.SIGCONT)
-        terminal.until("KeyboardInterrupt\n")
-        terminal.until(">>> ")
+        terminal.until("KeyboardInterrupt\n", ">>> ")
         terminal.ask("6*7", "\n42")
 
     @once("slow")
@@ -17104,8 +16895,7 @@ class NoAnswer(Case):
         terminal.type("exec('while print(6*7) or True:\\n try: time.sleep(1000)\\n except KeyboardInterrupt: pass')\n")
         terminal.until("42\n")
         self.stop()
-        terminal.press("^C")
-        terminal.until(self.SILENT)
+        terminal.press("^C").until(self.SILENT)
         self.program.process.send_signal(signal.SIGCONT)
         for _ in range(3):
             terminal.until("hotrepl: no reaction yet: ")
@@ -17114,12 +16904,10 @@ class NoAnswer(Case):
     @once("slow")
     def test_tab_gives_up(self):
         terminal = self.connect()
-        terminal.type("some_lo")
-        terminal.until("some_lo")
+        terminal.type("some_lo").until("some_lo")
         self.stop()
         terminal.press("Tab")
-        terminal.until("hotrepl: no completions: no answer on the control connection\n", 6)
-        terminal.until("some_lo")
+        terminal.until("hotrepl: no completions: no answer on the control connection\n", "some_lo", deadline_s=6)
 
     @once("slow")
     def test_a_mute_control_port_is_told_in_ten_seconds(self):
@@ -17209,8 +16997,7 @@ sys.exit(hotrepl.main())
     def leave(self, terminal, *keys):
         """Press keys until we are told that they lead out; then they do."""
         self.until_offered(terminal, *keys)
-        terminal.press(keys[0])
-        code, text = terminal.end()
+        code, text = terminal.press(keys[0]).end()
         self.assertEqual((code, "Traceback" in text), (0, False), text)
 
     @once("slow")
@@ -17246,24 +17033,20 @@ sys.exit(hotrepl.main())
             for keys in (("^C",), ("^D",)):
                 with self.subTest("%s %s" % (kind, keys)):
                     terminal = self.visit(kind=kind)
-                    terminal.type("6*7\n")
-                    terminal.until("answer? ")
+                    terminal.type("6*7\n").until("answer? ")
                     self.leave(terminal, *keys)
 
     def test_one_that_prompts_again_after_ctrl_d_is_left(self):
         for kind in (b"primary", b"continuation", b"input"):
             terminal = self.visit(kind=kind)
-            terminal.press("^D")
-            self.assertEqual(terminal.end()[0], 0)
+            self.assertEqual(terminal.press("^D").end()[0], 0)
 
     @once("slow")
     def test_a_line_or_a_prompt_in_between_and_nobody_is_offered_to_leave(self):
         terminal = self.visit(kind=b"input")
         for _ in range(8):
-            terminal.type("6*7\n")
-            terminal.until("answer? ")
-            terminal.press("^C")
-            terminal.until("answer? ")
+            terminal.type("6*7\n").until("answer? ")
+            terminal.press("^C").until("answer? ")
             time.sleep(0.4)
         self.assertNotIn(self.LEAVE, terminal.received.decode("utf-8", "replace"))
 
@@ -17290,11 +17073,9 @@ sys.exit(hotrepl.main())
         terminal.type("6*7\n")
         self.until_offered(terminal, "^C")
         terminal.until("answer? ")
-        terminal.type("work\n")
-        terminal.until("work\n")
+        terminal.type("work\n").until("work\n")
         time.sleep(0.5)
-        terminal.press("^C")
-        terminal.until("no reaction yet")
+        terminal.press("^C").until("no reaction yet")
 
     @once("slow")
     def test_what_one_sends_at_the_prompt_is_kept_only_so_far(self):
@@ -17337,17 +17118,13 @@ class WithoutControl(Case):
     def test_ctrl_c_at_the_prompt_needs_none(self):
         self.lose_control()
         for at in range(3):
-            self.terminal.type("1 / 0")
-            self.terminal.until("1 / 0")
-            self.terminal.press("^C")
-            self.terminal.until("KeyboardInterrupt\n")
-            self.terminal.until(">>> ")
+            self.terminal.type("1 / 0").until("1 / 0")
+            self.terminal.press("^C").until("KeyboardInterrupt\n", ">>> ")
             self.terminal.ask("6*7", "\n42")
         shown = self.terminal.received.decode()
         self.assertNotIn(self.LOST, shown)
         self.assertNotIn("ZeroDivisionError", shown)
-        self.terminal.press("^D")
-        self.assertEqual(self.terminal.end()[0], 0)
+        self.assertEqual(self.terminal.press("^D").end()[0], 0)
 
     def test_ctrl_c_pressed_fifty_times_hurts_nothing(self):
         self.lose_control()
@@ -17358,9 +17135,7 @@ class WithoutControl(Case):
     def test_tab_says_so_and_the_line_stays(self):
         self.lose_control()
         self.terminal.type("6*7 if beg")
-        self.terminal.press("Tab")
-        self.terminal.until(self.LOST)
-        self.terminal.until("6*7 if beg")
+        self.terminal.press("Tab").until(self.LOST, "6*7 if beg")
         self.terminal.ask("un else 0", "\n42")
 
     @once("slow")
@@ -17368,24 +17143,18 @@ class WithoutControl(Case):
         self.terminal.type("begun.set(); n = go.wait(); 6*7\n")
         self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
         self.lose_control()
-        self.terminal.press("^C")
-        self.terminal.until(self.LOST)
+        self.terminal.press("^C").until(self.LOST)
         self.terminal.until("hotrepl: this can't be interrupted any more; Ctrl+C again leaves, the process goes on\n")
-        self.terminal.press("^C")
-        self.assertEqual(self.terminal.end()[0], 0)
+        self.assertEqual(self.terminal.press("^C").end()[0], 0)
 
     def test_after_ctrl_c_at_work_the_session_goes_on(self):
         self.terminal.type("begun.set(); n = go.wait(); 6*7\n")
         self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
         self.lose_control()
-        self.terminal.press("^C")
-        self.terminal.until("the process goes on\n")
+        self.terminal.press("^C").until("the process goes on\n")
         self.served.namespace["go"].set()
-        self.terminal.until("42\n")
-        self.terminal.until(">>> ")
-        self.terminal.press("^C")
-        self.terminal.until("KeyboardInterrupt\n")
-        self.terminal.until(">>> ")
+        self.terminal.until("42\n", ">>> ")
+        self.terminal.press("^C").until("KeyboardInterrupt\n", ">>> ")
         self.terminal.ask("6*8", "\n48")
 
 
@@ -17441,8 +17210,7 @@ class CtrlZ(Case):
         self.served.namespace["go"].set()
         self.terminal.ask("[j.join() for j in jobs()]", "\n[None]")
         self.terminal.ask("n = len(str(jobs()[0].output)); n == 1 << 20", "\nTrue")
-        self.terminal.type("fg(%s)\n" % job)
-        self.assertNotIn("gone", self.terminal.until(" last\n"))
+        self.assertNotIn("gone", self.terminal.type("fg(%s)\n" % job).until(" last\n"))
 
     def test_its_time_begins_with_its_input(self):
         self.suspend("begun.set(); n = go.wait()")
@@ -17457,20 +17225,16 @@ class CtrlZ(Case):
     def test_ctrl_c_on_what_is_stuck_says_where_and_offers_it(self):
         self.terminal.type("begun.set(); n = go.wait(); 6*7\n")
         self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
-        self.terminal.press("^C")
-        text = self.terminal.until("Ctrl+Z puts it into the background.\n")
+        text = self.terminal.press("^C").until("Ctrl+Z puts it into the background.\n")
         self.assertRegex(text, r"no reaction yet: .*threading\.py, line \d+, in wait: ")
-        self.terminal.press("^Z")
-        self.terminal.until(">>> ")
+        self.terminal.press("^Z").until(">>> ")
         self.terminal.ask("'prompt ' + 'back'", "\n'prompt back'")
 
     def test_a_ctrl_c_before_it_does_not_hit_the_job(self):      # on PyPy it does: it can't be taken back
         self.terminal.type("begun.set(); n = go.wait(); 6*7\n")
         self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
-        self.terminal.press("^C")
-        self.terminal.until("Ctrl+Z puts it into the background.\n")
-        self.terminal.press("^Z")
-        self.terminal.until(">>> ")
+        self.terminal.press("^C").until("Ctrl+Z puts it into the background.\n")
+        self.terminal.press("^Z").until(">>> ")
         self.served.namespace["go"].set()
         self.terminal.ask("[j.join() for j in jobs()]", "\n[None]")
         self.terminal.ask("[fg(each) for each in jobs()]", "\nKeyboardInterrupt" if IS_PYPY else "\n[42]")
@@ -17478,16 +17242,12 @@ class CtrlZ(Case):
     def test_at_the_prompt_it_suspends_the_client_and_fg_shows_the_line_again(self):
         shell = self.served.keep(Terminal([tool("sh"), "-i"], PS1="[sh] ", ENV="", TERM="xterm"))
         shell.until("[sh] ")
-        shell.type(" ".join(map(shlex.quote, connect_command(self.served.server))) + "\n")
-        shell.until(">>> ")
+        shell.type(" ".join(map(shlex.quote, connect_command(self.served.server))) + "\n").until(">>> ")
         for _ in range(2):        # the shell takes the second for what it knows already
             shell.ask("[None for _ in range(3)]", "\n[None, None, None]")
-            shell.type("6*")
-            shell.until("6*")
-            shell.press("^Z")
-            shell.until("[sh] ")
-            shell.type("fg\n")
-            shell.until("6*")
+            shell.type("6*").until("6*")
+            shell.press("^Z").until("[sh] ")
+            shell.type("fg\n").until("6*")
             self.assertEqual(shell.ask("7", "\n42").count("7\n"), 1)     # echoed once: the line is edited
 
 
@@ -17498,26 +17258,18 @@ class Answering(Case):
     def test_what_follows_ctrl_c_begins_a_new_line(self):
         terminal = self.serve().terminal(TERM="xterm")
         for _ in range(2):
-            terminal.type("input('your' + ' name? ')\n")
-            terminal.until("your name? ")
-            terminal.type("nobo")
-            terminal.until("nobo")
-            terminal.press("^C")
-            self.assertRegex(terminal.until("Traceback"), r"\n[\r ]*Traceback\Z")
-            terminal.until("KeyboardInterrupt\n")
-            terminal.until(">>> ")
+            terminal.type("input('your' + ' name? ')\n").until("your name? ")
+            terminal.type("nobo").until("nobo")
+            self.assertRegex(terminal.press("^C").until("Traceback"), r"\n[\r ]*Traceback\Z")
+            terminal.until("KeyboardInterrupt\n", ">>> ")
 
     @once("slow")
     def test_ctrl_d_leaves_no_empty_lines_behind(self):
         terminal = self.serve().terminal(TERM="xterm")
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
-        terminal.press("^D")
-        terminal.until("EOFError")
-        terminal.until(">>> ")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
+        terminal.press("^D").until("EOFError", ">>> ")
         for _ in range(2):
-            terminal.type("40 + 2\n")
-            self.assertEqual(terminal.until("\n42").count("\n"), 1)
+            self.assertEqual(terminal.type("40 + 2\n").until("\n42").count("\n"), 1)
             terminal.until(">>> ")
 
     def test_what_is_followed_leaves_the_question_for_a_secret(self):
@@ -17527,32 +17279,24 @@ class Answering(Case):
         terminal = served.terminal(TERM="xterm")
         terminal.ask("import getpass, threading; follow()", "")
         terminal.ask("threading.Thread(target=lambda: (go.wait(), print('tick'))).start()", "")
-        terminal.type("getpass.getpass('secret' + '? ')\n")
-        terminal.until("secret? ")
+        terminal.type("getpass.getpass('secret' + '? ')\n").until("secret? ")
         served.namespace["go"].set()
-        terminal.until("tick\n")
-        terminal.until("secret? ")
+        terminal.until("tick\n", "secret? ")
         terminal.ask("sesame", "\n'sesame'")
 
     @once("slow")
     def test_ctrl_z_leaves_no_part_of_a_secret_to_the_shell(self):
         shell = self.keep(Terminal([tool("sh"), "-i"], PS1="[sh] ", ENV="", TERM="xterm"))
         shell.until("[sh] ")
-        shell.type(" ".join(map(shlex.quote, connect_command(self.serve().server))) + "\n")
-        shell.until(">>> ")
-        shell.type("import getpass; word = getpass.getpass('secret' + '? ')\n")
-        shell.until("secret? ")
+        shell.type(" ".join(map(shlex.quote, connect_command(self.serve().server))) + "\n").until(">>> ")
+        shell.type("import getpass; word = getpass.getpass('secret' + '? ')\n").until("secret? ")
         shell.type("sesa")
         while shell.pump(0.2):    # until it has come to the terminal
             pass
-        shell.press("^Z")
-        shell.until("[sh] ")
-        shell.type("echo the ''shell\n")
-        shell.until("\nthe shell\n")
-        shell.type("fg\n")
-        shell.until("secret? ")
-        shell.type("open\n")
-        shell.until(">>> ")
+        shell.press("^Z").until("[sh] ")
+        shell.type("echo the ''shell\n").until("\nthe shell\n")
+        shell.type("fg\n").until("secret? ")
+        shell.type("open\n").until(">>> ")
         shell.ask("word", "\n'open'")
         self.assertNotIn(b"sesa", shell.received)
 
@@ -17620,8 +17364,7 @@ class Pasting(Case):
 
     def paste(self, terminal, text):
         if HAS_READLINE:
-            terminal.type("\x1b[200~" + text + "\x1b[201~")
-            terminal.until(text.rpartition("\n")[2])
+            terminal.type("\x1b[200~" + text + "\x1b[201~").until(text.rpartition("\n")[2])
             terminal.type("\n")
         else:
             terminal.type(text + "\n")
@@ -17636,8 +17379,7 @@ class Pasting(Case):
     def test_nothing_of_it_runs_where_its_syntax_is_wrong(self):
         terminal = self.serve().terminal(TERM="xterm")
         self.paste(terminal, "x = 1\nprint('not' + ' this')\n\ndef f(:\n    pass\nf()")
-        terminal.until("SyntaxError")
-        terminal.until(">>> ")
+        terminal.until("SyntaxError", ">>> ")
         terminal.ask("'x' in globals()", "\nFalse")
         self.assertNotIn("not this", terminal.received.decode())
 
@@ -17647,10 +17389,8 @@ class Pasting(Case):
         terminal = self.serve().terminal(TERM="xterm")
         self.paste(terminal, self.FILE)
         terminal.until(self.ANSWER)
-        terminal.press("Up")
-        terminal.until("Shape().area(), text")
-        terminal.type("\n")
-        terminal.until(self.ANSWER)
+        terminal.press("Up").until("Shape().area(), text")
+        terminal.type("\n").until(self.ANSWER)
 
     def test_one_that_is_taller_than_the_screen_is_shown_whole(self):
         terminal = self.serve().terminal(TERM="xterm")
@@ -17679,8 +17419,7 @@ class Pasting(Case):
         served.namespace["go"].set()
         self.assertNotIn("... ", terminal.until(self.ANSWER.strip("\n").replace("\n", "\r\n")))
         terminal.until(">>> ")
-        terminal.type("add(20)\n")
-        terminal.until("42\r\n")
+        terminal.type("add(20)\n").until("42\r\n")
 
     def test_one_into_input_answers_as_often_as_it_has_lines(self):
         for shown in ("", "half a line"):
@@ -17689,29 +17428,23 @@ class Pasting(Case):
                 terminal.type("print(%r, end=''); x = input('a' + '? '); y = input('b' + '? ')\n" % shown)
                 terminal.until("a? ")
                 self.paste(terminal, "one\ntwo\n6*7")
-                terminal.until("\n42\n")
-                terminal.until(">>> ")
+                terminal.until("\n42\n", ">>> ")
                 terminal.ask("x + y", "\n'onetwo'")
 
     def test_one_into_pdb_is_several_commands(self):
         terminal = self.serve().terminal(TERM="xterm")
         terminal.ask("import pdb; n = 6; pdb.run('n += 1', globals())", "", "(Pdb) ")
         self.paste(terminal, "p n * 7\nn\np n * 100\nc")
-        terminal.until("\n42\n")
-        terminal.until("\n700\n")
-        terminal.until(">>> ")
+        terminal.until("\n42\n", "\n700\n", ">>> ")
         terminal.ask("n * 6", "\n42")
 
     def test_ctrl_c_drops_the_lines_of_one_that_were_not_read_yet(self):
         served = self.serve({"begun": threading.Event()})
         terminal = served.terminal(TERM="xterm")
-        terminal.type("x = input('a' + '? ')\n")
-        terminal.until("a? ")
+        terminal.type("x = input('a' + '? ')\n").until("a? ")
         self.paste(terminal, "one\nbegun.set(); [None for _ in iter(int, 1)]\nprint('not ' + 'this')\nprint('nor ' + 'this')")
         self.assertTrue(served.namespace["begun"].wait(DEADLINE_S))
-        terminal.press("^C")
-        terminal.until("KeyboardInterrupt")
-        terminal.until(">>> ")
+        terminal.press("^C").until("KeyboardInterrupt", ">>> ")
         terminal.ask("x", "\n'one'")
         terminal.ask("6*7", "\n42")
         self.assertNotRegex(terminal.received.decode(), "(not|nor) this")
@@ -17719,8 +17452,7 @@ class Pasting(Case):
     def test_the_terminal_is_not_told_to_mark_them_any_more_afterwards(self):
         terminal = self.keep(Screen(connect_command(self.serve().server), TERM="xterm"))
         terminal.until(">>> ")
-        terminal.type("exit()\n")
-        shown = terminal.end()[1]
+        shown = terminal.type("exit()\n").end()[1]
         if HAS_READLINE:
             self.assertIn("\x1b[?2004h", shown)
         self.assertNotIn("\x1b[?2004h", shown.rpartition("\x1b[?2004l")[2])
@@ -17728,8 +17460,7 @@ class Pasting(Case):
     def test_a_secret_comes_without_marks(self):
         terminal = self.keep(Screen(connect_command(self.serve().server), TERM="xterm"))
         terminal.until(">>> ")
-        terminal.type("import getpass; getpass.getpass('secret' + '? ')\n")
-        shown = terminal.until("secret? ")
+        shown = terminal.type("import getpass; getpass.getpass('secret' + '? ')\n").until("secret? ")
         if HAS_READLINE:
             self.assertIn("\x1b[?2004l", shown)
         self.assertNotIn("\x1b[?2004h", shown.rpartition("\x1b[?2004l")[2])
@@ -17781,8 +17512,7 @@ class AtWork(Case):
         terminal.ask("pathlib.Path('results.json').write_text(json.dumps(results))", "\n9")
         terminal.ask("pdb.pm()", "-> file.write(results)", "(Pdb) ")
         terminal.ask("p path.upper()", "\n'RESULTS.TXT'", "(Pdb) ")
-        terminal.type("q\n")
-        terminal.until(">>> ")
+        terminal.type("q\n").until(">>> ")
         program.kill(signal.SIGINT)
         self.assertEqual(program.end()[0], 1)
         terminal.until("the server is gone")
@@ -17793,11 +17523,8 @@ class AtWork(Case):
     def test_ctrl_c_cancels_what_is_awaited(self):
         terminal = self.serve().terminal()
         terminal.ask("import asyncio; await asyncio.sleep(0, 'slept' + ' well')", "\n'slept well'")
-        terminal.type("print('be' + 'gun'); await asyncio.sleep(1000)\n")
-        terminal.until("begun\n")
-        terminal.press("^C")
-        terminal.until("KeyboardInterrupt")
-        terminal.until(">>> ")
+        terminal.type("print('be' + 'gun'); await asyncio.sleep(1000)\n").until("begun\n")
+        terminal.press("^C").until("KeyboardInterrupt", ">>> ")
         terminal.ask("6*7", "\n42")
 
     def test_ctrl_c_gives_up_waiting_for_the_main_thread(self):
@@ -17813,9 +17540,7 @@ class AtWork(Case):
         terminal.ask("main_thread(threading.current_thread).name.upper()", "\n'MAINTHREAD'")
         terminal.type("main_thread(work)\n")
         program.until("begun\n")
-        terminal.press("^C")
-        terminal.until("KeyboardInterrupt")
-        terminal.until(">>> ")
+        terminal.press("^C").until("KeyboardInterrupt", ">>> ")
         if IS_PYPY and sys.pypy_version_info >= (8,):     # it runs no handler within one that waits
             terminal.ask("go.set()", "")
         terminal.ask("main_thread(divmod, 85, 2)", "\n(42, 1)")
@@ -17840,14 +17565,12 @@ class Screens(Case):
 
     def test_tracebacks_are_coloured(self):
         screen = self.screen(self.serve())
-        screen.type("1 / 0\n")
-        screen.until("\x1b[1;31mZeroDivisionError\x1b[0m: division by zero\r\n")
+        screen.type("1 / 0\n").until("\x1b[1;31mZeroDivisionError\x1b[0m: division by zero\r\n")
 
     def test_tracebacks_are_plain_where_that_is_asked_for(self):
         for settings in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
             screen = self.screen(self.serve(), **settings)
-            screen.type("1 / 0\n")
-            screen.until("\r\nZeroDivisionError: division by zero\r\n")
+            screen.type("1 / 0\n").until("\r\nZeroDivisionError: division by zero\r\n")
 
     def test_the_session_knows_the_width_and_its_change(self):
         import fcntl
@@ -17886,33 +17609,25 @@ class Screens(Case):
         self.assertIn("\x1b[", drawn)
         self.assertGreater(len(set(re.findall(r"\d+%", drawn))), 5)
         screen.until(">>> ")
-        screen.type("'still ' + 'here'\n")
-        screen.until("'still here'")
+        screen.type("'still ' + 'here'\n").until("'still here'")
 
     def test_getpass_shows_nothing_of_what_is_typed(self):
         terminal = self.serve().terminal()
-        terminal.type("import getpass; getpass.getpass('secret? ') == 'open' + 'sesame'\n")
-        terminal.until("\nsecret? ")
-        terminal.type("opensesame\n")
-        self.assertEqual(terminal.until("True"), "\nTrue")
+        terminal.type("import getpass; getpass.getpass('secret? ') == 'open' + 'sesame'\n").until("\nsecret? ")
+        self.assertEqual(terminal.type("opensesame\n").until("True"), "\nTrue")
         terminal.until(">>> ")
         terminal.ask("6*7", "\n42")
 
     @unittest.skipUnless(HAS_READLINE, "GNU readline")
     def test_a_secret_can_be_typed_ahead(self):
         terminal = self.serve().terminal()
-        terminal.type("import getpass; word = getpass.getpass('secret? ')\ropensesame\r")
-        terminal.until("\nsecret? ")
-        terminal.until(">>> ")
+        terminal.type("import getpass; word = getpass.getpass('secret? ')\ropensesame\r").until("\nsecret? ", ">>> ")
         terminal.ask("word == 'open' + 'sesame'", "\nTrue")
 
     def test_ctrl_c_at_getpass_interrupts_that(self):
         terminal = self.serve().terminal()
-        terminal.type("import getpass; getpass.getpass('secret? ')\n")
-        terminal.until("\nsecret? ")
-        terminal.press("^C")
-        terminal.until("\nKeyboardInterrupt")
-        terminal.until(">>> ")
+        terminal.type("import getpass; getpass.getpass('secret? ')\n").until("\nsecret? ")
+        terminal.press("^C").until("\nKeyboardInterrupt", ">>> ")
         terminal.ask("6*7", "\n42")
 
 
@@ -17933,8 +17648,7 @@ class Histories(Case):
             terminal.type(line + "\n")
             while terminal.pump(0.3):
                 pass
-            terminal.type("hunter2\n")
-            terminal.until(">>> ")
+            terminal.type("hunter2\n").until(">>> ")
         with open(path) as file:
             self.assertNotIn("hunter2", file.read())
 
@@ -17951,14 +17665,12 @@ class Histories(Case):
         terminal = self.served.terminal(**dict({"HOTREPL_HISTORY": self.path}, **options))
         for line, answer in lines:
             terminal.ask(line, answer)
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[0], 0)
+        self.assertEqual(terminal.press("^D").end()[0], 0)
 
     def test_it_comes_back_in_the_next_session(self):
         self.visit(("40 + 2", "\n42"))
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
-        terminal.press("Up")
-        terminal.until("40 + 2")
+        terminal.press("Up").until("40 + 2")
         terminal.ask("", "\n42")
 
     @once("slow")
@@ -17986,8 +17698,7 @@ class Histories(Case):
         with open(self.path, "w") as file:
             file.write('"40 + 2"\n"\'\\u00e4\'"\n"40 + 3"\n')
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path, LC_ALL="C")
-        terminal.press("Up")
-        terminal.until("40 + 3")
+        terminal.press("Up").until("40 + 3")
         terminal.ask("", "\n43")
 
     def test_it_is_for_its_user_alone(self):
@@ -17998,8 +17709,7 @@ class Histories(Case):
         home = self.folder().path
         terminal = self.served.terminal(HOME=home)
         terminal.ask("40 + 2", "\n42")
-        terminal.press("^D")
-        terminal.end()
+        terminal.press("^D").end()
         with open(os.path.join(home, ".hotrepl_history")) as file:
             self.assertEqual(json.loads(file.read()), "40 + 2")
 
@@ -18021,19 +17731,16 @@ class Histories(Case):
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
         terminal.ask("import pdb; pdb.set_trace()", "", "(Pdb) ")
         terminal.ask("p 40 + 2", "\n42", "(Pdb) ")
-        terminal.press("Up")
-        terminal.until("p 40 + 2")
+        terminal.press("Up").until("p 40 + 2")
         terminal.ask("", "\n42", "(Pdb) ")
         with open(self.path) as file:
             self.assertEqual([json.loads(line) for line in file], ["import pdb; pdb.set_trace()"])
 
     def test_answers_are_not_kept(self):
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path)
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
         terminal.ask("me", "'me'")
-        terminal.press("^D")
-        terminal.end()
+        terminal.press("^D").end()
         with open(self.path) as file:
             self.assertEqual([json.loads(line) for line in file], ["input('your' + ' name? ')"])
 
@@ -18067,8 +17774,7 @@ class Leaving(Case):
     def test_ctrl_d_leaves_with_0(self):
         served = self.serve()
         terminal = served.terminal()
-        terminal.press("^D")
-        code, text = terminal.end()
+        code, text = terminal.press("^D").end()
         self.assertEqual(code, 0, text)
         self.assertNotIn("Traceback", text)
         eventually(lambda: not served.server.find_session(1))
@@ -18090,18 +17796,13 @@ class Leaving(Case):
 
     def test_ctrl_d_in_a_block_leaves_too(self):
         terminal = self.serve().terminal()
-        terminal.type("if True:\n")
-        terminal.until("... ")
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[0], 0)
+        terminal.type("if True:\n").until("... ")
+        self.assertEqual(terminal.press("^D").end()[0], 0)
 
     def test_ctrl_d_at_input_of_the_remote_is_its_end_of_file(self):
         terminal = self.serve().terminal()
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
-        terminal.press("^D")
-        terminal.until("EOFError")
-        terminal.until(">>> ")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
+        terminal.press("^D").until("EOFError", ">>> ")
         terminal.ask("6*7", "\n42")
 
     def test_ctrl_c_after_ctrl_d_forces_the_end(self):
@@ -18110,8 +17811,7 @@ class Leaving(Case):
             terminal.until(">>> ")
             terminal.press("^D")
             eventually(lambda: b"\xff\xec" in self.heard)
-            terminal.press("^C")
-            code, text = terminal.end()
+            code, text = terminal.press("^C").end()
         self.assertEqual(code, 0, text)
         self.assertNotIn("Traceback", text)
 
@@ -18177,14 +17877,12 @@ class Leaving(Case):
                 terminal = self.keep(Terminal(connect_command(server)))
                 terminal.until(">>> ")
                 if state != "at the prompt":
-                    terminal.type("half a li")
-                    terminal.until("half a li")
+                    terminal.type("half a li").until("half a li")
                     program.process.kill()
                 else:
                     other = self.keep(Terminal(connect_command(server)))
                     other.until(">>> ")
-                    other.type("import os; os.kill(os.getpid(), 9)\n")
-                    self.assertEqual(other.end()[0], 1)
+                    self.assertEqual(other.type("import os; os.kill(os.getpid(), 9)\n").end()[0], 1)
                 begun = time.monotonic()
                 code, text = terminal.end()
                 self.assertEqual(code, 1, text)
@@ -18380,10 +18078,8 @@ class ForeignClients(Case):
     def test_nc_is_a_full_client(self):
         program = self.keep(Program([tool("nc"), self.host, self.port]))
         program.until(">>> ")
-        program.send("input('your' + ' name? ')\n")
-        program.until("your name? ")
-        program.send("me\n")
-        program.until("'me'\n>>> ")
+        program.send("input('your' + ' name? ')\n").until("your name? ")
+        program.send("me\n").until("'me'\n>>> ")
         self.assertEqual(program.finish("exit()\n")[0], 0)       # nc waits for the end of its input too
         self.assertNotIn(b"\xff", program.received)
 
@@ -18396,52 +18092,39 @@ class ForeignClients(Case):
         terminal = self.served.keep(Terminal([tool("telnet"), self.host, self.port]))
         terminal.until(">>> ")
         terminal.ask("print('the ' + 'answer', 6*7)", "\nthe answer 42")
-        terminal.type("exit()\n")
-        terminal.until_end()
+        terminal.type("exit()\n").until_end()
 
     def test_telnet_leaves_by_ctrl_d(self):
         terminal = self.served.keep(Terminal([tool("telnet"), self.host, self.port]))
         terminal.until(">>> ")
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
-        terminal.press("^D")
-        terminal.until("EOFError")
-        terminal.until(">>> ")
-        terminal.press("^D")
-        terminal.until("closed by foreign host")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
+        terminal.press("^D").until("EOFError", ">>> ")
+        terminal.press("^D").until("closed by foreign host")
         terminal.end()
 
     def test_telnet_can_interrupt(self):
         terminal = self.served.keep(Terminal([tool("telnet"), self.host, self.port]))
         terminal.until(">>> ")
-        terminal.type("input('your' + ' name? ')\n")
-        terminal.until("your name? ")
-        terminal.type("\x1d")
-        terminal.until("telnet> ")
-        terminal.type("send ip\n")
-        terminal.until("KeyboardInterrupt")
-        terminal.until(">>> ")
+        terminal.type("input('your' + ' name? ')\n").until("your name? ")
+        terminal.type("\x1d").until("telnet> ")
+        terminal.type("send ip\n").until("KeyboardInterrupt", ">>> ")
         terminal.ask("print('the ' + 'answer', 6*7)", "\nthe answer 42")
 
     def test_rlwrap_around_nc(self):
         command = [tool("rlwrap"), tool("nc"), self.host, self.port]
         terminal = self.served.keep(Terminal(command, TERM="xterm"))
         terminal.until(">>> ")
-        terminal.type("print('the ' + 'answer', 6*7)\n")
-        terminal.until("the answer 42")
+        terminal.type("print('the ' + 'answer', 6*7)\n").until("the answer 42")
         terminal.press("Up")
-        terminal.type("\n")
-        terminal.until("the answer 42")
+        terminal.type("\n").until("the answer 42")
 
     def test_rlwrap_around_telnet(self):
         command = [tool("rlwrap"), tool("telnet"), self.host, self.port]
         terminal = self.served.keep(Terminal(command, TERM="xterm"))
         terminal.until(">>> ")
-        terminal.type("print('the ' + 'answer', 6*7)\n")
-        terminal.until("the answer 42")
+        terminal.type("print('the ' + 'answer', 6*7)\n").until("the answer 42")
         terminal.press("Up")
-        terminal.type("\n")
-        terminal.until("the answer 42")
+        terminal.type("\n").until("the answer 42")
 
     def test_curl_is_no_client(self):
         program = self.keep(Program([tool("curl"), "-s", "-d", "hacked = 1", "http://%s:%s/" % (self.host, self.port)]))
@@ -18453,8 +18136,7 @@ class ForeignClients(Case):
         command = [third_party(name), "-W", "ignore", "-m", "unpythonic.net.client", self.host, self.port,
                    str(self.served.server.control_address[1])]
         terminal = self.served.keep(Terminal(command))
-        terminal.until(" connected")
-        terminal.until(">>> ")
+        terminal.until(" connected", ">>> ")
         return terminal
 
     def test_unpythonic_evaluates(self):
@@ -18462,10 +18144,8 @@ class ForeignClients(Case):
             with self.subTest(name):
                 terminal = self.unpythonic(name)
                 terminal.ask("6*7", "\n42")
-                terminal.type("if True:\n")
-                terminal.until("... ")
-                terminal.type("    40 + 3\n")
-                terminal.until("... ")
+                terminal.type("if True:\n").until("... ")
+                terminal.type("    40 + 3\n").until("... ")
                 terminal.ask("", "\n43")
 
     def test_unpythonic_completes(self):
@@ -18473,8 +18153,7 @@ class ForeignClients(Case):
             with self.subTest(name):
                 terminal = self.unpythonic(name)
                 terminal.type("some_n")
-                terminal.press("Tab")
-                terminal.until("some_name")
+                terminal.press("Tab").until("some_name")
                 terminal.ask(" + 41", "\n42")
 
     @once("slow")
@@ -18485,9 +18164,7 @@ class ForeignClients(Case):
                 self.served.namespace["begun"].clear()
                 terminal.type("begun.set(); any(each for each in iter(int, 1))\n")
                 self.assertTrue(self.served.namespace["begun"].wait(DEADLINE_S))
-                terminal.press("^C")
-                terminal.until("KeyboardInterrupt")
-                terminal.until(">>> ")
+                terminal.press("^C").until("KeyboardInterrupt", ">>> ")
                 while terminal.pump(0.3):         # it shows one prompt more for the empty line that it sends
                     pass
                 terminal.ask("6*7", "\n42")
@@ -18501,8 +18178,7 @@ class ForeignClients(Case):
                 for _ in range(3):
                     while terminal.pump(0.3):     # its client loses a Ctrl+C that comes before it reads
                         pass
-                    terminal.press("^C")
-                    terminal.until(">>> ")
+                    terminal.press("^C").until(">>> ")
                     while terminal.pump(0.3):
                         pass
                     terminal.ask("6*7", "\n42")
@@ -18514,8 +18190,7 @@ class ForeignClients(Case):
                 terminal = self.unpythonic(name)
                 number = int(re.search(rb"session (\d+) connected", terminal.received).group(1))
                 self.assertTrue(self.served.server.find_session(number))
-                terminal.press("^D")
-                terminal.end()
+                terminal.press("^D").end()
                 eventually(lambda: not self.served.server.find_session(number))
                 self.assertEqual(self.served.wire().ask("6*7"), "42\n")
 
@@ -19033,8 +18708,7 @@ class Exec(Case):
         terminal = self.keep(Terminal(python_command(
             SOURCE_PATH, "exec", *words, "-c", "print('in' * 2, flush=True)\nwhile True: pass")))
         terminal.until("inin\n")
-        terminal.press("^C")
-        self.assertEqual(terminal.end()[0], 130)
+        self.assertEqual(terminal.press("^C").end()[0], 130)
 
     def test_a_server_that_goes_is_one_line_and_exit_1(self):
         program = self.folder().run(SERVE + "import os, threading; threading.Event().wait()")
@@ -19096,8 +18770,7 @@ class Exec(Case):
     def test_a_block_that_is_refused_is_exit_1(self):
         served = self.serve()
         client = served.paired(streams=True)
-        client.send(b"\xff\xfab\xfe\xff\xf0")
-        client.turn()
+        client.ask(b"\xff\xfab\xfe\xff\xf0")
         outcome = client.control.request("Outcome")["outcome"]
         self.assertEqual(outcome["exception"]["type"], "ProtocolError")
 
@@ -19378,8 +19051,7 @@ class OutcomeCommand(Case):
     def test_it_tells_what_the_last_input_does(self):
         served = self.serve({"go_on": threading.Event()})
         client = served.paired()
-        client.send("print('in', flush=True); go_on.wait(); x = input(); 5")
-        client.until("in\n")
+        client.send("print('in', flush=True); go_on.wait(); x = input(); 5").until("in\n")
         self.assertEqual(self.outcome(client), {"state": "running"})
         served.namespace["go_on"].set()
         client.turn()
@@ -19395,8 +19067,7 @@ class OutcomeCommand(Case):
 
     def test_it_outlives_the_session_and_has_its_exit_status(self):
         client = self.serve().paired()
-        client.send("raise SystemExit(3)")
-        client.until_end()
+        client.send("raise SystemExit(3)").until_end()
         self.assertEqual(self.outcome(client), {"state": "done", "exit": 3})
 
     def test_long_texts_are_cut(self):
@@ -19486,8 +19157,7 @@ class Finding(NotesCase):
                                  "os.execv(sys.executable, [sys.executable, '-c', "
                                  "'print(1, flush=True); input()'])")
         self.assertEqual(self.pids(), [program.process.pid])
-        program.send("\n")
-        program.until("1\n")
+        program.send("\n").until("1\n")
         self.assertEqual((self.pids(), os.listdir(self.notes)), ([], []))
 
     def test_a_note_keeps_every_argument_as_it_is(self):
@@ -19534,17 +19204,13 @@ class Finding(NotesCase):
         programs = self.programs("a", "b")
         for word, program in zip("ab", programs):
             terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY=""))
-            terminal.until("%d  " % programs[1].process.pid)
-            terminal.until("\nwhich one? PID: ")
-            terminal.type("5\n")
-            terminal.until("\nwhich one? PID: ")
-            terminal.type("%d\n" % program.process.pid)
-            terminal.until(">>> ")
+            terminal.until("%d  " % programs[1].process.pid, "\nwhich one? PID: ")
+            terminal.type("5\n").until("\nwhich one? PID: ")
+            terminal.type("%d\n" % program.process.pid).until(">>> ")
             terminal.ask("import sys; sys.argv[1]", "\n%r" % word)
         terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect")))
         terminal.until("\nwhich one? PID: ")
-        terminal.type("\n")
-        self.assertEqual(terminal.end()[0], 2)
+        self.assertEqual(terminal.type("\n").end()[0], 2)
 
     def test_list_can_be_read_by_a_program(self):
         self.assertEqual(self.hotrepl("list", "--json"), [0, "", ""])
@@ -19874,8 +19540,7 @@ class Workers(NotesCase):
                 self.assertEqual(found[0], 0)
                 self.assertEqual(sorted(line.split()[1] for line in found[1].splitlines()),
                                  ["10", "11", "12"])
-                program.send("\n")
-                self.assertEqual(program.end()[0], 0)
+                self.assertEqual(program.send("\n").end()[0], 0)
                 self.assertEqual(self.pids(), [])
 
 
@@ -20304,8 +19969,7 @@ class Faults(Case):
                                   ("an evaluation", "import time; print(4 * 4); time.sleep(0.1)\n", "16")):
             with self.subTest(what):
                 terminal = served.terminal()
-                terminal.type(text)
-                terminal.until(shown)
+                terminal.type(text).until(shown)
                 terminal.process.kill()
                 terminal.process.wait()
                 self.assertEqual(other.ask("6*7"), "42\n")
@@ -20365,8 +20029,7 @@ class Faults(Case):
         wire.ask("exec('def f(): f()')")
         self.assertIn("RecursionError", wire.ask("f()"))
         self.assertEqual(self.wire(os.path.join(folder.path, "socket")).ask("6*7"), "42\n")
-        program.send("\n")
-        code, out, err = program.end()
+        code, out, err = program.send("\n").end()
         self.assertEqual((code, err), (0, ""))
         self.assertNotIn("socket", out)
 
@@ -20395,8 +20058,7 @@ class StreamsOfTheProgram(Case):
         for line in lines:
             before.ask(line)
         self.assertEqual(self.wire(found[0]).ask("6*7"), "42\n")
-        program.send("\n")
-        code, *texts = program.end()
+        code, *texts = program.send("\n").end()
         self.assertEqual(texts, [out, err])
         self.assertIn(code, codes)
 
@@ -20866,12 +20528,9 @@ class Neighbours(Case):
         self.visit(found)
         self.assertEqual(idle.ask("6*7"), "42\n")
         terminal.until("In [3]: ")
-        terminal.type("server.stop(); compare()\n")
-        terminal.until("as before\n")
-        terminal.type("6*7\n")
-        terminal.until("]: 42\n")
-        terminal.type("exit\n")
-        self.assertEqual(terminal.end()[0], 0)
+        terminal.type("server.stop(); compare()\n").until("as before\n")
+        terminal.type("6*7\n").until("]: 42\n")
+        self.assertEqual(terminal.type("exit\n").end()[0], 0)
 
     @once("frameworks")
     def test_ipykernel(self):
@@ -21323,23 +20982,18 @@ class Trial(Case):
         terminal = self.keep(folder.terminal("hotrepl.py", "connect", "localhost:%d" % address[1],
                                              "--control-port", str(control_address[1])))
         terminal.until(">>> ")
-        terminal.type("def step(n):\n")
-        terminal.until("... ")
-        terminal.type("    return 'patched %d' % (n * 1000)\n")
-        terminal.until("... ")
-        terminal.type("\n")
-        terminal.until(">>> ")
+        terminal.type("def step(n):\n").until("... ")
+        terminal.type("    return 'patched %d' % (n * 1000)\n").until("... ")
+        terminal.type("\n").until(">>> ")
         self.assertRegex(program.until("patched") + program.until("\n"), r"patched \d+000\n\Z")
-        terminal.press("^D")
-        self.assertEqual(terminal.end()[0], 0)
+        self.assertEqual(terminal.press("^D").end()[0], 0)
         program.until("patched")
 
     def test_a_running_loop_is_patched_over_nc(self):
         folder, program, (address, _) = self.start()
         nc = self.keep(Program([tool("nc"), "localhost", str(address[1])]))
         nc.until(">>> ")
-        nc.send("def step(n): return 'patched %d' % (n * 1000)\n\n")
-        nc.until(">>> ")
+        nc.send("def step(n): return 'patched %d' % (n * 1000)\n\n").until(">>> ")
         program.until("patched")
         self.assertEqual(nc.finish("exit()\n")[0], 0)
 
