@@ -4721,7 +4721,7 @@ def _attribute(obj, name):
 
 
 def _annotations(function):
-    """A function's annotations, or on 3.14 what will make them: they may not be evaluable yet."""
+    """3.14: what will make a function's annotations, which may not be evaluable yet; else they."""
     def write(value):
         setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
     return (lambda: getattr(function, "__annotate__", None) or function.__annotations__, write,
@@ -4799,6 +4799,8 @@ class _Apply:
         self.unbuilt = []               # pydantic's models whose validators are another class's
         self.refielded = {}             # id -> class with other fields: who copies them follows
         self.recalled = {}              # id -> class whose call is another: only functions copy it
+
+    flask_apps = _once(lambda each: _flask_apps())      # it looks through the heap
 
     def patch(self, old, new):
         """Fold `new` into `old`; both go on living."""
@@ -4981,7 +4983,7 @@ class _Apply:
         """
         successors, later = _Successors(edit), []
         absent = _bound_by(edit.new.statements).difference(edit.space)
-        named = successors.named_functions()
+        named = edit.old and successors.named_functions()
         for function in self._live_functions(edit) if named is None else named:
             found = successors.of(function)
             if found is None:
@@ -6412,7 +6414,7 @@ class _Successors:
                         and value.__globals__ is self.edit.space):
                     return None
                 found.append(value)
-        return found if self.edit.old is not None else None
+        return found
 
     def of(self, function):
         """Return a _Next for a function, or None where nothing is to be done."""
@@ -6708,7 +6710,9 @@ class _Readers:
                 self._report_not_run(edit, pair.new, pair.new.names.reads & names)
 
     def _report_not_run(self, edit, statement, names, path=""):
-        """Name a statement that read something else when it ran."""
+        """Name a statement that read something else when it ran, unless it has run again now."""
+        if self._apply.everything and edit.name in self._apply.by_name:
+            return
         title = statement.node.name if statement.is_definition else statement.title
         sets = {name for called in statement.names.calls
                 for function in _callees(edit.space.get(called))
@@ -6867,7 +6871,9 @@ class _Registrations:
     def __init__(self, apply, reached, targets):
         self._apply = weakref.proxy(apply)      # which has us
         self._targets = targets         # ids of what the definition had made
-        self._flasks = [_Flask(apply, app, targets) for app in _flask_apps(reached)]
+        ids = set(map(id, reached))     # of apps, or of their blueprints
+        self._flasks = [_Flask(apply, app, targets) for app in apply.flask_apps
+                        if not ids.isdisjoint(map(id, [app, *app.blueprints.values()]))]
         reached = reached + apply.keep_reached([each.app for each in self._flasks])
         spaces = {id(_get_dict(each)) for each in reached if not _container_kind(each)}
         places = {id(each): each for each in reached if _is(each, _REGISTRIES)
@@ -7104,13 +7110,10 @@ class _Flask:
             self._apply.put(_entry(vars(obj), name), value)
 
 
-def _flask_apps(reached):
-    """Return the Flask apps that were reached, and those of the blueprints that were."""
-    flask = sys.modules.get("flask")
-    kinds = (getattr(flask, "Flask", None), getattr(flask, "Blueprint", None))
-    found = {id(each) for each in reached if None not in kinds and _is(each, kinds)}
-    return [app for app in _instances_of(kinds[0]) if id(app) in found or any(
-        id(each) in found for each in app.blueprints.values())] if found else []
+def _flask_apps():
+    """Return all Flask apps."""
+    kind = getattr(sys.modules.get("flask"), "Flask", None)
+    return _instances_of(kind) if kind else []
 
 
 def _prefix_of(app, name, blueprint):

@@ -5243,6 +5243,23 @@ class Modules(Workspace):
             ", ".join(sorted([folder, ours]))))
         self.assertEqual(repr(hotrepl.ReloadReport(is_qualified=True)), "nothing changed in 0 modules below no folder")
 
+    def test_everything_without_a_module_runs_all_again(self):
+        output = self.run_script("""
+            import hotrepl
+            hotrepl.__file__ = "site-packages/hotrepl.py"       # ours is left out, as a library's is
+            write("a.py", "S = []\\nX = 1\\n")
+            write("b.py", "import a\\nY = a.X\\n")
+            import b
+            if __name__ == "__main__":
+                hotrepl.note_sources()
+                b.a.S.append(1)
+                b.a.X = b.Y = 5
+                print(hotrepl.reload(), b.a.S)
+                report = hotrepl.reload(everything=True)
+                print(b.a.S, b.a.X, b.Y, {"a.S", "a.X", "b.Y"} - set(report.changed), report.not_run_again)
+            """)
+        self.assertEqual(output, "nothing changed in 3 modules below %s [1]\n[] 1 1 set() []\n" % self.folder)
+
     def test_reload_without_arguments_finds_what_was_edited_before_it_was_noted(self):
         output = self.run_script("""
             import hotrepl
@@ -6632,6 +6649,8 @@ class Scenarios(Workspace):
     META_NEW = "class Meta(type):\n    def __new__(kind, name, bases, space):\n        cls = type.__new__(kind, name, bases, space)\n" \
                "        cls.double = space['x'] * 2\n        return cls\n"
     META_INIT = "class Meta(type):\n    def __init__(cls, name, bases, space): cls.double = space['x'] * 2\n"
+    FINDS = "KEPT = []\ndef g(): return 1\ndef h(): return 3\ndef deco(n):\n    def outer(f):\n        KEPT.append((f,))\n" \
+            "        return globals()[n]\n    return outer\n"
     NESTED = "R = []\nclass Obj:\n    def __init__(self, f): self.f = f\nclass Entry:\n    def __init__(self, o): self.o = o\n" \
              "def reg(n):\n    def deco(f):\n        o = Obj(f)\n        R.append(Entry(o))\n        return o\n    return deco\n"
     WAITS = "import threading\nRUNS = []\nLIMIT = 1\nE = threading.Event()\nE.wait(globals().get('T', 0))\n"
@@ -6647,6 +6666,8 @@ class Scenarios(Workspace):
     PARTIAL = "import functools\nR = []\ndef reg(f):\n    R.append(functools.partial(f))\n    return R[-1]\n"
     ROWS = {
         # Diff and names
+        "unknown: one of the two names of a value is missing": (
+            "a = b = 1\n", "del m.a; m.b = 5", "a = b = 1\nC = 1\n", ["m.b == 5", "'a is not there, the file has it' in report"]),
         "annotations of a module become texts": (
             "x: int = 1\n", "m.__annotations__", "from __future__ import annotations\nx: int = 1\n", ["m.__annotations__ == {'x': 'int'}"]),
         "docstring of a module that the program has set": ("A = 1\n", "m.__doc__ = 'set'", "", ["m.__doc__ == 'set'", "not hasattr(m, 'A')"]),
@@ -7110,6 +7131,12 @@ class Scenarios(Workspace):
         "decorator of a class in place of another": (
             REG + COUNT + "@reg\nclass C: x = 1\n", "", REG + COUNT + "@count\nclass C: x = 2\n",
             ["m.N == ['C'] and m.C.x == 2", "report.count('C: what its old decorator registered may be there still') == 1"]),
+        "decorator that returns a function that was there before": (
+            FINDS + "@deco('g')\ndef f(): return 2\n", "g, h = id(m.g), id(m.h)", FINDS + "@deco('h')\ndef f(): return 2\n",
+            ["id(m.g) == g", "id(m.f) == id(m.h) == h"]),
+        "function that another edited module had before": (
+            "# file: m.py\ndef f(): return 1\n# file: other.py\ndef f(): return 2\n", "import other; f = m.f",
+            "# file: m.py\nfrom other import f\n# file: other.py\nY = 1\ndef f(): return 2\n", ["m.f is other.f", "(f(), m.f()) == (1, 2)"]),
         # Readers
         "body of what is in a registry that was copied": (
             ROUTES + "@routes.get('/a')\ndef a(): return @@\nTABLE = list(routes)\n", "", ("1", "2"),
@@ -7216,6 +7243,9 @@ class Scenarios(Workspace):
             "# file: base.py\nA = 1\n" + "".join("# file: u%d.py\nfrom base import A\nB%d = A + 1\n" % (k, k) for k in range(40))
             + "# file: m.py\n" + "".join("from u%d import B%d\nC%d = B%d + 1\n" % (k, k, k, k) for k in range(40)), "",
             "# file: base.py\nA = 2\n", ["all(getattr(m, 'C%d' % k) == 4 for k in range(40))"]),
+        "attribute that a call has made of a constant": (
+            "A = 1\ndef g(x): return x\nclass C:\n    y = g(A)\n", "",
+            "A = 2\ndef g(x): return x\nclass C:\n    y = g(A)\n", ["m.C.y == 1", "'not run again: C.y = g(A) (A changed)' in report"]),
         "annotation of an attribute that nobody has evaluated": (
             "from __future__ import annotations\nA = @@\nclass C:\n    x: A = 1\n", "", ("1", "2"), ["'not run again' not in report"]),
         "annotation of an attribute that was made of a constant": (
@@ -7238,6 +7268,9 @@ class Scenarios(Workspace):
             META_NEW + "class C(metaclass=Meta): x = @@\n", "cls = m.C", ("1", "2"), ["m.C.double == 4", "m.C is cls"]),
         "metaclass that makes something of an attribute afterwards": (
             META_INIT + "class C(metaclass=Meta): x = @@\n", "cls = m.C", ("1", "2"), ["m.C.double == 4", "m.C is cls"]),
+        "class that was another module's before": (
+            "# file: m.py\nclass C: x = 1\n# file: other.py\nclass C: x = 2\n", "import other; c, cls = m.C(), m.C",
+            "# file: m.py\nfrom other import C\n# file: other.py\nclass C: x = 2\n", ["type(c) is cls", "(m.C.x, c.x) == (2, 1)"]),
         "attribute that reads a constant, in a class of another base": (
             "A = 1\nclass P: pass\nclass Q: pass\nclass C(P):\n    y = [A]\n    z = []\n", "m.C.z.append(1)",
             "A = 2\nclass P: pass\nclass Q: pass\nclass C(Q):\n    y = [A]\n    z = []\n", ["m.C.y == [2]", "m.C.z == [1]"]),
