@@ -337,20 +337,21 @@ def say(text):
     """Say something to people, on stderr; nothing where that is closed or full."""
     stderr, line = sys.stderr or io.StringIO(), "hotrepl: %s\n" % text
     raw = getattr(getattr(stderr, "buffer", None), "raw", None)
-    with suppress(OSError):
-        # It can be /dev/full.
-        stderr.flush()
-        # Past the buffer: what that can't write it keeps, and the program's exit would fail for it.
+    with suppress(OSError, ValueError):
+        # It can be /dev/full, or a closed file.
         if raw is None:
             stderr.write(line)
         else:
+            stderr.flush()
+            # Past the buffer: what that can't write it keeps, and the program's exit would fail
+            # for it.
             raw.write(line.encode(stderr.encoding, "backslashreplace"))
 
 
 def process_mark(pid):
     """Return a text that tells the process `pid` from a later one of that number; "": unknown."""
     try:
-        with open("/proc/%d/stat" % pid, "rb", 0) as file:
+        with open("/proc/%s/stat" % pid, "rb", 0) as file:
             # When it began, in ticks, see proc(5). Before that stands its name, any bytes.
             return file.read().rpartition(b")")[2].split()[19].decode()
     except OSError:
@@ -3466,7 +3467,8 @@ def _stamp(path):
 def _process_start():
     """Return when this process began, in seconds as time.time() has them."""
     try:
-        ticks = int(process_mark(os.getpid()))
+        # Not by our number: /proc may be that of another namespace of processes.
+        ticks = int(process_mark("self"))
         with open("/proc/uptime") as file:
             uptime_s = float(file.read().split()[0])
         return time.time() - (uptime_s - ticks / os.sysconf("SC_CLK_TCK")) - 0.02
@@ -9414,11 +9416,12 @@ class Door:
         if shown and CLIENT_PURPOSE not in _purposes(tls.getpeercert(True)):
             raise Refused("the certificate of %s is not for clients (clientAuth)" % peer, peer)
 
-    def ask_token(self, sock, peer, is_control, proofs=(), timeout_s=ADMISSION_TIMEOUT_S):
+    def ask_token(self, sock, peer, is_control, proofs=tuple, timeout_s=ADMISSION_TIMEOUT_S):
         """Ask for the token; return the bytes that came after the right one. Blocks.
 
         The REPL channel asks in words, and each line is an attempt, so that netcat will do; on the
-        control channel the first request must be Authenticate. `proofs` pass for the token.
+        control channel the first request must be Authenticate. What proofs() returns when one is
+        shown passes for the token.
         Refused: three wrong ones, a foreign greeting, 1 KB or `timeout_s` in all.
         """
         take, first_bytes = (_take_message if is_control else _take_line), FirstBytes(is_control)
@@ -9438,7 +9441,7 @@ class Door:
                         raise Refused(refusal, peer)
                     candidate, data = take(data + received)
                 is_right = self.check_guess(peer, "wrong token", self.check_token, candidate,
-                                            proofs)
+                                            proofs())
                 if is_control:
                     sock.sendall(encode_message({"status": "ok"} if is_right else {
                         "status": "failed",
@@ -12445,6 +12448,10 @@ class Server:
         """Return the open Session of that number, or None."""
         return next((each for each in self.sessions() if each.number == number), None)
 
+    def proofs(self):
+        """Return what passes for the token on the control channel now: a proof of each session."""
+        return [each.proof for each in self.sessions()]
+
     def take(self, channel, sock, peer, received=b""):
         """Begin what a connection is for, now that it may come in; `received` came already."""
         self.door.audit("accepted", channel=channel, peer=peer)
@@ -12551,11 +12558,12 @@ class Server:
             if sock is not None:
                 sock.close()
             if getattr(exc, "errno", None) in OUT_OF_DESCRIPTORS:
-                if not self._is_short:
-                    log.warning("can't accept connections for a while: %s", exc)
-                self._is_short = True
-                # The listener stays readable: without a pause this would spin.
+                # The listener stays readable: without a pause this would spin. The warning comes
+                # last: a handler for the log may raise.
                 time.sleep(0.2)
+                is_told, self._is_short = self._is_short, True
+                if not is_told:
+                    log.warning("can't accept connections for a while: %s", exc)
             elif sock is not None:
                 log.warning("a connection was dropped: %s", exc)
 
@@ -12694,7 +12702,7 @@ class Admission(threading.Thread):
             received = b""
             if self.peer.needs_token:
                 is_control = self.channel == "control"
-                proofs = [each.proof for each in self.server.sessions()] if is_control else ()
+                proofs = self.server.proofs if is_control else tuple
                 received = door.ask_token(self.sock, self.peer, is_control, proofs)
             if not self._decision.acquire(False):
                 raise Refused(self._reason, self.peer)

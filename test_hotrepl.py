@@ -12713,6 +12713,18 @@ class Tokens(AccessCase):
         eventually(lambda: not self.server.sessions())
         self.assertEqual(self.served.control().request("Authenticate", proof=proof)["status"], "failed")
 
+    def test_a_proof_counts_while_its_session_lives_whenever_the_control_connection_came(self):
+        early, late = self.served.control(), self.served.control()
+        for control in early, late:
+            self.assertEqual(control.request("Authenticate", token="wrong")["status"], "failed")
+        wire = self.stranger()
+        wire.send(self.TOKEN)
+        _, proof = self.proof(wire.hello())
+        self.assertEqual(early.request("Authenticate", proof=proof), {"status": "ok"})
+        wire.close()
+        eventually(lambda: not self.server.sessions())
+        self.assertEqual(late.request("Authenticate", proof=proof)["status"], "failed")
+
     def test_a_proof_is_none_for_the_first_connection(self):
         wire = self.stranger()
         wire.send(self.TOKEN)
@@ -12724,7 +12736,7 @@ class Tokens(AccessCase):
         self.assertEqual(hotrepl.ADMISSION_TIMEOUT_S, 10)
         for function in (hotrepl.Door.ask_token, hotrepl.Door.shake_hands):
             self.assertEqual(function.__defaults__[-1], 10)
-        with unittest.mock.patch.object(hotrepl.Door.ask_token, "__defaults__", ((), 0.2)):
+        with unittest.mock.patch.object(hotrepl.Door.ask_token, "__defaults__", (tuple, 0.2)):
             wires = [self.stranger(), self.served.control()]
             for wire in wires:
                 self.assertEqual(wire.until_end(5), "")
@@ -13764,6 +13776,21 @@ class OwnersOfSockets(AccessParts):
         ran = self.unshare(["-m", "-p", "-f", "--mount-proc", "sh", "-c", 'mount -t proc -o subset=pid none /proc && exec "$@"',
                             "sh"], "socket.AF_NETLINK = 254")
         self.assertEqual("True", ran)
+
+    @unittest.skipUnless(IS_ROOT, "needs root, for namespaces")
+    def test_file_edited_since_the_process_began_is_found_where_proc_is_of_other_processes(self):
+        # There our number is another process's, which began later.
+        folder = self.folder()
+        folder.write("program.py", "import hotrepl, thing\nwith open('thing.py', 'w') as file: file.write('def f(): return 2')\n"
+                     "print(hotrepl.reload(thing), thing.f())")
+        folder.write("thing.py", "def f(): return 1\n")
+        folder.write("later", "1 (x) S %s 99999999999 0\n" % " ".join("0" * 18))
+        program = self.keep(Program(["unshare", "-m", "-p", "-f", "sh", "-c", 'mount --bind later /proc/1/stat && exec "$@"', "sh"]
+                                    + python_command("-B", "program.py"), cwd=folder.path))
+        code, out, err = program.end()
+        if err.startswith(("unshare: ", "mount: ")):
+            self.skipTest("not permitted here: " + err)
+        self.assertEqual((code, out, err), (0, "changed: f 2\n", ""))
 
     def test_root_of_a_user_namespace_knows_its_peers(self):
         self.assertEqual("True", self.unshare(["-U", "-r"]))
@@ -18447,6 +18474,15 @@ class Programs(Case):
                                           env=environment(PYTHONUNBUFFERED=unbuffered))
             self.assertEqual(out, b"runs\n", words)
 
+    def test_what_is_said_to_a_stderr_of_the_programs_or_a_closed_one_raises_nothing(self):
+        said = []
+        with open(os.devnull, "w") as closed:
+            closed.close()
+            for stderr in (types.SimpleNamespace(write=said.append), closed):
+                with unittest.mock.patch.object(sys, "stderr", stderr):
+                    self.assertEqual(hotrepl.main(["connect", "--port", "1", "x:y"]), 2)
+        self.assertEqual("".join(said), "hotrepl: 'x:y' has no number as its port, expected HOST:PORT; see --help\n")
+
     def test_an_error_of_one_visitor_does_not_hide_what_died_from_the_next(self):
         program, wire = self.kept("def save():\n    where = 'in save'\n    1/0\nsave()")
         self.assertIn("NameError", wire.ask("nowhere"))
@@ -20010,7 +20046,10 @@ class Faults(Case):
 
     def test_at_its_descriptor_limit_it_rests_and_accepts_again_later(self):
         target = self.keep(Target("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
-                                  "import logging; logging.basicConfig(level=logging.WARNING)\n" + Target.SOURCE))
+                                  "import logging; logging.basicConfig(level=logging.WARNING)\n"
+                                  "raising = logging.Handler(); logging.getLogger().addHandler(raising)\n"
+                                  "raising.emit = lambda record: 1/0\n"
+                                  "import sys; sys.excepthook = print\n" + Target.SOURCE))
         early = self.wire(target.address)
         flood = [self.keep(socket.create_connection(target.address)) for _ in range(60)]
         target.program.err.until("can't accept connections")
