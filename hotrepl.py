@@ -10243,12 +10243,12 @@ def _runtime_folders():
     # Not tempfile's choice: its import takes longer than all of start().
     places = [os.environ.get(name, "") for name in ("TMPDIR", "TEMP", "TMP")]
     temporary = os.path.join(next(filter(os.path.isdir, places), "/tmp"), "hotrepl-%d" % uid)
-    usual = "/run/user/%d" % uid
+    usual = "/run/user/%d/hotrepl" % uid
     is_ours = os.path.isabs(chosen) and os.path.isdir(chosen) and os.stat(chosen).st_uid == uid
     if not is_ours:
-        return [temporary, os.path.join(usual, "hotrepl")]
-    places = [os.path.join(chosen, "hotrepl")]
-    return places + [temporary] if chosen.rstrip("/") == usual else places
+        return [temporary, usual]
+    own = os.path.join(chosen, "hotrepl")
+    return [own, temporary] if own == usual else [own]
 
 
 def _check_folder(path):
@@ -13090,11 +13090,8 @@ class Link:
     def signals(self, **handlers):
         """Have signals call `handlers`, and end `wait`, also those that come just before it blocks.
 
-        Signals are the main thread's; another goes on without them.
+        ValueError: this is not the main thread.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
                   for name, handler in handlers.items() if hasattr(signal, name)]
         descriptor = signal.set_wakeup_fd(self._wake.fileno())
@@ -14022,8 +14019,8 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=
     `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
     machine that is reached with ssh; there "ssh://.../PATH" means a unix socket. `token` is sent
     where the server asks for one. Nothing is sent to a server of another user, or whose that is
-    can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Belongs in the
-    main thread, which Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
+    can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Only for the main
+    thread, which gets Ctrl+C. OSError with what to do: nobody listens there, or lets us in.
     """
     with open_channels(host, port, control_port, ssl_context, token, is_plain) as link:
         return Conversation(link).run()
@@ -14442,8 +14439,7 @@ def _prepare_module(words, main_module):
     def load():
         # It imports the module's package, which is the program's code too.
         try:
-            _, spec, code_object = runpy._get_module_details(
-                words[0], _NoSuchModule)
+            _, spec, code_object = runpy._get_module_details(words[0], _NoSuchModule)
         except _NoSuchModule as exc:
             raise SystemExit("hotrepl: %s" % exc) from None
         sys.argv[0] = spec.origin
@@ -15085,7 +15081,7 @@ class JsonOutput:
         self._max_chars = sys.maxsize if max_chars is None else max_chars
         self._fields = fields
         self._printed = {"stdout": decoder(), "stderr": decoder()}
-        # Characters that may still be printed; None: a text was cut.
+        # Characters that may still be printed; below 0: a text was cut.
         self._left = dict.fromkeys(self._printed, self._max_chars)
         # What is printed at the end, as a whole.
         self._whole = {"value": bytearray(), "traceback": bytearray()}
@@ -15104,17 +15100,14 @@ class JsonOutput:
         texts = {kind: data.decode("utf-8", "replace") for kind, data in self._whole.items()}
         if "value" in outcome:
             # In full where it was displayed; else it may have been cut.
-            self._put_cut("value", {"value": texts["value"][:-1] or outcome["value"]})
+            value = texts["value"][:-1] or outcome["value"]
+            self._put(len(value) > self._max_chars, value=value[:self._max_chars])
         if "exception" in outcome:
-            traceback_text = texts["traceback"] or outcome["exception"]["traceback"]
-            self._put_cut("exception", dict(outcome["exception"], traceback=traceback_text))
+            whole = dict(outcome["exception"])
+            whole["traceback"] = texts["traceback"] or whole["traceback"]
+            cut = {name: text[:self._max_chars] for name, text in whole.items()}
+            self._put(cut != whole, exception=cut)
         self._put(exit=code)
-
-    def _put_cut(self, name, texts):
-        """Print an object of texts that are cut."""
-        cut = {key: text[:self._max_chars] for key, text in texts.items()}
-        self._put(**{name: cut if name == "exception" else cut[name]},
-                  **{"truncated": True} if cut != texts else {})
 
     def _put_chunk(self, name, data, is_last=False):
         """Print what has come of a stream: as text, as far as it ends with a whole character.
@@ -15129,19 +15122,16 @@ class JsonOutput:
             import base64
             decoder.reset()
             return self._put(stream=name, base64=base64.b64encode(begun + data).decode("ascii"))
-        if not text or left is None:
-            return
-        if len(text) > left:
-            self._left[name] = None
-            return self._put(stream=name, text=text[:left], truncated=True)
-        self._left[name] -= len(text)
-        self._put(stream=name, text=text)
+        if text and left >= 0:
+            self._left[name] -= len(text)
+            self._put(len(text) > left, stream=name, text=text[:left])
 
-    def _put(self, **fields):
+    def _put(self, is_cut=False, **fields):
         """Print one object."""
         import json
-        line = json.dumps(dict(self._fields, **fields)) + "\n"
-        _write_out("stdout", line.encode("ascii"))
+        if is_cut:
+            fields["truncated"] = True
+        _write_out("stdout", (json.dumps(dict(self._fields, **fields)) + "\n").encode("ascii"))
 
 
 def _write_out(name, data):
