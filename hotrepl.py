@@ -698,13 +698,12 @@ class InputDecoder:
 #
 #     a session's thread begins   ROUTER.bind(its streams): a stand-in goes into each of PLACES that
 #                                 has none, and the thread's slots of the stand-ins are filled
-#     before each input           ROUTER.is_bound()? if the program has set sys.stdout since: bind
+#     before each input           ROUTER.is_bound? if the program has set sys.stdout since: bind
 #     the last session ends       ROUTER.release: what the stand-ins stood for is in its place again
 
 STREAM_NAMES = ("stdin", "stdout", "stderr")
 _of_sys = vars(sys).get           # names may be deleted from it
-# .evaluator: the one whose thread this is; .bound: ROUTER.ours when it was bound last.
-_here = threading.local()
+_here = threading.local()         # .evaluator: the one whose thread this is
 
 
 def current_evaluator():
@@ -943,19 +942,20 @@ class StreamRouter(Installed):
         # print() that is just using it holds no reference of its own, and would crash.
         self._made = {}
 
-    def bind(self, streams):
+    def bind(self, streams, bound):
         """Give the calling thread `streams`, a dict of name -> stream, behind sys's stand-ins.
 
-        Also puts back in front a stand-in that the program has replaced since: its new stream
-        is then what the other threads print to.
+        Return these, as is_bound() wants them; `bound` is what this thread had last. Also puts
+        back in front a stand-in that the program has replaced since: its new stream is then what
+        the other threads print to.
         """
         with self._lock:
-            if self._users and not self.is_bound():
+            if self._users and not self.is_bound(bound):
                 self._put_in()
             for name in STREAM_NAMES:
                 if name in self.ours:
                     streams[name].bind(self.ours[name])
-            _here.bound = self.ours
+            return tuple(map(self.ours.get, ("stdin", "stdout", "stderr", "displayhook")))
 
     def unbind(self):
         """Have the calling thread print where the program does."""
@@ -983,20 +983,19 @@ class StreamRouter(Installed):
                 each._use(own)
             _here.evaluator = before
 
-    def is_bound(self):
-        """Return whether sys has still what the calling thread was bound to; waits for nobody."""
-        ours = self.ours
+    def is_bound(self, bound):
+        """Return whether sys has still what `bind` has returned; waits for nobody."""
+        stdin, stdout, stderr, displayhook = bound
         try:
-            return (_here.bound is ours
-                    and sys.stdout is ours["stdout"] and sys.stderr is ours["stderr"]
-                    and sys.stdin is ours["stdin"] and sys.displayhook is ours["displayhook"])
-        except (AttributeError, KeyError):
-            # The program has deleted one, or there are none yet.
+            return (sys.stdout is stdout and sys.stderr is stderr and sys.stdin is stdin
+                    and sys.displayhook is displayhook)
+        except AttributeError:
+            # The program has deleted one.
             return False
 
-    def shows_values(self):
+    def shows_values(self, bound):
         """Return whether no displayhook of the program's wants to see a session's values."""
-        return self.is_bound() and sys.displayhook.default is sys.__displayhook__
+        return self.is_bound(bound) and sys.displayhook.default is sys.__displayhook__
 
     def original(self, name):
         """Return what sys.`name` is to the threads of the program."""
@@ -11093,7 +11092,7 @@ class Session:
             self.server.door.audit(event, session=self.number, peer=peer or self.peer, **facts)
         finally:
             if evaluator is not None:
-                ROUTER.bind(evaluator.streams)
+                evaluator.bind()
 
     def use_marks(self, has_kinds, has_streams):
         """Mark turns from now on; where a prompt is already out, its mark follows at once."""
@@ -11505,6 +11504,7 @@ class Evaluator(Job):
         stdout = SessionStream("stdout", session.connection, self.interrupts, flusher=FLUSHER)
         stderr = SessionStream("stderr", session.connection, self.interrupts, earlier=stdout)
         self.streams = {"stdin": SessionInput(self._ask), "stdout": stdout, "stderr": stderr}
+        self._bound = (None,) * 4  # the stand-ins in sys behind which they are; see ROUTER.bind
 
     def run(self):
         """Hold the session from its first line to its end, or until Ctrl+Z makes this a job.
@@ -11524,7 +11524,7 @@ class Evaluator(Job):
                 each.acquire()
                 self._acquired.append(each)
             DEBUGGERS.look()
-            ROUTER.bind(self.streams)
+            self.bind()
             self._prepare_console()
             self._converse()
         except Detached:
@@ -11536,6 +11536,10 @@ class Evaluator(Job):
                                          % _message(exc).encode("utf-8", "backslashreplace"))
         finally:
             self._end()
+
+    def bind(self):
+        """Have our thread read from and print to the session, whatever sys has had since."""
+        self._bound = ROUTER.bind(self.streams, self._bound)
 
     def detach(self):
         """Become a job; the session's lock and its connection's are held."""
@@ -11558,8 +11562,8 @@ class Evaluator(Job):
         `runcode` runs it instead, unless it awaits. Interrupts are on, and only here. The text of
         the value goes out with the next prompt, where that is soon.
         """
-        if not ROUTER.is_bound():
-            ROUTER.bind(self.streams)
+        if not ROUTER.is_bound(self._bound):
+            self.bind()
         if self.session.error is not None:
             self._recall_error()
         run, use = self.interrupts.run, use or self._show
@@ -11800,7 +11804,7 @@ class Evaluator(Job):
         """Return `value` as it is to be shown, or have it shown by what does that here."""
         if value is None:
             return None
-        if self._last_only is not None or not ROUTER.shows_values():
+        if self._last_only is not None or not ROUTER.shows_values(self._bound):
             sys.displayhook(value)
             return None
         text = self._text_of(value)
