@@ -3545,12 +3545,6 @@ def _is_library_module(name):
     return _is_library(_space_of(sys.modules.get(name)).get("__file__"))
 
 
-def _is_standard(name):
-    """Tell whether a library's module is built in or the standard library's own."""
-    path = _space_of(sys.modules.get(name)).get("__file__")
-    return type(path) is not str or "-packages" not in path
-
-
 def _as_module(module):
     """Return (name, module, path) of a module or its name; raise where it has no source."""
     if isinstance(module, str):
@@ -3662,7 +3656,7 @@ class _Edit:
     def compare(self):
         """Compile the new text, parse the old one, and pair their statements."""
         self.new = _Source(self.text, self.path)
-        self.line = min((frame.f_lineno for frame in _top_frames(self.space)), default=None)
+        self.line = _top_line(self.space)
         self.old = _source_of(self.was, self.new)
         # From nodes: 3.6 and 3.7 crash where they are nested too deep.
         if self.old and self.old.flags == self.new.flags and sys.version_info >= (3, 8):
@@ -3712,20 +3706,20 @@ class _Edit:
                 break
             if each.is_pure and each.binds & statement.names.reads and not (
                     each.binds & set(self.space)):
-                value = _value_of(each, dict(self.space, **found))
+                value = _pure_value(each.node.value, dict(self.space, **found))
                 found.update((name, value) for name in each.binds if value is not _MISSING)
         return found
 
-    def names_gone(self, is_done=False):
+    def names_gone(self):
         """Return the names to take away: bound by the old text and not by the new one."""
-        space = self.before if is_done else self.space
         if self.old is None:
             gone = {name for path, name in self.gone if not path}
         else:
             gone = set() if "*" in self.new.names else self.old.names - self.new.names - {"*"}
         return sorted(
-            name for name in gone.intersection(space) - _IMPORT_NAMES.difference(["__doc__"])
-            if sys.modules.get("%s.%s" % (self.name, name), _MISSING) is not space[name])
+            name for name in gone.intersection(self.before or self.space)
+            - _IMPORT_NAMES.difference(["__doc__"]) if sys.modules.get(
+                "%s.%s" % (self.name, name), _MISSING) is not self.space.get(name))
 
 
 # --- Diff: the statements of two texts, and what became of each; pure ---
@@ -4830,7 +4824,6 @@ class _Apply:
             self.readers.report_readers(edit, _bound_by(
                 pair.new for pair in edit.pairs if pair.new and pair.change in _VALUES
                 and not self._is_kept_out(edit, pair.new)))
-            self._report_removed(edit)
         self._report_stuck()
 
     def commit(self):
@@ -5854,7 +5847,7 @@ class _Apply:
                 if type(edit.space.get("__annotations__")) is dict:
                     self.put(_entry(edit.space["__annotations__"], name), _MISSING)
         for edit in self.ordered:
-            if edit.names_gone(is_done=True):
+            if edit.names_gone():
                 self.readers.follow(edit)
         for _, path, reason in self.closures.values():
             self.stuck[path, reason] += 1
@@ -5868,7 +5861,6 @@ class _Apply:
         for edit in self.ordered:
             self._report_names(edit)
             self.readers.report_not_run_again(edit)
-            self._report_removed(edit)
         self.readers.report_elsewhere()
         self._report_sleepers()
         self._report_stuck()
@@ -5980,7 +5972,8 @@ class _Apply:
         ours = {id(table) for table in [sources, self.known, self.folded, self.moves, vars(self)]}
         ours.update(id(edit.before) for edit in self.edits)
         ours.update(id(before) for _, before in self.journal._kept.values())
-        return [holder for holder in _referrers(sources) if id(holder) not in ours]
+        return [holder for k in range(0, len(sources), 50)
+                for holder in gc.get_referrers(*sources[k:k + 50]) if id(holder) not in ours]
 
     # What is put back when it fails. What we write is in the journal. What code of the program may
     # write is found before it runs: from the names in its statement on, through functions, by what
@@ -6058,11 +6051,12 @@ class _Apply:
             self.report.add("changed", edit.name, [name for name in names if name in known])
             self.report.add("added", edit.name, [name for name in names if name not in known])
         self.report.add("cant_tell", edit.name, edit.told)
-        self.report.add("removed", edit.name, edit.names_gone(is_done=bool(edit.before)) + [
-            each.title for each in self._removed_statements(edit)] + [
+        gone, statements = edit.names_gone(), self._removed_statements(edit)
+        self.report.add("removed", edit.name, gone + [each.title for each in statements] + [
             "%s (of line %d)" % (pair.old.node.name, pair.old.start + 1) for pair in edit.pairs
             if pair.change == "gone" and pair.old.binds <= edit.new.names
             and getattr(pair.old.node, "decorator_list", ()) and not _is_overload(pair.old.node)])
+        self._report_removed(edit, gone, statements)
 
     def _removed_statements(self, edit):
         """Return the statements that are gone and whose work may show in no name of their own."""
@@ -6071,11 +6065,10 @@ class _Apply:
             and pair.old.binds <= edit.new.names and not pair.old.is_main_guard
             and not pair.old.names.deletes)]
 
-    def _report_removed(self, edit):
+    def _report_removed(self, edit, gone, statements):
         """Name the statements that are gone, but for those that changed what is new or gone too."""
-        bound = {name for pair in edit.pairs if pair.change in _VALUES
-                 for name in pair.new.binds} | set(edit.names_gone(is_done=bool(edit.before)))
-        for each in self._removed_statements(edit):
+        bound = _bound_by(pair.new for pair in edit.pairs if pair.change in _VALUES).union(gone)
+        for each in statements:
             if not each.changes or not each.changes <= bound:
                 self.stuck[each.title, "the statement was taken away; what it did stays"] += 0
         for pair in edit.pairs:
@@ -6155,10 +6148,7 @@ def _ids_of(values):
 
 def _ids(values):
     """Return the ids of values, without constants, which others that mean something else hold."""
-    return {id(each) for each in values if type(each) not in _CONSTANTS}
-
-
-_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, tuple)
+    return {id(each) for each in values if type(each) not in _PLAIN_TYPES + (tuple,)}
 
 
 _ANOTHER_CLASS = "another class has its name now"
@@ -6618,7 +6608,8 @@ class _Readers:
         for pair in getattr(edit, "pairs", ()):
             if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
                 for name in pair.new.binds - set(edit.space):
-                    found[name] = _value_of(pair.old, before), _value_of(pair.new, edit.space)
+                    found[name] = _pure_value(pair.old.node.value, before), _pure_value(
+                        pair.new.node.value, edit.space)
         return found
 
     def follow_pure(self, edit, statements, cls, olds, news, names):
@@ -6643,7 +6634,7 @@ class _Readers:
             # Of special classes the metaclass has taken the values, and made something of them.
             elif each.is_pure and all(lasts[name] is each for name in each.binds) and (
                     cls is None or _is_plain_class(cls)):
-                was, now = _value_of(each, olds), _value_of(each, news)
+                was, now = [_pure_value(each.node.value, space) for space in (olds, news)]
                 for name in each.binds if now is not _MISSING else ():
                     own = _mangled(name, cls and cls.__name__)
                     if _is_plain_equal(live.get(own, _MISSING), was) and not (
@@ -6780,8 +6771,7 @@ class _Readers:
 
     def _report_users(self, module, statements):
         """Name those of some statements that used what is another now, as far as they have run."""
-        line = min((frame.f_lineno for frame in _top_frames(module.space)), default=None)
-        names = self._names_in(module)
+        line, names = _top_line(module.space), self._names_in(module)
         for each in statements:
             may_use = each.kind == "ClassDef" or each.mentions(names)
             if may_use and not each.is_main_guard and (
@@ -6804,7 +6794,7 @@ class _Readers:
             nodes = [node]
             if statement.is_definition:
                 nodes = _evaluated_nodes(node, statement.source.has_lazy_annotations)
-            elif statement.is_pure and _value_of(statement, space) is not _MISSING:
+            elif statement.is_pure and _pure_value(node.value, space) is not _MISSING:
                 nodes = []
             used |= _Names(nodes).reads & values - statement.binds
         for name in names.reads:
@@ -7265,7 +7255,7 @@ _REACH = 5000  # objects that are looked at before a statement runs
 _INDIRECT = {"globals", "locals", "vars", "__dict__", "setattr", "delattr", "exec"}  # set any name
 _IMPORT_NAMES = {*vars(types.ModuleType("")), *_ANNOTATIONS, "__builtins__", "__cached__",
                  "__file__", "__path__"}
-_PLAIN_TYPES = (int, float, complex, str, bytes, type(None))
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
 _CODE_KINDS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR
 
 
@@ -7508,18 +7498,12 @@ def _public(space):
     return set(names)
 
 
-def _imported_names(source, space):
-    """Yield (module, name, name that it is bound to) of what a source imports at its top level."""
-    for module_name, names in _imports_of([each.node for each in source.statements], space):
-        for name, own in names:
-            yield module_name, name, own
-
-
 def _imported_values(source, space, edit, before):
     """Return {name: value} of what a module imported from another one and is another now there."""
     found, public, olds = {}, _public(edit.space), _public(before)
     stars = (public | olds) - (source.names - {"*"})
-    imports = list(_imported_names(source, space))
+    imports = [(module_name, name, own) for module_name, names in _imports_of(
+        [each.node for each in source.statements], space) for name, own in names]
     spaces = [_space_of(sys.modules.get(each)) for each, imported, _ in imports if imported == "*"]
     for module_name, imported, bound in imports:
         is_star = imported == "*"
@@ -7548,11 +7532,6 @@ def _pure_value(node, space):
         return eval(code, {"__builtins__": {}}, space)
     except Exception:
         return _MISSING
-
-
-def _value_of(statement, space):
-    """Return what the pure expression of an assignment gives, or _MISSING."""
-    return _pure_value(statement.node.value, space)
 
 
 def _is_plain_equal(a, b):
@@ -8168,12 +8147,13 @@ def _items(value, kind):
 def _is_data(value):
     """Tell whether the attributes of an object may be put back.
 
-    Of a library's objects only where they compare by value: the state of a lock, a queue or an
-    event loop is not ours, threads may have come to wait for it.
+    Of the standard library's objects only where they compare by value: the state of a lock, a queue
+    or an event loop is not ours, threads may have come to wait for it.
     """
     cls = type(value)
-    if _is_library_module(cls.__module__):
-        return cls.__eq__ is not object.__eq__ or not _is_standard(cls.__module__)
+    path = _space_of(sys.modules.get(cls.__module__)).get("__file__")
+    if _is_library(path):
+        return cls.__eq__ is not object.__eq__ or "-packages" in str(path)
     return not _is(value, types.ModuleType)
 
 
@@ -8264,12 +8244,6 @@ def _may_refer_to(values):
     return gc.get_referrers(*values) if values else []
 
 
-def _referrers(values):
-    """Return what refers to one of `values`."""
-    return [obj for k in range(0, len(values), 50)
-            for obj in gc.get_referrers(*values[k:k + 50])]
-
-
 def _functions_of(spaces):
     """Return every live function whose globals are one of some namespaces."""
     ids = set(map(id, spaces))
@@ -8277,11 +8251,14 @@ def _functions_of(spaces):
             if type(obj) is types.FunctionType and id(obj.__globals__) in ids]
 
 
-def _top_frames(space):
-    """Return the frames that run the top level of a module, such as the script's main loop."""
-    return [frame for frame in _running_frames() if frame.f_globals is space
-            and frame.f_code.co_name == "<module>"
-            and frame.f_code.co_filename == space.get("__file__")]
+def _top_line(space):
+    """Return the line at which the top level of a module runs just now, or None where it is done.
+
+    So it is with a script and its main loop.
+    """
+    return min((frame.f_lineno for frame in _running_frames() if frame.f_globals is space
+                and frame.f_code.co_name == "<module>"
+                and frame.f_code.co_filename == space.get("__file__")), default=None)
 
 
 def _running_frames():
