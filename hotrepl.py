@@ -972,15 +972,16 @@ class StreamRouter(Installed):
         No lock is taken: it may run in a signal handler.
         """
         before, _here.evaluator = current_evaluator(), evaluator
-        lent = [(each, each.target, name) for name, each in list(self.ours.items())
+        # With its `write`: a session's, where the thread runs a loop, may be armed for the Flusher.
+        lent = [(each, dict(each.__dict__), name) for name, each in list(self.ours.items())
                 if name in STREAM_NAMES]
-        for each, own, name in lent:
-            each._use(make_stream(name, own))
+        for each, slots, name in lent:
+            each._use(make_stream(name, slots["target"]))
         try:
             yield
         finally:
-            for each, own, name in lent:
-                each._use(own)
+            for each, slots, name in lent:
+                each.__dict__.update(slots)
             _here.evaluator = before
 
     def is_bound(self, bound):
@@ -13071,8 +13072,11 @@ class Link:
     def signals(self, **handlers):
         """Have signals call `handlers`, and end `wait`, also those that come just before it blocks.
 
-        ValueError: this is not the main thread.
+        Signals are the main thread's; another goes on without them.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = [(getattr(signal, name), signal.signal(getattr(signal, name), handler))
                   for name, handler in handlers.items() if hasattr(signal, name)]
         descriptor = signal.set_wakeup_fd(self._wake.fileno())
@@ -14000,8 +14004,8 @@ def connect(host="127.0.0.1", port=DEFAULT_PORT, control_port=None, ssl_context=
     `host` can also be "unix:PATH", and "ssh://USER@HOST[:PORT]" or "USER@HOST" for a server on a
     machine that is reached with ssh; there "ssh://.../PATH" means a unix socket. `token` is sent
     where the server asks for one. Nothing is sent to a server of another user, or whose that is
-    can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Only for the main
-    thread, which gets Ctrl+C. OSError with what to do: nobody listens there, or lets us in.
+    can't be known, but with TLS, ssh or `is_plain`. Blocks until the user leaves. Belongs in the
+    main thread, which Ctrl+C needs. OSError with what to do: nobody listens there, or lets us in.
     """
     with open_channels(host, port, control_port, ssl_context, token, is_plain) as link:
         return Conversation(link).run()

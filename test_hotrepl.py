@@ -9847,6 +9847,22 @@ class AwaitAtThePrompt(Case):
         wire = self.wire(("127.0.0.1", int(program.until("\n"))))
         self.assertEqual(wire.ask("[asyncio.get_running_loop() is loop, await asyncio.sleep(0)]"), "[True, None]\n")
 
+    def test_what_a_session_prints_that_has_run_the_loop_for_another_one_comes_at_once(self):
+        import asyncio
+        loop = asyncio.new_event_loop()
+        self.addCleanup(loop.close)
+        gates = [threading.Event() for _ in range(2)]
+        served = self.serve({"asyncio": asyncio, "loop": loop, "over": loop.create_future(), "gates": gates}, loop=loop)
+        one, two = served.paired(), served.paired()
+        one.send("loop.run_until_complete(over); print('at', 'once'); gates[0].wait(9)")
+        eventually(loop.is_running)
+        self.assertEqual(two.ask("[await asyncio.sleep(0), over.set_result(None)][0]"), "")
+        for gate in gates:
+            one.until("at once\n", deadline_s=5)
+            gate.set()
+            one.until(">>> ")
+            one.send("print('at', 'once'); gates[1].wait(9)")
+
     def test_without_a_loop_the_session_has_one_of_its_own_that_runs_between_inputs(self):
         served = self.serve({"done": threading.Event()})
         client = served.paired()
@@ -18295,6 +18311,12 @@ class Exec(Case):
         served = self.serve({"step": 1})
         self.end("-c", "step += 1", served=served)
         self.assertEqual(served.namespace["step"], 2)
+
+    def test_it_runs_in_another_thread_than_the_main_one(self):
+        ran = self.folder().run("import hotrepl, threading\nserver = hotrepl.start({}, port=0, control_port=0)\n"
+                                "words = ['exec', '--port', str(server.address[1]), '-c', '6*7']\n"
+                                "thread = threading.Thread(target=hotrepl.main, args=(words,))\nthread.start()\nthread.join()")
+        self.assertEqual(ran.end(), [0, "42\n", ""])
 
     def test_an_exception_is_a_traceback_on_stderr_and_exit_1(self):
         code, out, err = self.end("-c", "def f():\n    1/0\n\nf()")
