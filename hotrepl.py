@@ -5207,7 +5207,7 @@ class _Apply:
                  and not _is_overload(each.node)]
         self._learn()
         for key, value in scope.execute(nodes, self).items():
-            self._bind(scope, key, self.fold(scope.get_raw(key), value), None)
+            self._bind(scope, key, self.fold(vars(scope.cls).get(key, _MISSING), value), None)
 
     # Classes. The statements of a class body are applied one by one to the class that lives, as
     # those of a module are: SQLAlchemy refuses a second class for a table, and a registry would
@@ -6180,11 +6180,7 @@ class _Scope:
         """Return what a name of the source is bound to in the scope, or _MISSING."""
         if self.cls is None:
             return self.edit.space.get(name, _MISSING)
-        return self.get_raw(self.name_of(name))
-
-    def get_raw(self, name):
-        """The same for a name as the class has it, mangled."""
-        return vars(self.cls).get(name, _MISSING)
+        return vars(self.cls).get(self.name_of(name), _MISSING)
 
     def of_class(self, pair):
         """Return the scope of the live class that a statement made, or None."""
@@ -6583,35 +6579,23 @@ class _Readers:
             if rounds[follower.name] > 500:
                 # Two modules with `N = N + 1` that import N from each other would never end.
                 continue
-            values = self.values_of(follower, before)
-            if values:
-                names = set(values)
-                self.follow_pure(
-                    follower, source.statements, None,
-                    dict(before, **{name: pair[0] for name, pair in values.items()}),
-                    dict(follower.space, **{name: pair[1] for name, pair in values.items()}),
-                    names)
+            olds, news = dict(before), dict(follower.space)
+            # A name that was bound, and is deleted again further down.
+            for pair in follower.pairs:
+                if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
+                    for name in pair.new.binds - set(follower.space):
+                        olds[name] = _pure_value(pair.old.node.value, before)
+                        news[name] = _pure_value(pair.new.node.value, follower.space)
+            names = {name for name in olds.keys() & news.keys() if not (
+                _is_definition(news[name]) or _is(news[name], types.ModuleType)
+                or _is_plain_equal(olds[name], news[name]))}
+            if names:
+                self.follow_pure(follower, source.statements, None, olds, news, names)
                 self._values[follower.name] |= names
             changed = {name for name in (set(before) | set(follower.space)) - _IMPORT_NAMES
                        if before.get(name, _MISSING) is not follower.space.get(name, _MISSING)}
             if changed:
                 todo += self._follow_imports(follower, before, changed)
-
-    def values_of(self, edit, before):
-        """Return {name: (old, new)} of plain values that changed."""
-        found = {}
-        for name, now in list(edit.space.items()):
-            was = before.get(name, _MISSING)
-            if was is not now and was is not _MISSING and not (
-                    _is_definition(now) or _is(now, types.ModuleType) or _is_plain_equal(was, now)):
-                found[name] = was, now
-        # A name that was bound, and is deleted again further down.
-        for pair in getattr(edit, "pairs", ()):
-            if pair.change == "value" and pair.new.is_pure and pair.old.is_pure:
-                for name in pair.new.binds - set(edit.space):
-                    found[name] = _pure_value(pair.old.node.value, before), _pure_value(
-                        pair.new.node.value, edit.space)
-        return found
 
     def follow_pure(self, edit, statements, cls, olds, news, names):
         """Give names new values that unchanged expressions make of those in `names`, in file order.
@@ -7383,6 +7367,8 @@ def _fresh_value(node):
 
 class _Follower(record("_Follower", "name space")):
     """A module that is not edited, where an edit is expected."""
+
+    pairs = ()
 
     def runs(self, statement):
         """Nothing of it runs in this transaction."""
