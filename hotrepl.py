@@ -1964,7 +1964,9 @@ class ConsoleMixin:
         self._linecache = linecache       # an import statement for each line costs more
         # The file names of the inputs: <hotrepl CONSOLE:INPUT>, each a number.
         self._names = map(("<hotrepl %d:%%d>" % next(_serials)).__mod__, itertools.count(1))
-        self.source = ""          # what runs now, for its traceback
+        # What runs now, for its traceback; its last line has an end too: else on 3.11 and 3.12 the
+        # marks below it stand one place too far right.
+        self.source = ""
         self.filename = ""        # by which linecache knows it
         # After our attributes are set: imacropy's class runs code when it is made.
         super().__init__(namespace)   # type: ignore[call-arg]
@@ -1979,9 +1981,9 @@ class ConsoleMixin:
     def run_line(self, line):
         """Run `line`, or keep it until more come; return whether the console wants more."""
         if self.buffer:
-            self._begin(self.filename, "%s\n%s" % (self.source, line))
+            self._begin(self.filename, "%s%s\n" % (self.source, line))
             return self.push(line)
-        self._begin(next(self._names), line)
+        self._begin(next(self._names), line + "\n")
         if "?" in line and self._answer(line):
             return False
         code_object = self._compile_whole(line) if self._is_plain else None
@@ -2210,12 +2212,8 @@ def restore_sources():
 
 
 def _lines_entry(filename, source):
-    """Return what linecache keeps of an input: its size, no time, the lines, the name.
-
-    The last line has its end too: else on 3.11 and 3.12 a traceback's marks below it stand one
-    place too far right.
-    """
-    return len(source), None, (source.rstrip("\n") + "\n").splitlines(True), filename
+    """Return what linecache keeps of an input: its size, no time, the lines, the name."""
+    return len(source), None, source.splitlines(True), filename
 
 
 _remembered = collections.OrderedDict()   # file name -> its entry in linecache, the oldest first
@@ -11670,8 +11668,10 @@ class Evaluator(Job):
             if kind == "eof":
                 return self._finish_input()
             result = self.result = Outcome()
+            # A line is nearly every input, and to look for a made-up name takes a while.
+            take = self._take_line if kind == "line" else getattr(self, "_take_" + kind)
             try:
-                getattr(self, "_take_" + kind)(text)
+                take(text)
             except SystemExit as exc:
                 return self._leave(exc)
             except BaseException:     # what a console's own machinery let escape
