@@ -1249,7 +1249,8 @@ class Flusher:
                     self._thread.start()
                 except RuntimeError:
                     # No more threads, or the program is ending; the next write tries again.
-                    self._thread = None   # the next write tries again; the evaluation's end flushes
+                    # The next write tries again; what is printed goes out at the evaluation's end.
+                    self._thread = None
 
     def _run(self):
         me = threading.current_thread()
@@ -1625,7 +1626,8 @@ def _send_on_pypy(ident, exception):
     if time.monotonic() >= arrives_s:
         exception = _noting_arrival(exception)
         _ON_THEIR_WAY[ident] = exception, time.monotonic() + ARRIVAL_S
-        with suppress(ValueError):    # the thread has ended just now
+        with suppress(ValueError):
+            # The thread has ended just now.
             _set_async_exception(ident, exception)
     return True
 
@@ -1655,7 +1657,8 @@ def _free_import_lock():
 
     PyPy raises an exception where it likes, also between taking the lock and seeing to its release.
     """
-    with suppress(RuntimeError):  # it is another's
+    with suppress(RuntimeError):
+        # It is another thread's.
         while _imp.lock_held():
             _imp.release_lock()
 
@@ -4088,7 +4091,8 @@ class _Statement:
         text = self.source.lines[first - 1]
         if not self.is_alone:
             text = text[max(self.node.col_offset, 0):].split(";")[0]
-        elif not hasattr(self.node, "body"):    # 3.6, 3.7 don't know where it ends
+        elif not hasattr(self.node, "body"):
+            # 3.6 and 3.7 don't know where a statement ends.
             last = getattr(self.node, "end_lineno", first)
             text = " ".join(" ".join(self.source.lines[first - 1:last]).split())
         return shorten(text.strip().rstrip(":"), 60)
@@ -4498,7 +4502,8 @@ class _Evidence:
                 made_in = getattr(value, "__module__", None)
                 if made_in == self.name and self._is_own(value, name):
                     self.gone.append(("", name))
-                elif made_in != __name__:       # else we have put it there
+                elif made_in != __name__:
+                    # What this file has made, we have put there.
                     self._tell(name, "is not in the file")
 
 
@@ -9193,7 +9198,8 @@ class Guests:
             if own is not None and not is_copy:
                 module = sys.modules.get(own)
                 if type(module) is _NamespaceModule and vars(module) is namespace:
-                    del sys.modules[own]      # else it is one that the program has put there
+                    # Ours only: the program may have put another one there.
+                    del sys.modules[own]
                 if namespace.get("__name__") == own:
                     del namespace["__name__"]
 
@@ -10717,7 +10723,8 @@ def show_token(sock, confirm_owner, tokens, deadline):
         say("no answer so far; the server is busy, or this is not its REPL port. Ctrl+C gives up")
     while True:
         begin = b""
-        with suppress(ConnectionError):       # it is closed
+        with suppress(ConnectionError):
+            # It is closed.
             begin = sock.recv(1, socket.MSG_PEEK)
         if not begin:
             raise ConnectionError(errno.ECONNREFUSED,
@@ -10931,7 +10938,8 @@ class Connection:
         """Send the rest, say goodbye and close."""
         with self.lock:
             if self.has_marks:
-                self._outbox.append(_Kept(END_OF_FILE))       # it was meant to end
+                # So the client knows that it was meant to end.
+                self._outbox.append(_Kept(END_OF_FILE))
             self.flush()
             if not self.is_broken and is_own(self.sock):
                 shut_down(self.sock, socket.SHUT_WR)
@@ -11282,13 +11290,15 @@ class Session:
 
     def _wait_for_data(self):
         """Return whether there is something to receive, before the session has idled too long."""
-        shield = self.evaluator.interrupts.shield     # no descriptor is to be lost on the way
+        # No descriptor is to be lost on the way.
+        shield = self.evaluator.interrupts.shield
         try:
             shield(self._make_wakers)
             return bool(wait_for([self._wakers[0], self.connection.sock],
                                  timeout_s=self.server.idle_timeout_s))
         except (OSError, ValueError):
-            return True           # the connection was closed meanwhile: receive() tells
+            # The connection was closed meanwhile: receive() tells.
+            return True
         finally:
             shield(self._drop_wakers)
 
@@ -11319,7 +11329,8 @@ class Session:
     def _prompt_again(self):
         """Show a new prompt while the thread goes on waiting: Ctrl+C at the prompt."""
         self.evaluator.console.resetbuffer()
-        turn = self.evaluator.prompt()        # it may run the program's code: not under the lock
+        # Not under the lock: it may run the program's code.
+        turn = self.evaluator.prompt()
         with self.connection.lock:
             self.connection.put(b"\nKeyboardInterrupt\n", "stderr")
             self.connection.put_turn(*turn)
@@ -11534,7 +11545,8 @@ class Evaluator(Job):
         try:
             if (code_object.co_flags & CO_COROUTINE
                     or code_object.co_names and self._is_for_loop(code_object.co_names)):
-                namespace.setdefault("__builtins__", vars(builtins))      # as eval() does
+                # As eval() does.
+                namespace.setdefault("__builtins__", vars(builtins))
                 function = types.FunctionType(code_object, namespace)
                 value = run(self.session.run_awaitable, function)
                 self._unsent = run(self.context.run, use, value)
@@ -11629,7 +11641,8 @@ class Evaluator(Job):
 
     def flush(self):
         """Have all that was printed sent, or put where the connection is corked."""
-        self.streams["stdout"].text.flush()       # stderr holds nothing back
+        # Stderr holds nothing back.
+        self.streams["stdout"].text.flush()
         text, self._unsent = self._unsent, None
         if text is not None:
             self.session.connection.put(text.encode("utf-8"), "value")
@@ -11659,9 +11672,11 @@ class Evaluator(Job):
     def _converse(self):
         """Take one input after the other, until end-of-file or SystemExit."""
         while True:
-            try:                  # before anybody can edit what was imported since the last one
+            try:
+                # Before anybody can edit what was imported since the last input.
                 note_sources()
-            except ImportError as exc:    # nothing can be imported any more
+            except ImportError as exc:
+                # Nothing can be imported any more.
                 log.debug("no sources noted: %s", exc)
             kind, text = self.session.read(self, *self.prompt())
             self.started = time.monotonic()
@@ -11674,7 +11689,8 @@ class Evaluator(Job):
                 take(text)
             except SystemExit as exc:
                 return self._leave(exc)
-            except BaseException:     # what a console's own machinery let escape
+            except BaseException:
+                # What the console's own machinery let escape.
                 self.console.resetbuffer()
                 self.console.showtraceback()
             finally:
@@ -11974,14 +11990,16 @@ def _message(value):
     """Return the text of an exception, or none where its __str__ fails."""
     try:
         return str(value)
-    except BaseException:         # a __str__ may call exit()
+    except BaseException:
+        # A __str__ may even call exit().
         return ""
 
 
 def _exit_copy(status, text):
     """In a child that was forked at a prompt: say why, and end it as a script ends."""
     for stream, rest in ((sys.stdout, ""), (sys.stderr, text)):
-        with suppress(Exception):         # None, closed, or a pipe that nobody reads
+        with suppress(Exception):
+            # The stream is None, closed, or a pipe that nobody reads.
             stream.write(rest)
             stream.flush()
     os._exit(status & 0xFF)
@@ -12190,7 +12208,8 @@ class ControlConnection(threading.Thread):
             try:
                 for body in decoder.feed(data):
                     yield self._reply(body)
-            except ProtocolError as exc:      # what follows can't be told apart
+            except ProtocolError as exc:
+                # What follows can't be told apart.
                 yield {"status": "failed", "reason": str(exc)}
                 return
             data = self.sock.recv(RECEIVE_BYTES)
@@ -12205,7 +12224,8 @@ class ControlConnection(threading.Thread):
             return dict(fields, status="ok")
         except ProtocolError as exc:
             return {"status": "failed", "reason": str(exc)}
-        except Exception as exc:      # ours, or of an object that was looked at
+        except Exception as exc:
+            # Ours, or of an object that was looked at.
             log.debug("control command failed", exc_info=True)
             return {"status": "failed", "reason": "%s: %s" % (type(exc).__name__, exc)}
 
