@@ -3662,7 +3662,7 @@ class _Edit:
         self.old = _source_of(self.was, self.new)
         # From nodes: 3.6 and 3.7 crash where they are nested too deep.
         if self.old and self.old.flags == self.new.flags and sys.version_info >= (3, 8):
-            self.new.known = {id(each) for each in self.old.statements if each.is_definition}
+            self.new.unchanged = {id(each) for each in self.old.statements if each.is_definition}
         # Some errors only the compiler finds; what it made is kept.
         self.new.fresh
         if self.old is None:
@@ -3810,10 +3810,11 @@ def _change(old, new):
 
 
 def _with_uncovered(pairs, olds, news):
-    """Mark as "again" what must run though it is unchanged: for its names, or for what it reads.
+    """Mark as "again" the unchanged statements that must run, for one of two reasons.
 
-    A later statement that had bound its name anew is gone or another; or it binds what it also
-    reads, as in `f = wrap(f)`, and all that does so for one name must start from the first.
+    A later statement had covered its name, and is gone or another now. Or it makes a name's value
+    of the one before, as `f = wrap(f)` does: then all statements that bind the name run, from the
+    first on.
     """
     last_olds, last_news = _last_binders(olds), _last_binders(news)
     runs = {id(pair.new) for pair in pairs if pair.change not in _LEFT_ALONE + ("class",)}
@@ -3873,7 +3874,7 @@ class _Source:
         self.lines = importlib.util.decode_source(data).split("\n")
         shared = newer and self._sharing(newer)
         self.statements = shared or self._cut(0, len(self.lines))
-        self.known = ()         # ids of statements whose code runs already, at the same lines
+        self.unchanged = ()     # ids of statements whose code runs already, at the same lines
 
     def _cut(self, start, end):
         """Return the statements that stand in some of the lines, with the numbers these have."""
@@ -3908,10 +3909,10 @@ class _Source:
                 for node, start, stop in zip(nodes, starts, starts[1:] + [end])]
 
     code = _once(lambda each: compile("\n".join(each.lines), each.path, "exec", 0, True))
-    # Without what is known; most time would go into compiling that.
+    # Without the unchanged: most of the time would go into compiling that.
     fresh = _once(lambda each: each.compile_alone([
-        one.node for one in each.statements if id(one) not in each.known])
-        if each.known else each.code)
+        one.node for one in each.statements if id(one) not in each.unchanged])
+        if each.unchanged else each.code)
     codes = _once(lambda each: _indexed(each.code))
     fresh_codes = _once(lambda each: _indexed(each.fresh))
     # What the statements bind, also by a docstring.
@@ -6112,9 +6113,9 @@ class _Apply:
                 alike[id(frame.f_code), id(frame.f_globals)].append(frame)
             for first, *more in alike.values():
                 if self._is_old(first):
-                    self.stuck[self._path_of(first.f_code), reason] += 1 + len(more)
+                    self.stuck[self._old_path(first.f_code), reason] += 1 + len(more)
 
-    def _path_of(self, code):
+    def _old_path(self, code):
         """Return the path of a code that is no live function's any more; up to 3.10 its name."""
         path = getattr(code, "co_qualname", code.co_name)
         return self.old_codes.get(id(code), (path, code))[0]
@@ -6601,10 +6602,10 @@ class _Readers:
                 todo += self._follow_imports(follower, before, changed)
 
     def follow_pure(self, edit, statements, cls, olds, news, names):
-        """Give names new values that unchanged expressions make of those in `names`, in file order.
+        """Evaluate anew, in file order, what unchanged pure expressions have made of some names.
 
-        `olds` and `news` are the namespaces before and now. So also for the attributes of classes,
-        and for defaults.
+        So it is done with values, attributes of classes and defaults of functions. `olds` and `news`
+        are the namespaces before and now; what follows is added to them, and to `names`.
         """
         lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
         for each in statements:
@@ -6879,7 +6880,7 @@ class _Registrations:
         for each in self._flasks:
             each.close()
         for container in self.taken:
-            self._settle(container)
+            self._put_in_place(container)
         return result
 
     def drop(self):
@@ -6900,7 +6901,7 @@ class _Registrations:
                 self.taken.append(container)
                 _put_entries(container, kept)
 
-    def _settle(self, container):
+    def _put_in_place(self, container):
         """Give new entries the places of the old ones; where nothing came, the old ones return."""
         before, now = self._befores[id(container)], _entries(container)
         news, rest = _gained(self._bases[id(container)], now, _KEY)
