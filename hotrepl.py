@@ -6604,8 +6604,8 @@ class _Readers:
     def follow_pure(self, edit, statements, cls, olds, news, names):
         """Evaluate anew, in file order, what unchanged pure expressions have made of some names.
 
-        So it is done with values, attributes of classes and defaults of functions. `olds` and `news`
-        are the namespaces before and now; what follows is added to them, and to `names`.
+        So it is done with values, attributes of classes and defaults of functions. `olds` and
+        `news` are the namespaces before and now; what follows is added to them, and to `names`.
         """
         lasts, path = _last_binders(statements), cls.__qualname__ + "." if cls else ""
         for each in statements:
