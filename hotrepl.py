@@ -10442,8 +10442,7 @@ def shut_down(sock, how=socket.SHUT_RDWR):
 # `tunnel` one through the system's ssh. Nothing is sent to a server of another user, or of an
 # unknown one, unless TLS, ssh or the user's word vouches for it.
 
-SILENCE_S = 3.0                   # of a server that ought to greet us, before we say something ...
-ANSWER_LIMIT_S = 10.0             # ... and before it is given up, as it is for any reply
+ANSWER_LIMIT_S = 10.0             # how long we wait for a server's greeting, and for any reply
 FAR_LIMIT_BYTES = 1 << 24         # what is read of another machine about whose a server is
 
 
@@ -10720,8 +10719,6 @@ def _encrypted(sock, ssl_context, where, deadline):
 def show_token(sock, confirm_owner, tokens, deadline):
     """Answer the server's questions for a token; return the right one, or None."""
     token = None
-    if time_left_s(deadline) > SILENCE_S and not select.select([sock], [], [], SILENCE_S)[0]:
-        say("no answer so far; the server is busy, or this is not its REPL port. Ctrl+C gives up")
     while True:
         begin = b""
         with suppress(ConnectionError):
