@@ -4782,7 +4782,7 @@ class _Apply:
         self.put = self.journal.put
         self.by_name = {edit.name: edit for edit in edits}
         self.is_patch = False           # every new object counts as made by this transaction then
-        # Whose turn has come: names of modules, and (id of a class, name) of groups of `def`s in it.
+        # Whose turn has come: names of modules, (id of a class, name) of the `def`s of one name.
         self.started = set()
         self.ordered = []               # the edits in the order in which they were applied
         self.functions = None           # id of a namespace -> its functions; see _live_functions
