@@ -6732,7 +6732,8 @@ class _Readers:
                     self._apply._is_kept_out(edit, pair.new)) and (
                     edit.name == "__main__" or not pair.new.is_main_guard):
                 self._apply.report.add("not_run_again", edit.name, [pair.new.title])
-        self._report_users(edit, [pair.new for pair in edit.pairs if pair.change in _LEFT_ALONE])
+        self._report_users(edit, [pair.new for pair in edit.pairs if pair.change in _LEFT_ALONE],
+                           self._names_in(edit))
         self._report_copied(edit)
 
     def report_elsewhere(self):
@@ -6748,7 +6749,7 @@ class _Readers:
             names = self._names_in(follower)
             if module in below or names and mentions_at_import(known.text or b"", names):
                 source = self.source_of(module)
-                self._report_users(follower, source.statements if source else ())
+                self._report_users(follower, source.statements if source else (), names)
 
     def _names_in(self, module):
         """Return the names by which statements of a module may have used what is another now."""
@@ -6759,9 +6760,9 @@ class _Readers:
                          if id(each.__globals__) in self._spaces)
         return names
 
-    def _report_users(self, module, statements):
+    def _report_users(self, module, statements, names):
         """Name those of some statements that used what is another now, as far as they have run."""
-        line, names = _top_line(module.space), self._names_in(module)
+        line = _top_line(module.space)
         for each in statements:
             may_use = each.kind == "ClassDef" or each.mentions(names)
             if may_use and not each.is_main_guard and (
@@ -6807,10 +6808,14 @@ class _Readers:
 
     def _read_when_called(self, value):
         """Return the changed globals that a function, or the constructor of a class, reads."""
-        return {name for function in _callees(value) for name in self._values.get(
-            function.__globals__.get("__name__"), set()).intersection(
-                function.__code__.co_names) if name in _stored_names(
-                    function.__code__, "GLOBAL", ("LOAD_",))}
+        found = set()
+        for function in _callees(value):
+            code, changed = function.__code__, self._values.get(
+                function.__globals__.get("__name__"), set())
+            # First the quick look: of most functions no instruction need be looked at.
+            if not changed.isdisjoint(code.co_names):
+                found |= changed.intersection(_stored_names(code, "GLOBAL", ("LOAD_",)))
+        return found
 
     def _report_copied(self, edit):
         """Name calls that may have copied what a registry holds, such as aiohttp's add_routes()."""
