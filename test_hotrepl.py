@@ -624,6 +624,18 @@ class Terminal(Talk):
             self._fd = None
 
 
+def write_file(path, text):
+    """Write a file of text."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_file(path):
+    """Return the text of a file."""
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
 class Folder:
     """A temporary folder that holds a copy of hotrepl.py and what a test writes into it."""
 
@@ -640,8 +652,7 @@ class Folder:
     def write(self, name, source):
         """Write the file `name`; return its path."""
         path = os.path.join(self.path, name)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(textwrap.dedent(source))
+        write_file(path, textwrap.dedent(source))
         return path
 
     def run(self, source, *words, **options):
@@ -1884,11 +1895,9 @@ class Consoles(Case):
             for at in range(1, len(parts)):
                 path = os.path.join(folder, *parts[:at])
                 os.makedirs(path, exist_ok=True)
-                with open(os.path.join(path, "__init__.py"), "w") as file:
-                    file.write("from pkgutil import extend_path\n"
-                               "__path__ = extend_path(__path__, __name__)\n")
-            with open(os.path.join(folder, *parts) + ".py", "w") as file:
-                file.write(textwrap.dedent(source))
+                write_file(os.path.join(path, "__init__.py"), "from pkgutil import extend_path\n"
+                           "__path__ = extend_path(__path__, __name__)\n")
+            write_file(os.path.join(folder, *parts) + ".py", textwrap.dedent(source))
         sys.path.insert(0, folder)
         self.addCleanup(self._forget_packages, folder)
 
@@ -2453,8 +2462,7 @@ class CompletionCase(Tabled):
         for path in paths:
             path = os.path.join(folder.name, path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w") as stream:
-                stream.write("alpha = beta = 1\n")
+            write_file(path, "alpha = beta = 1\n")
         return folder.name
 
     def on_path(self, *paths):
@@ -2948,11 +2956,10 @@ class TestCompletingImports(CompletionCase):
 
     def test_names_of_a_module_that_is_not_loaded_are_read_from_its_source(self):
         folder = self.on_path("hotrepl_sample_one.py")
-        with open(folder + "/hotrepl_sample_one.py", "w") as stream:
-            stream.write("import sys as name1, name2.x\nname3, (name4, *name5) = 1, (2, 3)\n"
-                         "name6: int = 1\ndef name7(name): name = '\\d'\nclass name8: name9 = 1\n"
-                         "if name8:\n    for name10 in []: pass\nelse:\n    async def name11(): 1\n"
-                         "x = [name for name in 'x']; raise SystemExit\n")
+        write_file(folder + "/hotrepl_sample_one.py", "import sys as name1, name2.x\nname3, (name4, *name5) = 1, (2, 3)\n"
+                   "name6: int = 1\ndef name7(name): name = '\\d'\nclass name8: name9 = 1\n"
+                   "if name8:\n    for name10 in []: pass\nelse:\n    async def name11(): 1\n"
+                   "x = [name for name in 'x']; raise SystemExit\n")
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             found = self.matches("from hotrepl_sample_one import name")
@@ -2962,8 +2969,7 @@ class TestCompletingImports(CompletionCase):
 
     def test_a_module_with_broken_source_has_no_names(self):
         folder = self.on_path("hotrepl_sample_one.py")
-        with open(folder + "/hotrepl_sample_one.py", "w") as stream:
-            stream.write("name = (")
+        write_file(folder + "/hotrepl_sample_one.py", "name = (")
         self.assertEqual(self.matches("from hotrepl_sample_one import na"), [])
 
     def test_a_lazy_module_s_getattr_is_not_called(self):
@@ -3137,8 +3143,7 @@ class Workspace(Tabled):
         """Write the source of a module."""
         path = os.path.join(self.folder, *name.split(".")) + ".py"
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "w") as file:
-            file.write(textwrap.dedent(text))
+        write_file(path, textwrap.dedent(text))
         return path
 
     def load(self, text, name="m", is_noted=True):
@@ -3872,8 +3877,7 @@ class NothingOrAll(Workspace):
                     list(m.line), m.Holder.x, hasattr(m.Holder, "y"), m.f.__defaults__[0][:], len(m.many[200]), hasattr(m.many[250][0], "a"),
                     list(m.weak)]
         before = state()
-        with open(m.__file__) as file:
-            self.fails(file.read() + textwrap.dedent("""
+        self.fails(read_file(m.__file__) + textwrap.dedent("""
                 slots.a = slots.b = space.a = options.a = 2
                 items.append(2)
                 table["a"] = table["b"] = 2
@@ -5028,8 +5032,7 @@ class Modules(Workspace):
 
     @once("slow")
     def test_reload_of_the_library_itself(self):
-        with open(hotrepl.__file__) as file:
-            text = file.read()
+        text = read_file(hotrepl.__file__)
         lib = self.load(text, name="lib")
         m = self.load("def f(): return 1\n")
         known = lib.HOT
@@ -5721,8 +5724,7 @@ world.run()
         wire = Wire(self.addresses[0]).hello()
         self.addCleanup(wire.close)
         path = os.path.join(folder.path, "hotrepl.py")
-        with open(path, encoding="utf-8") as file:
-            text = file.read().replace('"nothing changed"', '"all as before"')
+        text = read_file(path).replace('"nothing changed"', '"all as before"')
         with open(path, "w", encoding="utf-8") as file:
             file.write("# a line more\n" + text)
         terminal.ask("reload(hotrepl)", "\nchanged: ReloadReport")
@@ -7277,8 +7279,7 @@ def write_files(folder, old, new):
         if old.get(name) != text:
             path = os.path.join(folder, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
+            write_file(path, text)
 
 
 def live_and_back(files, judged, edits):
@@ -8934,8 +8935,7 @@ def run_faults(argv):
     """Print which of COUNT random faults in section 8 its tests notice; return the exit code."""
     import concurrent.futures
     count, seed = int(argv[0]) if argv else 60, int(argv[1]) if len(argv) > 1 else SEED
-    with open(SOURCE_PATH, encoding="utf-8") as file:
-        source = file.read()
+    source = read_file(SOURCE_PATH)
     mutants, tests = Mutant.all_of(source), tests_of_reload()
     print("seed %d: %d of %d possible faults; tests: %s" % (seed, count, len(mutants), " ".join(tests)), flush=True)
     if is_noticed(source, tests):
@@ -8969,8 +8969,7 @@ class Tools(Case):
         self.assertIn("Remove any common leading whitespace", text)
         self.assertNotIn("\n    ", text)
         path, line = re.search(r"\[(.*):(\d+)\]", text).groups()
-        with open(path) as file:
-            self.assertIn("def dedent(text)", file.read().split("\n")[int(line) - 1])
+        self.assertIn("def dedent(text)", read_file(path).split("\n")[int(line) - 1])
 
     def test_doc_works_for_anything(self):
         self.client.block("class Thing:\n    'What a thing is.'\n    def method(self, x): 'What it does.'\n"
@@ -9633,8 +9632,7 @@ class MainThreadCalls(Case):
 
     def test_it_raises_what_the_function_raises_with_its_traceback(self):
         client = self.serve().paired()
-        client.ask("def fail(): 1 / 0\n")
-        client.turn()
+        client.block("def fail(): 1 / 0\n")
         text = client.ask("main_thread(fail)")
         self.assertIn(", in fail\n", text)
         self.assertTrue(text.endswith("ZeroDivisionError: division by zero\n"), text)
@@ -9654,8 +9652,7 @@ class MainThreadCalls(Case):
         served = self.serve({"order": [], "begun": threading.Event(), "asked": threading.Event(),
                              "never": threading.Event()})
         one, two = served.paired(), served.paired()
-        one.ask("def first(): begun.set(); asked.wait(20); never.wait(0.2); order.append(1)\n")
-        one.turn()
+        one.block("def first(): begun.set(); asked.wait(20); never.wait(0.2); order.append(1)\n")
         one.send("main_thread(first)")
         two.send("begun.wait(20); asked.set(); main_thread(order.append, 2)")
         one.turn()
@@ -9676,8 +9673,7 @@ class MainThreadCalls(Case):
         go = threading.Event()
         served = self.serve({"go": go, "begun": threading.Event(), "ended": threading.Event()})
         client = served.paired()
-        client.ask("def work(): begun.set(); go.wait(20); ended.set()\n")
-        client.turn()
+        client.block("def work(): begun.set(); go.wait(20); ended.set()\n")
         controls = self.spawn(self._interrupt_begun, served, client)
         client.send("main_thread(work)")
         text = client.turn()              # our main thread is in work() meanwhile
@@ -9867,8 +9863,7 @@ class AwaitAtThePrompt(Case):
         served = self.serve({"done": threading.Event()})
         client = served.paired()
         client.ask("import asyncio")
-        client.ask("async def work(): await asyncio.sleep(0); done.set()\n")
-        client.turn()
+        client.block("async def work(): await asyncio.sleep(0); done.set()\n")
         self.assertIn("<Task", client.ask("asyncio.create_task(work())"))
         self.assertTrue(served.namespace["done"].wait(DEADLINE_S))
 
@@ -9952,8 +9947,7 @@ class AwaitAtThePrompt(Case):
     def test_all_tasks_shows_those_of_the_host(self):
         served = self.host()
         client = served.paired()
-        client.ask("async def waiting_for_godot(): await asyncio.sleep(1000)\n")
-        client.turn()
+        client.block("async def waiting_for_godot(): await asyncio.sleep(1000)\n")
         client.ask("task = asyncio.create_task(waiting_for_godot())")
         self.assertIn("waiting_for_godot", client.ask("asyncio.all_tasks()"))
         client.ask("task.cancel(); await asyncio.sleep(0)")
@@ -10763,12 +10757,10 @@ class FromEditors(Case):
 
     def write(self, source, **place):
         """The same for an edit of the file that replaces its lines from line `place["line"]` on."""
-        with open(self.path) as file:
-            lines = file.read().split("\n")
+        lines = read_file(self.path).split("\n")
         new = source.split("\n")[:-1]
         lines[place["line"] - 1:place["line"] - 1 + len(new)] = new
-        with open(self.path, "w") as file:
-            file.write("\n".join(lines))
+        write_file(self.path, "\n".join(lines))
         return self.send(source, **place)
 
     def test_a_function_is_patched_wherever_it_is_held(self):
@@ -11431,14 +11423,13 @@ sys.exit(hotrepl.main())
 """
 
     def test_who_is_root_in_a_user_namespace_only_sends_nothing_to_another_user(self):
-        with open(self.home(OWNER, "token"), "w") as file:
-            file.write("a-token-of-ours!")
-        os.chown(file.name, OWNER, OWNER)
-
+        token = self.home(OWNER, "token")
+        write_file(token, "a-token-of-ours!")
+        os.chown(token, OWNER, OWNER)
         for said in ("token: ", "REPL session 1 connected.\n>>> "):
             false_server = self.false_server(["127.0.0.1", free_port()], said)
             ended = self.as_user(OWNER, "exec", "--port", str(json.loads(false_server.process.args[-2])[1]), "--token-file",
-                                 file.name, "-c", "6*7", code=self.AS_ROOT_OF_A_NAMESPACE, stdin=subprocess.DEVNULL).end()
+                                 token, "-c", "6*7", code=self.AS_ROOT_OF_A_NAMESPACE, stdin=subprocess.DEVNULL).end()
             if "no user namespace" in ended[2]:
                 self.skipTest("user namespaces are not permitted here")
             self.assert_refused(ended, "is a user's who has no number here, not yours, so nothing was sent")
@@ -11659,8 +11650,7 @@ sys.exit(hotrepl.main())
         false_server = self.false_server(["127.0.0.1", free_port()])
         port = str(json.loads(false_server.process.args[-2])[1])
         secret, link, pipe = os.path.join(self.base, "secret"), self.home(ATTACKER, "token"), self.home(ATTACKER, "pipe")
-        with open(secret, "w") as file:
-            file.write("root:*:19000:0\ndaemon:*:19000:0\n")
+        write_file(secret, "root:*:19000:0\ndaemon:*:19000:0\n")
         os.chmod(secret, 0o600)
         os.symlink(secret, link)
         os.mkfifo(pipe, 0o666)
@@ -11693,16 +11683,14 @@ sys.exit(hotrepl.main())
     def test_what_is_typed_goes_into_no_file_that_is_another_users_or_behind_a_link(self):
         home, target = self.home(ATTACKER), os.path.join(self.base, "target")
         path = os.path.join(home, ".hotrepl_history")
-        with open(target, "w") as file:
-            file.write('"root"\n')
+        write_file(target, '"root"\n')
         os.chmod(target, 0o644)
         for make in (lambda: os.symlink(target, path), lambda: os.symlink(target + "2", path), lambda: os.mkfifo(path, 0o666),
                      lambda: os.link(target, path)):
             make()
             self.assertEqual(self.history(0, HOME=home), ("", 1))
             os.unlink(path)
-        with open(target) as file:
-            self.assertEqual(file.read(), '"root"\n')
+        self.assertEqual(read_file(target), '"root"\n')
         self.assertEqual(os.stat(target).st_mode & 0o777, 0o644)
         self.assertFalse(os.path.exists(target + "2"))
 
@@ -11723,8 +11711,7 @@ sys.exit(hotrepl.main())
         path = self.home(OWNER, "own")
         self.assertEqual(self.history(OWNER, HOME=self.home(OWNER), HOTREPL_HISTORY="~/own")[0], "")
         self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-        with open(path, "w") as file:
-            file.write("[" * 200000 + "\n")
+        write_file(path, "[" * 200000 + "\n")
         self.assertEqual(self.history(OWNER, HOTREPL_HISTORY=path), ("", 1))
 
     def test_a_pids_server_whose_ports_are_another_users_by_now_gets_nothing(self):
@@ -11766,8 +11753,7 @@ sys.exit(hotrepl.main())
         os.mkdir(shared)
         os.chmod(shared, 0o1777)
         path, key = os.path.join(shared, "socket"), self.home(OWNER, "id_ed25519")
-        with open(key, "w") as file:
-            file.write("private key")
+        write_file(key, "private key")
         os.chmod(key, 0o600)
         os.chown(key, OWNER, OWNER)
         false_servers = [self.false_server(each) for each in (path, path + ".control")]
@@ -11849,13 +11835,11 @@ server.stop()
                 stale.bind(here + "/socket" + end)
             os.chown(here + "/socket" + end, OWNER, OWNER)
         live = [self.false_server(there + "/socket" + end, uid=OWNER) for end in ("", ".control")]
-        with open(there + "/socket.token", "w") as file:
-            file.write("another one's")
+        write_file(there + "/socket.token", "another one's")
         for opened_here in (99, 2):
             said = self.as_user(OWNER, code=self.SWAPPING % ((way, here, there, opened_here),)).end()
             self.assertEqual(sorted(os.listdir(there)), ["socket", "socket.control", "socket.token"], said)
-            with open(there + "/socket.token") as file:
-                self.assertEqual(file.read(), "another one's", said)
+            self.assertEqual(read_file(there + "/socket.token"), "another one's", said)
         for end, each in zip(("", ".control"), live):
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(there + "/socket" + end)
@@ -12378,8 +12362,7 @@ class Tokens(AccessCase):
         path = hotrepl.token_path(self.server.address)
         self.assertEqual(os.path.dirname(path), os.path.join(self.runtime, "hotrepl"))
         self.assertEqual(os.lstat(path).st_mode & 0o777, 0o600)
-        with open(path) as file:
-            self.assertEqual(file.read(), self.TOKEN)
+        self.assertEqual(read_file(path), self.TOKEN)
         self.served.close()
         self.assertFalse(os.path.exists(path))
 
@@ -12495,8 +12478,7 @@ class Tokens(AccessCase):
 
     def test_one_is_made_where_peers_are_never_known(self):
         served = self.serve()
-        with open(hotrepl.token_path(served.server.address)) as file:
-            self.assertEqual(len(file.read()), 64)
+        self.assertEqual(len(read_file(hotrepl.token_path(served.server.address))), 64)
 
     def test_a_server_that_stops_ends_those_who_have_not_shown_it(self):
         wire = self.stranger()
@@ -12588,8 +12570,7 @@ class Encryption(AccessCase):
                         "-out", files[0], "-keyout", files[1]], check=True, stderr=subprocess.DEVNULL)
         with open(files[2], "w") as joined:
             for each in files[:2]:
-                with open(each) as file:
-                    joined.write(file.read())
+                joined.write(read_file(each))
         return files[2]
 
     def refused(self, server, *words):
@@ -12911,8 +12892,7 @@ class Ssh(AccessCase):
 
     def test_a_shell_over_there_that_has_nothing_to_read_is_not_taken_for_none(self):
         words, env = self.command()
-        with open(self.file("ssh")) as file:
-            self.write("ssh", file.read().replace("-F none", "-F none -o StdinNull=yes"), 0o700)
+        self.write("ssh", read_file(self.file("ssh")).replace("-F none", "-F none -o StdinNull=yes"), 0o700)
         code, _, said = self.keep(Program(words, stdin=subprocess.DEVNULL, **env)).end()
         self.assertEqual((code, "can't say whose server is there, so nothing was sent" in said), (1, True), said)
 
@@ -12965,14 +12945,12 @@ class Ssh(AccessCase):
         return os.path.join(self.path, name)
 
     def write(self, name, text, mode=0o600):
-        with open(self.file(name), "w") as file:
-            file.write(text)
+        write_file(self.file(name), text)
         os.chmod(self.file(name), mode)
 
     def command(self, key="user", host="host", target=None, is_there=True):
         """Return our client's command and environment for an `ssh` with settings of the test's."""
-        with open(self.file(host + ".pub")) as file:
-            self.write("known", "[127.0.0.1]:%d %s" % (self.port, file.read()))
+        self.write("known", "[127.0.0.1]:%d %s" % (self.port, read_file(self.file(host + ".pub"))))
         self.write("ssh", '#!/bin/sh\nexec %s -F none -i %s -o IdentitiesOnly=yes -o IdentityAgent=none '
                    '-o UserKnownHostsFile=%s -o BatchMode=yes "$@"\n'
                    % (tool("ssh"), self.file(key), self.file("known")), 0o700)
@@ -13025,8 +13003,7 @@ class Ssh(AccessCase):
         found = []
         for pid in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                with open("/proc/%s/cmdline" % pid) as file:
-                    words = file.read().split("\0")
+                words = read_file("/proc/%s/cmdline" % pid).split("\0")
                 if "-L" in words and any(each.startswith(self.path) for each in words):
                     found.append(words)
         return found
@@ -15469,8 +15446,7 @@ def free_port(family=socket.AF_INET, host="127.0.0.1"):
 
 def hotrepl_with_ports(port, control_port):
     """Return the text of hotrepl.py, with these as its default ports."""
-    with open(SOURCE_PATH, encoding="utf-8") as file:
-        source = file.read()
+    source = read_file(SOURCE_PATH)
     for line, mine in (("DEFAULT_PORT = 1337\n", port), ("DEFAULT_CONTROL_PORT = 8128\n", control_port)):
         assert line in source
         source = source.replace(line, "%s %d\n" % (line.rpartition(" ")[0], mine))
@@ -16480,8 +16456,7 @@ class Statements(Case):
         terminal = self.served.terminal(TERM="xterm", HOTREPL_HISTORY=self.path)
         terminal.press("Up").until("print('value', n)")
         terminal.type("\n").until("\nvalue 0\nvalue 1\n")
-        with open(self.path) as file:
-            self.assertEqual(json.loads(file.read().splitlines()[-1]), "for n in range(2):\n    print('value', n)")
+        self.assertEqual(json.loads(read_file(self.path).splitlines()[-1]), "for n in range(2):\n    print('value', n)")
 
     def test_ctrl_d_behind_the_indentation_leaves(self):
         self.terminal.type("if True:\n").until("...     ")
@@ -17439,8 +17414,7 @@ class Histories(Case):
             while terminal.pump(0.3):
                 pass
             terminal.type("hunter2\n").until(">>> ")
-        with open(path) as file:
-            self.assertNotIn("hunter2", file.read())
+        self.assertNotIn("hunter2", read_file(path))
 
     """The lines that the client keeps from one session to the next."""
 
@@ -17485,8 +17459,7 @@ class Histories(Case):
             self.assertEqual(len(set(file)), 9)
 
     def test_what_the_locale_has_not_is_left_out(self):
-        with open(self.path, "w") as file:
-            file.write('"40 + 2"\n"\'\\u00e4\'"\n"40 + 3"\n')
+        write_file(self.path, '"40 + 2"\n"\'\\u00e4\'"\n"40 + 3"\n')
         terminal = self.served.terminal(HOTREPL_HISTORY=self.path, LC_ALL="C")
         terminal.press("Up").until("40 + 3")
         terminal.ask("", "\n43")
@@ -17500,8 +17473,7 @@ class Histories(Case):
         terminal = self.served.terminal(HOME=home)
         terminal.ask("40 + 2", "\n42")
         terminal.press("^D").end()
-        with open(os.path.join(home, ".hotrepl_history")) as file:
-            self.assertEqual(json.loads(file.read()), "40 + 2")
+        self.assertEqual(json.loads(read_file(os.path.join(home, ".hotrepl_history"))), "40 + 2")
 
     def test_lines_at_a_prompt_that_the_program_changed_are_kept(self):
         self.addCleanup(vars(sys).pop, "ps1", None)
@@ -18605,15 +18577,12 @@ class EditedProgram(Case):
         return program.end()
 
     def edit(self, old, new):
-        with open(self.path) as file:
-            source = file.read()
+        source = read_file(self.path)
         self.assertEqual(source.count(old), 1)
-        with open(self.path, "w") as file:
-            file.write(source.replace(old, new))
+        write_file(self.path, source.replace(old, new))
 
     def line_of(self, text):
-        with open(self.path) as file:
-            return str(file.read().split("\n").index(text) + 1)
+        return str(read_file(self.path).split("\n").index(text) + 1)
 
 
 class ExecInModules(EditedProgram):
@@ -18732,8 +18701,7 @@ class Editors(EditedProgram):
             qall!
             """)
         code, out, err = self.edit_with(tool("vim"), "-Nu", "vimrc", "-i", "NONE", "-n", "-es", "-S", script)
-        with open(os.path.join(self.folder.path, "messages")) as file:
-            self.assertIn("patched edited.Till.price", file.read())
+        self.assertIn("patched edited.Till.price", read_file(os.path.join(self.folder.path, "messages")))
         self.assertEqual(code, 0, out + err)
         self.check()
 
@@ -18930,13 +18898,11 @@ class Finding(NotesCase):
     def test_what_is_no_note_is_left_alone(self):
         self.serve()
         path = os.path.join(self.notes, os.listdir(self.notes)[0])
-        with open(path) as file:
-            note = file.read().split("\0")
+        note = read_file(path).split("\0")
         changes = [[""], ["{}"], note[:5]] + [note[:at] + [odd] + note[at + 1:] for at, odd in (
             (0, "x"), (2, "now"), (2, "1e30"), (2, "nan"), (4, "1"), (4, "tcp:a b"), (5, ""))]
         for number, odd in enumerate(changes):
-            with open(os.path.join(self.notes, "server-1-%d.note" % number), "w") as file:
-                file.write("\0".join(odd))
+            write_file(os.path.join(self.notes, "server-1-%d.note" % number), "\0".join(odd))
         self.assertEqual(self.pids(), [os.getpid()])
         self.assertEqual(self.hotrepl("exec", str(os.getpid()), "-c", "6*7"), [0, "42\n", ""])
 
@@ -19383,8 +19349,7 @@ class Target:
         return "/proc/%d/%s" % (self.program.process.pid, name)
 
     def _read(self, name):
-        with open(self._path(name)) as file:
-            return file.read()
+        return read_file(self._path(name))
 
 
 def options_of(argv, mode, **numbers):
@@ -20353,8 +20318,7 @@ class Neighbours(Case):
                                        "--capture=" + capture, path, python=third_party("extras"))
                 ports = os.path.join(folder.path, "ports")
                 eventually(lambda: os.path.exists(ports) and os.path.getsize(ports), "the server")
-                with open(ports) as file:
-                    self.visit([("127.0.0.1", int(port)) for port in file.read().split()])
+                self.visit([("127.0.0.1", int(port)) for port in read_file(ports).split()])
                 code, out, err = program.end()
                 self.assertEqual((code, err), (0, ""), out)
 
@@ -20366,8 +20330,7 @@ class Promises(Case):
 
     @classmethod
     def setUpClass(cls):
-        with open(SOURCE_PATH, encoding="utf-8") as file:
-            cls.source = file.read()
+        cls.source = read_file(SOURCE_PATH)
         cls.tree = ast.parse(cls.source)
 
     @classmethod
@@ -20388,14 +20351,12 @@ class Promises(Case):
 
     @once("slow")
     def test_no_test_uses_a_private_name(self):
-        with open(SELF_PATH, encoding="utf-8") as file:
-            found = re.findall(r"\bhotrepl\._[a-z]\w*|patch\.object\(hotrepl, \"_\w+", file.read())
+        found = re.findall(r"\bhotrepl\._[a-z]\w*|patch\.object\(hotrepl, \"_\w+", read_file(SELF_PATH))
         self.assertEqual(found, [])
 
     def test_no_class_or_function_takes_the_name_of_another(self):
         for path in (SOURCE_PATH, SELF_PATH):
-            with open(path, encoding="utf-8") as file:
-                body = ast.parse(file.read()).body
+            body = ast.parse(read_file(path)).body
             names = [getattr(each, "name", None) or getattr(each.targets[0], "id", None) for each in body
                      if isinstance(each, (ast.FunctionDef, ast.ClassDef, ast.Assign))]
             self.assertEqual([name for name, count in collections.Counter(names).items()
@@ -20634,8 +20595,7 @@ class Rows(Case):
         self.path = self.folder().path
         os.mkdir(os.path.join(self.path, ".ci"))
         shutil.copy(script, os.path.join(self.path, ".ci"))
-        with open(os.path.join(self.path, "test_hotrepl.py"), "w") as file:
-            file.write(self.PRETEND)
+        write_file(os.path.join(self.path, "test_hotrepl.py"), self.PRETEND)
         os.symlink(sys.executable, os.path.join(self.path, "python" + self.NEWEST))
         fakes = {"FAKE_" + tests: "print('running ' * 9, flush=True)\n" + textwrap.dedent(what)
                  for tests, what in fakes.items()}
@@ -20729,8 +20689,7 @@ class Rows(Case):
             end.start()
             fcntl.flock(lock, fcntl.LOCK_EX)      # whoever of them were left would hold it
             end.cancel()
-        with open("/proc/self/mountinfo") as file:
-            self.assertNotIn(self.path.replace(" ", "\\040"), file.read())
+        self.assertNotIn(self.path.replace(" ", "\\040"), read_file("/proc/self/mountinfo"))
 
 
 # === The trial ===============================================================
@@ -20825,8 +20784,7 @@ PICTURE = "# hotrepl"             # the section with the program and the session
 
 
 def readme_text():
-    with open(README_PATH, encoding="utf-8") as file:
-        return file.read()
+    return read_file(README_PATH)
 
 
 ReadmeBlock = collections.namedtuple("ReadmeBlock", "section kind source line needs")
@@ -20900,8 +20858,7 @@ class ReadmeSection:
         shutil.rmtree(self.folder)
 
     def write(self, name, source):
-        with open(os.path.join(self.folder, name), "w", encoding="utf-8") as file:
-            file.write(source)
+        write_file(os.path.join(self.folder, name), source)
 
     def run_python(self, source):
         """Run a block; return what went wrong, or None."""
@@ -21215,8 +21172,7 @@ class Surroundings(Case):
     FOLDER = os.path.dirname(SOURCE_PATH)
 
     def read(self, name):
-        with open(os.path.join(self.FOLDER, name), encoding="utf-8") as file:
-            return file.read()
+        return read_file(os.path.join(self.FOLDER, name))
 
     def run_here(self, *command):
         """Return (exit code, the last line of what it prints)."""
@@ -21426,8 +21382,7 @@ class Host:
         path = "/proc/%d/%s" % (self.process.pid, name)
         if not os.path.exists(path):
             raise Unsupported("needs Linux's /proc")
-        with open(path) as file:
-            return file.read()
+        return read_file(path)
 
 
 class Prompt:
