@@ -738,7 +738,7 @@ class Tabled(unittest.TestCase):
             setattr(cls, "test_" + re.sub(r"\W+", "_", title), lambda self, title=title, row=row: self.check(title, *row))
 
 
-class Case(unittest.TestCase):
+class Case(Tabled):
     """A test that also fails for what a thread or a destructor reported meanwhile."""
 
     def setUp(self):
@@ -784,6 +784,10 @@ class Case(unittest.TestCase):
         """Return a Wire to a server in another process."""
         return self.keep(Wire(address)).hello()
 
+    def hotrepl(self, *words, stdin="", **env):
+        """Return [exit code, stdout, stderr] of the command line with these words."""
+        return self.keep(Program(python_command(SOURCE_PATH, *words), **env)).finish(stdin)
+
     def at_prompt(self, command, kind=Terminal, **options):
         """Return a Terminal with this command in it, at its first prompt."""
         terminal = self.keep(kind(command, **options))
@@ -827,13 +831,6 @@ class NotesCase(Case):
             programs.append(folder.run(source, word))
             programs[-1].address, _ = addresses(programs[-1])
         return programs
-
-    def hotrepl(self, *words, stdin=""):
-        """Return [exit code, stdout, stderr] of the command line with these words."""
-        program = self.keep(Program(python_command(SOURCE_PATH, *words)))
-        program.send(stdin)
-        program.process.stdin.close()
-        return program.end()
 
     def pids(self):
         """Return the PIDs that `list` shows."""
@@ -3718,6 +3715,16 @@ class NewSyntaxReloaded(Workspace):
 class NothingOrAll(Workspace):
 
     ROWS = {
+        "syntax error changes nothing": (
+            "A = 1\ndef f(): return A\n", "", "A = 2\ndef f(: return A\n",
+            ["isinstance(told, ReloadError)", "isinstance(told.__cause__, SyntaxError)", "(m.A, m.f()) == (1, 1)"]),
+        "system exit is rolled back too": ("A = 1\n", "", "A = 2\nraise SystemExit\n", ["isinstance(told, ReloadError)", "m.A == 1"]),
+        "reload after a failed one works": (
+            "A = 1\ndef f(): return @@\n", "", ("A", "-A\n1 / 0"),
+            ["isinstance(told, ReloadError)", "m.f() == 1", "told = again('-3 * A')", "m.f() == -3"]),
+        "calls whose effect nobody sees are named": (
+            "import atexit\ndef f(): pass\n@@", "", ("", "L = []\nL.append(f)\natexit.register(f)\n1 / 0\n"),
+            [r"re.search(r'put back, but what these did elsewhere can\'t be seen: atexit.register\(f\)$', str(told))"]),
         "failed reload puts back module names": (
             "A = 1\nGONE = 2\n", "before = dict(vars(m))", "A = 2\nNEW = 3\n", ["after = dict(vars(m))", "after == before"]),
         "failed reload puts back all of a function": (
@@ -3781,18 +3788,13 @@ class NothingOrAll(Workspace):
     }
 
     def check(self, title, before, state, after, musts):
-        """What a row has done fails at its last line, and is put back."""
-        if isinstance(after, tuple):
-            before, after = [before.replace("@@", each) for each in after]
-        super().check(title, before, state, after + "1 / 0\n",
-                      ["isinstance(told.__cause__, ZeroDivisionError)", "'except for' not in report"] + musts)
-
-    def test_syntax_error_changes_nothing(self):
-        m = self.load("A = 1\ndef f(): return A\n")
-        with self.assertRaises(ReloadError) as caught:
-            self.again("A = 2\ndef f(: return A\n")
-        self.assertIsInstance(caught.exception.__cause__, SyntaxError)
-        self.assertEqual((m.A, m.f()), (1, 1))
+        """What "failed" fails at its last line, and is put back."""
+        if title.startswith("failed"):
+            if isinstance(after, tuple):
+                before, after = [before.replace("@@", each) for each in after]
+            after += "1 / 0\n"
+            musts = ["isinstance(told.__cause__, ZeroDivisionError)", "'except for' not in report"] + musts
+        super().check(title, before, state, after, musts)
 
     def test_error_that_only_the_whole_file_has_changes_nothing(self):
         m = self.load("A = 1\n")
@@ -3932,24 +3934,6 @@ class NothingOrAll(Workspace):
                 print("extra" in sys.modules, hasattr(m, "extra"))
             """)
         self.assertEqual(m.split(), ["False", "False"])
-
-    def test_failed_reload_names_the_calls_whose_effect_nobody_sees(self):
-        self.load("import atexit\ndef f(): pass\n")
-        with self.assertRaisesRegex(ReloadError, r"put back, but what these did elsewhere can't be seen: "
-                                                 r"atexit.register\(f\)$"):
-            self.again("import atexit\ndef f(): pass\nL = []\nL.append(f)\natexit.register(f)\n1 / 0\n")
-
-    def test_system_exit_is_rolled_back_too(self):
-        m = self.load("A = 1\n")
-        with self.assertRaises(ReloadError):
-            self.again("A = 2\nraise SystemExit\n")
-        self.assertEqual(m.A, 1)
-
-    def test_reload_after_a_failed_one_works(self):
-        m = self.load("A = 1\ndef f(): return A\n")
-        self.fails("A = 2\ndef f(): return -A\n")
-        self.again("A = 3\ndef f(): return -A\n")
-        self.assertEqual((m.A, m.f()), (3, -3))
 
     @once("slow")
     def test_other_threads_never_miss_a_name(self):
@@ -5741,7 +5725,7 @@ world.run()
 class TablesOfTheReadme(Case):
     """Each line of the two tables on hot-patching has a test."""
 
-    ROWS = (                      # (how the line begins, the tests that show it)
+    LINES = (                     # (how the line begins, the tests that show it)
         ("Names that the file had",
          "WhatGoesAndWhatStays.test_methods_and_class_attributes_no_longer_defined_go "
          "WhatGoesAndWhatStays.test_getsource_shows_new_lines_of_unchanged_definitions"),
@@ -5784,10 +5768,10 @@ class TablesOfTheReadme(Case):
             chapter = file.read().partition("\n## Reload\n")[2].partition("\n## Undo\n")[0]
         lines = [line[2:] for line in chapter.splitlines()
                  if line.startswith(("| ", "- Names")) and not line.startswith(("| case", "| you changed"))]
-        self.assertEqual([line for line, (start, _) in zip(lines, self.ROWS)
+        self.assertEqual([line for line, (start, _) in zip(lines, self.LINES)
                           if not line.startswith(start)], [])
-        self.assertEqual(len(lines), len(self.ROWS))
-        for _, names in self.ROWS:
+        self.assertEqual(len(lines), len(self.LINES))
+        for _, names in self.LINES:
             for name in names.split():
                 case, _, test = name.partition(".")
                 self.assertTrue(callable(getattr(globals()[case], test)), name)
@@ -11975,7 +11959,7 @@ class OddReplies(AccessCase):
     def test_a_control_port_that_none_can_be_is_one_line(self):
         for place in (65536, 99999):
             address = self.odd("", {}, place=place)
-            ended = self.keep(Program(python_command(SOURCE_PATH, "exec", address, "-c", "1"), stdin=subprocess.DEVNULL)).end()
+            ended = self.hotrepl("exec", address, "-c", "1")
             self.assertEqual(ended[:2], [1, ""])
             self.assertRegex(ended[2], r"\Ahotrepl: the server is gone: it names no control channel: [^\n]*\n\Z")
 
@@ -12025,13 +12009,12 @@ class OddReplies(AccessCase):
         folder = self.private_folder()
         program = self.folder().run(SERVE + "input()", self.EVIL, XDG_RUNTIME_DIR=folder)
         addresses(program)
-        code, out, _ = self.keep(Program(python_command(SOURCE_PATH, "list"), XDG_RUNTIME_DIR=folder)).end()
+        code, out, _ = self.hotrepl("list", XDG_RUNTIME_DIR=folder)
         self.assertEqual(code, 0)
         self.assertTrue(all(line.isprintable() for line in out.splitlines()), out)
         self.assertIn(r"\x1b]0;x\x07", out)
         addresses(self.folder().run(SERVE + "input()", self.EVIL, XDG_RUNTIME_DIR=folder))
-        code, out, said = self.keep(Program(python_command(SOURCE_PATH, "connect"), XDG_RUNTIME_DIR=folder,
-                                            stdin=subprocess.DEVNULL)).end()
+        code, out, said = self.hotrepl("connect", XDG_RUNTIME_DIR=folder)
         self.assertEqual((code, out, said.count(r"\x1b]0;x\x07")), (2, "", 2))
         self.assertIn("which one?", said)
         self.assertTrue(all(line.isprintable() for line in said.splitlines()), said)
@@ -12846,8 +12829,7 @@ class Ssh(AccessCase):
 
     def test_exec_ends_in_its_time_where_it_is_not_said_whose_server_is_over_there(self):
         self.restart("echo hotrepl 0; exec cat")
-        words, env = self.command()
-        words[words.index("connect")] = "exec"
+        words, env = self.command(command="exec")
         program = self.keep(Program(words + ["--timeout", "0.1", "-c", "6*7"], stdin=subprocess.DEVNULL, **env))
         self.assertEqual(program.end(), [124, "", "hotrepl: no answer in time\n"])
         eventually(lambda: not self.served.server.sessions())
@@ -12936,8 +12918,7 @@ class Ssh(AccessCase):
 
     def test_an_account_that_may_only_forward_is_enough(self):
         self.restart("/bin/false")
-        words, env = self.command()
-        words[words.index("connect")] = "exec"
+        words, env = self.command(command="exec")
         self.assert_ended(self.keep(Program(words + ["-c", "6*7"], stdin=subprocess.DEVNULL, **env)).end(),
                           0, "may be any user's over there", out="42\n")
 
@@ -12948,13 +12929,13 @@ class Ssh(AccessCase):
         write_file(self.file(name), text)
         os.chmod(self.file(name), mode)
 
-    def command(self, key="user", host="host", target=None, is_there=True):
+    def command(self, key="user", host="host", target=None, is_there=True, command="connect"):
         """Return our client's command and environment for an `ssh` with settings of the test's."""
         self.write("known", "[127.0.0.1]:%d %s" % (self.port, read_file(self.file(host + ".pub"))))
         self.write("ssh", '#!/bin/sh\nexec %s -F none -i %s -o IdentitiesOnly=yes -o IdentityAgent=none '
                    '-o UserKnownHostsFile=%s -o BatchMode=yes "$@"\n'
                    % (tool("ssh"), self.file(key), self.file("known")), 0o700)
-        words = python_command(SOURCE_PATH, "connect", target or self.target)
+        words = python_command(SOURCE_PATH, command, target or self.target)
         if not isinstance(self.served.server.address, str):
             ports = [self.served.server.address[1], self.served.server.control_address[1]]
             words += ["--port", str(ports[0] if is_there else 1), "--control-port", str(ports[1])]
@@ -12989,8 +12970,7 @@ class Ssh(AccessCase):
         self.assertEqual([name for name in os.listdir(self.path) if "hotrepl-" in name], [])
 
     def test_ssh_ends_with_a_client_that_is_killed(self):
-        words, env = self.command()       # in a terminal the kernel would end it as well
-        words[words.index("connect")] = "exec"
+        words, env = self.command(command="exec")       # in a terminal the kernel would end it as well
         source = "import time\nprint('started')\nwhile True: time.sleep(0.01)"
         program = self.served.keep(Program(words + ["-c", source], **env))
         program.until("started\n")
@@ -13009,8 +12989,7 @@ class Ssh(AccessCase):
         return found
 
     def test_exec_goes_through_it_too(self):
-        words, env = self.command()
-        words[words.index("connect")] = "exec"
+        words, env = self.command(command="exec")
         program = self.served.keep(Program(words + ["-c", "print('out'); 1/0"], **env))
         self.assert_ended(program.end(), 1, "ZeroDivisionError", out="out\n")
 
@@ -13157,30 +13136,14 @@ class AccessParts(Case):
 
 @unittest.skipUnless(sys.platform.startswith("linux"), "only Linux tells the uid behind TCP")
 class PeerOverTcp(AccessParts):
-    def test_own_connection_over_ipv4_has_own_uid(self):
-        client, served = self.connect(self.listen())
-        peer = hotrepl.identify(served)
-        self.assertEqual(os.geteuid(), peer.uid)
-        self.assertEqual("127.0.0.1:{}".format(client.getsockname()[1]), peer.address)
-
-    def test_own_connection_over_ipv6_has_own_uid(self):
-        client, served = self.connect(self.listen("::1"))
-        peer = hotrepl.identify(served)
-        self.assertEqual(os.geteuid(), peer.uid)
-        self.assertEqual("[::1]:{}".format(client.getsockname()[1]), peer.address)
-
-    def test_ipv4_client_of_a_listener_for_both_has_own_uid(self):
-        served = self.connect(self.listen(""), "127.0.0.1")[1]
-        self.assertTrue(served.getpeername()[0].startswith("::ffff:"))
-        self.assertEqual(os.geteuid(), hotrepl.identify(served).uid)
-
-    def test_mapped_ipv6_client_of_an_ipv4_listener_has_own_uid(self):
-        served = self.connect(self.listen(), "::ffff:127.0.0.1")[1]
-        self.assertEqual(os.geteuid(), hotrepl.identify(served).uid)
-
-    def test_mapped_ipv6_client_of_a_listener_for_both_has_own_uid(self):
-        served = self.connect(self.listen(""), "::ffff:127.0.0.1")[1]
-        self.assertEqual(os.geteuid(), hotrepl.identify(served).uid)
+    def test_own_connection_has_own_uid_on_every_way(self):
+        for listening, host, shown in (("127.0.0.1", None, "127.0.0.1:%d"), ("::1", None, "[::1]:%d"), ("", "127.0.0.1", None),
+                                       ("127.0.0.1", "::ffff:127.0.0.1", None), ("", "::ffff:127.0.0.1", None)):
+            with self.subTest(listening=listening, host=host):
+                client, served = self.connect(self.listen(listening), host)
+                peer = hotrepl.identify(served)
+                self.assertEqual((os.geteuid(), listening == ""), (peer.uid, served.getpeername()[0].startswith("::ffff:")))
+                self.assertEqual(shown and shown % client.getsockname()[1], shown and peer.address)
 
     def test_half_closed_client_keeps_its_uid(self):
         client, served = self.connect(self.listen())
@@ -17653,8 +17616,7 @@ class Leaving(Case):
                 server.address, server.control_address = addresses(program)
 
     def test_nobody_listening_is_one_line_that_says_what_to_start(self):
-        program = self.keep(Program(python_command(SOURCE_PATH, "connect", "127.0.0.1:%d" % free_port())))
-        code, out, err = program.finish("")
+        code, out, err = self.hotrepl("connect", "127.0.0.1:%d" % free_port())
         self.assertEqual((code, out), (1, ""))
         self.assertRegex(err, r"\Ahotrepl: .*python hotrepl\.py serve.*\n\Z")
 
@@ -17666,10 +17628,8 @@ class Leaving(Case):
 
     def test_nobody_at_the_control_port_is_one_line(self):
         served = self.serve()
-        program = self.keep(Program(python_command(
-            SOURCE_PATH, "connect", "127.0.0.1:%d" % served.server.address[1], "--control-port",
-            str(free_port()))))
-        code, out, err = program.finish("")
+        code, out, err = self.hotrepl("connect", "127.0.0.1:%d" % served.server.address[1], "--control-port",
+                                      str(free_port()))
         self.assertEqual((code, err.count("\n")), (1, 1), err)
 
     def test_something_else_listening_is_one_line(self):
@@ -17679,9 +17639,7 @@ class Leaving(Case):
 
             self.spawn(lambda: listener.accept()[0].close())
             port = str(listener.getsockname()[1])
-            program = self.keep(Program(python_command(
-                SOURCE_PATH, "connect", "127.0.0.1:" + port, "--control-port", port)))
-            code, out, err = program.finish("")
+            code, out, err = self.hotrepl("connect", "127.0.0.1:" + port, "--control-port", port)
         self.assertEqual(code, 1)
         self.assertRegex(err, r"\A\n?hotrepl: .*\n\Z")
 
@@ -17773,16 +17731,14 @@ class CommandLine(Case):
     def test_wrong_usage_is_2(self):
         for words in ((), ("frobnicate",), ("serve", "--port", "x"),
                       ("connect", "a", "b"), ("--frobnicate",)):
-            program = self.keep(Program(python_command(SOURCE_PATH, *words)))
-            self.assert_ended(program.end(), 2, "usage:")
+            self.assert_ended(self.hotrepl(*words), 2, "usage:")
 
     @once("slow")
     def test_help_and_version(self):
         for words, expected in ((("--help",), "serve"), (("serve", "--help"), "--bind"),
                                 (("connect", "--help"), "--control-port"),
                                 (("--version",), hotrepl.__version__)):
-            program = self.keep(Program(python_command(SOURCE_PATH, *words)))
-            code, out, err = program.end()
+            code, out, err = self.hotrepl(*words)
             self.assertEqual((code, err), (0, ""))
             self.assertIn(expected, out)
 
@@ -17793,16 +17749,14 @@ class CommandLine(Case):
             port, control = (str(each[1]) for each in (served.server.address, served.server.control_address))
             for words in (("127.0.0.1:" + port,), ("localhost", "--port", port), ("--port", port),
                           ("127.0.0.1", "--port", port), ("[127.0.0.1]:" + port,), (":" + port,)):
-                program = served.keep(Program(python_command(SOURCE_PATH, "connect", *words + (
-                    "--control-port", control))))
-                self.assertEqual(program.finish("print(6*7)"), [0, "42\n", ""], words)
+                self.assertEqual(self.hotrepl("connect", *words + ("--control-port", control),
+                                              stdin="print(6*7)"), [0, "42\n", ""], words)
 
     def test_connect_takes_an_ipv6_address_without_brackets(self):
         with Served(bind="::1") as served:
             port, control = (str(each[1]) for each in (served.server.address, served.server.control_address))
-            program = served.keep(Program(python_command(SOURCE_PATH, "connect", "::1", "--port", port,
-                                                         "--control-port", control)))
-            self.assertEqual(program.finish("print(6*7)"), [0, "42\n", ""])
+            self.assertEqual(self.hotrepl("connect", "::1", "--port", port, "--control-port", control,
+                                          stdin="print(6*7)"), [0, "42\n", ""])
 
     def test_a_port_that_is_no_number_is_wrong_usage(self):
         for address in ("localhost:http", "localhost:"):
@@ -18440,10 +18394,8 @@ class Exec(Case):
         program = self.folder().run(SERVE + "import threading; threading.Event().wait()")
         (_, port), (_, control_port) = addresses(program)
         program.kill(signal.SIGSTOP)
-        client = self.keep(Program(python_command(
-            SOURCE_PATH, "exec", "--port", str(port), "--control-port", str(control_port),
-            "--timeout", "0.1", "-c", "1")))
-        self.assertEqual(client.end()[0], 124)
+        self.assertEqual(self.hotrepl("exec", "--port", str(port), "--control-port", str(control_port),
+                                      "--timeout", "0.1", "-c", "1")[0], 124)
 
     def test_ctrl_c_interrupts_the_code_and_exits_with_130(self):
         program = self.start("-c", "print('in', flush=True)\nwhile True: pass")
@@ -18476,10 +18428,8 @@ class Exec(Case):
     def test_a_server_that_goes_is_one_line_and_exit_1(self):
         program = self.folder().run(SERVE + "import os, threading; threading.Event().wait()")
         (_, port), (_, control_port) = addresses(program)
-        client = self.keep(Program(python_command(
-            SOURCE_PATH, "exec", "--port", str(port), "--control-port", str(control_port),
-            "-c", "print('in', flush=True)\nos._exit(0)")))
-        code, out, err = client.end()
+        code, out, err = self.hotrepl("exec", "--port", str(port), "--control-port", str(control_port), "-c",
+                                      "print('in', flush=True)\nos._exit(0)")
         self.assertEqual((code, out), (1, "in\n"))
         self.assertRegex(err, r"\Ahotrepl: the server is gone: .*\n\Z")
 
@@ -18796,8 +18746,7 @@ class ExecStream(Case):
     def test_wrong_use_is_said(self):
         for words in (["--stream", "-"], ["--json", "--stream", "-c", "1"], ["--json", "--stream", "--all", "-"]):
             with self.subTest(words):
-                program = self.keep(Program(python_command(SOURCE_PATH, "exec", *words)))
-                self.assertEqual(program.end()[0], 2)
+                self.assertEqual(self.hotrepl("exec", *words)[0], 2)
 
 
 class OutcomeCommand(Case):
@@ -19033,8 +18982,7 @@ class Finding(NotesCase):
         shutil.copytree(self.notes, trap)
         os.chown(trap, STRANGER, STRANGER)
         env = dict(environment(), TMPDIR=temporary, XDG_RUNTIME_DIR="")
-        program = self.keep(Program(python_command(SOURCE_PATH, "list"), **env))
-        self.assertEqual(program.end(), [0, "", "hotrepl: no server of yours is running here\n"])
+        self.assertEqual(self.hotrepl("list", **env), [0, "", "hotrepl: no server of yours is running here\n"])
         self.assertEqual(len(os.listdir(trap)), 1)
 
     def test_the_note_of_a_container_that_shares_the_folder_is_left_alone(self):
@@ -19112,9 +19060,7 @@ class Help(Case):
     """`--help` of each command is enough to use it."""
 
     def help(self, *words):
-        program = self.keep(Program(python_command(SOURCE_PATH, *words + ("--help",)),
-                                    COLUMNS="100"))
-        code, out, err = program.end()
+        code, out, err = self.hotrepl(*words + ("--help",), COLUMNS="100")
         self.assertEqual((code, err), (0, ""))
         return out
 
@@ -19797,7 +19743,25 @@ class Faults(Case):
 class StreamsOfTheProgram(Case):
     """What a program and its sessions may do with sys.stdout and its descriptor."""
 
-    def visit(self, ending, *, lines=(), out="", err="", codes=(0,)):
+    # What the program does; what a session types then; what the program has printed at its end, and its exit code.
+    ROWS = {
+        "a program closes its stdout": ("sys.stdout.close()",),
+        "a program closes its stdout and stderr": ("sys.stdout.close(); sys.stderr.close()",),
+        "a program closes their descriptors": ("os.close(1); os.close(2)",),
+        "a program sets its stdout to none": ("sys.stdout = None",),
+        "a program without stdout prints nothing while a session is open": (
+            "import threading; sys.stdout = None; go = threading.Event()\n"
+            "thread = threading.Thread(target=lambda: go.wait() and print(1, flush=True)); thread.start()", ["go.set(); thread.join()"]),
+        "a program replaces its stdout": (
+            "own = sys.stdout; sys.stdout = io.StringIO(); print('kept')\n"
+            "import atexit; atexit.register(lambda: own.write(repr(sys.stdout.getvalue())))", [], "'kept\\n'"),
+        "a session closes its stdout": ("print('mine')", ["sys.stdout.close()", "sys.stderr.close()"], "mine\n"),
+        "a session assigns stdout": ("", ["import io", "sys.stdout = sys.stderr = io.StringIO()"]),
+        "a session deletes stdout": ("", ["del sys.stdout, sys.displayhook"]),
+        "a session assigns what is no stream": ("", ["sys.stdout = sys.stderr = sys.stdin = 5"], "", (0, 120)),
+    }
+
+    def check(self, title, ending, lines=(), out="", codes=(0,)):
         """Visit a program that goes on with `ending` at the first line of its stdin."""
         program = self.folder().run("import io, os, sys\n" + SERVE + "sys.stdin.readline()\n" + ending
                                     + "\nis_done = 1\nsys.stdin.readline()\n")
@@ -19812,25 +19776,8 @@ class StreamsOfTheProgram(Case):
             before.ask(line)
         self.assertEqual(self.wire(found[0]).ask("6*7"), "42\n")
         code, *texts = program.send("\n").end()
-        self.assertEqual(texts, [out, err])
+        self.assertEqual(texts, [out, ""])
         self.assertIn(code, codes)
-
-    def test_a_program_closes_its_stdout(self):
-        self.visit("sys.stdout.close()")
-
-    def test_a_program_closes_its_stdout_and_stderr(self):
-        self.visit("sys.stdout.close(); sys.stderr.close()")
-
-    def test_a_program_closes_their_descriptors(self):
-        self.visit("os.close(1); os.close(2)")
-
-    def test_a_program_sets_its_stdout_to_none(self):
-        self.visit("sys.stdout = None")
-
-    def test_a_program_without_stdout_prints_nothing_while_a_session_is_open(self):
-        self.visit("import threading; sys.stdout = None; go = threading.Event()\n"
-                   "thread = threading.Thread(target=lambda: go.wait() and print(1, flush=True)); thread.start()",
-                   lines=["go.set(); thread.join()"])
 
     def test_a_session_that_assigned_none_prints_to_its_client_after_another_came(self):
         served, before = self.serve(), sys.stdout
@@ -19840,24 +19787,6 @@ class StreamsOfTheProgram(Case):
         served.wire().finish()
         self.assertEqual(wire.ask("print(5)"), "5\n")
         sys.stdout = before
-
-    def test_a_program_replaces_its_stdout(self):
-        self.visit("own = sys.stdout; sys.stdout = io.StringIO(); print('kept')\n"
-                   "import atexit; atexit.register(lambda: own.write(repr(sys.stdout.getvalue())))",
-                   out="'kept\\n'")
-
-    def test_a_session_closes_its_stdout(self):
-        self.visit("print('mine')", lines=["sys.stdout.close()", "sys.stderr.close()"], out="mine\n")
-
-    def test_a_session_assigns_stdout(self):
-        self.visit("", lines=["import io", "sys.stdout = sys.stderr = io.StringIO()"])
-
-    def test_a_session_deletes_stdout(self):
-        self.visit("", lines=["del sys.stdout, sys.displayhook"])
-
-    def test_a_session_assigns_what_is_no_stream(self):
-        self.visit("", lines=["sys.stdout = sys.stderr = sys.stdin = 5"],
-                   codes=(0, 120))
 
     def test_a_program_that_was_started_without_descriptors_is_visited(self):
         folder = self.folder()
