@@ -786,7 +786,8 @@ class Case(Tabled):
 
     def hotrepl(self, *words, stdin="", **env):
         """Return [exit code, stdout, stderr] of the command line with these words."""
-        return self.keep(Program(python_command(SOURCE_PATH, *words), **env)).finish(stdin)
+        with contextlib.closing(Program(python_command(SOURCE_PATH, *words), **env)) as program:
+            return program.finish(stdin)
 
     def at_prompt(self, command, kind=Terminal, **options):
         """Return a Terminal with this command in it, at its first prompt."""
