@@ -10177,7 +10177,7 @@ def stored_tokens(address):
 
 def _token_name(port):
     """Return the name of the token file for a port; it has the number of the network namespace."""
-    return "-".join(["token-%d" % port] + re.findall(r"net:\[(\d+)", str(namespaces())))
+    return "-".join(["token-%d" % port] + re.findall(r"net:\[(\d+)", namespaces()))
 
 
 def runtime_folder():
@@ -10305,15 +10305,15 @@ def _write_at(folder, name, content):
 
 
 def namespaces():
-    """Return the names of our namespaces of processes and networks, [] where there are none.
+    """Return the names of our namespaces of processes and networks, "" where there are none.
 
     They tell containers apart that share a folder: a PID or port of the one means nothing in the
     other.
     """
     try:
-        return [os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net")]
+        return " ".join(os.readlink("/proc/self/ns/" + kind) for kind in ("pid", "net"))
     except OSError:
-        return []
+        return ""
 
 
 def noted_servers():
@@ -10340,7 +10340,7 @@ def _read_note(path):
     text = read_private(path, NOTE_LIMIT_BYTES).decode("utf-8", "surrogatepass")
     pid, process, started, spaces, address, control_address, *argv = text.split("\0")
     note = {"pid": int(pid), "process": process, "started": float(started),
-            "namespaces": spaces.split(), "argv": argv, "address": _parse_place(address),
+            "namespaces": spaces, "argv": argv, "address": _parse_place(address),
             "control_address": _parse_place(control_address)}
     if not 0 < note["started"] <= time.time() + 1e9:
         raise ValueError("the time when it started is none")
@@ -12901,7 +12901,7 @@ def _write_note(server):
     Return what `remove_made` takes.
     """
     places = map(_join_address, (server.address, server.control_address))
-    note = [os.getpid(), process_mark(os.getpid()), time.time(), " ".join(namespaces()), *places,
+    note = [os.getpid(), process_mark(os.getpid()), time.time(), namespaces(), *places,
             *getattr(sys, "argv", [])]
     name = NOTE_NAME % (os.getpid(), os.urandom(4).hex())
     return write_private(os.path.join(runtime_folder(), name),
@@ -14108,8 +14108,7 @@ class _RemoteCompleter:
         """Return the lines that the completions make of `line`; a hint is shown above it."""
         if not line.strip():
             return [line + "    "]
-        start, matches, hint = self._terminal.owner.complete(line)
-        self._start = min(max(start, 0), len(line))
+        self._start, matches, hint = self._terminal.owner.complete(line)
         if hint:
             self._terminal.show_above(("%s\n" % printable(hint)).encode())
         return [line[:self._start] + match for match in matches

@@ -14110,7 +14110,7 @@ class PrivateFiles(AccessParts):
         base = self.temporary()
         with unittest.mock.patch.dict(os.environ, XDG_RUNTIME_DIR=base):
             here = hotrepl.token_path(("127.0.0.1", 1337))
-            with unittest.mock.patch.object(hotrepl, "namespaces", return_value=["pid:[1]", "net:[2]"]):
+            with unittest.mock.patch.object(hotrepl, "namespaces", return_value="pid:[1] net:[2]"):
                 there = hotrepl.token_path(("127.0.0.1", 1337))
             for path in (here, there):
                 hotrepl.write_private(path, path.encode())
