@@ -1466,8 +1466,7 @@ class Interruptions(Case):
             if event == "line" and frame.f_lineno not in lines:
                 lines.add(frame.f_lineno)
                 sys.settrace(None)
-                asker = self.spawn(interrupts.request)
-                asker.join(DEADLINE_S)
+                self.spawn(interrupts.request).join(DEADLINE_S)
             return ask_once_a_line
 
         def owner():
@@ -2120,8 +2119,7 @@ class Consoles(Case):
                 client.ask(line)
                 shown.append(client.prompt)
             self.assertEqual(shown, ["1> ", "2> ", "... ", "... ", "3> ", "5"])
-            reply = served.control().request("DescribeServer")
-            self.assertEqual(reply["prompts"], {"ps1": "5", "ps2": "... "})
+            self.assertEqual(served.control().request("DescribeServer")["prompts"], {"ps1": "5", "ps2": "... "})
             self.assertEqual(served.paired().prompt, "5")
         finally:
             del sys.ps1, sys.ps2
@@ -5830,8 +5828,7 @@ class Threads(Workspace):
                  "def f(a=2, b=2, c=2, *, d=2): return 2, a, b, c, d\n",
                  "def f(): return 3, 3\n",
                  "def f(a=4, *, b=4): return 4, a, b\n"]
-        m = self.load(texts[0])
-        call = m.f
+        call = self.load(texts[0]).f
         self.assertEqual(self.hammer(call, lambda i: self.again(texts[(i + 1) % 4]), 30), [])
 
     def test_after_each_line_of_a_change_a_call_is_all_old_or_all_new(self):
@@ -9509,8 +9506,7 @@ class NamesOfTheProgram(Case):
         self.assertIs(builtins._, translate)
 
     def test_the_underscore_of_the_namespace_stays(self):
-        served = self.serve({"_": "mine"})
-        client = served.paired()
+        client = self.serve({"_": "mine"}).paired()
         client.ask("6*7")
         self.assertEqual(client.ask("_"), "'mine'\n")
 
@@ -9532,8 +9528,7 @@ class Halt(Case):
             hotrepl.halt()
 
     def test_halt_ends_serve(self):
-        folder = self.folder()
-        program = folder.start(*serve_words())
+        program = self.folder().start(*serve_words())
         line = program.err.until("\n")
         self.assertRegex(line, r"127\.0\.0\.1:(\d+) \(REPL\)")
         port = int(re.search(r"127\.0\.0\.1:(\d+) \(REPL\)", line).group(1))
@@ -9594,8 +9589,7 @@ class MainThreadCalls(Case):
                 self.assertEqual(self.visit(source).ask(self.IS_MAIN), "True\n")
 
     def test_it_reaches_a_main_thread_that_runs_an_asyncio_loop(self):
-        wire = self.visit_loop()
-        self.assertEqual(wire.ask(self.IS_MAIN), "True\n")
+        self.assertEqual(self.visit_loop().ask(self.IS_MAIN), "True\n")
 
     def test_what_it_schedules_on_the_loop_of_the_main_thread_runs_at_once(self):
         wire = self.visit_loop()
@@ -9715,8 +9709,7 @@ class MainThreadCalls(Case):
     def test_the_signal_is_given_back_by_a_stop_in_a_thread(self):
         before = signal.getsignal(signal.SIGURG)
         served = self.serve()
-        thread = self.spawn(served.server.stop)
-        thread.join(DEADLINE_S)
+        self.spawn(served.server.stop).join(DEADLINE_S)
         self.assertEqual(signal.getsignal(signal.SIGURG), before)
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
@@ -9769,8 +9762,7 @@ class MainThreadCalls(Case):
     def test_ctrl_c_at_the_program_stops_the_program_though_it_lands_in_a_call(self):
         program = self.folder().run("import os, signal, time\n" + SERVE + "try: time.sleep(1000)\n"
                                     "except KeyboardInterrupt: raise SystemExit(5)")
-        wire = self.wire(addresses(program)[0])
-        wire.send("main_thread(os.kill, os.getpid(), signal.SIGINT)")
+        self.wire(addresses(program)[0]).send("main_thread(os.kill, os.getpid(), signal.SIGINT)")
         self.assertEqual(program.end()[0], 5)
 
 
@@ -9802,8 +9794,7 @@ class AwaitAtThePrompt(Case):
         return self.serve({"asyncio": asyncio, "loop": loop, "threading": threading}, loop=loop, **options)
 
     def test_the_first_input_of_all_may_await(self):       # before anything has put builtins there
-        wire = self.serve({}).wire()
-        self.assertEqual(wire.ask("await __import__('asyncio').sleep(0, 6) + len('a')"), "7\n")
+        self.assertEqual(self.serve({}).wire().ask("await __import__('asyncio').sleep(0, 6) + len('a')"), "7\n")
 
     def test_the_value_is_shown_and_kept(self):
         client = self.host().paired()
@@ -9930,8 +9921,7 @@ class AwaitAtThePrompt(Case):
                 "RuntimeError: the session's event loop %s; start(loop=...) names another\n" % state))
 
     def test_all_tasks_shows_those_of_the_host(self):
-        served = self.host()
-        client = served.paired()
+        client = self.host().paired()
         client.block("async def waiting_for_godot(): await asyncio.sleep(1000)\n")
         client.ask("task = asyncio.create_task(waiting_for_godot())")
         self.assertIn("waiting_for_godot", client.ask("asyncio.all_tasks()"))
@@ -9954,8 +9944,7 @@ class AwaitAtThePrompt(Case):
         client.ask("await asyncio.sleep(0)")
 
     def test_one_that_goes_to_the_background_is_a_job_with_its_value(self):
-        served = self.host()
-        client = served.paired()
+        client = self.host().paired()
         client.send("e = asyncio.Event(); print('begun'); await e.wait()").until("begun\n")
         self.assertEqual(client.control.request("Background", turn=client.turns)["status"], "ok")
         client.turn()
@@ -9971,8 +9960,7 @@ class AwaitAtThePrompt(Case):
 
     def test_exit_in_an_input_that_awaits_leaves(self):
         served = self.host()
-        client = served.paired()
-        client.send("await asyncio.sleep(0); exit()").until_end()
+        served.paired().send("await asyncio.sleep(0); exit()").until_end()
         self.assertTrue(served.namespace["loop"].is_running())
         self.assertFalse(sys.stdin.closed)
 
@@ -10864,8 +10852,7 @@ class Following(Case):
 
     def test_the_traceback_of_a_program_that_dies_meanwhile_is_not_lost(self):
         program = self.folder().run(SERVE + "input()\n1 / 0\n")
-        wire = self.wire(addresses(program)[0])
-        wire.ask("follow()")
+        self.wire(addresses(program)[0]).ask("follow()")
         code, _, err = program.send("\n").end()
         self.assertEqual((code, err.count("ZeroDivisionError: ")), (1, 1))
 
@@ -10936,8 +10923,7 @@ class Following(Case):
 
     def test_it_ends_with_the_session(self):
         factory = logging.getLogRecordFactory()
-        client = self.follow(self.serve())
-        client.send("exit()").until_end()
+        self.follow(self.serve()).send("exit()").until_end()
         eventually(lambda: logging.getLogRecordFactory() is factory)
 
     def test_a_client_that_does_not_read_holds_up_nobody_and_learns_what_was_dropped(self):
@@ -11372,8 +11358,7 @@ class FalseServers(AccessCase):
             false_server = self.false_server(["127.0.0.1", free_port()], said)
             port = str(json.loads(false_server.process.args[-2])[1])
             self.assert_refused(self.ran("--port", port, HOTREPL_TOKEN="a-token-of-ours!"))
-            terminal = self.as_user(OWNER, "connect", "--port", port)
-            self.assert_refused(terminal.finish("6*7\n"))
+            self.assert_refused(self.as_user(OWNER, "connect", "--port", port).finish("6*7\n"))
             self.assert_heard_nothing(false_server)
 
     def test_the_word_of_our_user_is_enough_but_gives_no_file_away(self):
@@ -11421,8 +11406,7 @@ sys.exit(hotrepl.main())
             self.assert_heard_nothing(false_server)
 
     def inherited(self, server):
-        program = self.keep(Program([sys.executable, "-c", INHERITED, str(server.ports[0]), str(ATTACKER)]))
-        return program.end()
+        return self.keep(Program([sys.executable, "-c", INHERITED, str(server.ports[0]), str(ATTACKER)])).end()
 
     def test_who_got_a_socket_that_root_made_is_not_root(self):
         self.assertEqual(self.inherited(self.server()), [0, "received b''\n" * 3, ""])
@@ -11723,8 +11707,7 @@ sys.exit(hotrepl.main())
         code = ("hotrepl.tcp_owner = lambda *_: (None, None)\n"
                 "server = hotrepl.start({}, port=0, control_port=0, banner='', token='a-token-of-ours!')\n"
                 "print(*server.address, *server.control_address, flush=True)\ninput()")
-        server = self.as_user(OWNER, code=code)
-        _, port, _, control_port = server.until("\n").split()
+        _, port, _, control_port = self.as_user(OWNER, code=code).until("\n").split()
         relay = RELAY % int(control_port)
         between = self.as_user(OWNER, code=relay)
         self.assertEqual(self.ran("127.0.0.1:" + port, "--control-port", between.until("\n").strip()), [0, "42\n", ""])
@@ -12101,8 +12084,7 @@ class UnixSockets(AccessCase):
         self.path = os.path.join(folder, "socket")
 
     def test_our_client_comes_in(self):
-        terminal = self.serve(unix=self.path).terminal()
-        terminal.ask("6*7", "42")
+        self.serve(unix=self.path).terminal().ask("6*7", "42")
 
     def test_the_server_says_where_it_listens(self):
         server = self.serve(unix=self.path).server
@@ -12230,8 +12212,7 @@ class Tokens(AccessCase):
         self.expect_warning("3 wrong tokens")
 
     def test_a_long_line_ends_the_connection(self):
-        wire = self.stranger()
-        wire.send(b"x" * 5000).until_end()
+        self.stranger().send(b"x" * 5000).until_end()
         self.expect_warning("1024 bytes instead of a token")
 
     def test_a_web_request_ends_the_connection_at_once(self):
@@ -12364,8 +12345,7 @@ class Tokens(AccessCase):
 
     def test_our_client_takes_it_from_a_file(self):
         path = self.folder().write("token", self.TOKEN + "\n")
-        terminal = self.served.terminal("--token-file", path, XDG_RUNTIME_DIR="")
-        terminal.ask("6*7", "42")
+        self.served.terminal("--token-file", path, XDG_RUNTIME_DIR="").ask("6*7", "42")
 
     def test_our_client_says_what_to_do_without_one(self):
         program = self.served.keep(Program(connect_command(self.server), XDG_RUNTIME_DIR="",
@@ -12446,8 +12426,7 @@ class Tokens(AccessCase):
         wire = self.stranger()
         wire.send(self.TOKEN)
         _, proof = self.proof(wire.hello())
-        late = self.stranger()
-        late.send(proof).until("token: ")
+        self.stranger().send(proof).until("token: ")
 
     def test_ten_silent_seconds_end_the_connection(self):
         self.assertEqual(hotrepl.ADMISSION_TIMEOUT_S, 10)
@@ -12521,8 +12500,7 @@ class Limits(AccessCase):
         folder = self.folder()
         folder.write("script.py", "import sys; print(6*7); sys.exit(3)")
         for words, ended in ((["script.py"], [3, "42\n"]), (["--keep", "script.py"], [3, "42\n"]), ([], [0, ""])):
-            program = folder.start("-m", "hotrepl", "serve", *words, HOTREPL_DISABLE="1")
-            code, out, said = program.end()
+            code, out, said = folder.start("-m", "hotrepl", "serve", *words, HOTREPL_DISABLE="1").end()
             self.assertEqual([code, out], ended)
             self.assertIn("hotrepl: HOTREPL_DISABLE is set: no server is started\n", said)
 
@@ -12607,8 +12585,7 @@ class Encryption(AccessCase):
         self.context.verify_mode = 2      # CERT_REQUIRED
         self.context.load_verify_locations(self.client_files)
         served = self.serve(ssl_context=self.context, bind="0.0.0.0")
-        terminal = served.terminal("--cafile", self.server_files, "--cert", self.client_files)
-        terminal.ask("6*7", "42")
+        served.terminal("--cafile", self.server_files, "--cert", self.client_files).ask("6*7", "42")
         self.assertIn("alice", " ".join(self.records))
 
     def with_certificate(self, path, **options):
@@ -12996,15 +12973,13 @@ class Ssh(AccessCase):
 
     def test_user_and_host_are_enough(self):
         words, env = self.command(target="root@127.0.0.1:%d" % self.port)
-        terminal = self.at_prompt(words, **env)
-        terminal.ask("6*7", "42")
+        self.at_prompt(words, **env).ask("6*7", "42")
 
     def test_a_path_is_a_unix_socket_over_there(self):
         self.served.close()
         self.served = self.serve(unix=self.file("socket"))
         words, env = self.command(target=self.target + self.file("socket"))
-        terminal = self.at_prompt(words, **env)
-        terminal.ask("6*7", "42")
+        self.at_prompt(words, **env).ask("6*7", "42")
 
     def test_a_wrong_key_is_refused_in_the_words_of_ssh(self):
         self.assertIn("Permission denied", self.refused(key="other"))
@@ -14126,8 +14101,7 @@ class PrivateFiles(AccessParts):
 
 class Audit(AccessCase):
     def test_a_session_is_on_record_from_its_beginning_to_its_end(self):
-        served = self.serve()
-        client = served.paired()
+        client = self.serve().paired()
         client.ask("6*7")
         client.interrupt()
         client.close()
@@ -14138,8 +14112,7 @@ class Audit(AccessCase):
         self.assertTrue(all(peer in each for each in self.records), self.records)
 
     def test_an_input_is_on_record_before_it_runs(self):
-        served = self.serve({"records": self.records})
-        self.assertEqual(served.wire().ask("'input' in records[-1]"), "True\n")
+        self.assertEqual(self.serve({"records": self.records}).wire().ask("'input' in records[-1]"), "True\n")
 
     def test_an_answer_is_on_record(self):
         wire = self.serve().wire()
@@ -14430,8 +14403,7 @@ class Sessions(Case):
         self.assertEqual(wire.ask("6*7"), "42\n")
 
     def test_carriage_returns_are_accepted(self):
-        wire = self.serve().wire()
-        wire.send(b"x = 6\r\nif x:\r\n    x*7\r\n\r\n").until("42\n")
+        self.serve().wire().send(b"x = 6\r\nif x:\r\n    x*7\r\n\r\n").until("42\n")
 
     def test_a_line_over_the_limit_is_refused_and_the_session_goes_on(self):
         wire = self.serve().wire()
@@ -14450,8 +14422,7 @@ class Sessions(Case):
         self.assertEqual(wire.ask("6*7"), "42\n")
 
     def test_a_line_of_a_megabyte_is_taken(self):
-        wire = self.serve().wire()
-        self.assertEqual(wire.ask("len('%s')" % ("x" * 1000000)), "1000000\n")
+        self.assertEqual(self.serve().wire().ask("len('%s')" % ("x" * 1000000)), "1000000\n")
 
     def test_large_output_comes_whole(self):
         client = self.serve().paired()
@@ -14471,8 +14442,7 @@ class Sessions(Case):
         self.assertEqual(client.prompt, ">>> >>> ")
 
     def test_a_wire_without_marks_sees_no_mark(self):
-        served = self.serve()
-        wire = served.wire()
+        wire = self.serve().wire()
         wire.send("input()")
         wire.send("x")
         wire.send("exit()").until_end()
@@ -14481,8 +14451,7 @@ class Sessions(Case):
     def test_a_mark_follows_a_prompt_that_is_already_out(self):
         served = self.serve()
         wire = served.wire()
-        control = served.control(wire.number)
-        control.request("TurnMarks")
+        served.control(wire.number).request("TurnMarks")
         self.assertEqual(wire.until(b"\xff\xf9"), b"\xff\xf9")
 
     def test_the_prompt_comes_in_one_piece_with_what_is_before_it(self):
@@ -14843,8 +14812,7 @@ class OddSurroundings(Case):
             self.assertEqual(client.ask("asyncio.get_running_loop().is_running()"), "True\n")
 
     def test_a_job_that_only_waits_is_in_stacks(self):
-        served = self.serve({"__name__": "served", "event": threading.Event()})
-        client = served.paired()
+        client = self.serve({"__name__": "served", "event": threading.Event()}).paired()
         client.ask("job = bg(event.wait)")
         self.assertIn("thread hotrepl job wait", client.ask("stacks()"))
         client.ask("event.set(); job.join(); fg(job)")
@@ -15082,8 +15050,7 @@ class Exceptions(Case):
         self.assertTrue(client.send("x" * 1000000).until(">>> ").endswith("x' is not defined\n>>> "))
 
     def test_a_lone_surrogate_as_a_value_is_shown(self):
-        client = self.serve().paired()
-        self.assertEqual(client.ask("'\\ud800'"), "'\\ud800'\n")
+        self.assertEqual(self.serve().paired().ask("'\\ud800'"), "'\\ud800'\n")
 
     def test_a_traceback_names_the_line_that_was_typed(self):
         client = self.serve().paired()
@@ -15149,14 +15116,12 @@ class SlowClients(Case):
         slow.send("for i in range(200): print('x' * 100000)\n").until("x" * 1000)
         for _ in range(20):
             self.assertEqual(other.ask("6*7"), "42\n")
-        control = served.control(slow.number)
-        self.assertEqual(control.request("KeyboardInterrupt"), {"status": "ok"})
+        self.assertEqual(served.control(slow.number).request("KeyboardInterrupt"), {"status": "ok"})
         slow.until("KeyboardInterrupt\n")
 
     def test_a_client_that_does_not_read_does_not_hold_up_stop(self):
         served = self.serve()
-        slow = served.wire()
-        slow.send("while True: print('x' * 100000)\n").until("x" * 1000)
+        served.wire().send("while True: print('x' * 100000)\n").until("x" * 1000)
         begun = time.monotonic()
         served.server.stop()
         self.assertLess(time.monotonic() - begun, 5.0)
@@ -15175,8 +15140,7 @@ class SlowClients(Case):
     def test_a_client_that_does_not_read_does_not_hold_up_the_program(self):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             served = self.serve()
-            slow = served.wire()
-            slow.send("while True: print('x' * 100000)\n").until("x" * 1000)
+            served.wire().send("while True: print('x' * 100000)\n").until("x" * 1000)
             for _ in range(1000):
                 print("program")
             served.close()
@@ -15453,8 +15417,7 @@ class Starting(Case):
 
     def test_only_daemon_threads_are_made(self):
         before = set(threading.enumerate())
-        served = self.serve()
-        served.paired().ask("print(1); bg(int)")
+        self.serve().paired().ask("print(1); bg(int)")
         made = set(threading.enumerate()) - before
         self.assertTrue(made)
         self.assertEqual([each for each in made if not each.daemon], [])
@@ -15719,8 +15682,7 @@ class AtExit(Case):
 
     def test_with_a_session_in_the_middle_of_printing(self):
         def visit(address, control_address):
-            wire = self.wire(address)
-            wire.send("while True: print('x' * 1000, flush=True)\n").until("xxxx")
+            self.wire(address).send("while True: print('x' * 1000, flush=True)\n").until("xxxx")
         self.end_with(visit)
 
     def test_the_whole_program_may_run_in_a_function(self):
@@ -15887,8 +15849,7 @@ class Client(Case):
             self.assertIn("REPL session 1 connected.\na banner\n", terminal.received.decode())
 
     def test_a_line_is_evaluated(self):
-        terminal = self.served.terminal()
-        self.assert_alive(terminal)
+        self.assert_alive(self.served.terminal())
 
     def test_a_statement_of_several_lines(self):
         terminal = self.served.terminal()
@@ -15981,8 +15942,7 @@ class Client(Case):
 
     def test_exit_ends_it_with_0(self):
         for line in ("exit()", "quit()"):
-            terminal = self.served.terminal()
-            self.assertEqual(terminal.type(line + "\n").end()[0], 0)
+            self.assertEqual(self.served.terminal().type(line + "\n").end()[0], 0)
 
     def test_help_works(self):
         terminal = self.served.terminal()
@@ -16578,8 +16538,7 @@ class NoAnswer(Case):
     def connect(self):
         self.program = self.folder().run(SERVE + "import time; time.sleep(1000)")
         server = argparse.Namespace(**dict(zip(("address", "control_address"), addresses(self.program))))
-        terminal = self.at_prompt(connect_command(server), TERM="dumb" if HAS_READLINE else "xterm")
-        return terminal
+        return self.at_prompt(connect_command(server), TERM="dumb" if HAS_READLINE else "xterm")
 
     def stop(self):
         self.program.process.send_signal(signal.SIGSTOP)
@@ -16715,8 +16674,7 @@ sys.exit(hotrepl.main())
                                 threads[-1].start()
         self.spawn(answer)
         words = python_command("-c", self.CLIENT % self.LIMIT_S, "connect", "127.0.0.1:%d" % repl.getsockname()[1])
-        terminal = self.at_prompt(words, cwd=os.path.dirname(SOURCE_PATH), HOTREPL_HISTORY="", TERM="xterm")
-        return terminal
+        return self.at_prompt(words, cwd=os.path.dirname(SOURCE_PATH), HOTREPL_HISTORY="", TERM="xterm")
 
     def until_offered(self, terminal, *keys):
         """Press keys, again and again, until we are told that they lead out."""
@@ -16774,8 +16732,7 @@ sys.exit(hotrepl.main())
 
     def test_one_that_prompts_again_after_ctrl_d_is_left(self):
         for kind in (b"primary", b"continuation", b"input"):
-            terminal = self.visit(kind=kind)
-            self.assertEqual(terminal.press("^D").end()[0], 0)
+            self.assertEqual(self.visit(kind=kind).press("^D").end()[0], 0)
 
     @once("slow")
     def test_a_line_or_a_prompt_in_between_and_nobody_is_offered_to_leave(self):
@@ -17290,8 +17247,7 @@ class Screens(Case):
 
     def screen(self, served, **options):
         options.setdefault("TERM", "xterm")
-        screen = self.at_prompt(connect_command(served.server), **options, kind=Screen)
-        return screen
+        return self.at_prompt(connect_command(served.server), **options, kind=Screen)
 
     def test_tracebacks_are_coloured(self):
         screen = self.screen(self.serve())
@@ -17499,8 +17455,7 @@ class OddTerminals(Case):
 class Leaving(Case):
     def test_ctrl_d_leaves_with_0(self):
         served = self.serve()
-        terminal = served.terminal()
-        code, text = terminal.press("^D").end()
+        code, text = served.terminal().press("^D").end()
         self.assertEqual(code, 0, text)
         self.assertNotIn("Traceback", text)
         eventually(lambda: not served.server.find_session(1))
@@ -17987,8 +17942,7 @@ class Programs(Case):
             sys.excepthook = lambda *args: print("hook", args[0].__name__)
             1/0
             """)
-        program = folder.start(*serve_words("script.py"))
-        self.assertEqual(program.end()[:2], [1, "hook ZeroDivisionError\n"])
+        self.assertEqual(folder.start(*serve_words("script.py")).end()[:2], [1, "hook ZeroDivisionError\n"])
 
     def test_a_missing_script_or_module_is_one_line(self):
         folder = self.folder()
@@ -18174,8 +18128,7 @@ class Programs(Case):
     def test_the_output_of_what_is_kept_is_not_held_back(self):
         folder = self.folder()
         folder.write("script.py", "print('all of it')")
-        program = folder.start(*serve_words("--keep", "script.py"), PYTHONUNBUFFERED="")
-        program.until("all of it\n")
+        folder.start(*serve_words("--keep", "script.py"), PYTHONUNBUFFERED="").until("all of it\n")
 
 
 class Exec(Case):
@@ -18482,8 +18435,7 @@ class Exec(Case):
         self.assertEqual(self.objects("-c", "raise SystemExit(7)"), [{"exit": 7}])
 
     def test_a_block_that_is_refused_is_exit_1(self):
-        served = self.serve()
-        client = served.paired(streams=True)
+        client = self.serve().paired(streams=True)
         client.ask(b"\xff\xfab\xfe\xff\xf0")
         outcome = client.control.request("Outcome")["outcome"]
         self.assertEqual(outcome["exception"]["type"], "ProtocolError")
@@ -18888,8 +18840,7 @@ class Finding(NotesCase):
 
     def test_exec_and_connect_take_the_only_server(self):
         program, = self.programs("a")
-        found = self.hotrepl("exec", "-c", "server.address[1]")
-        self.assertEqual(found, [0, "%d\n" % program.address[1], ""])
+        self.assertEqual(self.hotrepl("exec", "-c", "server.address[1]"), [0, "%d\n" % program.address[1], ""])
         terminal = self.at_prompt(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY="")
         terminal.ask("server.address[1] + 0", str(program.address[1]))
 
@@ -20676,8 +20627,7 @@ class Trial(Case):
 
     def test_a_variable_is_changed_in_the_running_program(self):
         program = self.folder().run(SERVE + "import time\nx = 1\nwhile x != 42: time.sleep(0.001)\nprint('seen')\n")
-        wire = self.wire(addresses(program)[0])
-        wire.send("x = 42")
+        self.wire(addresses(program)[0]).send("x = 42")
         self.assertEqual(program.until("seen\n"), "seen\n")
 
 
