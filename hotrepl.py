@@ -763,6 +763,11 @@ class ThreadStream(threading.local, StandIn):
         setattr(self.target, name, value)
         _forward(name)
 
+    def writelines(self, lines):
+        """As io's, but by the thread's own `write`: a session's is watched, another's followed."""
+        for line in lines:
+            self.write(line)
+
 
 class _Nowhere:
     """For a thread whose own stream is None: takes what is printed and drops it, as print() does.

@@ -1109,6 +1109,17 @@ class ThreadStreams(Case):
         self.assertEqual(two.ask("import sys; _n = sys.stderr.write('to ' + 'two\\n')"), "to two\n")
         self.assertEqual(one.rest() + two.rest(), "")
 
+    def test_what_is_printed_comes_while_the_input_runs(self):
+        gate = threading.Event()
+        wire = self.serve({"gate": gate, "sys": sys}).wire()
+        for output in ("print('no' + 'w')", "_n = sys.stdout.write('no' + 'w\\n')",
+                       "sys.stdout.writelines(['no' + 'w\\n'])", "print('no', end='w\\n', file=sys.stderr)"):
+            with self.subTest(output):
+                wire.send(output + "; gate.wait(9); gate.clear()")
+                wire.until("now\n", deadline_s=5)
+                gate.set()
+                wire.until(">>> ")
+
     def test_a_thread_of_the_program_prints_where_it_always_did(self):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             served = self.serve({"go": threading.Event(), "done": threading.Event()})
@@ -10862,6 +10873,13 @@ class Following(Case):
         print("hello from the host")
         self.expect(client, "hello from the host\n")
         self.assertEqual(printed.getvalue(), "hello from the host\n")
+
+    def test_follow_shows_lines_that_are_written_at_once(self):
+        printed = self.captured()
+        client = self.follow(self.serve())
+        sys.stdout.writelines(["one\n", "two\n"])
+        self.expect(client, "one\ntwo\n")
+        self.assertEqual(printed.getvalue(), "one\ntwo\n")
 
     def test_lines_of_several_threads_come_whole(self):
         self.captured()
