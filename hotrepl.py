@@ -5495,12 +5495,16 @@ class _Apply:
         """
         if pair.new.node.decorator_list or not _lost_decorators(pair):
             return
-        if any(pair.new.node.name in each.names.reads for each in scope.statements
-               if not each.is_definition):
+        name, outer = pair.new.node.name, scope.path.partition(".")[0]
+        is_used = any(name in each.names.reads for each in scope.statements
+                      if not each.is_definition)
+        # In a module such as `R.append(C.m)`.
+        if is_used or any(outer in each.names.reads and each.mentions({name})
+                          for each in scope.edit.new.statements if not each.is_definition):
             self._note_not_retired(scope, pair.new)
         elif self._retire(scope, pair, [pair]):
             self.report.notes.append("%s: it was taken out of what its old decorator can have put "
-                                     "it into" % scope.title(pair.new.node.name))
+                                     "it into" % scope.title(name))
 
     def _retire(self, scope, pair, pairs):
         """Take a definition out of what it had been put into; return whether it was found there."""
@@ -5550,7 +5554,8 @@ class _Apply:
         if id(new) in self.folded:
             return self.folded[id(new)][1]
         if new is old or old is _MISSING or not self._is_fresh(new, statement) or (
-                _holds(new, old) or _are_namesakes_apart(old, new)):
+                _holds(new, old) or _are_namesakes_apart(old, new) or (
+                    _has_another_name(old, statement))):
             return new
         return self._fold_by_rule(old, new)
 
@@ -7194,6 +7199,13 @@ def _are_namesakes_apart(old, new):
     return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
         "<" in _path_of(each) or each.__code__.co_name == "forward_call"
         or "__wrapped__" in vars(each) for each in (old, new))
+
+
+def _has_another_name(value, statement):
+    """Tell whether a definition takes a name that a function or class had beside its own."""
+    return statement is not None and statement.is_definition and _is_definition(value) and (
+        value.__name__ != statement.node.name
+        and _space_of(sys.modules.get(value.__module__)).get(value.__name__) is value)
 
 
 def _is_definition(value):

@@ -6854,6 +6854,13 @@ class Scenarios(Workspace):
         "decorator that is taken away where a statement registers as well": (
             REG + "@reg\ndef f(): return 1\nR.append(f)\n", "f = m.f", REG + "def f(): return 2\nR.append(f)\n",
             ["m.R == [f, f]", "'f: what its old decorator registered may be there still' in report"]),
+        "decorator of a method that is taken away where a statement registers as well": (
+            REG + "class C:\n    @reg\n    def m(self): return 1\nR.append(C.m)\n", "f = m.C.m",
+            REG + "class C:\n    def m(self): return 2\nR.append(C.m)\n",
+            ["m.R == [f, f]", "'m.C.m: what its old decorator registered may be there still' in report"]),
+        "decorator of a method that is taken away, and the method stays": (
+            REG + "class C:\n    @reg\n    def m(self): return 1\nX = C()\ndef m(): pass\nm()\n", "f = m.C.m",
+            REG + "class C:\n    def m(self): return 2\nX = C()\ndef m(): pass\nm()\n", ["m.R == []", "m.C.m is f and f(0) == 2"]),
         "decorator that is taken away, and the class stays": (
             REG + "@reg\nclass C: x = 1\n", "cls = m.C", REG + "class C: x = 1\n",
             ["m.R == []", "m.C is cls", "'C: it was taken out of what its old decorator can have put it into' in report"]),
@@ -7010,6 +7017,16 @@ class Scenarios(Workspace):
             ["(a, m.E.A) == (1, 2)", "report.count('stale') == 1"]),
         "class becomes a function": (
             "class C: pass\nclass D(C): pass\n", "c = m.C()", "def C(): return 1\nclass D: pass\n", ["m.C() == 1", "'function now (1 live)' in report"]),
+        "second name of a class that is given to a function": (
+            "class C: pass\nD = C\n", "cls, c = id(m.C), m.C()", "class C: pass\ndef D(): return 1\n",
+            ["id(m.C) == cls and type(c) is m.C", "m.D() == 1", "'stale' not in report"]),
+        "second name of a function that is given to a class": (
+            "def f(): return 1\ng = f\n", "f = id(m.f)", "def f(): return 1\nclass g: x = 1\n",
+            ["id(m.f) == f and m.f() == 1", "m.g.x == 1", "'stale' not in report"]),
+        "function that its decorator makes a class of": (
+            "def deco(f): return type('Made', (), {'f': f})\ndef f(): return 1\nKEPT = [f]\n", "",
+            "def deco(f): return type('Made', (), {'f': f})\n@deco\ndef f(): return 2\nKEPT = [f]\n",
+            ["type(m.f) is type", "m.KEPT == [m.f]"]),
         "class that moves to another module": (
             "# file: m.py\nclass C: x = 1\nclass D(C): pass\n", "c, d = m.C(), m.D()",
             "# file: m.py\nfrom other import C\nclass D(C): pass\n# file: other.py\nclass C: x = 2\n",
