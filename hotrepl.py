@@ -1138,11 +1138,16 @@ class SessionStream(OfSession, io.BufferedIOBase):
             self._earlier.text.flush()
         self.count += len(data)
         if threading.get_ident() == self._guard.ident:
-            self._guard.shield(self.sink.send, bytes(data), self.kind)
+            self._guard.shield(self._send, bytes(data))
             self._check_peer()
         else:
-            self.sink.send(bytes(data), self.kind)
+            self._send(bytes(data))
         return len(data)
+
+    def _send(self, data):
+        # While we wait for the lock, Ctrl+Z may put another sink in the place of this one.
+        with self.sink.lock:
+            self.sink.send(data, self.kind)
 
     def _check_peer(self):
         """Raise BrokenPipeError in an evaluation that prints for a client that is gone.
@@ -2780,12 +2785,12 @@ class JobOutput:
     is_broken = False             # as a Connection whose peer is gone
 
     def __init__(self):
-        self._lock = threading.Lock()
-        self._data = bytearray()  # guarded by _lock
+        self.lock = threading.RLock()
+        self._data = bytearray()  # guarded by lock
 
     def send(self, data, stream="stdout"):
         """Keep `data`, and drop the oldest where it is too much."""
-        with self._lock:
+        with self.lock:
             self._data += data
             del self._data[:-self.LIMIT_BYTES]
 
@@ -2794,7 +2799,7 @@ class JobOutput:
         flush()
 
     def __str__(self):
-        with self._lock:
+        with self.lock:
             return self._data.decode("utf-8", "replace")
 
 

@@ -15310,6 +15310,22 @@ class Commands(Case):
         job.join(DEADLINE_S)
         hotrepl.fg(job)
 
+    def test_Background_keeps_what_is_printed_for_the_job(self):
+        self.addCleanup(self.served.namespace.update, is_over=True)
+        self.client.block("import sys\nis_over = False\n"
+                          "def flood(out):\n    while not is_over: out.write('y' * 300 + '\\n')\n")
+        for name in ("stdout", "stderr") * 3:
+            self.client.send("flood(sys.%s)" % name).until("y\n")
+            self.control.send({"command": "Background", "turn": self.client.turns})
+            self.client.turn()
+            self.assertEqual(self.control.reply()["status"], "ok")
+            self.assertEqual(self.client.ask("'next'"), "'next'\n")
+            self.served.namespace["is_over"] = True
+            job = hotrepl.jobs()[-1]
+            job.join(DEADLINE_S)
+            hotrepl.fg(job)
+            self.served.namespace["is_over"] = False
+
     def test_Where_says_what_the_evaluation_does(self):
         self.assertEqual(self.control.request("Where"), {"status": "ok", "where": None})
         self.addCleanup(self.served.namespace.update, is_over=True)
