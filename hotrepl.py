@@ -764,7 +764,13 @@ class ThreadStream(threading.local, StandIn):
         _forward(name)
 
     def writelines(self, lines):
-        """As io's, but by the thread's own `write`: a session's is watched, another's followed."""
+        """As io's, but by the thread's own `write`: a session's is watched, another's followed.
+
+        A program's stream that has another writelines() keeps that.
+        """
+        own = getattr(type(self.target), "writelines", io.IOBase.writelines)
+        if own is not io.IOBase.writelines:
+            return self.target.writelines(lines)
         for line in lines:
             self.write(line)
 

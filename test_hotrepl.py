@@ -10895,6 +10895,15 @@ class Following(Case):
         self.expect(client, "hello from the host\n")
         self.assertEqual(printed.getvalue(), "hello from the host\n")
 
+    def test_a_stream_of_the_programs_keeps_its_own_way_to_write_lines(self):
+        class Numbered(io.StringIO):
+            def writelines(self, lines):
+                super().writelines("%d %s" % each for each in enumerate(lines))
+        with contextlib.redirect_stdout(Numbered()) as printed, Served({}) as served:
+            served.wire()
+            sys.stdout.writelines(["one\n", "two\n"])
+        self.assertEqual(printed.getvalue(), "0 one\n1 two\n")
+
     def test_follow_shows_lines_that_are_written_at_once(self):
         printed = self.captured()
         client = self.follow(self.serve())
