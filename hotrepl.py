@@ -4737,7 +4737,7 @@ def _attribute(obj, name):
 
 
 def _annotations(function):
-    """3.14: what will make a function's annotations, which may not be evaluable yet; else they."""
+    """A function's annotations; on 3.14 what will make them, as they may not be evaluable yet."""
     def write(value):
         setattr(function, "__annotate__" if callable(value) else "__annotations__", value)
     return (lambda: getattr(function, "__annotate__", None) or function.__annotations__, write,
