@@ -14403,9 +14403,8 @@ def _start_server(options, main_module, done):
         say("port %d is in use, took a free one" % DEFAULT_PORT)
     say("listening on %s (REPL) and %s (control)"
         % (_join_address(server.address), _join_address(server.control_address)))
-    say("connect with: python %s connect %s%s"
-        % (os.path.basename(__file__), "" if options.unix is None else "unix:",
-            _join_address(server.address)))
+    say("connect with: python %s connect %s"
+        % (os.path.basename(__file__), _host_word(server.address)))
     if server.door.token is not None:
         say("the token is in %s" % token_path(server.address))
     return server
@@ -14753,12 +14752,17 @@ def _table(notes):
     rows = [("PID", "ADDRESS", "STARTED", "COMMAND")]
     for note in notes:
         started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(note["started"]))
-        address = printable(_join_address(note["address"]))
+        address = printable(_host_word(note["address"]))
         rows.append((str(note["pid"]), address, started, _command(note)))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
              for row in rows]
     return "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
+
+
+def _host_word(address):
+    """Return an address as the client's HOST."""
+    return ("unix:" if isinstance(address, str) else "") + _join_address(address)
 
 
 def _command(note):

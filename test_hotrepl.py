@@ -18961,7 +18961,7 @@ class Finding(NotesCase):
     def test_a_server_on_a_unix_socket_is_listed_and_found(self):
         path = os.path.join(os.environ["XDG_RUNTIME_DIR"], "socket")
         self.serve(unix=path)
-        self.assertIn(" %s " % path, self.hotrepl("list")[1])
+        self.assertIn(" unix:%s " % path, self.hotrepl("list")[1])
         for words in (["unix:" + path], [str(os.getpid())], []):
             self.assertEqual(self.hotrepl("exec", *words + ["-c", "6*7"]), [0, "42\n", ""])
         terminal = self.at_prompt(python_command(SOURCE_PATH, "connect", str(os.getpid())), HOTREPL_HISTORY="")
