@@ -36,7 +36,8 @@ something or raise.
 
 LIMITS. A blocking call in C is interrupted when it returns, not before. The frame of a loop that
 runs keeps its code; the next call inside it sees the new one. A line or block has at most 16 MiB,
-a control message 1 MiB. On Windows there is no readline and no fork.
+a control message 1 MiB. On Windows there is no readline and no fork. Where gevent patches the
+standard library after start(), or under `serve`, nobody can come in.
 
 CONTENTS, and where to look for what. A section uses only sections above it; 14 only 2, 3, 10.
 `grep -n '^# [=-]' hotrepl.py` prints sections and their rooms; each begins with how it works.
