@@ -10761,7 +10761,7 @@ def show_token(sock, confirm_owner, tokens, deadline):
             begin = sock.recv(1, socket.MSG_PEEK)
         if not begin:
             raise ConnectionError(errno.ECONNREFUSED,
-                                  "the server does not let us in; its log says why")
+                                  "the server does not let us in; its log says why. It may want --tls")
         if token is None:
             confirm_owner()
         if begin != TOKEN_PROMPT[:1]:
@@ -14091,7 +14091,7 @@ def open_channels(host, port, control_port, ssl_context=None, token=None, is_pla
                 raise
             raise ConnectionError(
                 errno.ETIMEDOUT, "no answer in %d seconds: the process is stopped or busy, or this "
-                "is not its REPL port" % ANSWER_LIMIT_S) from exc
+                "is not its REPL port, or it wants --tls" % ANSWER_LIMIT_S) from exc
         except (ServerGone, ProtocolError) as exc:
             raise ConnectionError(errno.EPROTO, "the server is gone: %s" % exc) from exc
         yield link

@@ -18352,7 +18352,7 @@ class Exec(Case):
             SOURCE_PATH, "exec", "--port", port, "--control-port", port, "-c", "1")))
         begun = time.monotonic()
         self.assertEqual(program.end(), [1, "", "hotrepl: no answer in 10 seconds: the process is stopped or busy, "
-                                         "or this is not its REPL port\n"])
+                                         "or this is not its REPL port, or it wants --tls\n"])
         self.assertLess(time.monotonic() - begun, 12)
 
     @unittest.skipUnless(IS_ROOT and sys.platform.startswith("linux"), "needs root, for a network of its own")
