@@ -14694,6 +14694,8 @@ def _exec_in(server, options, source, place, label="", **fields):
         for line in filter(bytes.strip, iter(sys.stdin.buffer.readline, b"")):
             try:
                 request = json.loads(line.decode())
+                if not (isinstance(request, dict) and isinstance(request.get("code"), str)):
+                    raise ValueError('expected {"code": TEXT, ...}, found %s' % shorten(request))
                 source, timeout_s = request.pop("code").encode(), request.pop("timeout", None)
                 session.run(make_output(), source, request, timeout_s or options.timeout)
             except (ValueError, TypeError, LookupError, AttributeError) as exc:
@@ -14791,18 +14793,22 @@ def _find_server(options, word):
 
 def _choose(notes):
     """Return the one of `notes` that the user names; ValueError where nobody can be asked."""
-    by_pid, answer = {str(note["pid"]): note for note in notes}, None
-    table = _table(notes).decode()
+    table, pids = _table(notes).decode(), [note["pid"] for note in notes]
+    known = {_host_word(note["address"]): note for note in notes}
+    # A process may have several servers, which have addresses of their own.
+    known.update((str(note["pid"]), note) for note in notes if pids.count(note["pid"]) == 1)
     if not all(each is not None and each.isatty() for each in (sys.stdin, sys.stderr)):
-        raise ValueError("which one? name it by its PID, or as HOST:PORT\n" + table.rstrip())
+        raise ValueError("which one? name it by its PID or ADDRESS\n" + table.rstrip())
     sys.stderr.write(table)
-    while answer not in by_pid:
-        sys.stderr.write("which one? PID: ")
+    while True:
+        sys.stderr.write("which one? PID or ADDRESS: ")
         sys.stderr.flush()
         answer = sys.stdin.readline().strip()
         if not answer:
             raise ValueError("none was named")
-    return by_pid[answer]
+        if answer in known:
+            return known[answer]
+        say("%s names none of them, or several" % shorten(printable(answer)))
 
 
 def _place_of_note(note):

@@ -18720,8 +18720,8 @@ class ExecStream(Case):
     def test_a_failure_ends_no_stream(self):
         program = self.begin()
         for request, kind, code in (({"code": "1/0"}, "ZeroDivisionError", 1), ({"code": "1 +"}, "SyntaxError", 1),
-                                    ("no json", "JSONDecodeError", 2), ("[1]", "TypeError", 2),
-                                    ({"timeout": 5}, "KeyError", 2), ({"code": 5}, "AttributeError", 2),
+                                    ("no json", "JSONDecodeError", 2), ("[1]", "ValueError", 2),
+                                    ({"timeout": 5}, "ValueError", 2), ({"code": 5}, "ValueError", 2),
                                     ({"code": "1", "line": 0, "file": "x"}, "ProtocolError", 2)):
             with self.subTest(request=request):
                 found, status = self.ask(program, request)
@@ -18914,7 +18914,7 @@ class Finding(NotesCase):
             code, out, err = self.hotrepl(*words)
             self.assertEqual((code, out), (2, ""))
             first, *table = err.splitlines()
-            self.assertEqual(first, "hotrepl: which one? name it by its PID, or as HOST:PORT")
+            self.assertEqual(first, "hotrepl: which one? name it by its PID or ADDRESS")
             self.assertEqual([line.split()[0] for line in table],
                              ["PID"] + [str(each.process.pid) for each in programs])
 
@@ -18922,13 +18922,28 @@ class Finding(NotesCase):
         programs = self.programs("a", "b")
         for word, program in zip("ab", programs):
             terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect"), HOTREPL_HISTORY=""))
-            terminal.until("%d  " % programs[1].process.pid, "\nwhich one? PID: ")
-            terminal.type("5\n").until("\nwhich one? PID: ")
+            terminal.until("%d  " % programs[1].process.pid, "\nwhich one? PID or ADDRESS: ")
+            terminal.type("5\n").until("\nhotrepl: 5 names none of them, or several\n", "which one? PID or ADDRESS: ")
             terminal.type("%d\n" % program.process.pid).until(">>> ")
             terminal.ask("import sys; sys.argv[1]", "\n%r" % word)
         terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect")))
-        terminal.until("\nwhich one? PID: ")
+        terminal.until("\nwhich one? PID or ADDRESS: ")
         self.assertEqual(terminal.type("\n").end()[0], 2)
+
+    def test_servers_of_one_process_are_told_apart_by_their_addresses(self):
+        program, = self.programs("a")
+        pid = str(program.process.pid)
+        _, other, _ = self.hotrepl("exec", pid, "-c", "import hotrepl\n"
+                                   "second = hotrepl.start({'name': 'second'}, port=0, control_port=0)\n"
+                                   "print('%s:%d' % second.address)")
+        code, _, said = self.hotrepl("exec", pid, "-c", "1")
+        self.assertEqual((code, said.splitlines()[0]), (2, "hotrepl: which one? name it by its PID or ADDRESS"))
+        self.assertEqual(self.hotrepl("exec", other.strip(), "-c", "name"), [0, "'second'\n", ""])
+        terminal = self.keep(Terminal(python_command(SOURCE_PATH, "connect", pid), HOTREPL_HISTORY=""))
+        terminal.until("which one? PID or ADDRESS: ")
+        terminal.type(pid + "\n").until("hotrepl: %s names none of them, or several\n" % pid)
+        terminal.type(other.strip() + "\n").until(">>> ")
+        terminal.ask("name.upper()", "'SECOND'")
 
     def test_list_can_be_read_by_a_program(self):
         self.assertEqual(self.hotrepl("list", "--json"), [0, "", ""])
