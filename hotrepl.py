@@ -10760,8 +10760,8 @@ def show_token(sock, confirm_owner, tokens, deadline):
             # It is closed.
             begin = sock.recv(1, socket.MSG_PEEK)
         if not begin:
-            raise ConnectionError(errno.ECONNREFUSED,
-                                  "the server does not let us in; its log says why. It may want --tls")
+            raise ConnectionError(errno.ECONNREFUSED, "the server does not let us in; its log says "
+                                  "why. It may want --tls")
         if token is None:
             confirm_owner()
         if begin != TOKEN_PROMPT[:1]:
