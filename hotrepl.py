@@ -7205,8 +7205,7 @@ def _is(value, kinds):
 def _are_namesakes_apart(old, new):
     """Tell whether `new` is of another definition than `old`, which had the name by `b = a`."""
     if isinstance(old, type) and isinstance(new, type):
-        return old.__name__ != new.__name__ and (
-            _space_of(sys.modules.get(old.__module__)).get(old.__name__) is old)
+        return old.__name__ != new.__name__ and _has_own_name(old)
     codes = [each.__code__ for each in (old, new) if type(each) is types.FunctionType]
     return len(codes) == 2 and codes[0].co_name != codes[1].co_name and not any(
         "<" in _path_of(each) or each.__code__.co_name == "forward_call"
@@ -7216,8 +7215,12 @@ def _are_namesakes_apart(old, new):
 def _has_another_name(value, statement):
     """Tell whether a definition takes a name that a function or class had beside its own."""
     return statement is not None and statement.is_definition and _is_definition(value) and (
-        value.__name__ != statement.node.name
-        and _space_of(sys.modules.get(value.__module__)).get(value.__name__) is value)
+        value.__name__ != statement.node.name and _has_own_name(value))
+
+
+def _has_own_name(value):
+    """Tell whether a function or class stands in its module under the name that it has itself."""
+    return _space_of(sys.modules.get(value.__module__)).get(value.__name__) is value
 
 
 def _is_definition(value):
@@ -10596,25 +10599,10 @@ def far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
     Where we are root there, another user's number is returned; where we are not, PermissionError.
     ConnectionError: there is a shell, and it does not say it. `is_first`: maybe there is none.
     """
-    said, mark = b"", b"hotrepl shell\n"
-    with suppress(OSError):
-        # It has ended.
-        os.write(asked, b"\n")
-    end = deadline or time.monotonic() + ANSWER_LIMIT_S
-    while not (mark in said and said.endswith(b"hotrepl end\n")):
-        left_s = end - time.monotonic()
-        if left_s < 0 or len(said) > FAR_LIMIT_BYTES or not (
-                select.select([answers], [], [], left_s)[0]):
-            time_left_s(deadline)
-            raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
-                                  "so nothing was sent" % target)
-        piece = os.read(answers.fileno(), RECEIVE_BYTES)
-        if not piece and is_first and b"hotrepl s" not in said:
-            return NO_SHELL
-        if not piece:
-            break
-        said += piece
-    lines = [line.split() for line in said.partition(mark)[2].splitlines()] or [[]]
+    said = _hear(asked, answers, deadline, target)
+    if is_first and b"hotrepl s" not in said:
+        return NO_SHELL
+    lines = [line.split() for line in said.partition(_SHELL_STARTS)[2].splitlines()] or [[]]
     user, told = lines[0][1:], [words[0] for words in lines if len(words) == 1]
     # Of paths both files: else others could put theirs there, and take it away before each look.
     has_rows = len(told) == 2 if path else any(words[:1] == [b"sl"] for words in lines)
@@ -10637,6 +10625,30 @@ def far_owner(asked, answers, deadline, target, path, *ports, is_first=False):
         raise PermissionError(errno.EACCES, "the server at %s is uid %s's over there, not that of "
                               "whom ssh lets in, so nothing was sent" % (target, others))
     return others if owners else NOT_SAID
+
+
+_SHELL_STARTS = b"hotrepl shell\n"
+
+
+def _hear(asked, answers, deadline, target):
+    """Ask for one answer, and return all that is said until its end, or until nothing comes."""
+    said = b""
+    with suppress(OSError):
+        # It has ended.
+        os.write(asked, b"\n")
+    end = deadline or time.monotonic() + ANSWER_LIMIT_S
+    while not (_SHELL_STARTS in said and said.endswith(b"hotrepl end\n")):
+        left_s = end - time.monotonic()
+        if left_s < 0 or len(said) > FAR_LIMIT_BYTES or not (
+                select.select([answers], [], [], left_s)[0]):
+            time_left_s(deadline)
+            raise ConnectionError(errno.ETIMEDOUT, "%s does not say in time whose server is there, "
+                                  "so nothing was sent" % target)
+        piece = os.read(answers.fileno(), RECEIVE_BYTES)
+        if not piece:
+            break
+        said += piece
+    return said
 
 
 def tell_far_owner(target, whose):
@@ -10751,8 +10763,11 @@ def _encrypted(sock, ssl_context, where, deadline):
     return outer
 
 
-def show_token(sock, confirm_owner, tokens, deadline):
-    """Answer the server's questions for a token; return the right one, or None."""
+def show_token(sock, confirm_owner, tokens, deadline, hint):
+    """Answer the server's questions for a token; return the right one, or None.
+
+    `hint` is what else may be the reason where it does not let us in.
+    """
     token = None
     while True:
         begin = b""
@@ -10761,7 +10776,7 @@ def show_token(sock, confirm_owner, tokens, deadline):
             begin = sock.recv(1, socket.MSG_PEEK)
         if not begin:
             raise ConnectionError(errno.ECONNREFUSED, "the server does not let us in; its log says "
-                                  "why. It may want --tls")
+                                  "why" + hint)
         if token is None:
             confirm_owner()
         if begin != TOKEN_PROMPT[:1]:
@@ -14082,16 +14097,17 @@ def open_channels(host, port, control_port, ssl_context=None, token=None, is_pla
             if not is_same or confirm() != whose:
                 raise PermissionError(errno.EACCES, "the server is another user's by now, or "
                                       "nobody's, so nothing was sent")
+        hint = ", or it wants --tls" if ssl_context is None else ""
         try:
             tokens = tokens_to_show(address, token, is_ours, is_trusted)
-            shown = show_token(sock, confirm_owner, tokens, deadline)
+            shown = show_token(sock, confirm_owner, tokens, deadline, hint)
             link.meet(call_control, shown is not None, streams)
         except socket.timeout as exc:
             if deadline is not None:
                 raise
             raise ConnectionError(
                 errno.ETIMEDOUT, "no answer in %d seconds: the process is stopped or busy, or this "
-                "is not its REPL port, or it wants --tls" % ANSWER_LIMIT_S) from exc
+                "is not its REPL port%s" % (ANSWER_LIMIT_S, hint)) from exc
         except (ServerGone, ProtocolError) as exc:
             raise ConnectionError(errno.EPROTO, "the server is gone: %s" % exc) from exc
         yield link

@@ -12627,6 +12627,19 @@ class Encryption(AccessCase):
         self.assertEqual(self.raw(self.serve(ssl_context=self.context).server.address, b"1 + 1\n"), "")
         self.expect_warning("TLS handshake failed")
 
+    def test_who_comes_in_clear_text_is_told_of_tls_and_who_comes_by_tls_is_not(self):
+        listener = self.keep(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(5)
+        self.spawn(lambda: listener.accept()[0].close())
+        said = self.executed(types.SimpleNamespace(address=listener.getsockname()))[2]
+        self.assertEqual(said, "hotrepl: the server does not let us in; its log says why, or it wants --tls\n")
+        self.context.verify_mode = 2      # CERT_REQUIRED
+        self.context.load_verify_locations(self.client_files)
+        server = self.serve(ssl_context=self.context).server
+        self.assertNotIn("--tls", self.executed(server, "--cafile", self.server_files)[2])
+        self.expect_warning("refused")
+
     def test_a_client_certificate_is_as_good_as_a_token(self):
         self.unknowable()
         self.private_folder()
